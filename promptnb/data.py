@@ -184,7 +184,7 @@ class Sampler:
         traj = self.draw(self._trajs, g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
         return Batch(history, prompt_steps(self.prompts, traj, self.H, self.mean, self.std, self.scale, self.position, gen))
 
-# %% ../nbs/02_data.ipynb #e33a95f8
+# %% ../nbs/02_data.ipynb #1e9fc0dd
 @dataclass
 class Demos:
     "Few-shot data of G test tasks: the initial prompts (G, P, .) and draws of demonstration windows."
@@ -197,6 +197,10 @@ class Demos:
     def batch(self, t) -> Steps:
         "Windows (G, B, K, .) of the demonstrations, B = the sampler's per_task."
         return self.sampler.batch(t).history.map(lambda x: x.unflatten(0, (self.G, -1)))
+    def segments(self, m, P, gen) -> Steps:
+        "m segments of P steps a task, from anywhere in its demonstrations: Steps (G, m, P, .)."
+        s = self.sampler; traj = pick(s.store, self.task_ids, m, gen)
+        return prompt_steps(s.store, traj.flatten()[:, None], P, s.mean, s.std, s.scale, "random", gen).map(lambda x: x.unflatten(0, traj.shape))
     def task(self, g) -> "Demos":
         "The same for task number g alone."
         s = self.sampler

@@ -1,0 +1,46 @@
+# Needs Python >= 3.11 and make; everything else goes into .venv.
+PYTHON ?= python3
+TORCH ?=
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+LAB_ARGS ?=
+
+PAPER := prompt_tuning_dt
+READY := .venv/.ready
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: reproduce test lab clean help
+
+reproduce: $(READY) ## table 1 and figure 3 of Prompt-Tuning DT at laptop scale
+	$(BIN)/promptnb run $(PAPER) --scale laptop --exhibit table1 --exhibit fig3 --cores $(CORES)
+	$(BIN)/promptnb render $(PAPER) --scale laptop
+
+test: $(READY) ## all tests
+	@$(BIN)/python -m pytest tests -q
+
+lab: $(READY) ## the notebooks in JupyterLab (LAB_ARGS="--port 9000" passes options on)
+	@$(BIN)/python -m ipykernel install --sys-prefix --name promptnb --display-name promptnb
+	$(BIN)/jupyter lab --notebook-dir=. nbs/papers/$(PAPER).ipynb $(LAB_ARGS)
+
+clean: ## remove .venv, caches and builds; data, results and figures stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .snakemake
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1~\2/p' $(MAKEFILE_LIST) | awk -F~ '{printf "%-16s %s\n", $$1, $$2}'
+	@echo
+	@echo 'PYTHON=python3.12    which Python makes .venv (>= 3.11)'
+	@echo 'CORES=4              how many runs at a time (default: all cores, here $(CORES))'
+	@echo 'TORCH="torch --index-url https://download.pytorch.org/whl/cpu"'
+	@echo '                     which build of torch to install first (read when .venv is made: make clean to change it)'
+
+# The torch named by TORCH is held to the versions of settings.ini, so that the second install keeps it.
+$(READY): settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "promptnb needs Python >= 3.11, but $(PYTHON) --version says '$$($(PYTHON) --version 2>&1 | tail -n 1)': name another one with PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up .venv: a few minutes, once."
+	@$(PYTHON) -m venv .venv
+	@sed -n 's/^ *\(torch[<>=].*\)/\1/p' settings.ini > .venv/torch.txt
+	$(if $(TORCH),$(BIN)/python -m pip install -q -c .venv/torch.txt $(TORCH))
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
