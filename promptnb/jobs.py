@@ -12,10 +12,10 @@ from . import recipes as rc
 from .core import PromptnbError, Row, check_choice, code_fingerprint, fingerprint, plain, read_json, results_dir, root, runs_dir, seed_for, write_json
 
 # %% auto #0
-__all__ = ['CODE', 'TUNER_CODE', 'run_id', 'recipe_run', 'pretrain_run', 'record_path', 'code_of', 'provenance', 'write_record',
-           'train_store', 'new_policy', 'precision_of', 'evaluate_policy', 'prompts_for', 'policy_folder', 'pretrain',
-           'read_jsonl', 'EnvScore', 'tune', 'target_of', 'demo_prompt', 'placed_prompt', 'run_job', 'find_job',
-           'job_recipes', 'runs_of', 'finished']
+__all__ = ['CODE', 'TUNER_CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 'record_path', 'code_of', 'provenance',
+           'write_record', 'train_store', 'new_policy', 'precision_of', 'evaluate_policy', 'prompts_for',
+           'policy_folder', 'load_policy', 'pretrain', 'read_jsonl', 'EnvScore', 'tune', 'tuned_folder', 'target_of',
+           'demo_prompt', 'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of', 'finished', 'film']
 
 # %% ../nbs/11_jobs.ipynb #fc1aafcd
 def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
@@ -90,18 +90,21 @@ def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
     prompt = demo if t.prompt_quality == t.demo_quality else data.load(fam, t.prompt_quality, fam.test, p.episodes)
     return data.demos(demo, prompt, policy, n=t.demos, K=t.demo_K, batch=t.demo_batch, J=p.J, H=p.H or 1, position=p.position, seed=seed)
 
-# %% ../nbs/11_jobs.ipynb #ab5f2ec2
+# %% ../nbs/11_jobs.ipynb #10788a58
 def policy_folder(p, seed, hashes): return runs_dir()/"policies"/f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_fingerprint(*CODE)])}.s{seed}"
+
+def load_policy(folder):
+    "A saved policy, without the hub library's remark on every load."
+    from promptnb.models.dt import Policy
+    with contextlib.redirect_stdout(None): return Policy.from_pretrained(folder)
 
 def pretrain(r: rc.Recipe, scale, seed, device, threads):
     "Train (or go on training, or load) the policy of a resolved recipe; writes its record. Returns the policy, or None if it diverged."
-    from promptnb.core import Batch
     from promptnb.data import Sampler
-    from promptnb.models.dt import Policy
     from promptnb.train import FitConfig, fit
     p, run = r.pretrain, pretrain_run(r.pretrain, scale, seed)
     store, stats, hashes = train_store(p); folder = policy_folder(p, seed, hashes)
-    if (folder/"policy"/"config.json").exists() and record_path(r.paper, run).exists(): return Policy.from_pretrained(folder/"policy").to(device).eval()
+    if (folder/"policy"/"config.json").exists() and record_path(r.paper, run).exists(): return load_policy(folder/"policy").to(device).eval()
     policy = new_policy(p, stats, seed).to(device); start = time.time()
     write_json(folder/"config.json", dict(recipe=p, seed=seed, data=hashes))
     sampler = Sampler(store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch or None, p.J, p.H, p.position, seed=seed_for(seed, "batches"), device=device)
@@ -127,7 +130,7 @@ def read_jsonl(path):
         with contextlib.suppress(json.JSONDecodeError): m = json.loads(line); out[m["step"]] = m
     return dict(sorted(out.items()))
 
-# %% ../nbs/11_jobs.ipynb #d97e6e5f
+# %% ../nbs/11_jobs.ipynb #3ee80b37
 class EnvScore:
     "Online judge: prompts (G, m, P, .) -> mean returns (G, m) over `episodes` episodes each, all in lock step; counts the steps it spends."
     def __init__(self, policy, r, seed, threads, device): self.__dict__.update(policy=policy, r=r, seed=seed, threads=threads, device=device, env_steps=0, calls=0)
@@ -162,8 +165,12 @@ def tune(r: rc.Recipe, scale, seed, device, threads):
     n = int(played.failed.sum())
     ret = float(played.returns.mean())
     print(f"{run}: {r.method}: return {ret:.1f} ({tuned:.0f} s tuning, {time.time() - start - tuned:.0f} s evaluation)", flush=True)
-    prompts = {k: plain(demo_prompt(x)) for k, x in (("before", demo.prompt), ("after", placed_prompt(out)))} if r.tune.tuner in ("ranking", "gradient", "hill", "es") else {}
+    if r.tune.tuner in PROMPT_ENTRIES: out.placed[0][0].save_pretrained(tuned_folder(run))     # for `film`
+    prompts = {k: plain(demo_prompt(x)) for k, x in (("before", demo.prompt), ("after", placed_prompt(out)))} if r.tune.tuner in PROMPT_ENTRIES else {}
     return write_record(r.paper, run, r, "ok" if not n else "failed", rows, f"{n} episodes gave NaN" if n else "", time.time() - start, device, data=demo.sampler.store.hashes, protocol=protocol, prompts=prompts)
+
+PROMPT_ENTRIES = ("ranking", "gradient", "hill", "es")   # tuners whose result is a prompt of the same form
+def tuned_folder(run): return runs_dir()/"tuned"/run
 
 def target_of(r):
     from promptnb import tasks
@@ -207,3 +214,33 @@ def finished(r, run):
     if not p.exists(): return False
     rec = read_json(p)
     return rec["status"] in ("ok", "diverged") and rec["recipe_digest"] == rc.digest(r) and rec["code"] == code_of(run)
+
+# %% ../nbs/11_jobs.ipynb #6d3d6fe2
+def film(recipe, scale="laptop", seed=0, task=None, every=25):
+    "Render a finished run of a prompt tuner; writes figures/<paper>/<scale>/film.png and .gif, returns the strip's path."
+    import imageio, matplotlib.pyplot as plt, numpy as np
+    from promptnb import tasks
+    from promptnb.core import figures_dir
+    from promptnb.evaluate import Seat, rollout
+    r = rc.resolve(rc.RECIPES[recipe], scale); run = recipe_run(r, scale, seed); fam = tasks.family(r.family)
+    if r.tune.tuner not in PROMPT_ENTRIES: raise PromptnbError(f"{recipe} tunes no prompt: film takes {', '.join(PROMPT_ENTRIES)}")
+    if not tuned_folder(run).exists(): raise PromptnbError(f"{run} has not been run: promptnb run {r.paper} --scale {scale}")
+    if not tasks.gl_backend(): tasks.film(fam, fam.test[0], [], 0)      # says what to install
+    after = load_policy(tuned_folder(run)).eval(); before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, seed).prompt)
+    played = [rollout([Seat(p, i, g) for g, i in enumerate(fam.test)], fam, 1, seed=seed_for("final"), keep=True) for p in (before, after)]
+    g = int(np.abs(played[1].returns - played[0].returns)[:, 0].argmax()) if task is None else task
+    i, start = fam.test[g], seed_for(seed_for("final"), "episode", fam.name, fam.test[g], 0)
+    shots = [tasks.film(fam, i, p.trace["a"][g][:p.lengths[g, 0]], start, every=5) for p in played]
+    folder = figures_dir(r.paper)/scale; folder.mkdir(parents=True, exist_ok=True); n = every // 5
+    fig, axes = plt.subplots(2, len(shots[0][::n]), figsize=(1.5 * len(shots[0][::n]), 3.5), squeeze=False, constrained_layout=True)
+    for row, frames, p, name in zip(axes, shots, played, ("before tuning", "after tuning")):
+        for k, ax in enumerate(row):
+            ax.set(xticks=[], yticks=[], title=f"t = {k * every}")
+            if k < len(frames[::n]): ax.imshow(frames[::n][k])
+            else: ax.axis("off")
+        row[0].set_ylabel(f"{name}\nreturn {p.returns[g, 0]:.1f}")
+    fig.suptitle(f"{fam.task_name(i)} (goal {fam.goals[i]:.3g}), {r.method}, {scale} scale", fontsize=10)
+    fig.savefig(folder/"film.png", dpi=100); plt.close(fig)
+    both = [np.concatenate([s[min(k, len(s) - 1)] for s in shots], 1)[::2, ::2] for k in range(max(map(len, shots)))]
+    imageio.mimsave(folder/"film.gif", both, duration=0.25, loop=0)
+    return folder/"film.png"

@@ -84,11 +84,12 @@ SOURCES = {
     "size": "assumed", "r": "assumed", "alpha": "assumed", "precision": "ours", "curve_points": "code",
 }
 
-# %% ../nbs/09_recipes.ipynb #39d3d9c3
+# %% ../nbs/09_recipes.ipynb #236b9189
 SCALES = {
     "paper": {},
     "laptop": dict(
-        Pretrain=dict(episodes=40, tasks_per_batch=4, width=64, steps=1500, lr=1e-3, warmup=100, precision="auto", curve_points=5, curve_episodes=2),
+        Pretrain=dict(episodes=20, tasks_per_batch=4, per_task=8, width=64, steps=800, lr=1e-3, warmup=100, precision="auto", curve_points=4, curve_episodes=2),
+        families={"cheetah-dir": dict(per_task=16)},      # it has two tasks: 32 windows an update, as the others
         Tune=dict(demo_batch=16), Recipe=dict(eval_episodes=10),
         hyper=dict(steps=40, batches=1)),
     "smoke": dict(
@@ -104,7 +105,7 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     grid = dict(r.tune.hyper); own = {k: v for k, v in o.get("hyper", {}).items() if k in grid}
     small = "m" in own and "k" in grid and grid["k"]
     hyper = {**grid, **own, **(dict(k=min(grid["k"], own["m"])) if small else {})}
-    return replace(r, pretrain=replace(r.pretrain, **o.get("Pretrain", {})), tune=replace(r.tune, hyper=tuple(hyper.items()), **o.get("Tune", {})), **o.get("Recipe", {}))
+    return replace(r, pretrain=replace(r.pretrain, **{**o.get("Pretrain", {}), **o.get("families", {}).get(r.family, {})}), tune=replace(r.tune, hyper=tuple(hyper.items()), **o.get("Tune", {})), **o.get("Recipe", {}))
 
 def digest(x) -> str:
     "Fingerprint of a recipe, or part of one."
