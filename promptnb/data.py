@@ -15,8 +15,8 @@ from . import tasks
 from .core import Batch, PromptnbError, Steps, check_choice, fingerprint, minari_dir, read_json, seed_for, sha256_file
 
 # %% auto #0
-__all__ = ['Store', 'check_trajectory', 'from_arrays', 'from_minari', 'load', 'state_stats', 'windows', 'prompt_steps', 'pick',
-           'Sampler', 'Demos', 'subset', 'demos']
+__all__ = ['Store', 'check_trajectory', 'from_arrays', 'from_minari', 'load', 'state_stats', 'Table', 'table', 'prompt_steps',
+           'pick', 'Sampler', 'Demos', 'subset', 'demos']
 
 # %% ../nbs/02_data.ipynb #78fd8abb
 @dataclass(frozen=True)
@@ -108,22 +108,33 @@ def state_stats(store, task_ids=None):
     s = store.s if task_ids is None else store.s[torch.isin(store.task, torch.tensor(list(task_ids))).repeat_interleave(store.length)]
     return s.mean(0), s.std(0, correction=0) + 1e-6
 
-# %% ../nbs/02_data.ipynb #66a2a3c4
-def windows(store, rows, K, mean, std, scale) -> Steps:
-    "From each row (B,) take up to K steps of its trajectory, left padded: Steps (B, K, .), states normalised, returns-to-go scaled."
-    n = (store.end[rows] - rows).clamp(max=K)
-    at = rows[:, None] + torch.arange(K, device=rows.device) - (K - n)[:, None]
-    mask = (at >= rows[:, None])
-    at = torch.where(mask, at, rows[:, None])            # padding points at a real row, then is zeroed
-    z = lambda x: x * mask.unsqueeze(-1)
-    return Steps(z((store.s[at] - mean) / std), z(store.a[at]), z(store.rtg[at].unsqueeze(-1) / scale), store.t[at] * mask, mask.float())
+# %% ../nbs/02_data.ipynb #320efb77
+@dataclass(frozen=True)
+class Table:
+    "A Store ready to be read: rows (N + 1, S + A + 2) = normalised state, action, scaled return-to-go, timestep; the last row is zero."
+    rows: torch.Tensor
+    store: Store
 
-# %% ../nbs/02_data.ipynb #af3ec001
-def prompt_steps(store, traj, H, mean, std, scale, position="tail", gen=None) -> Steps:
+    def windows(self, rows, K) -> Steps:
+        "From each row (B,) take up to K steps of its trajectory, left padded: Steps (B, K, .)."
+        n = (self.store.end[rows] - rows).clamp(max=K)
+        at = rows[:, None] + torch.arange(K, device=rows.device) - (K - n)[:, None]
+        mask = at >= rows[:, None]
+        x = self.rows.index_select(0, torch.where(mask, at, len(self.rows) - 1).flatten()).unflatten(0, at.shape)
+        s, a, rtg, t = x.split([self.store.s.shape[1], self.store.a.shape[1], 1, 1], -1)
+        return Steps(s, a, rtg, t[..., 0].long(), mask.float())
+
+def table(store, mean, std, scale) -> Table:
+    "Normalise states, scale returns-to-go, lay them side by side."
+    x = torch.cat([(store.s - mean) / std, store.a, store.rtg[:, None] / scale, store.t[:, None]], 1)
+    return Table(torch.cat([x, x.new_zeros(1, x.shape[1])]), store)
+
+# %% ../nbs/02_data.ipynb #8f2f16a2
+def prompt_steps(tab, traj, H, position="tail", gen=None) -> Steps:
     "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .). position: 'tail' (released code) or 'random' (paper)."
-    room = (store.length[traj] - H).clamp(min=0)
+    store = tab.store; room = (store.length[traj] - H).clamp(min=0)
     start = (room - 1).clamp(min=0) if position == "tail" else (torch.rand(traj.shape, generator=gen).to(room.device) * (room + 1)).long()
-    w = windows(store, (store.first[traj] + start).flatten(), H, mean, std, scale)
+    w = tab.windows((store.first[traj] + start).flatten(), H)
     return w.map(lambda x: x.unflatten(0, traj.shape).flatten(1, 2))
 
 def pick(store, task_ids, n, gen, which="any", pool=5):
@@ -136,7 +147,7 @@ def pick(store, task_ids, n, gen, which="any", pool=5):
         out.append(t[torch.randint(len(t), (n,), generator=gen)])
     return torch.stack(out)
 
-# %% ../nbs/02_data.ipynb #aa6cde7e
+# %% ../nbs/02_data.ipynb #964182f9
 @dataclass
 class Sampler:
     "Draws Batch t from Generator(seed, t). Prompts come from `prompts` (default: the same store), any trajectory of the task."
@@ -158,7 +169,9 @@ class Sampler:
         check_choice(self.position, ("tail", "random"), "prompt position")
         self.store = self.store.to(self.device)
         self.prompts = self.store if self.prompts is None else self.prompts.to(self.device)
-        self.mean, self.std = torch.as_tensor(self.mean).to(self.device), torch.as_tensor(self.std).to(self.device)
+        mean, std = torch.as_tensor(self.mean).to(self.device), torch.as_tensor(self.std).to(self.device)
+        self.table = table(self.store, mean, std, self.scale)
+        self.prompt_table = self.table if self.prompts is self.store else table(self.prompts, mean, std, self.scale)
         self.ids = torch.tensor(self.store.task_ids)
         self._rows, self._trajs = self._spans(self.store, steps=True), self._spans(self.prompts, steps=False)
 
@@ -179,12 +192,12 @@ class Sampler:
         G = len(self.ids); n = min(self.tasks_per_batch or G, G)
         g = torch.randperm(G, generator=gen)[:n] if n < G else torch.arange(G)
         rows = self.draw(self._rows, g, (n, self.per_task), gen).flatten().to(self.device)
-        history = windows(self.store, rows, self.K, self.mean, self.std, self.scale)
+        history = self.table.windows(rows, self.K)
         if not self.H: return Batch(history)
         traj = self.draw(self._trajs, g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
-        return Batch(history, prompt_steps(self.prompts, traj, self.H, self.mean, self.std, self.scale, self.position, gen))
+        return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen))
 
-# %% ../nbs/02_data.ipynb #1e9fc0dd
+# %% ../nbs/02_data.ipynb #90db74ce
 @dataclass
 class Demos:
     "Few-shot data of G test tasks: the initial prompts (G, P, .) and draws of demonstration windows."
@@ -200,7 +213,7 @@ class Demos:
     def segments(self, m, P, gen) -> Steps:
         "m segments of P steps a task, from anywhere in its demonstrations: Steps (G, m, P, .)."
         s = self.sampler; traj = pick(s.store, self.task_ids, m, gen)
-        return prompt_steps(s.store, traj.flatten()[:, None], P, s.mean, s.std, s.scale, "random", gen).map(lambda x: x.unflatten(0, traj.shape))
+        return prompt_steps(s.table, traj.flatten()[:, None], P, "random", gen).map(lambda x: x.unflatten(0, traj.shape))
     def task(self, g) -> "Demos":
         "The same for task number g alone."
         s = self.sampler
@@ -216,8 +229,8 @@ def subset(store, trajs) -> Store:
 def demos(store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", which="any", seed=0) -> Demos:
     "Draw `n` demonstrations a task and one prompt a task; everything follows from the seed."
     gen = torch.Generator().manual_seed(seed_for(seed, "demos"))
-    mean, std, scale = policy.mean, policy.std, policy.rtg_scale
+    mean, std, scale = policy.mean.cpu(), policy.std.cpu(), policy.rtg_scale
     chosen = pick(store, store.task_ids, n, gen).unique().tolist() if n else list(range(len(store)))
     traj = pick(prompt_store, store.task_ids, J, gen, which)
     return Demos(Sampler(subset(store, chosen), mean, std, scale, K=K, per_task=batch, H=0, seed=seed_for(seed, "demo-batches")),
-                 prompt_steps(prompt_store, traj, H, mean, std, scale, position, gen))
+                 prompt_steps(table(prompt_store, mean, std, scale), traj, H, position, gen))

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 # %% auto #0
 __all__ = ['SOURCES', 'SCALES', 'PTDT', 'TABLE_FAMILIES', 'SEARCH', 'RECIPES', 'EXHIBITS', 'PAPERS', 'Pretrain', 'Tune', 'Recipe',
-           'resolve', 'digest', 'pretrains', 'search', 'table1_recipes', 'ablation', 'pdt', 'quantity_recipes',
-           'quality_recipes', 'Exhibit', 'exhibits', 'recipes_of', 'Job', 'owners', 'jobs']
+           'resolve', 'digest', 'pretrains', 'search', 'table1_recipes', 'control_recipes', 'ablation', 'pdt',
+           'quantity_recipes', 'quality_recipes', 'Exhibit', 'exhibits', 'recipes_of', 'Job', 'owners', 'jobs']
 
 # %% ../nbs/09_recipes.ipynb #8b3cc3fd
 @dataclass(frozen=True)
@@ -84,16 +84,16 @@ SOURCES = {
     "size": "assumed", "r": "assumed", "alpha": "assumed", "precision": "ours", "curve_points": "code",
 }
 
-# %% ../nbs/09_recipes.ipynb #236b9189
+# %% ../nbs/09_recipes.ipynb #34952201
 SCALES = {
     "paper": {},
     "laptop": dict(
         Pretrain=dict(episodes=20, tasks_per_batch=4, per_task=8, width=64, steps=800, lr=1e-3, warmup=100, precision="auto", curve_points=4, curve_episodes=2),
         families={"cheetah-dir": dict(per_task=16)},      # it has two tasks: 32 windows an update, as the others
-        Tune=dict(demo_batch=16), Recipe=dict(eval_episodes=10),
-        hyper=dict(steps=40, batches=1)),
+        Tune=dict(demo_batch=16, score_episodes=1), Recipe=dict(eval_episodes=10),
+        hyper=dict(steps=40, batches=1), online=dict(steps=5)),
     "smoke": dict(
-        Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=1, curve_episodes=1),
+        Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
         Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),
         hyper=dict(steps=2, m=4, batches=1)),
 }
@@ -102,7 +102,8 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     "The recipe at a scale, every field final."
     if scale not in SCALES: raise KeyError(scale)
     o = SCALES[scale]
-    grid = dict(r.tune.hyper); own = {k: v for k, v in o.get("hyper", {}).items() if k in grid}
+    grid = dict(r.tune.hyper); own = {**o.get("hyper", {}), **(o.get("online", {}) if grid.get("online") else {})}
+    own = {k: v for k, v in own.items() if k in grid}
     small = "m" in own and "k" in grid and grid["k"]
     hyper = {**grid, **own, **(dict(k=min(grid["k"], own["m"])) if small else {})}
     return replace(r, pretrain=replace(r.pretrain, **{**o.get("Pretrain", {}), **o.get("families", {}).get(r.family, {})}), tune=replace(r.tune, hyper=tuple(hyper.items()), **o.get("Tune", {})), **o.get("Recipe", {}))
@@ -111,7 +112,7 @@ def digest(x) -> str:
     "Fingerprint of a recipe, or part of one."
     return hashlib.sha256(json.dumps(asdict(x), sort_keys=True).encode()).hexdigest()[:10]
 
-# %% ../nbs/09_recipes.ipynb #ac14d919
+# %% ../nbs/09_recipes.ipynb #fa2fff65
 PTDT = "prompt_tuning_dt"
 TABLE_FAMILIES = ("cheetah-dir", "cheetah-vel", "ant-dir")
 SEARCH = dict(steps=100, m=15, mu=0.1, eta=0.5, momentum=0.5, batches=2)
@@ -128,7 +129,7 @@ def search(tuner, **kw):
     return Tune(tuner, tuple({**hyper, **kw}.items()), **demos)
 
 def table1_recipes(family):
-    "Rows of Prompt-Tuning DT's Table 1 and its controls, on one family."
+    "Rows of Prompt-Tuning DT's Table 1, on one family."
     p = pretrains(family); R = lambda key, method, policy="prompt-dt", tune=Tune(): Recipe(PTDT, family, method, key, p[policy], tune)
     gradient = lambda t, **kw: Tune(t, tuple(dict(dict(steps=100), **kw).items()))
     return [
@@ -138,8 +139,14 @@ def table1_recipes(family):
         R("lora", "LoRA", tune=gradient("lora", lr=1e-3)),
         R("ranking", "PTDT-offline, expert prompt", tune=search("ranking")), R("ranking-random", "PTDT-offline, random prompt", tune=search("ranking", prompt_quality="random")),
         R("online", "PTDT-online, expert prompt", tune=search("ranking", online=True)),
-        R("hill", "Hill climbing (control)", tune=search("hill")), R("es", "Evolution strategy (control)", tune=search("es")),
-        R("gradient", "Gradient on the prompt (control)", tune=gradient("gradient", lr=1e-2)), R("resample", "Re-sampled prompts (control)", tune=search("resample")),
+    ]
+
+def control_recipes(family):
+    "What the papers left out, beside PTDT-offline: does the ranking itself add anything?"
+    p = pretrains(family)["prompt-dt"]; R = lambda key, method, tune: Recipe(PTDT, family, method, key, p, tune)
+    return [
+        R("hill", "Hill climbing (control)", search("hill")), R("es", "Evolution strategy (control)", search("es")),
+        R("gradient", "Gradient on the prompt (control)", Tune("gradient", (("steps", 100), ("lr", 1e-2)))), R("resample", "Re-sampled prompts (control)", search("resample")),
     ]
 
 # %% ../nbs/09_recipes.ipynb #29223909
@@ -162,7 +169,7 @@ def quality_recipes(family="cheetah-vel", qualities=("expert", "medium", "random
     "Prompt-DT's Figure 3, quality of the training data x quality of the prompt: {label: recipe}."
     return {f"{d} data, {q} prompt": pdt(family, f"pdt-{d}-data-{q}-prompt", f"Prompt-DT, {d} data, {q} prompt", quality=d, prompt_quality=q) for d in qualities for q in qualities}
 
-# %% ../nbs/09_recipes.ipynb #5b38720a
+# %% ../nbs/09_recipes.ipynb #2809150f
 @dataclass(frozen=True)
 class Exhibit:
     "One table or figure. `recipes` are ids; `unknown` says why it cannot be made, where it cannot."
@@ -186,15 +193,16 @@ def _register(*groups):
     return out
 
 _main = {f: table1_recipes(f) for f in TABLE_FAMILIES}
+_controls = {f: control_recipes(f) for f in TABLE_FAMILIES}
 _ood = [r for r in table1_recipes("ant-dir-ood") if r.key in ("mt-orl", "mt-bc-ft", "pdt")]
 _m, _mu, _init = ablation("cheetah-vel", "m", (5, 10, 30)), ablation("cheetah-vel", "mu", (0.01, 0.03, 0.3, 1.0)), [r for r in _main["cheetah-vel"] if r.key in ("pdt", "pdt-random", "ranking", "ranking-random")]
 _init += [quality_recipes()["expert data, medium prompt"],
           Recipe(PTDT, "cheetah-vel", "PTDT-offline, medium prompt", "ranking-medium", Pretrain("cheetah-vel"), search("ranking", prompt_quality="medium"))]
 _quantity = {f: quantity_recipes(f) for f in TABLE_FAMILIES}
 _quality = quality_recipes()
-RECIPES = _register(*_main.values(), _ood, _m, _mu, _init, *(q.values() for q in _quantity.values()), _quality.values())
+RECIPES = _register(*_main.values(), *_controls.values(), _ood, _m, _mu, _init, *(q.values() for q in _quantity.values()), _quality.values())
 
-# %% ../nbs/09_recipes.ipynb #a95f5f4a
+# %% ../nbs/09_recipes.ipynb #ad0112f9
 _ids = lambda rs: tuple(dict.fromkeys(r.id for r in rs))
 _all = [r for f in TABLE_FAMILIES for r in _main[f]]
 _own = [r for r in _main["cheetah-vel"] if r.key == "ranking"]
@@ -206,7 +214,9 @@ EXHIBITS = {(e.paper, e.id): e for e in (
     Exhibit(PTDT, "table1", "Table 1. Tuners on unseen tasks", "PTDT-offline beats Prompt-DT and the other tuners; with a random initial prompt it beats Prompt-DT with an expert prompt except on Cheetah-vel", "table",
             _ids(_all), TABLE_FAMILIES, {}, _P + "The published Meta-World column needs the metaworld family.", "table1"),
     Exhibit(PTDT, "fig3", "Figure 3. Sample efficiency", "the score rises with tuning steps; on Ant-dir it drops", "curves",
-            _ids(r for r in _all if r.key in ("full", "soft", "adapter", "lora", "gradient", "ranking", "es", "hill")), TABLE_FAMILIES, {}, "Action error on a fixed batch of demonstrations of the test tasks, against tuning updates."),
+            _ids(r for r in _all if r.key in ("full", "soft", "adapter", "lora", "ranking", "ranking-random")), TABLE_FAMILIES, {}, "Action error on a fixed batch of demonstrations of the test tasks, against tuning updates."),
+    Exhibit(PTDT, "controls", "Controls that the papers left out", "ours: hill climbing, value-based evolution strategy, gradient on the prompt and re-sampling, with the same number of queries", "table",
+            _ids([r for f in TABLE_FAMILIES for r in _main[f] if r.key in ("pdt", "ranking")] + [r for f in TABLE_FAMILIES for r in _controls[f]]), TABLE_FAMILIES, {}, _P),
     Exhibit(PTDT, "fig5", "Figure 5. The tuning process", "tuning lowers the action error on every test task", "process", _ids(_own), ("cheetah-vel",), {}, "Action error per test task along PTDT-offline."),
     Exhibit(PTDT, "ablation_m", "Ablation: queries m", "not in the public text", "bars", _ids(_m + _own), ("cheetah-vel",), {}, _P),
     Exhibit(PTDT, "ablation_mu", "Ablation: perturbation mu", "not in the public text", "bars", _ids(_mu + _own), ("cheetah-vel",), {}, _P),

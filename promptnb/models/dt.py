@@ -15,7 +15,7 @@ from torch import nn
 from ..core import Batch, PromptnbError, Steps, action_loss
 
 # %% auto #0
-__all__ = ['DTConfig', 'Block', 'attention_bias', 'tokens3', 'Embed', 'Prefix', 'PromptDT', 'Policy']
+__all__ = ['DTConfig', 'Dropout', 'attend', 'Block', 'attention_bias', 'tokens3', 'Embed', 'Prefix', 'PromptDT', 'Policy']
 
 # %% ../../nbs/03_models.dt.ipynb #34b47835
 @dataclass(frozen=True)
@@ -34,16 +34,36 @@ class DTConfig:
     prompt_norm: bool = False     # LayerNorm on prompt tokens; code: on history tokens only
     shared_embed: bool = False    # one set of input embeddings for prompt and history; code: two
 
-# %% ../../nbs/03_models.dt.ipynb #2bf499ea
+# %% ../../nbs/03_models.dt.ipynb #63ddda1c
+class Dropout(nn.Module):
+    "Inverted dropout; on a CPU from 16-bit random words, four of one draw."
+    def __init__(self, p): super().__init__(); self.p = p
+    def forward(self, x):
+        if not self.training or self.p == 0: return x
+        if x.device.type != "cpu": return F.dropout(x, self.p)
+        n = x.numel()
+        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
+        cut = round(self.p * 65536)
+        return x * (bits >= cut - 32768).to(x.dtype).mul_(65536 / (65536 - cut))
+
+def attend(q, k, v, bias, drop):
+    "Attention of q (B, h, T', c) over k, v (B, h, T, c) with additive bias (B or 1, 1, T', T)."
+    if q.device.type != "cpu": return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop.p if drop.training else 0.)
+    if not drop.training: return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    B, h = q.shape[:2]; flat = lambda x: x.flatten(0, 1)
+    w = torch.baddbmm(bias.to(q.dtype).expand(B, h, -1, -1).flatten(0, 1), flat(q), flat(k).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(drop(w.softmax(-1)).to(v.dtype), flat(v)).view(*q.shape[:3], -1)
+
+# %% ../../nbs/03_models.dt.ipynb #484f01e0
 class Block(nn.Module):
     "Pre-LayerNorm transformer block. q and kv are separate so that the last block can query at few positions."
     def __init__(self, width, heads, dropout, depth):
         super().__init__()
-        self.heads, self.p = heads, dropout
+        self.heads = heads
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.fc, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         for m in (self.q, self.kv, self.proj, self.fc, self.out): nn.init.normal_(m.weight, std=0.02); nn.init.zeros_(m.bias)
         for m in (self.proj, self.out): nn.init.normal_(m.weight, std=0.02 / math.sqrt(2 * depth))   # GPT-2's residual scaling
 
@@ -58,9 +78,9 @@ class Block(nn.Module):
         "x (B, T, d), bias (B or 1, 1, T', P + T) additive. Returns outputs at `at` (B, T', d), and this block's keys and values."
         k, v, h = self.keys(x)
         kk, vv = (k, v) if prefix is None else (torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2))
-        y = F.scaled_dot_product_attention(self.split(self.q(h[:, at])), kk, vv, attn_mask=bias, dropout_p=self.p if self.training else 0.)
+        y = attend(self.split(self.q(h[:, at])), kk, vv, bias, self.drop)
         x = x[:, at] + self.drop(self.proj(y.transpose(1, 2).flatten(2)))
-        return x + self.drop(self.out(F.relu(self.fc(self.ln2(x))))), (k, v)
+        return x + self.drop(self.out(F.relu_(self.fc(self.ln2(x))))), (k, v)
 
 # %% ../../nbs/03_models.dt.ipynb #c313efa3
 def attention_bias(mask, prefix_mask=None, at=slice(None)):
@@ -85,7 +105,7 @@ class Embed(nn.Module):
         t = self.t(x.t.clamp(0, self.t.num_embeddings - 1))
         return tokens3(self.rtg(x.rtg) + t, self.s(x.s) + t, self.a(x.a) + t)
 
-# %% ../../nbs/03_models.dt.ipynb #cb6bba92
+# %% ../../nbs/03_models.dt.ipynb #67e4e1fd
 @dataclass
 class Prefix:
     "A computed prompt: each block's keys and values, and the token mask (M, 3P)."
@@ -100,7 +120,7 @@ class PromptDT(nn.Module):
         self.config = c = config
         self.embed = Embed(c)
         self.embed_prompt = None if not c.prompt or c.shared_embed else Embed(c)
-        self.ln_in, self.ln_out, self.drop = nn.LayerNorm(c.width), nn.LayerNorm(c.width), nn.Dropout(c.dropout)
+        self.ln_in, self.ln_out, self.drop = nn.LayerNorm(c.width), nn.LayerNorm(c.width), Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout, c.layers) for _ in range(c.layers))
         self.head = nn.Linear(c.width, c.act_dim)
 
@@ -124,14 +144,14 @@ class PromptDT(nn.Module):
     def forward(self, history: Steps, prefix: Prefix | None = None, last=False):
         "history (B, K, .), prefix of B (or 1) rows -> actions (B, K, A); with `last`, of the last step only (B, 1, A)."
         if not self.config.use_rtg: history = replace(history, rtg=torch.zeros_like(history.rtg))
-        x = self.drop(self.ln_in(self.embed(history)))
-        mask, pm, kv = history.mask.repeat_interleave(3, -1), None, [None] * len(self.blocks)
+        x = self.drop(self.ln_in(self.embed(history))[:, :-1])      # nothing reads the last action token
+        mask, pm, kv = history.mask.repeat_interleave(3, -1)[:, :-1], None, [None] * len(self.blocks)
         if prefix is not None:
             wide = (lambda z: z.expand(len(x), *z.shape[1:])) if len(prefix.mask) == 1 else (lambda z: z)
             pm, kv = wide(prefix.mask), [(wide(k), wide(v)) for k, v in prefix.kv]
         bias = attention_bias(mask, pm)
         for b, pair in zip(self.blocks[:-1], kv): x, _ = b(x, bias, pair)
-        at = slice(-2, -1) if last else slice(1, None, 3)          # state tokens stand at 1, 4, 7, ...
+        at = slice(-1, None) if last else slice(1, None, 3)          # state tokens stand at 1, 4, 7, ...
         x, _ = self.blocks[-1](x, bias[:, :, at], kv[-1], at)
         return self.read(x)
 

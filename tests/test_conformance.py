@@ -1,0 +1,222 @@
+"What every tuner promises, whatever it does: each property for each entry of TUNERS and each of its switches. A new entry is covered by being there."
+import contextlib, copy, functools, importlib, time
+from collections import Counter
+from dataclasses import asdict, fields, is_dataclass
+
+import numpy as np
+import pytest, torch
+
+from promptnb.core import PromptnbError, Steps, action_loss
+from promptnb.data import demos, from_arrays
+from promptnb.models.dt import DTConfig, Policy
+from promptnb.tuners.core import TUNERS, Tuner, make_tuner, same_batch
+from promptnb.tuners.ranking import NOISES
+
+S, A, P, K, G = 3, 2, 3, 4, 2
+SMALL = dict(steps=12, m=10, lr=1e-2, mu=0.3, eta=0.3)     # for the fields that a tuner has
+
+# ---- a toy: an untrained policy with large weights, two tasks with constant actions
+
+def toy(prompt=True, T=12, **kw):
+    g = np.random.default_rng(0)
+    st = from_arrays([dict(observations=g.normal(size=(T, S)), actions=np.full((T, A), 0.5 - i), rewards=np.arange(T) % 3) for i in range(G) for _ in range(3)], np.repeat(np.arange(G), 3))
+    torch.manual_seed(0)
+    pi = Policy(asdict(DTConfig(S, A, width=16, layers=2, prompt=prompt, **kw)), K=K, rtg_scale=12.)
+    for p in pi.model.parameters(): p.data.mul_(3)
+    return pi.eval(), demos(st, st, pi, n=3, K=K, batch=8, H=P)
+
+class Score:
+    "A stand-in for the environment: the return is higher the nearer a prompt's actions are to 1."
+    env_steps = 77
+    def __call__(self, prompts):
+        assert prompts.t.shape[0] == G and prompts.t.shape[2] == P
+        self.env_steps += prompts.t[..., 0].numel() * 10; return -(prompts.a - 1).square().mean((-1, -2))
+
+def kind(name): module, cls = TUNERS[name].split(":"); return getattr(importlib.import_module(f"promptnb.tuners.{module}"), cls)
+def has(name, field): return field in {f.name for f in fields(kind(name))}
+def hyper(name, **kw): return {k: v for k, v in {**SMALL, **kw}.items() if has(name, k) or k in kw}
+
+@functools.cache
+def adapted(name, rng=0, prompt=True, T=12, **kw):
+    "(policy, demonstrations, what tuning gave, the score it was given); skipped where the tuner refuses."
+    pi, dem = toy(prompt, T); score = Score(); t = make_tuner(name, **hyper(name, **kw)).prepare(pi, (), 0)
+    with refusal(): return pi, dem, t.adapt(pi, dem, rng, score), score
+
+@contextlib.contextmanager
+def refusal():
+    try: yield
+    except PromptnbError as e: pytest.skip(f"refused: {e}")
+
+# ---- what is looked at
+
+def history(seed=0, n=9):
+    "Windows as an environment gives them."
+    g = torch.Generator().manual_seed(seed); r = lambda *d: torch.randn(n, K, *d, generator=g)
+    return Steps(r(S), r(A).tanh(), 5 * r(1), torch.arange(K).expand(n, K), (torch.arange(K) >= torch.arange(n)[:, None] % K).float())
+
+def actions(placed):
+    "Actions (G, n, A) of each task's policy and prompt."
+    h = history(); return torch.stack([p.act(h, p.begin([row] * len(h))) for p, row in placed])
+
+@torch.no_grad()
+def offline(placed, dem):
+    "Action error (G,) on the fixed batch of demonstrations."
+    out = []
+    for (p, row), i in zip(placed, range(G)): h = same_batch(dem)[i]; out.append(action_loss(p.eval().model(h, p.prefix(torch.tensor([row]))), h.a, h.mask, "none").mean().item())
+    return np.array(out)
+
+def photo(x):
+    "All that a policy, or demonstrations, consist of, by name."
+    if isinstance(x, torch.nn.Module):
+        own = {f"{n} of {k}": v for k, m in x.named_modules() for n, v in dict(training=m.training, type=type(m), hooks=len(m._forward_hooks) + len(m._forward_pre_hooks)).items()}
+        return {**own, **{k: v.clone() for k, v in x.state_dict().items()}, **{f"{k} wants": (p.requires_grad, p.grad) for k, p in x.named_parameters()}, "config": copy.deepcopy(x._hub_mixin_config)}
+    if is_dataclass(x): return {f"{f.name}.{k}": v for f in fields(x) for k, v in photo(getattr(x, f.name)).items()}
+    return {"": copy.deepcopy(x)}
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
+def moved(a, b): assert a.keys() == b.keys(); return {k: v for k, v in b.items() if not torch.equal(v, a[k])}
+
+# ---- the cases: each tuner as it is, with each of its switches on, and in bf16
+
+CASES = [(n, kw) for n in TUNERS for kw in [{}, *({f.name: True} for f in fields(kind(n)) if f.default is False), *([dict(precision="bf16")] if has(n, "precision") else [])]]
+each = pytest.mark.parametrize("name, kw", CASES, ids=lambda x: x if isinstance(x, str) else ",".join(x))
+tuners = pytest.mark.parametrize("name", TUNERS)
+searches = pytest.mark.parametrize("name", [n for n in TUNERS if has(n, "online")])
+
+@tuners
+def test_entry(name):
+    "A registry line names a documented dataclass of hyper-parameters that all have defaults."
+    c = kind(name); assert issubclass(c, Tuner) and is_dataclass(c) and c.__doc__ and not c.__doc__.startswith(c.__name__ + "(")
+    assert make_tuner(name) == c() and isinstance(make_tuner(name), c)
+
+@each
+def test_result(name, kw):
+    "One policy and prompt row for each task, finite numbers, a log by step and task."
+    _, dem, out, score = adapted(name, **kw)
+    assert len(out.placed) == G and out.trainable >= 0 and torch.isfinite(actions(out.placed)).all()
+    assert all({"step", "task"} <= l.keys() and l["task"] in range(G) and np.isfinite(l["score" if "score" in l else "loss"]) for l in out.log)
+    assert out.env_steps == score.env_steps - 77 and (out.env_steps > 0) == bool(kw.get("online"))
+
+@each
+@pytest.mark.parametrize("training", [False, True])
+def test_policy_and_demonstrations_are_left_alone(name, kw, training):
+    pi, dem = toy(); pi.train(training)
+    for p in list(pi.parameters())[::2]: p.requires_grad_(False)
+    before, data = photo(pi), photo(dem)
+    with refusal(): out = make_tuner(name, **hyper(name, **dict(kw, steps=2) if has(name, "steps") else kw)).adapt(pi, dem, 0, Score())
+    assert same(photo(pi), before) and same(photo(dem), data)
+    for (p, _), _ in zip(out.placed, range(G)):                          # nor does it change when the results are used and lost
+        with torch.no_grad(): [b.zero_() for n, b in p.named_buffers() if n.startswith("prompt_")]
+    assert same(photo(pi), before) and same(photo(dem), data)
+
+@each
+@pytest.mark.parametrize("prompt, T", [(True, 12), (False, 12), (True, P - 1)], ids=["", "no prompt", "padded prompt"])
+def test_zero_steps_are_the_start(name, kw, prompt, T):
+    "Without steps a tuner gives the policy with the prompt as drawn."
+    if has(name, "steps"): kw = dict(kw, steps=0)
+    pi, dem, out, _ = adapted(name, prompt=prompt, T=T, **kw)
+    if not has(name, "steps") and out.trainable: pytest.skip("has no steps")
+    assert dem.prompt.mask.all() == (T > P)
+    start = pi.with_prompt(dem.prompt) if prompt else pi
+    torch.testing.assert_close(actions(out.placed), actions([(start, g) for g in range(G)]), rtol=0, atol=2e-6)
+
+@each
+def test_only_the_declared_moves(name, kw):
+    "`trainable` is the size of the tensors that differ from zero steps, per task; no other tensor differs in a bit."
+    pi, dem, out, _ = adapted(name, **kw); share = Counter(id(p) for p, _ in out.placed)
+    if not has(name, "steps"): assert out.trainable or all(same(p.model.state_dict(), pi.model.state_dict()) for p, _ in out.placed); return
+    zero = adapted(name, **dict(kw, steps=0))[2]; assert zero.trainable == out.trainable
+    for (p, _), (q, _) in zip(out.placed, zero.placed):
+        diff = moved(q.state_dict(), p.state_dict()); n = sum(v.numel() for v in diff.values()) / share[id(p)]
+        assert n == out.trainable - (2 * P if kw.get("seven") else 0), sorted(diff)    # reward and done, which seven adds, no model keeps
+        assert not any(k.startswith("model.") for k in diff) or not any(k.startswith("prompt_") for k in diff), sorted(diff)
+
+@each
+def test_same_seed_same_result(name, kw):
+    few = dict(kw, steps=3) if has(name, "steps") else kw
+    out = [adapted(name, **few)[2]]; adapted.cache_clear(); torch.manual_seed(999); np.random.seed(999)
+    out += [adapted(name, **few)[2], adapted(name, rng=1, **few)[2]]
+    a, b, c = (actions(o.placed) for o in out)
+    assert torch.equal(a, b) and out[0].log == out[1].log and (out[0].trainable, out[0].env_steps) == (out[1].trainable, out[1].env_steps)
+    assert all(same(p.state_dict(), q.state_dict()) for (p, _), (q, _) in zip(out[0].placed, out[1].placed))
+    assert torch.equal(a, c) == (not out[0].trainable)
+
+@each
+def test_it_helps(name, kw):
+    "The error on the demonstrations (online: the score) of each task is lower than at the start."
+    pi, dem, out, _ = adapted(name, **kw); start = [(pi.with_prompt(dem.prompt), g) for g in range(G)]
+    if kw.get("online"): f = lambda placed: -Score()(placed[0][0].prompt.map(lambda x: x[:, None]))[:, 0].numpy()
+    else: f = lambda placed: offline(placed, dem)
+    assert (f(out.placed) < f(start)).all() if out.trainable else (f(out.placed) == f(start)).all()
+
+@each
+def test_the_log_tells_the_truth(name, kw):
+    "Where the log begins at step 0, it gives the start's error and ends with the result's."
+    pi, dem, out, _ = adapted(name, **kw); tol = 2e-2 if "precision" in kw else 1e-5
+    if not [l for l in out.log if l["step"] == 0] or kw.get("online"): pytest.skip("logs something else")
+    at = lambda step: [l["loss"] for l in sorted(out.log, key=lambda l: l["task"]) if l["step"] == step]
+    np.testing.assert_allclose(at(0), offline([(pi.with_prompt(dem.prompt), g) for g in range(G)], dem), rtol=tol)
+    np.testing.assert_allclose(at(SMALL["steps"]), offline(out.placed, dem), rtol=tol)
+
+@each
+def test_saved_and_loaded(name, kw, tmp_path):
+    "A tuned policy and its clone act, bit for bit, as one that was saved and loaded."
+    out = adapted(name, **kw)[2]; want = actions(out.placed); seen = {}
+    for i, (p, _) in enumerate(out.placed):
+        if id(p) not in seen: p.save_pretrained(tmp_path/str(i)); seen[id(p)] = Policy.from_pretrained(tmp_path/str(i))
+    assert torch.equal(actions([(seen[id(p)], row) for p, row in out.placed]), want)
+    assert torch.equal(actions([(p.clone(), row) for p, row in out.placed]), want)
+    assert all(same(seen[id(p)].state_dict(), p.state_dict()) for p, _ in out.placed)
+
+@tuners
+def test_is_quick(name):
+    adapted.cache_clear(); t = time.perf_counter(); adapted(name); assert time.perf_counter() - t < 5
+
+@tuners
+def test_misspelt(name):
+    for f in fields(kind(name)):
+        with pytest.raises(PromptnbError, match=f"hyper-parameter of tuner '{name}'.*did you mean '{f.name}'"): make_tuner(name, **{f.name + "x": 1})
+    with pytest.raises(PromptnbError, match="unknown hyper-parameter"): make_tuner(name, zzz=1)
+    with pytest.raises(PromptnbError, match=f"unknown tuner.*did you mean '{name}'"): make_tuner(name + "_")
+
+@tuners
+def test_without_a_prompt(name):
+    "On a policy that takes no prompt a tuner works, or says in one line that it needs one."
+    pi, dem = toy(prompt=False); tuner = make_tuner(name, **hyper(name, **(dict(steps=2) if has(name, "steps") else {})))
+    try: out = tuner.adapt(pi, dem, 0, Score())
+    except PromptnbError as e: assert "needs a policy with a prompt" in str(e) and "\n" not in str(e)
+    else: assert len(out.placed) == G and torch.isfinite(actions(out.placed)).all()
+
+# ---- searches, online and off
+
+@searches
+def test_online_needs_a_score(name):
+    pi, dem = toy()
+    with pytest.raises(PromptnbError, match="needs `score`"): make_tuner(name, **hyper(name, online=True)).adapt(pi, dem, 0)
+
+@searches
+def test_online_counts_its_steps(name):
+    "Every query is paid for; a score that counts nothing costs nothing."
+    pi, dem = toy(); seen = []; score = Score()
+    def plain(prompts): seen.append(prompts.t[..., 0].numel()); return score(prompts)
+    assert make_tuner(name, **hyper(name, online=True)).adapt(pi, dem, 0, plain).env_steps == 0
+    assert make_tuner(name, **hyper(name, online=True)).adapt(pi, dem, 0, s := Score()).env_steps == s.env_steps - 77 == 10 * sum(seen)
+
+@searches
+@pytest.mark.parametrize("online", [False, True])
+def test_the_best_is_never_worse(name, online):
+    "With keep='best' the result is no worse than the start, even with absurd steps."
+    pi, dem, out, _ = adapted(name, keep="best", online=online, mu=30., **(dict(eta=50.) if has(name, "eta") else {}))
+    f = (lambda p: -Score()(p.prompt.map(lambda x: x[:, None]))[:, 0].numpy()) if online else lambda p: offline([(p, g) for g in range(G)], dem)
+    assert (f(out.placed[0][0]) <= f(pi.with_prompt(dem.prompt)) + 1e-6).all()
+
+@searches
+@pytest.mark.parametrize("distribution", NOISES)
+def test_every_noise(name, distribution):
+    pi, dem, out, _ = adapted(name, distribution=distribution)
+    assert (offline(out.placed, dem) <= offline([(pi.with_prompt(dem.prompt), g) for g in range(G)], dem)).all()
+
+@searches
+@pytest.mark.parametrize("bad", [dict(distribution="gausian"), dict(keep="bset")])
+def test_bad_choice(name, bad):
+    with pytest.raises(PromptnbError, match="did you mean '(gaussian|best)'"): make_tuner(name, **bad).adapt(*toy(), 0)

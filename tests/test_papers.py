@@ -1,0 +1,180 @@
+"From the command line to the tables, at smoke scale: every run leaves a record, every exhibit its files, and nothing is shown that is not known."
+import atexit, functools, json, math, os, shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from promptnb import jobs, recipes, results, run
+from promptnb.core import PromptnbError, Row, read_json, results_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER, FAMILY = "prompt_tuning_dt", "cheetah-dir"
+SMOKE = ("--scale", "smoke")
+PRETRAIN, TUNE = (f"{PAPER}/table1/{FAMILY}/{kind}" for kind in ("pretrain", "tune"))
+RUN = ("run", PAPER, "--exhibit", "table1", "--family", FAMILY, *SMOKE)
+DRAWN = ("table1", "fig3", "pdt_fig2")
+DATA = ("data/minari", "data/runs/collect")       # what collecting leaves: tests that need data take it from the finished home
+
+# ---- helpers, used by test_resume and test_faults too
+
+def new_home(home, *more):
+    "A workbook in the folder `home`: what is committed and read at run time, and what `more` names in the finished one."
+    ignore = shutil.ignore_patterns(".ipynb_checkpoints", ".snakemake", ".lock", ".holder")
+    for name in ("nbs", "workflow", "data/experts", "data/reported"): shutil.copytree(ROOT/name, home/name, ignore=ignore)
+    shutil.copy(ROOT/"settings.ini", home)
+    for name in more: shutil.copytree(finished_home()/name, home/name, ignore=ignore, dirs_exist_ok=True)
+    return home
+
+def env_for(home, **more):
+    "The environment of a command on that workbook: one thread, nothing of the user's."
+    env = {k: v for k, v in os.environ.items() if k not in ("MINARI_DATASETS_PATH", "IN_TEST")}
+    return dict(env, PROMPTNB_HOME=str(home), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", **more)
+
+def cli(home, *args, timeout=600, **env):
+    "The console script, in a process of its own, to its end."
+    return subprocess.run([str(Path(sys.executable).with_name("promptnb")), *map(str, args)], cwd=home, env=env_for(home, **env), capture_output=True, text=True, timeout=timeout)
+
+def went(p):
+    assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
+    return p
+
+def one_line(p, *says):
+    "A command that refused: status 2, and one line beginning with promptnb:, the last, which has all of `says`."
+    lines = p.stderr.splitlines()
+    assert p.returncode == 2 and "Traceback" not in p.stderr, p.stdout[-2000:] + p.stderr[-4000:]
+    assert [l.startswith("promptnb:") for l in lines].count(True) == 1 and lines[-1].startswith("promptnb:"), p.stderr[-4000:]
+    assert all(s in lines[-1] for s in says), lines[-1]
+    return lines[-1]
+
+@functools.cache
+def finished_home():
+    "One unbroken smoke run of table1 on cheetah-dir, shared by all tests: read it, copy from it, do not write to it."
+    tmp = Path(tempfile.mkdtemp(prefix="promptnb-smoke-")); atexit.register(shutil.rmtree, tmp, ignore_errors=True)
+    home = new_home(tmp/"home"); went(cli(home, *RUN, "--cores", 2))
+    return home
+
+@functools.cache
+def drawn_home():
+    "A copy of it with three exhibits rendered: (folder of the exhibits' files, what was printed)."
+    home = new_home(finished_home().parent/"drawn", "data/results")
+    p = went(cli(home, "render", PAPER, *SMOKE, "--partial", *(x for e in DRAWN for x in ("--exhibit", e))))
+    return home/"figures"/PAPER/"smoke", p.stdout
+
+def paths(home): return {p.name: p for p in (home/"data"/"results"/PAPER).glob("*.json")}
+def expected(*job_ids, scale="smoke"): return [x for j in job_ids or (PRETRAIN, TUNE) for x in jobs.runs_of(jobs.find_job(j), scale, 0)]
+
+def fabricate(home, e, scale, seeds, value=lambda r, seed, i: 100. * seed + i, status="ok", rows=True, **changed):
+    "Records of an exhibit as if it had been run: return `value` on each test task."
+    from promptnb import tasks
+    for full in recipes.recipes_of(e):
+        r = recipes.resolve(full, scale)
+        for seed in seeds:
+            name = jobs.recipe_run(r, scale, seed); known = dict(paper=e.paper, task=r.family, method=r.method, seed=seed, scale=scale, step=0, n_episodes=1, trainable=1, env_steps=0, run_id=name)
+            own = [dict(known, task_id=i, metric="return", value=value(r, seed, i)) for i in tasks.family(r.family).test] if rows else []
+            rec = dict(run_id=name, status=status, why="", recipe_digest=recipes.digest(r), code=jobs.code_of(name), rows=own, seconds=1., where=dict(commit="-", threads=1), **changed)
+            path = home/"data"/"results"/e.paper/f"{name}.json"; path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(rec))
+
+@pytest.fixture
+def finished_copy(tmp_path, monkeypatch):
+    "A workbook with the finished run's records, to break."
+    home = new_home(tmp_path/"home", "data/results"); monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    return home
+
+# ---- one record a run
+
+def test_every_run_leaves_a_record():
+    home, runs = finished_home(), expected()
+    assert len(runs) == 3 + 15 and set(paths(home)) == {f"{name}.json" for _, name in runs}
+    for r, name in runs:
+        rec = read_json(paths(home)[f"{name}.json"])
+        assert (rec["run_id"], rec["status"], rec["why"], rec["recipe_digest"]) == (name, "ok", "", recipes.digest(r))
+        assert rec["rows"] and all(set(w) == set(Row.__dataclass_fields__) for w in rec["rows"])
+        assert all(math.isfinite(w["value"]) and (w["scale"], w["task"], w["seed"], w["method"], w["run_id"]) == ("smoke", FAMILY, 0, r.method, name) for w in rec["rows"]), name
+        assert {w["task_id"] for w in rec["rows"] if w["metric"] == "return"} == {0, 1}
+        assert {"python", "torch", "threads", "device", "commit", "mujoco"} <= set(rec["where"]) and len(rec["data"]) and rec["seconds"] >= 0
+
+def test_every_job_leaves_its_notebook():
+    folder = finished_home()/"data"/"runs"/"notebooks"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(f"{jobs.run_id(j, 'smoke', 0)}.ipynb" for j in (PRETRAIN, TUNE))
+    for p in folder.iterdir():
+        cells = [c for c in read_json(p)["cells"] if c["cell_type"] == "code"]
+        assert all(c["execution_count"] for c in cells) and not any(o["output_type"] == "error" for c in cells for o in c["outputs"])
+        assert any("smoke" in "".join(c["source"]) for c in cells if "injected-parameters" in c["metadata"]["tags"])
+
+def test_nothing_is_left_behind():
+    home = finished_home()
+    assert not [p for p in home.rglob("*") if ".tmp" in p.name or ".failed" in p.name or p.name == ".holder" or p.name.startswith(".collect-")]
+
+# ---- tables and figures
+
+def test_table_has_our_numbers():
+    folder, _ = drawn_home(); t = pd.read_csv(folder/"table1.csv").set_index(["method", "family"])
+    for r, name in expected(TUNE):
+        rows = read_json(paths(finished_home())[f"{name}.json"])["rows"]; value = [w["value"] for w in rows if w["metric"] == "return"]
+        assert t.loc[(r.method, FAMILY), "mean"] == pytest.approx(sum(value) / len(value), abs=1e-3) and t.loc[(r.method, FAMILY), "n"] == 1
+    assert t[t.index.get_level_values("family") != FAMILY][["mean", "n", "difference"]].isna().all(None)
+    assert (t[t.index.get_level_values("family") != FAMILY].note == "1 missing").all()
+
+@pytest.mark.parametrize("e", [e for e in recipes.exhibits(PAPER) if e.reported and e.kind != "pretraining"], ids=lambda e: e.id)
+def test_table_has_the_published_numbers_and_blanks(e, tmp_home):
+    t = results.tidy_table(e, "smoke", partial=True).set_index(["method", "family"]); known = results.reported(PAPER)
+    known = known[known.exhibit == e.reported].set_index(["method", "family"])
+    assert len(known) and set(known.index) <= set(t.index), "a published number stands in no row: " + str(set(known.index) - set(t.index))
+    for i, row in t.iterrows():
+        if i in known.index: assert (row.reported, row.source) == (known.loc[i].value, known.loc[i].source) and (row.reported_std == known.loc[i]["std"] or math.isnan(row.reported_std) and math.isnan(known.loc[i]["std"]))
+        else: assert math.isnan(row.reported) and math.isnan(row.difference)
+
+def test_printed_table():
+    folder, said = drawn_home(); md, tex = (folder/"table1.md").read_text(), (folder/"table1.tex").read_text()
+    assert md.strip() in said                                    # `render` prints what it saved
+    rows = {c[0]: c[1:] for c in ([x.strip() for x in l.strip("|").split("|")] for l in md.splitlines() if l.startswith("|"))}
+    head = rows["method"]; cell = lambda m, f, col: rows[m][head.index(f"{f}: {col}")]
+    assert cell("PTDT-offline, expert prompt", "ant-dir", "reported") == "427.9 ± 4.3" and cell("MT-ORL", "ant-dir", "reported") in ("118", "118.0")
+    assert cell("LoRA", FAMILY, "reported") == "" and "(n=1;" in cell("LoRA", FAMILY, "ours") and cell("LoRA", "ant-dir", "ours") == "1 missing"
+    assert "smoke scale" in md and "Blank under 'reported': not known." in md
+    body = [l for l in tex.splitlines() if l.endswith(r"\\")]
+    assert len(body) == 1 + 15 and len({l.count("&") for l in body}) == 1 and r"927.2 $\pm$ 18.0" in tex and "±" not in tex
+
+def test_figures_stand_beside_their_numbers():
+    folder, _ = drawn_home()
+    for e in DRAWN[1:]:
+        assert (folder/f"{e}.png").read_bytes()[:4] == b"\x89PNG" and (folder/f"{e}.pdf").read_bytes()[:4] == b"%PDF" and (folder/f"{e}.pdf").read_bytes().rstrip()[-5:] == b"%%EOF"
+        d = pd.read_csv(folder/f"{e}.csv")
+        assert set(d.family) == {FAMILY} and (d["count"] == 1).all() and d["mean"].notna().all()
+    assert not {p.name for p in folder.iterdir()} - {f"{e}.{x}" for e in DRAWN for x in ("md", "csv", "tex", "png", "pdf")} - {"prompt_change.png", "prompt_change.pdf"}
+
+def test_paper_renders_without_any_result(tmp_home):
+    p = went(cli(tmp_home, "render", PAPER, "--partial"))
+    assert "941.5 ± 3.2" in p.stdout and "3 missing" in p.stdout and "(n=" not in p.stdout
+    nb = read_json(tmp_home/"data"/"runs"/"notebooks"/f"laptop.{PAPER}.ipynb")
+    text = "".join("".join(o.get("text", "")) for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"])
+    assert "no runs yet" in text and not any(o["output_type"] == "error" for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"])
+
+# ---- what a table refuses
+
+def test_two_scales_never_meet(finished_copy):
+    e = results.exhibit(PAPER, "table1")
+    fabricate(finished_copy, e, "laptop", (0, 1, 2))
+    small, large = results.tidy_table(e, "smoke", partial=True), results.tidy_table(e, "laptop")
+    assert set(results.load(e, "smoke", partial=True).scale) == {"smoke"} and set(results.load(e, "laptop").scale) == {"laptop"}
+    assert set(small.n.dropna()) == {1} and set(large.n) == {3} and small[small.family != FAMILY]["mean"].isna().all()
+    for (r, name), (_, other) in zip(expected(TUNE), expected(TUNE, scale="laptop")):      # a laptop record under a smoke record's name
+        (results_dir(PAPER)/f"{name}.json").write_text((results_dir(PAPER)/f"{other}.json").read_text())
+    assert not len(results.load(e, "smoke", partial=True)) and (results.tidy_table(e, "smoke", partial=True).query("family == @FAMILY").note == "1 stale").all()
+
+def test_a_stale_record_is_shown_as_stale(finished_copy, capsys):
+    e = results.exhibit(PAPER, "table1"); r, name = expected(TUNE)[0]; path = results_dir(PAPER)/f"{name}.json"
+    path.write_text(json.dumps(dict(read_json(path), recipe_digest="0123456789")))
+    row = results.tidy_table(e, "smoke", partial=True).query("method == @r.method and family == @FAMILY").iloc[0]
+    assert row.note == "1 stale" and math.isnan(row["mean"])
+    with pytest.raises(PromptnbError, match="stale"): results.load(e, "smoke")
+    assert run.main(["status", PAPER, *SMOKE]) == 0 and "table1         14/45 runs, 1 stale" in capsys.readouterr().out
+
+def test_a_stale_record_is_made_again(finished_copy):
+    shutil.copytree(finished_home()/"data"/"runs"/"jobs", finished_copy/"data"/"runs"/"jobs")
+    stamps = [run.stamp(jobs.find_job(j), 0, "smoke") for j in (PRETRAIN, TUNE)]
+    drop = lambda: run.drop_stale_stamps(PAPER, ["table1"], "smoke", None, [FAMILY]) or [s.exists() for s in stamps]
+    assert drop() == [True, True]
+    path = results_dir(PAPER)/f"{expected(TUNE)[0][1]}.json"; path.write_text(json.dumps(dict(read_json(path), code="0123456789")))
+    assert drop() == [True, False]
