@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?=
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 LAB_ARGS ?=
+EXHIBITS ?= --exhibit table1 --exhibit fig3 --exhibit fig5 --exhibit pdt_fig2
 
 PAPER := prompt_tuning_dt
 READY := .venv/.ready
@@ -12,8 +13,8 @@ BIN := .venv/bin
 .PHONY: reproduce test lab clean help
 
 reproduce: $(READY) ## table 1 and figure 3 of Prompt-Tuning DT at laptop scale
-	$(BIN)/promptnb run $(PAPER) --scale laptop --exhibit table1 --exhibit fig3 --cores $(CORES)
-	$(BIN)/promptnb render $(PAPER) --scale laptop
+	$(BIN)/promptnb run $(PAPER) --scale laptop $(EXHIBITS) --cores $(CORES)
+	$(BIN)/promptnb render $(PAPER) --scale laptop $(EXHIBITS)
 
 test: $(READY) ## all tests
 	@$(BIN)/python -m pytest tests -q

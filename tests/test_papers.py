@@ -113,7 +113,7 @@ def test_table_has_our_numbers():
     for r, name in expected(TUNE):
         rows = read_json(paths(finished_home())[f"{name}.json"])["rows"]; value = [w["value"] for w in rows if w["metric"] == "return"]
         assert t.loc[(r.method, FAMILY), "mean"] == pytest.approx(sum(value) / len(value), abs=1e-3) and t.loc[(r.method, FAMILY), "n"] == 1
-    assert t[t.index.get_level_values("family") != FAMILY][["mean", "n", "difference"]].isna().all(None)
+    assert t[t.index.get_level_values("family") != FAMILY][["mean", "n", "difference"]].isna().all(axis=None)
     assert (t[t.index.get_level_values("family") != FAMILY].note == "1 missing").all()
 
 @pytest.mark.parametrize("e", [e for e in recipes.exhibits(PAPER) if e.reported and e.kind != "pretraining"], ids=lambda e: e.id)
