@@ -13,13 +13,13 @@ from promptnb.tuners.core import TUNERS, Tuner, make_tuner, same_batch
 from promptnb.tuners.ranking import NOISES
 
 S, A, P, K, G = 3, 2, 3, 4, 2
-SMALL = dict(steps=12, m=10, lr=1e-2, mu=0.3, eta=0.3)     # for the fields that a tuner has
+SMALL = dict(steps=15, m=12, lr=1e-2, mu=0.3, eta=0.3)     # for the fields that a tuner has
 
-# ---- a toy: an untrained policy with large weights, two tasks with constant actions
+# ---- a toy: an untrained policy with large weights, two tasks with nearly constant actions
 
-def toy(prompt=True, T=12, **kw):
+def toy(prompt=True, T=40, **kw):
     g = np.random.default_rng(0)
-    st = from_arrays([dict(observations=g.normal(size=(T, S)), actions=np.full((T, A), 0.5 - i), rewards=np.arange(T) % 3) for i in range(G) for _ in range(3)], np.repeat(np.arange(G), 3))
+    st = from_arrays([dict(observations=g.normal(size=(T, S)), actions=0.5 - i + 0.2 * g.normal(size=(T, A)), rewards=np.arange(T) % 3) for i in range(G) for _ in range(3)], np.repeat(np.arange(G), 3))
     torch.manual_seed(0)
     pi = Policy(asdict(DTConfig(S, A, width=16, layers=2, prompt=prompt, **kw)), K=K, rtg_scale=12.)
     for p in pi.model.parameters(): p.data.mul_(3)
@@ -37,7 +37,7 @@ def has(name, field): return field in {f.name for f in fields(kind(name))}
 def hyper(name, **kw): return {k: v for k, v in {**SMALL, **kw}.items() if has(name, k) or k in kw}
 
 @functools.cache
-def adapted(name, rng=0, prompt=True, T=12, **kw):
+def adapted(name, rng=0, prompt=True, T=40, **kw):
     "(policy, demonstrations, what tuning gave, the score it was given); skipped where the tuner refuses."
     pi, dem = toy(prompt, T); score = Score(); t = make_tuner(name, **hyper(name, **kw)).prepare(pi, (), 0)
     with refusal(): return pi, dem, t.adapt(pi, dem, rng, score), score
@@ -98,19 +98,18 @@ def test_result(name, kw):
     assert out.env_steps == score.env_steps - 77 and (out.env_steps > 0) == bool(kw.get("online"))
 
 @each
-@pytest.mark.parametrize("training", [False, True])
-def test_policy_and_demonstrations_are_left_alone(name, kw, training):
-    pi, dem = toy(); pi.train(training)
+@pytest.mark.parametrize("mode", ["eval", "train", "eval but for the model"])
+def test_policy_and_demonstrations_are_left_alone(name, kw, mode):
+    pi, dem = toy(); pi.train(mode == "train"); pi.model.train(mode != "eval")
     for p in list(pi.parameters())[::2]: p.requires_grad_(False)
     before, data = photo(pi), photo(dem)
     with refusal(): out = make_tuner(name, **hyper(name, **dict(kw, steps=2) if has(name, "steps") else kw)).adapt(pi, dem, 0, Score())
     assert same(photo(pi), before) and same(photo(dem), data)
-    for (p, _), _ in zip(out.placed, range(G)):                          # nor does it change when the results are used and lost
-        with torch.no_grad(): [b.zero_() for n, b in p.named_buffers() if n.startswith("prompt_")]
+    for p, _ in out.placed: [b.zero_() for n, b in p.named_buffers() if n.startswith("prompt_")]     # nor are prompts shared
     assert same(photo(pi), before) and same(photo(dem), data)
 
 @each
-@pytest.mark.parametrize("prompt, T", [(True, 12), (False, 12), (True, P - 1)], ids=["", "no prompt", "padded prompt"])
+@pytest.mark.parametrize("prompt, T", [(True, 40), (False, 40), (True, P - 1)], ids=["", "no prompt", "padded prompt"])
 def test_zero_steps_are_the_start(name, kw, prompt, T):
     "Without steps a tuner gives the policy with the prompt as drawn."
     if has(name, "steps"): kw = dict(kw, steps=0)
@@ -143,18 +142,21 @@ def test_same_seed_same_result(name, kw):
 
 @each
 def test_it_helps(name, kw):
-    "The error on the demonstrations (online: the score) of each task is lower than at the start."
+    "The error on the demonstrations (online: minus the score) of each task falls; switches that add noise, bf16 included, may leave it where it was."
     pi, dem, out, _ = adapted(name, **kw); start = [(pi.with_prompt(dem.prompt), g) for g in range(G)]
     if kw.get("online"): f = lambda placed: -Score()(placed[0][0].prompt.map(lambda x: x[:, None]))[:, 0].numpy()
     else: f = lambda placed: offline(placed, dem)
-    assert (f(out.placed) < f(start)).all() if out.trainable else (f(out.placed) == f(start)).all()
+    a, b = f(start), f(out.placed)
+    assert (b < a * (1.05 if kw.keys() & {"noisy", "seven", "precision"} else 1)).all() if out.trainable else (b == a).all()
 
 @each
 def test_the_log_tells_the_truth(name, kw):
-    "Where the log begins at step 0, it gives the start's error and ends with the result's."
+    "It begins with the start's error on the fixed batch of demonstrations and ends with the result's, for each task (online: scores)."
     pi, dem, out, _ = adapted(name, **kw); tol = 2e-2 if "precision" in kw else 1e-5
-    if not [l for l in out.log if l["step"] == 0] or kw.get("online"): pytest.skip("logs something else")
-    at = lambda step: [l["loss"] for l in sorted(out.log, key=lambda l: l["task"]) if l["step"] == step]
+    if not has(name, "steps"): assert not out.log; return
+    key = "score" if kw.get("online") else "loss"
+    at = lambda step: [l[key] for l in sorted(out.log, key=lambda l: l["task"]) if l["step"] == step]
+    if key == "score": assert len(at(0)) == len(at(SMALL["steps"])) == G; return
     np.testing.assert_allclose(at(0), offline([(pi.with_prompt(dem.prompt), g) for g in range(G)], dem), rtol=tol)
     np.testing.assert_allclose(at(SMALL["steps"]), offline(out.placed, dem), rtol=tol)
 

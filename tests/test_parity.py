@@ -8,9 +8,10 @@ from scipy.stats import chisquare, trim_mean
 
 from promptnb import results, tasks
 from promptnb.core import Batch, Steps, action_loss
-from promptnb.data import Sampler, from_arrays, prompt_steps, state_stats, windows
+from promptnb.data import Demos, Sampler, from_arrays, state_stats
 from promptnb.models.dt import DTConfig, Policy, PromptDT
-from promptnb.tuners.ranking import PreferenceRanking, rank_weights
+from promptnb.tuners.core import prompt_loss
+from promptnb.tuners.ranking import PreferenceRanking, PromptVector, Resampling, rank_weights
 
 S, A, K, P = 5, 3, 6, 4
 
@@ -125,6 +126,16 @@ def test_policy_normalises_and_acts_row_by_row():
     want = plain(net.state_dict(), net.config, Batch(h, b.prompt[rows]))[0][:, -1]
     close(pi.act(raw, pi.begin(rows)), want.float(), 1e-6)
     for i, r in enumerate(rows): close(pi.act(raw[i:i + 1], pi.begin([r])), want[i:i + 1].float(), 1e-6)
+
+@pytest.mark.parametrize("rows", [1, 20, 4096])
+@pytest.mark.parametrize("switch", [dict(), dict(shared_embed=True, use_rtg=False, heads=2)], ids=str)
+def test_many_prompts_in_one_forward(switch, rows):
+    "Scores of m prompts of G tasks, in chunks or not: each is the mean of its task's windows' errors."
+    net, _ = net_and_batch(torch.float32, **switch); g = torch.Generator().manual_seed(1); G, m, B = 2, 5, 4
+    prompts, h = (fake(g, G * n, t, torch.float32, t // 2).map(lambda x: x.unflatten(0, (G, n))) for n, t in ((m, P), (B, K)))
+    pi = Policy(dict(state_dim=S, act_dim=A, width=16, max_timestep=10, **switch)).eval(); pi.model.load_state_dict(net.state_dict())
+    def one(j, i): b = Batch(h[j], prompts[j, i:i + 1].map(lambda x: x.expand(B, *x.shape[1:]))); return np.mean([plain_loss(net.state_dict(), net.config, Batch(b.history[k:k + 1], b.prompt[k:k + 1])).item() for k in range(B)])
+    np.testing.assert_allclose(prompt_loss(pi, prompts, h, rows=rows), [[one(j, i) for i in range(m)] for j in range(G)], rtol=1e-5)
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_blocks_are_gpt2s(heads):
@@ -251,6 +262,16 @@ def test_random_prompts_lie_inside_their_trajectory():
     first = b.prompt.s[torch.arange(len(b)), b.prompt.mask.argmax(1)]
     equal(b.prompt, [sample(trajs[int(i)], int(si), 4, sam.mean.numpy(), sam.std.numpy(), 7.) for i, si, _ in first.tolist()])
     assert all(si <= max(0, len(trajs[int(i)]["rewards"]) - 4) for i, si, _ in first.tolist())
+
+def test_resampled_prompts_are_segments():
+    "What re-sampling tries is cut from the task's demonstrations as it is, timesteps included."
+    trajs, sam = sampler(H=4); long = [i for i, d in enumerate(trajs) if len(d["rewards"]) > 4]
+    store = from_arrays([trajs[i] for i in long], [list(LENGTHS)[i // 3] for i in long])
+    dem = Demos(Sampler(store, sam.mean, sam.std, 7., H=0), sam.batch(0).prompt[::40]); tuner, gen = Resampling(m=9), torch.Generator().manual_seed(0)
+    vec = tuner.vector(dem, 1000) if hasattr(tuner, "vector") else PromptVector(dem.prompt)
+    got = vec.steps(tuner.propose(vec.start, vec, dem, gen)); first = got.s[:, :, 0]
+    for j in range(3):
+        equal(got[j], [sample(trajs[int(i)], int(si), 4, sam.mean.numpy(), sam.std.numpy(), 7.) for i, si, _ in first[j].tolist()])
 
 def test_draws_are_uniform():
     "Histories begin uniformly over a task's steps, prompts come uniformly from its trajectories."
