@@ -129,7 +129,7 @@ def table(store, mean, std, scale) -> Table:
     x = torch.cat([(store.s - mean) / std, store.a, store.rtg[:, None] / scale, store.t[:, None]], 1)
     return Table(torch.cat([x, x.new_zeros(1, x.shape[1])]), store)
 
-# %% ../nbs/02_data.ipynb #8f2f16a2
+# %% ../nbs/02_data.ipynb #0a206bfb
 def prompt_steps(tab, traj, H, position="tail", gen=None) -> Steps:
     "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .). position: 'tail' (released code) or 'random' (paper)."
     store = tab.store; room = (store.length[traj] - H).clamp(min=0)
@@ -137,12 +137,12 @@ def prompt_steps(tab, traj, H, position="tail", gen=None) -> Steps:
     w = tab.windows((store.first[traj] + start).flatten(), H)
     return w.map(lambda x: x.unflatten(0, traj.shape).flatten(1, 2))
 
-def pick(store, task_ids, n, gen, which="any", pool=5):
-    "Trajectories (len(task_ids), n) drawn per task: of 'any', or of the `pool` of the 'best' or 'worst' by return."
+def pick(store, task_ids, n, gen, which="any", pool=5, least=1):
+    "Trajectories (len(task_ids), n) of at least `least` steps drawn per task: of 'any', or of the `pool` of the 'best' or 'worst' by return."
     out = []
     for i in task_ids:
-        t = (store.task == i).nonzero()[:, 0]
-        if not len(t): raise PromptnbError(f"there is no trajectory of task {i}")
+        t = ((store.task == i) & (store.length >= least)).nonzero()[:, 0]
+        if not len(t): raise PromptnbError(f"there is no trajectory of task {i} with {least} steps")
         if which != "any": t = t[store.returns[t].argsort(descending=which == "best")[:pool]]
         out.append(t[torch.randint(len(t), (n,), generator=gen)])
     return torch.stack(out)
@@ -197,7 +197,7 @@ class Sampler:
         traj = self.draw(self._trajs, g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
         return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen))
 
-# %% ../nbs/02_data.ipynb #90db74ce
+# %% ../nbs/02_data.ipynb #ef50e319
 @dataclass
 class Demos:
     "Few-shot data of G test tasks: the initial prompts (G, P, .) and draws of demonstration windows."
@@ -211,15 +211,9 @@ class Demos:
         "Windows (G, B, K, .) of the demonstrations, B = the sampler's per_task."
         return self.sampler.batch(t).history.map(lambda x: x.unflatten(0, (self.G, -1)))
     def segments(self, m, P, gen) -> Steps:
-        "m segments of P steps a task, from anywhere in its demonstrations: Steps (G, m, P, .)."
-        s = self.sampler; traj = pick(s.store, self.task_ids, m, gen)
+        "m segments of P steps a task, from anywhere in those of its demonstrations that are long enough: Steps (G, m, P, .)."
+        s = self.sampler; traj = pick(s.store, self.task_ids, m, gen, least=P)
         return prompt_steps(s.table, traj.flatten()[:, None], P, "random", gen).map(lambda x: x.unflatten(0, traj.shape))
-    def task(self, g) -> "Demos":
-        "The same for task number g alone."
-        s = self.sampler
-        keep = (s.store.task == s.ids[g])
-        one = subset(s.store, keep.nonzero()[:, 0].tolist())
-        return Demos(replace(s, store=one, prompts=None), self.prompt[g:g + 1])
 
 def subset(store, trajs) -> Store:
     "A Store of these trajectories only."

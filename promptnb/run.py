@@ -222,7 +222,7 @@ def cmd_doctor(a):
         b = experts.load_expert(f); m = experts.manifest(f)
         print(f"{f.name}: expert {b.snapshots[-1]['mean_return']:.1f}, {len(m)} datasets")
 
-# %% ../nbs/12_run.ipynb #2d70995c
+# %% ../nbs/12_run.ipynb #c7a0745d
 def parser():
     ap = argparse.ArgumentParser(prog="promptnb", description="Prompts and language models for decision making: a reproducible research workbook.")
     sub = ap.add_subparsers(dest="command", required=True, metavar="{list,collect,run,render,status,film,doctor}")
@@ -258,6 +258,4 @@ def main(argv=None):
     except KeyboardInterrupt: print("promptnb: stopped; the same command goes on from here", file=sys.stderr); return 130
     return 0
 
-# %% ../nbs/12_run.ipynb #ee7cdaf9
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())     # `python -m promptnb.run`, not Run All in a notebook

@@ -9,7 +9,7 @@ import pytest, torch
 from promptnb.core import PromptnbError, Steps, action_loss
 from promptnb.data import demos, from_arrays
 from promptnb.models.dt import DTConfig, Policy
-from promptnb.tuners.core import TUNERS, Tuner, make_tuner, same_batch
+from promptnb.tuners.core import TUNERS, Tuner, WeightTuner, make_tuner, same_batch
 from promptnb.tuners.ranking import NOISES
 
 S, A, P, K, G = 3, 2, 3, 4, 2
@@ -74,6 +74,7 @@ def photo(x):
     return {"": copy.deepcopy(x)}
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
+def merges(name): return getattr(kind(name), "release", None) is not getattr(WeightTuner, "release", None) and issubclass(kind(name), WeightTuner)
 def moved(a, b): assert a.keys() == b.keys(); return {k: v for k, v in b.items() if not torch.equal(v, a[k])}
 
 # ---- the cases: each tuner as it is, with each of its switches on, and in bf16
@@ -120,15 +121,26 @@ def test_zero_steps_are_the_start(name, kw, prompt, T):
     torch.testing.assert_close(actions(out.placed), actions([(start, g) for g in range(G)]), rtol=0, atol=2e-6)
 
 @each
-def test_only_the_declared_moves(name, kw):
+def test_only_the_declared_moves(name, kw, monkeypatch):
     "`trainable` is the size of the tensors that differ from zero steps, per task; no other tensor differs in a bit."
-    pi, dem, out, _ = adapted(name, **kw); share = Counter(id(p) for p, _ in out.placed)
-    if not has(name, "steps"): assert out.trainable or all(same(p.model.state_dict(), pi.model.state_dict()) for p, _ in out.placed); return
-    zero = adapted(name, **dict(kw, steps=0))[2]; assert zero.trainable == out.trainable
+    _, _, out, _ = adapted(name, **kw); extra = getattr(make_tuner(name, **kw), "extra", 0)    # prompt fields behind s, a, rtg: t, mask, and two that no policy keeps
+    if not has(name, "steps"): assert not out.trainable; return
+    if merges(name): monkeypatch.setattr(kind(name), "release", lambda *_: None); out = adapted.__wrapped__(name, **kw)[2]
+    zero = adapted.__wrapped__(name, **dict(kw, steps=0))[2]; assert zero.trainable == out.trainable
+    share = Counter(id(p) for p, _ in out.placed)
     for (p, _), (q, _) in zip(out.placed, zero.placed):
         diff = moved(q.state_dict(), p.state_dict()); n = sum(v.numel() for v in diff.values()) / share[id(p)]
-        assert n == out.trainable - (2 * P if kw.get("seven") else 0), sorted(diff)    # reward and done, which seven adds, no model keeps
-        assert not any(k.startswith("model.") for k in diff) or not any(k.startswith("prompt_") for k in diff), sorted(diff)
+        still = P * max(extra - 2, 0) + P * (extra > 0 and "prompt_mask" not in diff)          # segments without padding leave the mask as it was
+        assert n + still == out.trainable, sorted(diff)
+        assert len({k.startswith("prompt_") for k in diff}) == 1, sorted(diff)                 # weights or prompts, not both
+
+@tuners
+def test_merging_changes_nothing(name, monkeypatch):
+    "A tuner that folds its modules into the weights in the end leaves a plain policy that acts the same."
+    if not merges(name): return
+    pi, _, out, _ = adapted(name); assert all(p.model.state_dict().keys() == pi.model.state_dict().keys() for p, _ in out.placed)
+    monkeypatch.setattr(kind(name), "release", lambda *_: None)
+    torch.testing.assert_close(actions(adapted.__wrapped__(name)[2].placed), actions(out.placed), rtol=0, atol=1e-5)
 
 @each
 def test_same_seed_same_result(name, kw):
@@ -162,12 +174,12 @@ def test_the_log_tells_the_truth(name, kw):
 
 @each
 def test_saved_and_loaded(name, kw, tmp_path):
-    "A tuned policy and its clone act, bit for bit, as one that was saved and loaded."
+    "A tuned policy and its clone hold the same bits as one that was saved and loaded, and act alike (to 1e-6: matrix kernels depend on where in memory a tensor lies)."
     out = adapted(name, **kw)[2]; want = actions(out.placed); seen = {}
     for i, (p, _) in enumerate(out.placed):
         if id(p) not in seen: p.save_pretrained(tmp_path/str(i)); seen[id(p)] = Policy.from_pretrained(tmp_path/str(i))
-    assert torch.equal(actions([(seen[id(p)], row) for p, row in out.placed]), want)
-    assert torch.equal(actions([(p.clone(), row) for p, row in out.placed]), want)
+    torch.testing.assert_close(actions([(seen[id(p)], row) for p, row in out.placed]), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actions([(p.clone(), row) for p, row in out.placed]), want, rtol=0, atol=1e-6)
     assert all(same(seen[id(p)].state_dict(), p.state_dict()) for p, _ in out.placed)
 
 @tuners

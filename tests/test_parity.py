@@ -1,5 +1,6 @@
 "The library's fast paths against the papers' formulas, written out plainly here with nothing of the library but its weights."
 import itertools, math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -268,8 +269,7 @@ def test_resampled_prompts_are_segments():
     trajs, sam = sampler(H=4); long = [i for i, d in enumerate(trajs) if len(d["rewards"]) > 4]
     store = from_arrays([trajs[i] for i in long], [list(LENGTHS)[i // 3] for i in long])
     dem = Demos(Sampler(store, sam.mean, sam.std, 7., H=0), sam.batch(0).prompt[::40]); tuner, gen = Resampling(m=9), torch.Generator().manual_seed(0)
-    vec = tuner.vector(dem, 1000) if hasattr(tuner, "vector") else PromptVector(dem.prompt)
-    got = vec.steps(tuner.propose(vec.start, vec, dem, gen)); first = got.s[:, :, 0]
+    vec = PromptVector(dem.prompt, tuner.extra); got = vec.steps(tuner.propose(vec.start, vec, dem, gen)); first = got.s[:, :, 0]
     for j in range(3):
         equal(got[j], [sample(trajs[int(i)], int(si), 4, sam.mean.numpy(), sam.std.numpy(), 7.) for i, si, _ in first[j].tolist()])
 
@@ -310,9 +310,9 @@ def test_state_stats():
 
 @pytest.mark.parametrize("name", tasks.FAMILIES)
 def test_lock_step_is_the_single_environment(name):
-    "Bit for bit over 60 steps, with two resets of some rows: one with new seeds, one that goes on with the rows' own generators."
-    f = tasks.family(name); ids = [f.test[0], f.test[-1], f.train[0], f.test[0]]; g = np.random.default_rng(0)
-    envs = [gym.make(f.env_id, task=i, disable_env_checker=True) for i in ids]; vec = tasks.lock_step(f, ids, threads=2)
+    "Bit for bit over 60 steps, past a horizon of 30, with two resets of some rows: one with new seeds, one that goes on with the rows' own generators."
+    f = replace(tasks.family(name), horizon=30); ids = [f.test[0], f.test[-1], f.train[0], f.test[0]]; g = np.random.default_rng(0)
+    envs = [gym.make(f.env_id, task=i, max_episode_steps=30, disable_env_checker=True) for i in ids]; vec = tasks.lock_step(f, ids, threads=2)
     obs, _ = vec.reset(seed=[11, 12, 13, 14])
     np.testing.assert_array_equal(obs, np.stack([e.reset(seed=11 + i)[0] for i, e in enumerate(envs)]))
     for t in range(60):

@@ -15,9 +15,10 @@ from torch import nn
 from ..core import Batch, PromptnbError, Steps, action_loss
 
 # %% auto #0
-__all__ = ['DTConfig', 'Dropout', 'attend', 'Block', 'attention_bias', 'tokens3', 'Embed', 'Prefix', 'PromptDT', 'Policy']
+__all__ = ['DTConfig', 'Dropout', 'attend', 'Bottleneck', 'Block', 'attention_bias', 'tokens3', 'Embed', 'Prefix', 'PromptDT',
+           'Policy']
 
-# %% ../../nbs/03_models.dt.ipynb #34b47835
+# %% ../../nbs/03_models.dt.ipynb #7db8286f
 @dataclass(frozen=True)
 class DTConfig:
     "Sizes and switches of a prompted Decision Transformer. Defaults: the released code (mxu34/prompt-dt)."
@@ -33,6 +34,7 @@ class DTConfig:
     loss_on_prompt: bool = False  # paper section 4.4: True; code: False
     prompt_norm: bool = False     # LayerNorm on prompt tokens; code: on history tokens only
     shared_embed: bool = False    # one set of input embeddings for prompt and history; code: two
+    adapter: int = 0              # size of a bottleneck after each block's MLP (the tuner `adapter` adds it); 0: none
 
 # %% ../../nbs/03_models.dt.ipynb #63ddda1c
 class Dropout(nn.Module):
@@ -54,12 +56,20 @@ def attend(q, k, v, bias, drop):
     w = torch.baddbmm(bias.to(q.dtype).expand(B, h, -1, -1).flatten(0, 1), flat(q), flat(k).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.bmm(drop(w.softmax(-1)).to(v.dtype), flat(v)).view(*q.shape[:3], -1)
 
-# %% ../../nbs/03_models.dt.ipynb #484f01e0
+# %% ../../nbs/03_models.dt.ipynb #ad2069b8
+class Bottleneck(nn.Module):
+    "An adapter (Houlsby et al., 2019): x + up(relu(down(x))). `up` starts at zero, so it changes nothing at first."
+    def __init__(self, width, size):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+        nn.init.zeros_(self.up.weight); nn.init.zeros_(self.up.bias)
+    def forward(self, x): return x + self.up(F.relu(self.down(x)))
+
 class Block(nn.Module):
     "Pre-LayerNorm transformer block. q and kv are separate so that the last block can query at few positions."
-    def __init__(self, width, heads, dropout, depth):
+    def __init__(self, width, heads, dropout, depth, adapter=0):
         super().__init__()
-        self.heads = heads
+        self.heads, self.adapter = heads, Bottleneck(width, adapter) if adapter else nn.Identity()
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.fc, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -80,7 +90,7 @@ class Block(nn.Module):
         kk, vv = (k, v) if prefix is None else (torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2))
         y = attend(self.split(self.q(h[:, at])), kk, vv, bias, self.drop)
         x = x[:, at] + self.drop(self.proj(y.transpose(1, 2).flatten(2)))
-        return x + self.drop(self.out(F.relu_(self.fc(self.ln2(x))))), (k, v)
+        return x + self.drop(self.adapter(self.out(F.relu_(self.fc(self.ln2(x)))))), (k, v)
 
 # %% ../../nbs/03_models.dt.ipynb #c313efa3
 def attention_bias(mask, prefix_mask=None, at=slice(None)):
@@ -105,7 +115,7 @@ class Embed(nn.Module):
         t = self.t(x.t.clamp(0, self.t.num_embeddings - 1))
         return tokens3(self.rtg(x.rtg) + t, self.s(x.s) + t, self.a(x.a) + t)
 
-# %% ../../nbs/03_models.dt.ipynb #67e4e1fd
+# %% ../../nbs/03_models.dt.ipynb #89b37bbd
 @dataclass
 class Prefix:
     "A computed prompt: each block's keys and values, and the token mask (M, 3P)."
@@ -121,7 +131,7 @@ class PromptDT(nn.Module):
         self.embed = Embed(c)
         self.embed_prompt = None if not c.prompt or c.shared_embed else Embed(c)
         self.ln_in, self.ln_out, self.drop = nn.LayerNorm(c.width), nn.LayerNorm(c.width), Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout, c.layers) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout, c.layers, c.adapter) for _ in range(c.layers))
         self.head = nn.Linear(c.width, c.act_dim)
 
     def prompt_tokens(self, prompt: Steps):
@@ -163,9 +173,9 @@ class PromptDT(nn.Module):
             if c.loss_on_prompt: prefix, p = prefix
         pred, target, mask = self(batch.history, prefix), batch.history.a, batch.history.mask
         if p is not None: pred, target, mask = torch.cat([p, pred], 1), torch.cat([batch.prompt.a, target], 1), torch.cat([batch.prompt.mask, mask], 1)
-        return action_loss(pred.float(), target, mask)
+        return action_loss(pred.to(target.dtype), target, mask)
 
-# %% ../../nbs/03_models.dt.ipynb #f7897cfd
+# %% ../../nbs/03_models.dt.ipynb #ed91d2e2
 class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transformer"]):
     "Model + prompts + normaliser. `prompt` is Steps (G, P, .), normalised and scaled, one row a task; or None."
     def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000., prompt_shape: list | None = None, soft: bool = False):
@@ -178,7 +188,7 @@ class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transf
 
     def _blank(self, shape, c):
         if shape is None: return {}
-        if self.soft: return dict(tokens=torch.zeros(*shape, c.width))
+        if self.soft: return dict(tokens=torch.zeros(*shape, c.width), mask=torch.ones(*shape))
         return dict(s=torch.zeros(*shape, c.state_dim), a=torch.zeros(*shape, c.act_dim), rtg=torch.zeros(*shape, 1), t=torch.zeros(*shape).long(), mask=torch.ones(*shape))
 
     @property
@@ -187,15 +197,23 @@ class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transf
     def config(self): return self.model.config
 
     def clone(self): return copy.deepcopy(self)
-    def with_prompt(self, prompt: Steps | torch.Tensor):
-        "A policy with the same model object and other prompts: Steps (G, P, .), or learned tokens (G, 3P, d)."
-        soft = isinstance(prompt, torch.Tensor)
+    def with_prompt(self, prompt: Steps | tuple):
+        "A policy with the same model object and other prompts: Steps (G, P, .), or learned tokens (G, 3P, d) with their mask (G, 3P)."
+        soft = isinstance(prompt, tuple)
         new = Policy.__new__(Policy); nn.Module.__init__(new)
         new.model, new.K, new.rtg_scale, new.soft = self.model, self.K, self.rtg_scale, soft
-        parts = dict(tokens=prompt) if soft else {f.name: getattr(prompt, f.name) for f in fields(prompt)}
-        for n, x in dict(mean=self.mean, std=self.std, **{f"prompt_{k}": v.detach().clone() for k, v in parts.items()}).items(): new.register_buffer(n, x)
+        parts = dict(tokens=prompt[0], mask=prompt[1]) if soft else {f.name: getattr(prompt, f.name) for f in fields(prompt)}
+        for n, x in dict(mean=self.mean, std=self.std, **{f"prompt_{k}": v.detach().clone(memory_format=torch.contiguous_format) for k, v in parts.items()}).items(): new.register_buffer(n, x)
         new._hub_mixin_config = dict(self._hub_mixin_config, prompt_shape=list(next(iter(parts.values())).shape[:2]), soft=soft)
-        return new.train(self.training)
+        new.training = self.training       # not new.train(): the model is shared
+        return new
+
+    def add_adapters(self, size):
+        "Put a bottleneck into each block (in place); returns their parameters. Saved and loaded with the policy."
+        for b in self.model.blocks: b.adapter = Bottleneck(self.config.width, size).to(self.mean.device)
+        self.model.config = replace(self.config, adapter=size)
+        self._hub_mixin_config = dict(self._hub_mixin_config, model=asdict(self.model.config))
+        return [p for b in self.model.blocks for p in b.adapter.parameters()]
 
     def normalise(self, s): return (s - self.mean) / self.std
     def loss(self, batch: Batch): return self.model.loss(batch)
@@ -204,7 +222,7 @@ class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transf
         "The computed prompts of these rows (a long tensor), ready for `act`; None where the model takes none."
         if not self.config.prompt: return None
         if not hasattr(self, "prompt_tokens") and self.prompt is None: raise PromptnbError("this policy has no prompt yet: policy.with_prompt(...)")
-        if self.soft: p = self.model.prefix(self.prompt_tokens, torch.ones(self.prompt_tokens.shape[:2], device=self.mean.device))
+        if self.soft: p = self.model.prefix(self.prompt_tokens, self.prompt_mask)
         else: p = self.model.prefix(*self.model.prompt_tokens(self.prompt))
         return p if rows is None else p[rows]
 

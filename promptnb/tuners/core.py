@@ -17,8 +17,8 @@ from ..train import FitConfig, autocast, fit
 
 # %% auto #0
 __all__ = ['TUNERS', 'FIELDS', 'Adapted', 'Tuner', 'make_tuner', 'NoTuning', 'frozen', 'windows_loss', 'prompt_loss',
-           'same_batch', 'WeightTuner', 'FullFineTune', 'Bottleneck', 'Adapter', 'Lora', 'PromptTuner', 'SoftPrompt',
-           'pack', 'unpack', 'GradientPrompt']
+           'same_batch', 'WeightTuner', 'FullFineTune', 'Adapter', 'Lora', 'PromptTuner', 'SoftPrompt', 'pack',
+           'unpack', 'GradientPrompt']
 
 # %% ../../nbs/06_tuners.core.ipynb #72321af1
 @dataclass
@@ -57,17 +57,17 @@ class NoTuning(Tuner):
         p = policy.with_prompt(demos.prompt) if policy.config.prompt else policy.clone()
         return Adapted([(p, g) for g in range(demos.G)], 0)
 
-# %% ../../nbs/06_tuners.core.ipynb #9612e021
+# %% ../../nbs/06_tuners.core.ipynb #5a57149b
 def frozen(model):
     "A context-free way to say it: no parameter of this model gets a gradient, dropout is off."
     return model.requires_grad_(False).eval()
 
-def windows_loss(model, prefix: Prefix, history: Steps):
-    "prefix of M = G*m prompts, history (G, B, K, .) -> action error (G, m), differentiable."
-    G, B = history.t.shape[:2]; M = len(prefix.mask); m = M // G
-    rows = torch.arange(M, device=prefix.mask.device).repeat_interleave(B)                      # (G, m, B) flattened
+def windows_loss(model, prefix: Prefix | None, history: Steps):
+    "prefix of M = G*m prompts (None: a model without), history (G, B, K, .) -> action error (G, m), differentiable."
+    G, B = history.t.shape[:2]; M = len(prefix.mask) if prefix else G; m = M // G
+    rows = torch.arange(M, device=history.t.device).repeat_interleave(B)                        # (G, m, B) flattened
     wide = history.map(lambda x: x[:, None].expand(-1, m, *x.shape[1:]).flatten(0, 2))
-    loss = action_loss(model(wide, prefix[rows]).float(), wide.a, wide.mask, "none")
+    loss = action_loss(model(wide, prefix and prefix[rows]).to(wide.a.dtype), wide.a, wide.mask, "none")
     return loss.view(G, m, B).mean(-1)
 
 @torch.no_grad()
@@ -83,14 +83,15 @@ def prompt_loss(policy, prompts: Steps, history: Steps, precision="fp32", rows=4
 
 def same_batch(demos): return demos.batch("held")   # one fixed batch, used for logs and to compare before with after
 
-# %% ../../nbs/06_tuners.core.ipynb #b0d0baf8
+# %% ../../nbs/06_tuners.core.ipynb #c6e83a45
 @dataclass
 class _TaskDraws:
-    "A sampler for `fit`: demonstration windows of one task, in front of them its one prompt."
+    "A sampler for `fit`: demonstration windows of task g, in front of them its one prompt. All tuners see the same windows."
     demos: object
+    g: int
     seed: int
     prompt: bool
-    def batch(self, t): return Batch(self.demos.batch((self.seed, t))[0], self.demos.prompt if self.prompt else None)
+    def batch(self, t): return Batch(self.demos.batch((self.seed, t))[self.g], self.demos.prompt[self.g:self.g + 1] if self.prompt else None)
 
 @dataclass
 class WeightTuner(Tuner):
@@ -102,49 +103,42 @@ class WeightTuner(Tuner):
     precision: str = "fp32"
     log_every: int = 10
 
-    def attach(self, model, seed):
+    def attach(self, policy, seed):
         "Put the tunable parameters in and return them; everything else must not move."
         raise NotImplementedError
+    def release(self, policy):
+        "After tuning: leave a policy that saves and loads like any other."
 
     def adapt(self, policy, demos, rng, score=None):
         placed, log = [], []
         for g in range(demos.G):
-            mine, one = policy.clone(), demos.task(g)
-            frozen(mine.model); params = self.attach(mine.model, seed_for(rng, g))
+            mine, prompt, held = policy.clone(), demos.prompt[g:g + 1], same_batch(demos)[g:g + 1]
+            frozen(mine.model); params = self.attach(mine, seed_for(rng, g))
             for p in params: p.requires_grad_(True)
-            if policy.config.prompt: mine = mine.with_prompt(one.prompt)
-            done = fit(mine.model, _TaskDraws(one, rng, policy.config.prompt), FitConfig(self.steps, self.lr, self.weight_decay, 1, self.clip, seed_for(rng, "fit", g), self.precision, log_every=self.log_every), desc=f"{type(self).__name__} task {g}")
+            if policy.config.prompt: mine = mine.with_prompt(prompt)
+            def note(t):
+                mine.eval(); p = mine.model.prefix(*mine.model.prompt_tokens(prompt)) if policy.config.prompt else None
+                with torch.no_grad(): log.append(dict(step=t, task=g, loss=windows_loss(mine.model, p, held).item()))
+            note(0)
+            done = fit(mine.model, _TaskDraws(demos, g, rng, policy.config.prompt), FitConfig(self.steps, self.lr, self.weight_decay, 1, self.clip, seed_for(rng, "fit", g), self.precision, checkpoint_every=self.log_every), callback=lambda t: note(t) if t else None, desc=f"{type(self).__name__} task {g}")
             if done.status != "ok": raise PromptnbError(f"{type(self).__name__} on task {demos.task_ids[g]}: {done.why}")
-            log += [dict(step=s, task=g, loss=x) for s, x in done.losses]
-            placed.append((mine.eval(), 0))
+            self.release(mine); placed.append((mine.eval().requires_grad_(False), 0))
         return Adapted(placed, sum(p.numel() for p in params), log)
 
 @dataclass
 class FullFineTune(WeightTuner):
     "All weights move (Prompt-DT-FT; with a policy that has neither prompt nor returns, MT-BC-FT)."
-    def attach(self, model, seed): return list(model.parameters())
+    def attach(self, policy, seed): return list(policy.model.parameters())
 
-# %% ../../nbs/06_tuners.core.ipynb #033c8d7a
-class Bottleneck(nn.Module):
-    def __init__(self, inner, width, size):
-        super().__init__()
-        self.inner, self.down, self.up = inner, nn.Linear(width, size), nn.Linear(size, width)
-        nn.init.zeros_(self.up.weight); nn.init.zeros_(self.up.bias)
-    def forward(self, x): y = self.inner(x); return y + self.up(torch.relu(self.down(y)))
-
+# %% ../../nbs/06_tuners.core.ipynb #7a8d1d08
 @dataclass
 class Adapter(WeightTuner):
     "A bottleneck per block; the backbone is frozen."
     lr: float = 1e-3          # assumed
     size: int = 16            # assumed
-    def attach(self, model, seed):
-        torch.manual_seed(seed); device = next(model.parameters()).device; params = []
-        for b in model.blocks:
-            b.out = Bottleneck(b.out, model.config.width, self.size).to(device)
-            params += [*b.out.down.parameters(), *b.out.up.parameters()]
-        return params
+    def attach(self, policy, seed): torch.manual_seed(seed); return policy.add_adapters(self.size)
 
-# %% ../../nbs/06_tuners.core.ipynb #d8e4d319
+# %% ../../nbs/06_tuners.core.ipynb #9f3abe44
 @dataclass
 class Lora(WeightTuner):
     "Low-rank updates through peft; the backbone is frozen."
@@ -152,13 +146,17 @@ class Lora(WeightTuner):
     r: int = 8                # assumed
     alpha: int = 16           # assumed
     targets: tuple = ("q", "kv", "proj")
-    def attach(self, model, seed):
+    def attach(self, policy, seed):
         from peft import LoraConfig, inject_adapter_in_model
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=list(self.targets)), model)
-        return [p for n, p in model.named_parameters() if "lora_" in n]
+        inject_adapter_in_model(LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=list(self.targets)), policy.model)
+        return [p for n, p in policy.model.named_parameters() if "lora_" in n]
+    def release(self, policy):
+        "Merge the updates into the weights."
+        for b in policy.model.blocks:
+            for name in self.targets: layer = getattr(b, name); layer.merge(); setattr(b, name, layer.get_base_layer())
 
-# %% ../../nbs/06_tuners.core.ipynb #d9fc5a8b
+# %% ../../nbs/06_tuners.core.ipynb #54ad5253
 class _Prompts(nn.Module):
     "What `fit` sees: x (G, ...) is the only parameter; `prefix_of(x)` turns it into G computed prompts."
     def __init__(self, model, x, prefix_of):
@@ -203,7 +201,7 @@ class SoftPrompt(PromptTuner):
     "3 K* learned token embeddings a task, started at those of the drawn prompt (the papers do not say where theirs start: assumed)."
     def start(self, policy, demos, model):
         with torch.no_grad(): x, mask = model.prompt_tokens(demos.prompt)
-        return x, lambda x: model.prefix(x, mask), lambda x: x
+        return x, lambda x: model.prefix(x, mask), lambda x: (x, mask)
 
 # %% ../../nbs/06_tuners.core.ipynb #f6f2f082
 FIELDS = ("s", "a", "rtg")

@@ -24,29 +24,28 @@ def rank_weights(scores, k=None, author=False):
     w = torch.where(r < k, m - 1 - 2 * r + (1. if author else 0.), torch.tensor(-float(k), dtype=scores.dtype))
     return w / (k * (k - 1) / 2 + k * (m - k))
 
-# %% ../../nbs/06a_tuners.ranking.ipynb #c0e45feb
+# %% ../../nbs/06a_tuners.ranking.ipynb #40b0763d
 @dataclass
 class PromptVector:
-    "Turns prompts (G, P, .) into vectors (G, D) and back, for the three or the seven fields."
+    "Turns prompts (G, P, .) into vectors (G, D) and back. `extra` fields behind s, a, rtg: t, mask, and two that the model does not read."
     like: Steps
-    seven: bool = False
+    extra: int = 0                # 0; 1: the timestep; 4: also mask, reward and done, the released code's seven
     max_timestep: int = 1000
 
+    def vector(self, p: Steps):
+        x, unread = pack(p), torch.zeros_like(p.mask)
+        return torch.cat([x, *(p.t.to(x.dtype), p.mask, unread, unread)[:self.extra]], -1)
     @property
-    def start(self):
-        x = pack(self.like)
-        if not self.seven: return x
-        zero = torch.zeros_like(self.like.mask)                       # reward and done: the model does not read them
-        return torch.cat([x, self.like.t.to(x.dtype), self.like.mask, zero, zero], -1)
+    def start(self): return self.vector(self.like)
 
     def steps(self, x) -> Steps:
         "Vectors (G, ..., D) -> Steps (G, ..., P, .)."
         lead = x.dim() - 2; like = self.like.map(lambda v: v.view(len(v), *[1] * lead, *v.shape[1:]))
         P = self.like.t.shape[-1]; D = pack(self.like).shape[-1]
         out = unpack(x[..., :D], like)
-        if not self.seven: return out
-        t, mask = x[..., D:D + P], x[..., D + P:D + 2 * P]
-        return replace(out, t=t.clamp(0, self.max_timestep - 1).long(), mask=mask)
+        if not self.extra: return out
+        out = replace(out, t=x[..., D:D + P].clamp(0, self.max_timestep - 1).long())
+        return replace(out, mask=x[..., D + P:D + 2 * P]) if self.extra > 1 else out
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #0bad91f9
 NOISES = {   # of unit scale each; the released code has all five
@@ -58,7 +57,7 @@ NOISES = {   # of unit scale each; the released code has all five
 }
 def sign(shape, g): return (torch.randint(2, shape, generator=g) * 2 - 1).float()
 
-# %% ../../nbs/06a_tuners.ranking.ipynb #0b2cd330
+# %% ../../nbs/06a_tuners.ranking.ipynb #fda54f94
 @dataclass
 class PromptSearch(Tuner):
     "Gradient-free search over the prompt. Offline (action error on demonstrations) or online (`score`: returns from the environment)."
@@ -74,13 +73,15 @@ class PromptSearch(Tuner):
     precision: str = "fp32"
     log_every: int = 5
 
+    @property
+    def extra(self): return 4 if self.seven else 0
     def update(self, x, xs, f, state, query): raise NotImplementedError
     def propose(self, x, vec, demos, gen): return x[:, None] + self.mu * NOISES[self.distribution]((len(x), self.m, x.shape[-1]), gen).to(x.device)
 
     def adapt(self, policy, demos, rng, score=None):
         self.check(policy, score)
         policy = policy.clone(); frozen(policy.model)
-        vec, held, log = PromptVector(demos.prompt, self.seven, policy.config.max_timestep), same_batch(demos), []
+        vec, held, log = PromptVector(demos.prompt, self.extra, policy.config.max_timestep), same_batch(demos), []
         x, state, best = vec.start, {}, None
         gen = torch.Generator().manual_seed(seed_for(rng, "search"))
         spent = getattr(score, "env_steps", 0)
@@ -130,7 +131,7 @@ class PreferenceRanking(PromptSearch):
         state["v"] = 0.
         return ladder[torch.arange(len(x)), query(ladder).argmin(-1)]
 
-# %% ../../nbs/06a_tuners.ranking.ipynb #d278221e
+# %% ../../nbs/06a_tuners.ranking.ipynb #cf3fb518
 @dataclass
 class HillClimbing(PromptSearch):
     "The best of m perturbed prompts replaces the current one if it scores better on the same windows."
@@ -150,9 +151,9 @@ class EvolutionStrategy(PromptSearch):
 
 @dataclass
 class Resampling(PromptSearch):
-    "Each step draws m prompts from the demonstrations (any segment) and keeps the best so far on the same windows."
-    def propose(self, x, vec, demos, gen):
-        return pack(demos.segments(self.m, vec.like.t.shape[-1], gen))
+    "Each step draws m prompts from the demonstrations (any segment, with its timesteps) and keeps the best so far on the same windows."
+    extra = 1
+    def propose(self, x, vec, demos, gen): return vec.vector(demos.segments(self.m, vec.like.t.shape[-1], gen))
     def update(self, x, xs, f, state, query): return HillClimbing.update(self, x, xs, f, state, query)
     def check(self, policy, score):
         super().check(policy, score)
