@@ -10,7 +10,7 @@ READY := .venv/.ready
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: reproduce test lab clean help
+.PHONY: reproduce test lab readme readme-text clean help
 
 reproduce: $(READY) ## table 1 and figure 3 of Prompt-Tuning DT at laptop scale
 	$(BIN)/promptnb run $(PAPER) --scale laptop $(EXHIBITS) --cores $(CORES)
@@ -22,6 +22,12 @@ test: $(READY) ## all tests
 lab: $(READY) ## the notebooks in JupyterLab (LAB_ARGS="--port 9000" passes options on)
 	@$(BIN)/python -m ipykernel install --sys-prefix --name promptnb --display-name promptnb
 	$(BIN)/jupyter lab --notebook-dir=. nbs/papers/$(PAPER).ipynb $(LAB_ARGS)
+
+readme: $(READY) ## README.md from nbs/index.ipynb
+	@$(MAKE) -s readme-text > .README.tmp && mv .README.tmp README.md
+
+readme-text: $(READY)
+	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed 's#](\([^):]*\.ipynb\))#](nbs/\1)#g'
 
 clean: ## remove .venv, caches and builds; data, results and figures stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .snakemake

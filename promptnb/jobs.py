@@ -43,7 +43,7 @@ def write_record(paper, run, recipe, status, rows=(), why="", seconds=0., device
     if status != "failed": record_path(paper, f"{run}.failed").unlink(missing_ok=True)
     return path
 
-# %% ../nbs/11_jobs.ipynb #62fcabc9
+# %% ../nbs/11_jobs.ipynb #7c001169
 @functools.lru_cache(maxsize=4)
 def stored(family, quality, task_ids, episodes):
     "Collected data, read once for all recipes of a job."
@@ -69,7 +69,7 @@ def new_policy(p: rc.Pretrain, stats, seed):
     from promptnb import tasks
     from promptnb.models.dt import DTConfig, Policy
     fam = tasks.family(p.family); torch.manual_seed(seed_for(seed, "init", p.name))
-    names = {f.name for f in dataclasses.fields(DTConfig)} - {"state_dim", "act_dim", "max_timestep"}
+    names = {f.name for f in dataclasses.fields(DTConfig)} & {f.name for f in dataclasses.fields(p)}
     policy = Policy(asdict(DTConfig(fam.state_dim, fam.act_dim, **{k: getattr(p, k) for k in names})), K=p.K, rtg_scale=fam.rtg_scale)
     policy.mean, policy.std = stats
     return policy

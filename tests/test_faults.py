@@ -315,6 +315,7 @@ def test_dataset_with_bad_contents(edit, says, home):
     with h5py.File(hdf5(home), "r+") as f: edit(f["episode_1"])
     known_again(home, hdf5(home)); refused(data.load, FAMILY, says=says)
 
+@pytest.mark.filterwarnings("ignore:`eval_env`")
 def test_dataset_of_another_body(home):
     ant = dict(s=np.zeros((4, 201, 27), np.float32), a=np.zeros((4, 200, 8), np.float32), r=np.zeros((4, 200)), length=np.full(4, 200), terminated=np.zeros(4, bool))
     for i in (0, 1): known_again(home, experts.write_minari(experts.dataset_id(FAM, i, "expert"), ant, experts.env_spec(tasks.family("ant-dir"), 6), home/"data"/"minari", "-"), i)

@@ -37,22 +37,26 @@ def cli(home, *args, timeout=600, **env):
     return subprocess.run([str(Path(sys.executable).with_name("promptnb")), *map(str, args)], cwd=home, env=env_for(home, **env), capture_output=True, text=True, timeout=timeout)
 
 def went(p):
-    assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
+    assert p.returncode == 0, p.stdout[-500:] + p.stderr[-1500:]
     return p
 
 def one_line(p, *says):
     "A command that refused: status 2, and one line beginning with promptnb:, the last, which has all of `says`."
     lines = p.stderr.splitlines()
-    assert p.returncode == 2 and "Traceback" not in p.stderr, p.stdout[-2000:] + p.stderr[-4000:]
-    assert [l.startswith("promptnb:") for l in lines].count(True) == 1 and lines[-1].startswith("promptnb:"), p.stderr[-4000:]
+    assert p.returncode == 2 and "Traceback" not in p.stderr, p.stdout[-500:] + p.stderr[-1500:]
+    assert [l.startswith("promptnb:") for l in lines].count(True) == 1 and lines[-1].startswith("promptnb:"), p.stderr[-1500:]
     assert all(s in lines[-1] for s in says), lines[-1]
     return lines[-1]
 
 @functools.cache
+def _finished():
+    tmp = Path(tempfile.mkdtemp(prefix="promptnb-smoke-")); atexit.register(shutil.rmtree, tmp, ignore_errors=True)
+    home = new_home(tmp/"home"); p = cli(home, *RUN, "--cores", 2)
+    return home, p
+
 def finished_home():
     "One unbroken smoke run of table1 on cheetah-dir, shared by all tests: read it, copy from it, do not write to it."
-    tmp = Path(tempfile.mkdtemp(prefix="promptnb-smoke-")); atexit.register(shutil.rmtree, tmp, ignore_errors=True)
-    home = new_home(tmp/"home"); went(cli(home, *RUN, "--cores", 2))
+    home, p = _finished(); went(p)
     return home
 
 @functools.cache

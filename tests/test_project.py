@@ -64,7 +64,8 @@ LAYERS = {
     "online":    ("core tasks", "", ""),
     "recipes":   ("", "everything", ""),
     "results":   ("core recipes", "torch gymnasium", ""),
-    "run":       ("core tasks data experts models train evaluate tuners llm online recipes results", "", ""),
+    "jobs":      ("core tasks data experts models train evaluate tuners llm online recipes", "", ""),
+    "run":       ("core tasks data experts models train evaluate tuners llm online recipes results jobs", "", ""),
 }
 
 def layers(root):
@@ -87,6 +88,11 @@ def present(root):
     "What the README, the Makefile and the workflow name is there."
     need = "README.md LICENSE Makefile environment.yml workflow/Snakefile nbs/index.ipynb nbs/papers/run.ipynb nbs/papers/prompt_tuning_dt.ipynb"
     return [f"{f} is missing" for f in need.split() if not (root/f).exists()]
+
+def readme(root):
+    "README.md is nbs/index.ipynb."
+    new = subprocess.run(["make", "-s", "readme-text", f"BIN={Path(sys.executable).parent}", "READY="], cwd=root, capture_output=True, text=True).stdout
+    return [] if new and (root/"README.md").exists() and new == (root/"README.md").read_text() else ["README.md is not nbs/index.ipynb: run make readme"]
 
 def pins(root):
     "environment.yml pins what settings.ini requires, in the same order."
@@ -111,9 +117,9 @@ def clean(root):
         return [f"nbs/{n} is not clean: run nbdev_clean" for n in notebooks(root) if (root/"nbs"/n).read_bytes() != (new/"nbs"/n).read_bytes()]
 
 def tags(root):
-    "Paper notebooks, and no others, have one cell tagged `parameters`."
+    "Paper notebooks and the benchmarks, and no others, have one cell tagged `parameters`."
     n = {f: sum("parameters" in c["metadata"].get("tags", []) for c in nb["cells"]) for f, nb in notebooks(root).items()}
-    return [f"nbs/{f} has {k} cells tagged parameters" for f, k in n.items() if k != f.startswith("papers/")]
+    return [f"nbs/{f} has {k} cells tagged parameters" for f, k in n.items() if k != (f.startswith("papers/") or f == "benchmarks.ipynb")]
 
 def render_only(root):
     "Paper notebooks define nothing and import only recipes, results and what draws them."

@@ -175,7 +175,7 @@ class PromptDT(nn.Module):
         if p is not None: pred, target, mask = torch.cat([p, pred], 1), torch.cat([batch.prompt.a, target], 1), torch.cat([batch.prompt.mask, mask], 1)
         return action_loss(pred.to(target.dtype), target, mask)
 
-# %% ../../nbs/03_models.dt.ipynb #ed91d2e2
+# %% ../../nbs/03_models.dt.ipynb #1cf6f88f
 class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transformer"]):
     "Model + prompts + normaliser. `prompt` is Steps (G, P, .), normalised and scaled, one row a task; or None."
     def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000., prompt_shape: list | None = None, soft: bool = False):
@@ -196,6 +196,10 @@ class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transf
     @property
     def config(self): return self.model.config
 
+    @classmethod
+    def from_pretrained(cls, folder, **kw):
+        "A saved policy, from a folder or the hub. Weights that do not fit the configuration are refused, not loaded in part."
+        return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
     def clone(self): return copy.deepcopy(self)
     def with_prompt(self, prompt: Steps | tuple):
         "A policy with the same model object and other prompts: Steps (G, P, .), or learned tokens (G, 3P, d) with their mask (G, 3P)."
