@@ -56,7 +56,7 @@ def attend(q, k, v, bias, drop):
     w = torch.baddbmm(bias.to(q.dtype).expand(B, h, -1, -1).flatten(0, 1), flat(q), flat(k).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.bmm(drop(w.softmax(-1)).to(v.dtype), flat(v)).view(*q.shape[:3], -1)
 
-# %% ../../nbs/03_models.dt.ipynb #ad2069b8
+# %% ../../nbs/03_models.dt.ipynb #b4481931
 class Bottleneck(nn.Module):
     "An adapter (Houlsby et al., 2019): x + up(relu(down(x))). `up` starts at zero, so it changes nothing at first."
     def __init__(self, width, size):
@@ -88,7 +88,7 @@ class Block(nn.Module):
         "x (B, T, d), bias (B or 1, 1, T', P + T) additive. Returns outputs at `at` (B, T', d), and this block's keys and values."
         k, v, h = self.keys(x)
         kk, vv = (k, v) if prefix is None else (torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2))
-        y = attend(self.split(self.q(h[:, at])), kk, vv, bias, self.drop)
+        y = attend(self.split(self.q(h[:, at].contiguous())), kk, vv, bias, self.drop)   # a strided slice takes another matmul when weights are frozen
         x = x[:, at] + self.drop(self.proj(y.transpose(1, 2).flatten(2)))
         return x + self.drop(self.adapter(self.out(F.relu_(self.fc(self.ln2(x)))))), (k, v)
 
@@ -175,7 +175,7 @@ class PromptDT(nn.Module):
         if p is not None: pred, target, mask = torch.cat([p, pred], 1), torch.cat([batch.prompt.a, target], 1), torch.cat([batch.prompt.mask, mask], 1)
         return action_loss(pred.to(target.dtype), target, mask)
 
-# %% ../../nbs/03_models.dt.ipynb #1cf6f88f
+# %% ../../nbs/03_models.dt.ipynb #d60f88bf
 class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transformer"]):
     "Model + prompts + normaliser. `prompt` is Steps (G, P, .), normalised and scaled, one row a task; or None."
     def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000., prompt_shape: list | None = None, soft: bool = False):
@@ -200,6 +200,8 @@ class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transf
     def from_pretrained(cls, folder, **kw):
         "A saved policy, from a folder or the hub. Weights that do not fit the configuration are refused, not loaded in part."
         return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
+    @classmethod
+    def _load_as_pickle(cls, *a, **kw): raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
     def clone(self): return copy.deepcopy(self)
     def with_prompt(self, prompt: Steps | tuple):
         "A policy with the same model object and other prompts: Steps (G, P, .), or learned tokens (G, 3P, d) with their mask (G, 3P)."
