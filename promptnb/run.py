@@ -222,7 +222,7 @@ def cmd_doctor(a):
         b = experts.load_expert(f); m = experts.manifest(f)
         print(f"{f.name}: expert {b.snapshots[-1]['mean_return']:.1f}, {len(m)} datasets")
 
-# %% ../nbs/12_run.ipynb #c7a0745d
+# %% ../nbs/12_run.ipynb #d6a2e4d3
 def parser():
     ap = argparse.ArgumentParser(prog="promptnb", description="Prompts and language models for decision making: a reproducible research workbook.")
     sub = ap.add_subparsers(dest="command", required=True, metavar="{list,collect,run,render,status,film,doctor}")
@@ -251,6 +251,7 @@ def main(argv=None):
     "The console script. What a user can mend is one line and status 2."
     a = parser().parse_args(argv)
     try: a.f(a)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # `promptnb status ... | head`
     except (PromptnbError, OSError) as e:
         e = disk_error(e, e.filename or "data") if isinstance(e, OSError) else e
         if not isinstance(e, PromptnbError): raise

@@ -64,10 +64,14 @@ def start(home, log, *args, **env):
 def kill_group(p):
     os.killpg(p.pid, signal.SIGKILL); p.wait()
 
+def end(p):
+    "At the end of a test: nothing that it started goes on. (A kernel notices within a second that its parent is gone.)"
+    if p.poll() is None: kill_group(p)
+
 def wait_for(seen, p, log, seconds=300):
-    end = time.monotonic() + seconds
+    late = time.monotonic() + seconds
     while not seen():
-        assert p.poll() is None and time.monotonic() < end, Path(log).read_text()[-4000:]
+        if p.poll() is not None or time.monotonic() > late: end(p); pytest.fail(Path(log).read_text()[-4000:])
         time.sleep(0.02)
 
 def weights(home): return {p.parent.parent.name: sha256_file(p) for p in home.glob("data/runs/policies/*/policy/model.safetensors")}
@@ -177,16 +181,26 @@ def test_second_run_does_nothing():
 
 # ---- two at once
 
+def test_two_jobs_at_once(tmp_path):
+    "Two kernels started in the same moment in the same folder do not meet, and leave no sockets behind."
+    home, logs = new_home(tmp_path/"home", *DATA), [tmp_path/"0", tmp_path/"1"]; files = set(home.iterdir())
+    ps = [start(home, log, "job", PRETRAIN, "--seed", str(seed), *SMOKE) for seed, log in enumerate(logs)]
+    try: codes = [p.wait(timeout=180) for p in ps]
+    finally:
+        for p in ps: end(p)
+    assert codes == [0, 0], "".join(log.read_text()[-1500:] for log in logs)
+    assert len(weights(home)) == 6 and weights(finished_home()).items() <= weights(home).items() and set(home.iterdir()) == files
+
 def test_second_process_on_the_same_job_is_refused(tmp_path):
     "It names the holder and writes nothing; when the holder is killed, the lock is gone with it."
     home, log = new_home(tmp_path/"home", *DATA), tmp_path/"log"; env = shim(tmp_path/"shim", STAND)
     p = start(home, log, "job", PRETRAIN, *SMOKE, **env)
-    wait_for((tmp_path/"shim"/"standing").exists, p, log)
-    before = mtimes(home)
-    said = one_line(cli(home, "job", PRETRAIN, *SMOKE), "in use by process")
-    kernel = int((tmp_path/"shim"/"standing").read_text())
-    assert any(f"process {x}" in said for x in (p.pid, kernel)) and mtimes(home) == before and not paths(home)
-    kill_group(p); os.kill(kernel, signal.SIGKILL)
+    try:
+        wait_for((tmp_path/"shim"/"standing").exists, p, log); kernel = int((tmp_path/"shim"/"standing").read_text())
+        before = mtimes(home)
+        said = one_line(cli(home, "job", PRETRAIN, *SMOKE), "in use by process")
+        assert any(f"process {x}" in said for x in (p.pid, kernel)) and mtimes(home) == before and not paths(home)
+    finally: end(p)
     went(cli(home, "job", PRETRAIN, *SMOKE))
     assert weights(home) == weights(finished_home())
 
