@@ -124,7 +124,7 @@ def code_fingerprint(*modules) -> str:
     files = [base/f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
     return fingerprint([f.read_text() for f in files if f.name != "_modidx.py"])
 
-# %% ../nbs/00_core.ipynb #906c2ad9
+# %% ../nbs/00_core.ipynb #6f01b5dc
 def write_atomic(path, data: bytes):
     "Replace `path` by `data`, all or nothing; a full disk is one clear line and the old file stays."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +138,11 @@ def write_atomic(path, data: bytes):
         raise disk_error(e, path) from e
     return path
 
-def disk_error(e: OSError, path):
-    "The one line for a full or read-only disk; other errors come back as they are."
-    if e.errno in (errno.ENOSPC, errno.EDQUOT): return PromptnbError(f"no space left on the disk for {path}: free some and run the same command again, nothing finished is lost")
-    if e.errno in (errno.EROFS, errno.EACCES): return PromptnbError(f"cannot write {path}: {e.strerror.lower()}")
+def disk_error(e: Exception, path):
+    "The one line for a full or read-only disk, whichever library met it; other errors come back as they are."
+    code = getattr(e, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e): return PromptnbError(f"no space left on the disk for {path}: free some and run the same command again, nothing finished is lost")
+    if code in (errno.EROFS, errno.EACCES): return PromptnbError(f"cannot write {path}: {os.strerror(code).lower()}")
     return e
 
 def write_json(path, x): return write_atomic(path, (json.dumps(plain(x), indent=1, allow_nan=False) + "\n").encode())
@@ -151,7 +152,7 @@ def read_json(path):
     try: return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise PromptnbError(f"{path} is damaged (not JSON: {e})") from None
 
-# %% ../nbs/00_core.ipynb #d060459c
+# %% ../nbs/00_core.ipynb #aab68186
 FORMAT = 1   # of checkpoints; a newer one is refused by name
 
 def save_tensors(path, tensors: dict, meta: dict):
@@ -159,27 +160,32 @@ def save_tensors(path, tensors: dict, meta: dict):
     from safetensors.torch import save
     path = Path(path)
     write_atomic(path, data := save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
-    write_json(path.with_suffix(".json"), dict(meta, format=FORMAT, sha256=hashlib.sha256(data).hexdigest()))
+    meta = plain(dict(meta, format=FORMAT, sha256=hashlib.sha256(data).hexdigest()))
+    write_json(path.with_suffix(".json"), dict(meta, own=fingerprint(meta, 64)))
     return path
 
 def load_tensors(path, config=None):
     "Read (tensors, meta) after checking existence, format, hash and, where given, the configuration; refusals name the file."
+    from safetensors import SafetensorError
     from safetensors.torch import load
     path = Path(path)
     if path.suffix != ".safetensors": raise PromptnbError(f"{path} is not a .safetensors file: nothing else is opened")
     if not path.with_suffix(".json").exists(): raise PromptnbError(f"{path} has no {path.stem}.json beside it: it is not a finished checkpoint")
     meta = read_json(path.with_suffix(".json"))
-    if meta.get("format", 0) > FORMAT: raise PromptnbError(f"{path} has format {meta['format']}, newer than this promptnb reads ({FORMAT}): update promptnb")
-    if config is not None and (diff := differing(meta.get("config", {}), plain(config))): raise PromptnbError(f"{path} is of another run: {diff}")
+    if not isinstance(meta, dict) or meta.pop("own", None) != fingerprint(meta, 64): raise PromptnbError(f"{path.with_suffix('.json')} is damaged (its hash is not its own)")
+    if meta["format"] > FORMAT: raise PromptnbError(f"{path} has format {meta['format']}, newer than this promptnb reads ({FORMAT}): update promptnb")
+    if config is not None and (diff := differing(meta.get("config", {}), plain(config))): raise PromptnbError(f"{path} is of another run: {diff}; go on as it began, or delete {path.parent}")
     data = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(data).hexdigest() != meta.get("sha256"): raise PromptnbError(f"{path} is damaged ({len(data)} bytes, its hash is not the one recorded)")
-    return load(data), meta
+    if hashlib.sha256(data).hexdigest() != meta["sha256"]: raise PromptnbError(f"{path} is damaged ({len(data)} bytes, its hash is not the one recorded)")
+    try: return load(data), meta
+    except SafetensorError as e: raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
 
-def differing(a: dict, b: dict) -> str:
-    "The keys in which two configurations differ, with both values; empty if none."
-    return ", ".join(f"{k}: {a.get(k)!r} there, {b.get(k)!r} here" for k in sorted({*a, *b}) if a.get(k) != b.get(k))
+def differing(a: dict, b: dict, at="") -> str:
+    "The keys in which two configurations differ, with both values; empty if none. Nested ones are named 'fit.lr'."
+    both = [(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    return ", ".join(differing(x, y, f"{at}{k}.") if isinstance(x, dict) and isinstance(y, dict) else f"{at}{k}: {x!r} there, {y!r} here" for k, x, y in both)
 
-# %% ../nbs/00_core.ipynb #6f7fe182
+# %% ../nbs/00_core.ipynb #8d749570
 @dataclass
 class Checkpoints:
     "The checkpoints of one run folder; the two newest are kept."
@@ -190,7 +196,9 @@ class Checkpoints:
     def paths(self): return sorted(Path(self.folder).glob("step-*.json"), reverse=True)
     def save(self, step, tensors, **meta):
         save_tensors(Path(self.folder)/f"step-{step:09d}.safetensors", tensors, dict(meta, step=step, config=self.config))
-        for old in self.paths()[self.keep:]: old.unlink(); old.with_suffix(".safetensors").unlink(missing_ok=True)
+        keep = {p.stem for p in self.paths()[:self.keep]}
+        for old in sorted(Path(self.folder).glob("*step-*")):      # JSON before tensors; also what a killed run left half written
+            if old.stem not in keep: old.unlink()
     def latest(self):
         "The newest sound checkpoint as (tensors, meta), or None. Each damaged one is named and passed over; another run's is an error."
         for p in self.paths():
@@ -199,16 +207,16 @@ class Checkpoints:
                 if "another run" in str(e) or "newer than" in str(e): raise
                 print(f"{e}; using the one before", file=sys.stderr)
 
-# %% ../nbs/00_core.ipynb #9091e8f9
+# %% ../nbs/00_core.ipynb #487ca4ba
 @contextlib.contextmanager
 def run_lock(folder):
     "Hold a run folder; a second holder is refused and told who holds it."
     from filelock import FileLock, Timeout
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
     lock, who = FileLock(folder/".lock"), folder/".holder"
-    try: lock.acquire(timeout=0)
+    try: folder.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=0); who.write_text(str(os.getpid()))
     except Timeout: raise PromptnbError(f"{folder} is in use by process {who.read_text() if who.exists() else '?'}") from None
-    who.write_text(str(os.getpid()))
+    except OSError as e: lock.release(); raise disk_error(e, folder) from e
     try: yield folder
     finally: who.unlink(missing_ok=True); lock.release()
 

@@ -41,15 +41,15 @@ class Store:
     def __len__(self): return len(self.length)
     def __repr__(self): return f"Store({len(self)} trajectories, {len(self.s):,} steps, {len(self.task_ids)} tasks, return {self.returns.mean():.1f} ± {self.returns.std():.1f})"
 
-# %% ../nbs/02_data.ipynb #bc20a7fe
+# %% ../nbs/02_data.ipynb #14735fa1
 def check_trajectory(d, i, S=None, A=None):
     "One trajectory as float32 arrays (s, a, r); what is wrong with it is one line with its index."
     for k in ("observations", "actions", "rewards"):
         if k not in d: raise PromptnbError(f"trajectory {i} has no '{k}' (it has {', '.join(map(str, d)) or 'nothing'})")
-    r = np.asarray(d["rewards"]); T = len(r)
-    a, s = np.asarray(d["actions"]), np.asarray(d["observations"])
+    try: s, a, r = (np.asarray(d[k]) for k in ("observations", "actions", "rewards")); T = len(r)
+    except (TypeError, ValueError): raise PromptnbError(f"trajectory {i} holds no arrays: rows of unequal length, or a single number") from None
     if T == 0: raise PromptnbError(f"trajectory {i} has no steps")
-    if any(x.dtype == object for x in (s, a, r)): raise PromptnbError(f"trajectory {i} holds Python objects, not numbers")
+    if any(x.dtype.kind not in "biuf" for x in (s, a, r)): raise PromptnbError(f"trajectory {i} holds Python objects or text, not numbers")
     if s.ndim != 2 or a.ndim != 2 or r.ndim != 1 or len(a) != T or len(s) not in (T, T + 1):
         raise PromptnbError(f"trajectory {i}: {T} rewards, but observations {s.shape} and actions {a.shape}; wanted (T, S) or (T+1, S), and (T, A)")
     if (S is not None and s.shape[1] != S) or (A is not None and a.shape[1] != A): raise PromptnbError(f"trajectory {i}: state and action sizes {s.shape[1]}, {a.shape[1]}, but {S}, {A} are wanted")
@@ -71,7 +71,7 @@ def from_arrays(trajectories, task_ids=None, hashes=()) -> Store:
     return Store(flat([p[0] for p in parts]), flat([p[1] for p in parts]), flat([p[2] for p in parts]), flat(rtg), flat([np.arange(k) for k in n]),
                  torch.from_numpy(np.repeat(last, n)), torch.from_numpy(last - n), torch.from_numpy(n), torch.from_numpy(task_ids[order].astype(np.int64)), tuple(hashes))
 
-# %% ../nbs/02_data.ipynb #858ba530
+# %% ../nbs/02_data.ipynb #79d48784
 def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) -> Store:
     "A Store from Minari datasets, one a task (ids in order); at most `episodes` of each."
     import minari
@@ -81,10 +81,11 @@ def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) ->
     trajs, of = [], []
     try:
         for k, i in enumerate(ids):
-            try: ds = minari.load_dataset(i, download=download)
-            except Exception as e: raise PromptnbError(f"cannot load Minari dataset '{i}': {str(e).splitlines()[0]}") from None
-            for ep in ds.iterate_episodes(range(min(episodes or ds.total_episodes, ds.total_episodes))):
-                trajs.append(dict(observations=ep.observations, actions=ep.actions, rewards=ep.rewards)); of.append(task_ids[k] if task_ids is not None else k)
+            try:
+                ds = minari.load_dataset(i, download=download)
+                for ep in ds.iterate_episodes(range(min(episodes or ds.total_episodes, ds.total_episodes))):
+                    trajs.append(dict(observations=ep.observations, actions=ep.actions, rewards=ep.rewards)); of.append(task_ids[k] if task_ids is not None else k)
+            except Exception as e: raise PromptnbError(f"cannot load Minari dataset '{i}': {(str(e) or type(e).__name__).splitlines()[0]}") from None
     finally: os.environ.pop("MINARI_DATASETS_PATH", None) if before is None else os.environ.__setitem__("MINARI_DATASETS_PATH", before)
     return from_arrays(trajs, of)
 
@@ -99,7 +100,8 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
         if e.get("episodes", 0) < (episodes or 1): raise PromptnbError(f"dataset {i} with {episodes or 1} episodes is not here: promptnb collect --family {fam.name} --quality {quality} --episodes {episodes or 100}")
         file = root/i/"data"/"main_data.hdf5"
         if check and (not file.exists() or sha256_file(file) != e["sha256"]): raise PromptnbError(f"{file} is damaged (its hash is not the manifest's): delete the folder {file.parent.parent} and its line in {path}, then collect again")
-    store = from_minari(ids, task_ids, episodes, root=root)
+    store = from_minari(ids, task_ids, episodes, root=root); size = (store.s.shape[1], store.a.shape[1])
+    if size != (fam.state_dim, fam.act_dim): raise PromptnbError(f"the {quality} data of {fam.name} have states and actions of sizes {size}, but {(fam.state_dim, fam.act_dim)} are wanted: {root}")
     return replace(store, hashes=tuple(known[i]["sha256"] for i in ids))
 
 # %% ../nbs/02_data.ipynb #24cb5b7a

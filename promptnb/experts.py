@@ -49,18 +49,20 @@ class Behaviour:
         return np.clip(x, -1, 1)
     def __repr__(self): return f"Behaviour({self.family}: {len(self.snapshots)} snapshots, returns {[round(s['mean_return'], 1) for s in self.snapshots]})"
 
-# %% ../nbs/02a_experts.ipynb #f2194572
+# %% ../nbs/02a_experts.ipynb #5bd14c04
 def expert_path(name): return data_dir()/"experts"/f"{name}.safetensors"
 
 def load_expert(name, path=None) -> Behaviour:
     "The shipped policies of a family (shape, hash and card checked)."
+    from safetensors import SafetensorError
     from safetensors.numpy import load
     fam = tasks.family(name); name = fam.expert or fam.name
     path = Path(path or expert_path(name))
     if not path.exists(): raise PromptnbError(f"no policy {path}: train it with promptnb.experts.train_expert('{name}')")
     card = read_json(path.with_suffix(".json"))
     if sha256_file(path) != card["sha256"]: raise PromptnbError(f"{path} is damaged (its hash is not the one on its card)")
-    t = {k: v.astype(np.float32) for k, v in load(path.read_bytes()).items()}
+    try: t = {k: v.astype(np.float32) for k, v in load(path.read_bytes()).items()}
+    except SafetensorError as e: raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
     return Behaviour(name, [(t[f"w{i}"], t[f"b{i}"]) for i in range(3)], card)
 
 def save_expert(b: Behaviour, path=None):
@@ -245,38 +247,42 @@ def episodes_of(fam, task, quality, episodes, seed, threads=None):
         parts.append(play(vec, act, [seed_for(seed, "start", fam.name, task, quality, start + e) for e in range(n)])); vec.close()
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
-# %% ../nbs/02a_experts.ipynb #7c4504fe
+# %% ../nbs/02a_experts.ipynb #1d2e7cff
 def write_minari(ds_id, eps, env_spec, root, description):
     "Write played episodes as a Minari dataset, whole or not at all; returns the data file's path."
     import shutil, tempfile
     import minari
     from minari.data_collector import EpisodeBuffer
-    final = Path(root)/ds_id; final.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=".collect-", dir=root)); before = os.environ.get("MINARI_DATASETS_PATH")
+    final = Path(root)/ds_id; before = os.environ.get("MINARI_DATASETS_PATH")
+    try: final.parent.mkdir(parents=True, exist_ok=True); tmp = Path(tempfile.mkdtemp(prefix=f".collect-{Path(ds_id).parent.name}-", dir=root))
+    except OSError as e: raise disk_error(e, final) from e
     T = eps["length"]; bufs = []
     for i, n in enumerate(T):
         trunc = np.zeros(n, bool); term = np.zeros(n, bool); term[-1] = eps["terminated"][i]; trunc[-1] = not term[-1]
         bufs.append(EpisodeBuffer(id=i, observations=eps["s"][i, :n + 1], actions=eps["a"][i, :n], rewards=eps["r"][i, :n], terminations=term, truncations=trunc))
     try:
+        (room := tmp/"room").write_bytes(bytes(2 * sum(x.nbytes for x in eps.values()) + 2**18)); room.unlink()      # HDF5 does not survive a full disk: ask first
         os.environ["MINARI_DATASETS_PATH"] = str(tmp)
         minari.create_dataset_from_buffers(ds_id, bufs, env=env_spec, algorithm_name="promptnb.experts", author="promptnb", author_email="-", code_permalink="-", description=description, data_format="hdf5")
         if final.exists(): shutil.rmtree(final)
         os.replace(tmp/ds_id, final)
-    except OSError as e: raise disk_error(e, final) from e
+    except Exception as e: raise disk_error(e, final) from e      # HDF5 says it in its own words
     finally:
-        os.environ.pop("MINARI_DATASETS_PATH") if before is None else os.environ.__setitem__("MINARI_DATASETS_PATH", before)
+        os.environ.pop("MINARI_DATASETS_PATH", None) if before is None else os.environ.__setitem__("MINARI_DATASETS_PATH", before)
         shutil.rmtree(tmp, ignore_errors=True)
     return final/"data"/"main_data.hdf5"
 
-# %% ../nbs/02a_experts.ipynb #15d0d35e
+# %% ../nbs/02a_experts.ipynb #93d3dd31
 def collect(name, quality="expert", episodes=100, seed=0, task_ids=None, root=None, threads=None, say=print):
     "Write the datasets `promptnb/<task>/<quality>-v0` of a family that are not there yet; returns the manifest's entries. Resumable."
     fam = tasks.family(name); check_choice(quality, QUALITIES, "quality")
+    if episodes < 1: raise PromptnbError(f"episodes is {episodes}, but must be at least 1")
     root = Path(root or minari_dir())
     with run_lock(root/"promptnb"/f".{fam.name}"): return _collect(fam, quality, episodes, seed, task_ids, root, threads, say)
 
 def _collect(fam, quality, episodes, seed, task_ids, root, threads, say):
-    import warnings
+    import shutil, warnings
+    for old in root.glob(f".collect-{fam.name}-[0-9]*"): shutil.rmtree(old, ignore_errors=True)      # of a killed run
     policy = "uniform" if quality == "random" else load_expert(fam).card["sha256"]
     have = lambda e: e.get("episodes", 0) >= episodes and (e["seed"], e["policy"]) == (seed, policy)
     want = [i for i in (task_ids or fam.task_ids) if not have(manifest(fam, root).get(dataset_id(fam, i, quality), {}))]

@@ -84,14 +84,14 @@ SOURCES = {
     "size": "assumed", "r": "assumed", "alpha": "assumed", "precision": "ours", "curve_points": "code",
 }
 
-# %% ../nbs/09_recipes.ipynb #7916e205
+# %% ../nbs/09_recipes.ipynb #20cbd6e5
 SCALES = {
     "paper": {},
     "laptop": dict(
         Pretrain=dict(episodes=20, tasks_per_batch=4, per_task=8, width=64, steps=600, lr=1e-3, warmup=60, precision="auto", curve_points=3, curve_episodes=2),
         families={"cheetah-dir": dict(per_task=16)},      # it has two tasks: 32 windows an update, as the others
         Tune=dict(demo_batch=16, score_episodes=1), Recipe=dict(eval_episodes=6),
-        hyper=dict(steps=30, batches=1), online=dict(steps=3)),
+        hyper=dict(steps=25, batches=1), online=dict(steps=2)),
     "smoke": dict(
         Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
         Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),

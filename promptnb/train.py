@@ -99,30 +99,31 @@ def step_once(model, opt, batch, t, c: FitConfig, device):
         torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], c.clip); opt.step()
     return value
 
-# %% ../nbs/04_train.ipynb #05566593
+# %% ../nbs/04_train.ipynb #fd6802ac
 def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="train", callback=None) -> FitLog:
     "Minimise `model.loss(sampler.batch(t))` for t = 0 ... steps-1, in place. `callback(t)` runs after each checkpoint and at the end."
     c, start = config, time.time()
     device = next(model.parameters()).device
-    opt, losses, first, flag = optimiser(model.parameters(), c), [], 0, [False]
+    opt, losses, recent, first, flag = optimiser(model.parameters(), c), [], [], 0, [False]
     with contextlib.ExitStack() as stack:
         ck = None
         if folder:
             stack.enter_context(run_lock(folder)); stack.enter_context(on_sigterm(flag))
             ck = Checkpoints(Path(folder), plain(dict(fit=c, data=fingerprint(list(data_hashes)), where=where(device), weights=[list(p.shape) for p in model.parameters()])))
             if found := ck.latest():
-                restore(model, opt, found[0]); first, losses = found[1]["step"], [tuple(x) for x in found[1]["losses"]]
+                restore(model, opt, found[0]); first, losses, recent = found[1]["step"], [tuple(x) for x in found[1]["losses"]], found[1]["recent"]
                 print(f"{desc}: going on from step {first}", flush=True)
-        model.train(); recent = []
-        def save(t):
-            if ck: ck.save(t, state_of(model, opt), losses=losses)
-            if callback: callback(t); model.train()
+                if callback and (first % c.checkpoint_every == 0 or first == c.steps): callback(first)      # killed or stopped between checkpoint and callback: it may not have run
+        model.train()
+        def save(t, point=True):
+            if ck: ck.save(t, state_of(model, opt), losses=losses, recent=recent)
+            if callback and point: callback(t); model.train()
         for t in progress(range(first, c.steps), desc, total=c.steps - first):
             value = step_once(model, opt, sampler.batch(t), t, c, device)
             if not math.isfinite(value): return FitLog("diverged", t, losses, time.time() - start, f"loss is {value} at step {t}; the last good checkpoint is kept")
             recent.append(value)
             if (t + 1) % c.log_every == 0 or t + 1 == c.steps: losses.append((t + 1, sum(recent) / len(recent))); recent = []
-            if flag[0]: losses += [(t + 1, sum(recent) / len(recent))] if recent else []; save(t + 1); raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")
+            if flag[0]: save(t + 1, point=False); raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")
             if (t + 1) % c.checkpoint_every == 0 and t + 1 < c.steps: save(t + 1)
         if first < c.steps or c.steps == 0: save(c.steps)
     model.eval()

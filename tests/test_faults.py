@@ -1,6 +1,6 @@
 """What goes wrong, made to go wrong: killed writes, damaged and hostile files, a full disk, a dead kernel, a misspelt name.
 Passed is: one clear line, nothing lost, and the same command goes on once the cause is gone. Kills and resumes: test_resume."""
-import builtins, contextlib, errno, hashlib, io, json, os, pickle, random, re, shutil, subprocess, sys
+import builtins, contextlib, errno, hashlib, io, json, os, pickle, random, re, shutil, signal, subprocess
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from promptnb import core, data, experts, jobs, recipes, results, run, tasks, train
-from promptnb.core import Checkpoints, PromptnbError, read_json, results_dir, run_lock, runs_dir, sha256_file, write_json
+from promptnb.core import Checkpoints, PromptnbError, read_json, results_dir, runs_dir, sha256_file, write_json
 
 from test_papers import DATA, FAMILY, METHODS, PAPER, PRETRAIN, RUN, SMOKE, TUNE, cli, expected, fabricate, finished_home, new_home, one_line, paths, went
 from test_resume import same_records, weights
@@ -112,12 +112,13 @@ def frozen(folder): return {p: (p.stat().st_mtime_ns, sha256_file(p)) for p in f
 
 @pytest.mark.parametrize("how", ["exception", "exit"])
 def test_killed_at_every_call_of_a_checkpoint(how, tmp_path, monkeypatch):
-    three(tmp_path/"whole"); ends = 0; whole = {p.name: p.read_bytes() for n in (5, 10, 15) for p in (tmp_path/"whole").glob("*") }
+    three(tmp_path/"whole"); whole = {p.name: p.read_bytes() for p in (tmp_path/"whole").iterdir()}
     for k in range(40):
-        folder = tmp_path/str(k); three(folder, 10); whole.update({p.name: p.read_bytes() for p in folder.glob("*")})
+        folder = tmp_path/str(k); three(folder, 10); whole |= {p.name: p.read_bytes() for p in folder.iterdir()}
         ck, done = Checkpoints(folder, CONFIG), False
         if how == "exit":
             if not (pid := os.fork()):
+                signal.alarm(60)
                 monkeypatch.setattr(Calls, "hit", lambda self, half=None, hit=Calls.hit: hit(self, half) if self.n != self.k else (half and half(), os._exit(9)))
                 with Calls(monkeypatch, k, Crash): ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[])
                 os._exit(0)
@@ -152,7 +153,7 @@ def test_killed_in_collect(home, monkeypatch):
     root = home/"data"/"minari"; before = frozen(root); make = minari.create_dataset_from_buffers
     if not (pid := os.fork()):
         minari.create_dataset_from_buffers = lambda *a, **k: (make(*a, **k), os._exit(9))
-        experts.collect(FAMILY, "medium", 2, threads=1); os._exit(0)
+        signal.alarm(60); experts.collect(FAMILY, "medium", 2, threads=1); os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     left, = root.glob(".collect-*"); other = root/".collect-cheetah-vel-00-x"; other.mkdir()
     assert {p: v for p, v in frozen(root).items() if left not in p.parents} == before
@@ -470,7 +471,7 @@ def test_read_only_folder(args, code, home, monkeypatch, capsys, no_kernel):
 
 def test_read_only_disk(home):
     with tiny_disk(home/"data", 16 * 2**20) as disk:
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        if subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode: pytest.skip("remounting is not permitted here")
         for args in COMMANDS[:3]: one_line(cli(home, *args), "cannot write", "read-only")
 
 # ---- row 15: names and values that are wrong, refused before anything starts

@@ -27,10 +27,16 @@ def new_home(home, *more):
     for name in more: shutil.copytree(finished_home()/name, home/name, ignore=ignore, dirs_exist_ok=True)
     return home
 
+@functools.cache
+def scratch():
+    "Where commands put temporary files, which a killed one leaves. A short name: sockets lie there."
+    tmp = tempfile.mkdtemp(prefix="pnb"); atexit.register(shutil.rmtree, tmp, ignore_errors=True)
+    return tmp
+
 def env_for(home, **more):
     "The environment of a command on that workbook: one thread, nothing of the user's."
     env = {k: v for k, v in os.environ.items() if k not in ("MINARI_DATASETS_PATH", "IN_TEST")}
-    return dict(env, PROMPTNB_HOME=str(home), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", **more)
+    return dict(env, PROMPTNB_HOME=str(home), TMPDIR=scratch(), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", **more)
 
 def cli(home, *args, timeout=600, **env):
     "The console script, in a process of its own, to its end."

@@ -89,7 +89,7 @@ class Killed(BaseException): pass
 @pytest.fixture(scope="module")
 def small():
     "fit(folder, callback) of the smoke policy of cheetah-dir: 20 steps, a checkpoint each 5, a loss each 3. Returns (weights, losses)."
-    from promptnb import data, tasks
+    from promptnb import data
     from promptnb.train import FitConfig, fit
     r = recipes.resolve(recipes.RECIPES[jobs.find_job(PRETRAIN).recipes[-1]], "smoke"); p = r.pretrain
     store = data.load("cheetah-dir", p.quality, None, p.episodes, root=finished_home()/"data"/"minari"); stats = data.state_stats(store)
