@@ -137,12 +137,13 @@ def say(v: pd.DataFrame) -> str:
         text.append(f"{fam}: against '{g.against.iloc[0]}', better: {of('better')}; worse: {of('worse')}; no clear difference: {of('no clear difference')}.")
     return "\n".join(text)
 
-# %% ../nbs/10_results.ipynb #b0c95ffc
+# %% ../nbs/10_results.ipynb #088da02d
 ORDER = ["MT-ORL", "MT-BC-FT", "Prompt-DT, expert prompt", "Prompt-DT, random prompt", "Prompt-DT-FT", "Soft Prompt", "Adaptor", "LoRA", "PTDT-offline, expert prompt",
          "PTDT-offline, random prompt", "PTDT-online, expert prompt", "Hill climbing (control)", "Evolution strategy (control)", "Gradient on the prompt (control)", "Re-sampled prompts (control)"]
 
 def style(label):
     "Colour, line style and marker of a method: the same in every figure."
+    label = label.replace("MT-BC (before fine-tuning)", "MT-BC-FT")
     i = ORDER.index(label) if label in ORDER else sum(map(ord, label)) % len(ORDER)
     return dict(color=sns.color_palette("colorblind")[i % 10], linestyle=("-", "--")[i // 10], marker="osD^vP*X<>hd8pH"[i % 15])
 

@@ -95,7 +95,7 @@ def lock_step(fam, task_ids, **kw):
     f = family(fam)
     return importlib.import_module(f"promptnb.tasks.{f.kind}").LockStep(f, task_ids, **kw)
 
-# %% ../../nbs/01_tasks.ipynb #ea2e0f60
+# %% ../../nbs/01_tasks.ipynb #e5527e13
 def gl_backend():
     "'egl' or 'osmesa', whichever renders on this machine without a screen; None if neither does."
     from ctypes.util import find_library
@@ -107,7 +107,7 @@ def film(fam, task, actions, seed, every=20, size=240):
     import gymnasium as gym
     if not (name := gl_backend()): raise PromptnbError("cannot render without a screen: install EGL or OSMesa (Debian: apt install libegl1 libgl1-mesa-dri, or libosmesa6)")
     os.environ["MUJOCO_GL"] = name
-    env = gym.make(family(fam).env_id, task=task, render_mode="rgb_array", width=size, height=size)
+    env = gym.make(family(fam).env_id, task=task, render_mode="rgb_array", width=size, height=size, camera_name="track")
     env.reset(seed=seed); frames = [env.render()]
     for t, a in enumerate(actions, 1):
         ended = any(env.step(a)[2:4])
