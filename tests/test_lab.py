@@ -15,7 +15,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 def lab():
     "JupyterLab by `make lab`, on a free port."
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    p = subprocess.Popen(["make", "lab", f"LAB_ARGS=--no-browser --allow-root --port={port} --IdentityProvider.token= --ServerApp.password="], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(["make", "lab", f"LAB_ARGS=--no-browser --allow-root --port={port} --IdentityProvider.token= --LabApp.expose_app_in_browser=True"], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(240):
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)) == 0: break
@@ -39,7 +39,10 @@ def test_paper_notebook_runs_in_the_browser(lab, tmp_path):
             done, errors = page.evaluate(run)
             if done >= cells or errors: break
             page.wait_for_timeout(1000)
+        page.evaluate("() => { const n = window.jupyterapp.shell.currentWidget.content; n.scrollToItem(4, 'start') }"); page.wait_for_timeout(1500)
         shot = Path(os.environ.get("LAB_SCREENSHOT", tmp_path/"lab.png")); page.screenshot(path=shot)
         assert errors == 0 and done == cells, (done, cells, errors)
+        kinds = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code').flatMap(w => w.model.outputs.toJSON()).flatMap(o => Object.keys(o.data || {}))")
+        if any((ROOT/"data/results/prompt_tuning_dt").glob("laptop.*")): assert "image/png" in kinds
         assert page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code').flatMap(w => w.model.outputs.toJSON()).filter(o => o.data && o.data['text/html']).length") > 2
     assert shot.stat().st_size > 20_000
