@@ -74,11 +74,11 @@ class Recipe:
     @property
     def id(self): return f"{self.paper}/{self.family}/{self.key}"
 
-# %% ../nbs/09_recipes.ipynb #278fb04e
+# %% ../nbs/09_recipes.ipynb #2f3d8e7f
 SOURCES = {
     "K": "paper T2 = code", "J": "paper T3 = code", "H": "paper T3 = code", "per_task": "code (paper T2: 8)", "position": "code (paper: random segments)",
     "normalise": "code", "loss_on_prompt": "code (paper 4.4: True)", "prompt_norm": "code", "shared_embed": "code", "layers": "paper T2 = code", "heads": "paper T2 = code",
-    "width": "paper T2 = code", "dropout": "code", "steps": "code: 5000 x 10", "lr": "paper T2 = code", "weight_decay": "paper T2 = code", "warmup": "code", "clip": "code",
+    "width": "paper T2 = code", "dropout": "code", "steps": "code: 5000 x 10", "tuning.steps": "assumed", "lr": "paper T2 = code", "weight_decay": "paper T2 = code", "warmup": "code", "clip": "code",
     "episodes": "paper: last 20,000 steps", "eval_episodes": "code (paper T2: 20)", "seeds": "paper", "demos": "assumed", "demo_batch": "code", "demo_K": "assumed (code: K*)",
     "score_episodes": "code", "m": "code", "k": "code: m", "mu": "assumed (code default 1.0)", "eta": "assumed (code default 1e-4)", "momentum": "code", "batches": "code",
     "size": "assumed", "r": "assumed", "alpha": "assumed", "precision": "ours", "curve_points": "code",

@@ -272,7 +272,7 @@ def overview(paper, scale) -> pd.DataFrame:
         rows.append(dict(exhibit=e.id, title=e.title, claim=e.claim, status=f"cannot be made: {e.unknown}" if e.unknown else f"{s['done']} of {s['total']} runs" + (f", {len(s['failed'])} failed" if s["failed"] else "")))
     return pd.DataFrame(rows).set_index("exhibit")
 
-# %% ../nbs/10_results.ipynb #004d5b2b
+# %% ../nbs/10_results.ipynb #45e2adef
 def deviations(paper, scale) -> pd.DataFrame:
     "Fields whose value at this scale is not the paper scale's, with the source of the latter."
     out = {}
@@ -282,7 +282,7 @@ def deviations(paper, scale) -> pd.DataFrame:
             for k in a:
                 if k != "hyper" and a[k] != b[k]: out.setdefault((group, k), (set(), set()))[0].add(a[k]); out[group, k][1].add(b[k])
     join = lambda s: ", ".join(map(str, sorted(s, key=str)))
-    return pd.DataFrame([dict(part=g, field=k, paper_scale=join(a), this_scale=join(b), source=rc.SOURCES.get(k, "ours")) for (g, k), (a, b) in out.items()])
+    return pd.DataFrame([dict(part=g, field=k, paper_scale=join(a), this_scale=join(b), source=rc.SOURCES.get(f"{g}.{k}", rc.SOURCES.get(k, "ours"))) for (g, k), (a, b) in out.items()])
 
 def provenance(paper, scale) -> pd.DataFrame:
     "Where the shown numbers come from: commits, devices, threads, versions, hours."
