@@ -15,18 +15,19 @@ from .core import (PromptnbError, check_choice, data_dir, disk_error, fingerprin
                            sha256_file, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['QUALITIES', 'NOISE', 'CHUNK', 'goal_features', 'Behaviour', 'expert_path', 'load_expert', 'save_expert', 'act_with',
-           'act_random', 'play', 'measured_episodes', 'returns_per_task', 'PPOSettings', 'sb3_env', 'fold', 'choose',
-           'train_expert', 'command_of', 'finish', 'dataset_id', 'manifest_path', 'manifest', 'episodes_of',
+__all__ = ['LADDER', 'QUALITIES', 'NOISE', 'CHUNK', 'goal_features', 'Behaviour', 'expert_path', 'load_expert', 'save_expert',
+           'act_with', 'act_random', 'play', 'measured_episodes', 'returns_per_task', 'PPOSettings', 'sb3_env', 'fold',
+           'choose', 'train_expert', 'command_of', 'finish', 'dataset_id', 'manifest_path', 'manifest', 'episodes_of',
            'write_minari', 'collect', 'env_spec']
 
-# %% ../nbs/02a_experts.ipynb #1fd9c77f
+# %% ../nbs/02a_experts.ipynb #b23552c5
 def goal_features(fam, task_ids):
-    "(N,) task ids -> (N, G) float32."
+    "(N,) task ids -> (N, G) float32; G is 0 where the family has one goal."
+    if fam.n_tasks == 1: return np.zeros((len(task_ids), 0), np.float32)
     g = np.array([fam.goals[i] for i in task_ids])
     return (np.stack([np.cos(g), np.sin(g)], -1) if fam.body == "ant" else g[:, None]).astype(np.float32)
 
-# %% ../nbs/02a_experts.ipynb #74474005
+# %% ../nbs/02a_experts.ipynb #9a27496a
 @dataclass
 class Behaviour:
     "Goal-conditioned snapshots of one training run: `layers` [(C, in, out), (C, out)] x 3, and a card that says how they were made."
@@ -37,10 +38,10 @@ class Behaviour:
     @property
     def snapshots(self): return self.card["snapshots"]
     def snapshot(self, quality):
-        "Index of the snapshot that acts for a quality: 'expert' is the last, 'medium' the one nearest half the way from the first to the last return."
+        "Index of the snapshot that acts for a quality: 'expert' is the last, 'medium' the one nearest the family's part of the way (a half; D4RL's: a third) from the first to the last return."
         if quality == "expert": return len(self.snapshots) - 1
         r = np.array([s["mean_return"] for s in self.snapshots])
-        return int(np.abs(r - (r[0] + r[-1]) / 2).argmin())
+        return int(np.abs(r - (r[0] + tasks.family(self.family).medium * (r[-1] - r[0]))).argmin())
     def __call__(self, x, c=-1):
         "(N, S + G) -> mean action (N, A), for snapshot `c`: an index, or one a row."
         for i, (w, b) in enumerate(self.layers):
@@ -158,7 +159,7 @@ def sb3_env(fam, settings):
         def env_is_wrapped(self, wrapper, indices=None): return [False] * self.num_envs
     return GoalEnv()
 
-# %% ../nbs/02a_experts.ipynb #d0351fd4
+# %% ../nbs/02a_experts.ipynb #64366cf4
 def fold(actor, rms):
     "The actor's three layers as [(in, out), (out,)], with (x - mean) / std folded into the first. Clipping at 10 std is dropped."
     ls = [(m.weight.detach().cpu().numpy().T.astype(np.float64), m.bias.detach().cpu().numpy().astype(np.float64)) for m in actor]
@@ -166,12 +167,14 @@ def fold(actor, rms):
     ls[0] = (w / std[:, None], b - (rms.mean / std) @ w)
     return [(w.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32)) for w, b in ls]
 
-def choose(returns, n=6):
-    "Indices of `n` snapshots whose mean returns are nearest to an even ladder from the first to the last."
-    want = np.linspace(returns[0], returns[-1], n)
-    return sorted({0, len(returns) - 1, *(int(np.abs(np.array(returns) - w).argmin()) for w in want)})
+LADDER = (0, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 1)   # of the way from the first return to the best
 
-# %% ../nbs/02a_experts.ipynb #c4538b85
+def choose(returns):
+    "Indices of the snapshots, up to the best, whose mean returns are nearest to the rungs of the ladder."
+    r = np.array(returns[:int(np.argmax(returns)) + 1])
+    return sorted({0, len(r) - 1, *(int(np.abs(r - (r[0] + x * (r[-1] - r[0]))).argmin()) for x in LADDER)})
+
+# %% ../nbs/02a_experts.ipynb #dfc0534a
 def train_expert(name, settings: PPOSettings = PPOSettings(), out=None, every=0.02):
     "Train a family's behaviour policy; writes weights and card, returns the Behaviour. Takes minutes on one core."
     import torch
@@ -206,15 +209,16 @@ def command_of(name, st):
     return f"promptnb.experts.train_expert('{name}', PPOSettings({own}))"
 
 def finish(fam, st, shots, seconds, out=None):
-    "Keep a ladder of snapshots, measure them, write the card."
+    "Keep a ladder of snapshots, measure them on episodes that did not choose them, write the card."
     keep = choose([s["returns"].mean() for s in shots])
     layers = [tuple(np.stack([shots[k]["layers"][i][j] for k in keep]) for j in (0, 1)) for i in range(3)]
+    fresh = [returns_per_task(Behaviour(fam.name, layers, {}), fam, c, seed=20_000) for c in range(len(keep))]
     rnd_ids = np.repeat(fam.task_ids, 2); vec = tasks.lock_step(fam, rnd_ids)
     rnd = play(vec, act_random(fam, len(rnd_ids), rng_for("random", fam.name)), 10_000)["r"].sum(-1).reshape(-1, 2).mean(-1)
     card = dict(family=fam.name, command=command_of(fam.name, st), settings=asdict(st),
                 seconds=round(seconds), env_steps=shots[-1]["steps"], episodes_per_goal=measured_episodes(fam), random_mean_return=rnd.mean(),
-                snapshots=[dict(steps=shots[k]["steps"], mean_return=shots[k]["returns"].mean(), worst_return=shots[k]["returns"].min()) for k in keep],
-                expert_return_per_goal=dict(zip(map(str, fam.task_ids), shots[-1]["returns"].round(2).tolist())),
+                snapshots=[dict(steps=shots[k]["steps"], mean_return=r.mean(), worst_return=r.min()) for k, r in zip(keep, fresh)],
+                expert_return_per_goal=dict(zip(map(str, fam.task_ids), fresh[-1].round(2).tolist())),
                 learning_curve=[(s["steps"], round(s["seconds"]), round(float(s["returns"].mean()), 1), round(float(s["returns"].min()), 1)) for s in shots])
     b = Behaviour(fam.name, layers, json.loads(json.dumps(card, default=float)))
     save_expert(b, out)

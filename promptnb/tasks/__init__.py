@@ -13,9 +13,10 @@ from gymnasium.envs.registration import register, registry
 from ..core import PromptnbError, check_choice
 
 # %% auto #0
-__all__ = ['ANT_ANGLES', 'FAMILIES', 'Family', 'ids', 'family', 'parse_task', 'lock_step', 'gl_backend', 'film']
+__all__ = ['ANT_ANGLES', 'FAMILIES', 'ML10', 'Family', 'ids', 'family', 'normalised', 'parse_task', 'check_task', 'add',
+           'lock_step', 'kind_module', 'installed', 'gl_backend', 'film']
 
-# %% ../../nbs/01_tasks.ipynb #a5c4651e
+# %% ../../nbs/01_tasks.ipynb #78d45162
 @dataclass(frozen=True)
 class Family:
     "One family of tasks. Returns are undiscounted; `target_return` and `rtg_scale` are Prompt-DT's."
@@ -30,11 +31,21 @@ class Family:
     horizon: int = 200
     target_return: float = 0. # what the return-to-go starts at in evaluation
     rtg_scale: float = 1000.  # returns-to-go are divided by it
-    expert: str = ""          # family whose shipped policies act here (default: this one)
+    expert: str = ""          # family whose shipped policies act here (default: this one); 'script': the kind's own `script`
     note: str = ""
+    discrete: bool = False    # an action is one of `act_dim` choices, stored one-hot
+    frames: tuple = ()        # (C, H, W) of uint8 image observations; state_dim is their product
+    extra: str = ""           # the pip extra that its environment needs
+    references: tuple = ()    # published (random, expert) returns behind normalised scores
+    qualities: tuple = ("expert", "medium", "random", "replay")   # of its datasets
+    episodes: tuple = (4, 20, 100)   # a dataset: at smoke, laptop and paper scale
+    agents: int = 1           # trajectories that one game gives, in neighbouring rows
+    medium: float = 0.5       # where 'medium' lies between the first snapshot's return and the expert's
 
     @property
     def env_id(self): return f"promptnb/{self.name}-v0"
+    @property
+    def state_shape(self): return self.frames or (self.state_dim,)
     @property
     def n_tasks(self): return len(self.goals)
     @property
@@ -76,24 +87,87 @@ def family(name) -> Family:
     "The family of that name; a misspelt one is answered with the nearest."
     return name if isinstance(name, Family) else FAMILIES[check_choice(name, FAMILIES, "family")]
 
-# %% ../../nbs/01_tasks.ipynb #c003c4c6
+# %% ../../nbs/01_tasks.ipynb #c93f8712
+_d4rl = dict(kind="locomotion", goals=(0.,), train=(0,), test=(0,), horizon=1000, rtg_scale=1000., episodes=(4, 100, 1000), medium=1 / 3,
+             qualities=("expert", "medium", "random", "medium-replay", "medium-expert"))
+
+FAMILIES |= {f.name: f for f in (
+    Family("hopper", body="hopper", state_dim=11, act_dim=3, target_return=3600., references=(-20.272305, 3234.3), **_d4rl),
+    Family("halfcheetah", body="halfcheetah", state_dim=17, act_dim=6, target_return=12000., references=(-280.178953, 12135.0), **_d4rl),
+    Family("walker2d", body="walker2d", state_dim=17, act_dim=6, target_return=5000., references=(1.629008, 4592.3), **_d4rl),
+    Family("ant", body="ant", state_dim=27, act_dim=8, target_return=6000., references=(-325.6, 3879.7), **_d4rl,
+           note="27 observations, without contact forces; D4RL's ant has 111, of which its MuJoCo reported 84 as zero"),
+    Family("reacher2d", body="reacher2d", state_dim=12, act_dim=2, target_return=76., references=(0., 100.), **{**_d4rl, "horizon": 100, "rtg_scale": 10., "episodes": (4, 50, 50)},
+           note="LaMo's 12-dimensional sparse reacher, our own model: link lengths, damping and gear are assumed"),
+)}
+
+# %% ../../nbs/01_tasks.ipynb #55b97e80
+_metaworld = dict(kind="metaworld", state_dim=39, act_dim=4, horizon=500, expert="script", extra="metaworld", qualities=("expert", "medium", "random"), episodes=(2, 10, 200))
+ML10 = ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-close-v3", "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "sweep-v3", "basketball-v3",
+        "drawer-open-v3", "door-close-v3", "shelf-place-v3", "sweep-into-v3", "lever-pull-v3")
+
+FAMILIES |= {f.name: f for f in (
+    Family("ml1-pick-place", body="pick-place-v3", goals=tuple(range(50)), train=ids("0-10,12-16,18-24,26-35,37-40,42-49"), test=ids("11,17,25,36,41"), target_return=650., rtg_scale=650., **_metaworld,
+           note="the released code's Meta-World family; its target, 650, is below what the script earns here"),
+    Family("ml1-reach", body="reach-v3", goals=tuple(range(21)), train=ids("1-5,7-8,10-14,17-19"), test=ids("6,9,15-16,20"), target_return=1500., rtg_scale=1500., **_metaworld,
+           note="the paper's Meta-World family; its goals were not released, ours are the benchmark's of seed 0"),
+    Family("ml10", body="ml10", goals=ML10, train=ids("0-9"), test=ids("10-14"), target_return=4000., rtg_scale=1000., **_metaworld, note="target and scale are assumed"),
+)}
+
+# %% ../../nbs/01_tasks.ipynb #0ae48968
+_single = dict(goals=(0.,), train=(0,), test=(0,))
+_atari = dict(kind="atari", **_single, state_dim=4 * 84 * 84, frames=(4, 84, 84), discrete=True, horizon=27_000, rtg_scale=1., extra="atari", qualities=("expert", "medium", "random", "replay"), episodes=(1, 4, 100))
+_smax = dict(kind="smax", **_single, discrete=True, horizon=100, target_return=2., rtg_scale=1., expert="script", extra="smax", qualities=("good", "medium", "poor"), episodes=(4, 100, 1000))
+
+FAMILIES |= {f.name: f for f in (
+    Family("kitchen", kind="kitchen", body="kitchen", **_single, state_dim=59, act_dim=9, horizon=280, target_return=4., rtg_scale=1., references=(0., 4.), expert="script", extra="kitchen", qualities=("expert", "random"), episodes=(2, 20, 100)),
+    Family("breakout", body="breakout", act_dim=4, target_return=90., references=(1.7, 31.8), **_atari),
+    Family("qbert", body="qbert", act_dim=6, target_return=14000., references=(163.9, 13455.0), **_atari),
+    Family("pong", body="pong", act_dim=6, target_return=20., references=(-20.7, 9.3), **_atari),
+    *(Family(f"smax-{m.replace('_', '-')}", body=m, state_dim=s, act_dim=a, agents=n, **_smax) for m, n, s, a in (("3m", 3, 75, 8), ("2s3z", 5, 127, 10), ("3s5z", 8, 205, 13), ("5m_vs_6m", 5, 140, 11), ("8m", 8, 205, 13))),
+)}
+
+def normalised(returns, references):
+    "D4RL's score: 0 is random, 100 is expert."
+    random, expert = references
+    return 100 * (np.asarray(returns) - random) / (expert - random)
+
+# %% ../../nbs/01_tasks.ipynb #37de9861
 def parse_task(name):
     "'cheetah-vel-07' -> (family, 7)."
     fam, _, i = str(name).rpartition("-")
     if not i.isdigit(): raise PromptnbError(f"unknown task '{name}': a task is <family>-<number>, for instance cheetah-vel-07")
-    f = family(fam)
-    if int(i) not in f.task_ids: raise PromptnbError(f"unknown task '{name}': {f.name} has tasks {f.task_name(f.task_ids[0])} to {f.task_name(f.task_ids[-1])}")
+    f = family(fam); check_task(f, int(i))
     return f, int(i)
 
-# %% ../../nbs/01_tasks.ipynb #1ff5d147
-for _f in FAMILIES.values():   # Gymnasium imports the environment's code when it first makes one
-    if _f.env_id not in registry:
-        register(_f.env_id, entry_point=f"promptnb.tasks.{_f.kind}:make", max_episode_steps=_f.horizon, kwargs=dict(family=_f.name, task=_f.test[0]))
+def check_task(fam, i):
+    if i not in fam.task_ids: raise PromptnbError(f"unknown task '{fam.name}-{i}': {fam.name} has tasks {fam.task_name(fam.task_ids[0])} to {fam.task_name(fam.task_ids[-1])}")
+
+# %% ../../nbs/01_tasks.ipynb #ae811640
+def add(fam: Family) -> Family:
+    "Make a family known by its name, and to Gymnasium, which imports the environment's code when it first makes one."
+    FAMILIES[fam.name] = fam; registry.pop(fam.env_id, None)
+    register(fam.env_id, entry_point=f"promptnb.tasks.{fam.kind}:make", max_episode_steps=fam.horizon, kwargs=dict(family=fam.name, task=fam.test[0]))
+    return fam
+
+for _f in list(FAMILIES.values()): add(_f)
 
 def lock_step(fam, task_ids, **kw):
     "A vector environment with one episode a task id, all stepped together (Gymnasium's VectorEnv interface)."
     f = family(fam)
-    return importlib.import_module(f"promptnb.tasks.{f.kind}").LockStep(f, task_ids, **kw)
+    return kind_module(f).LockStep(f, task_ids, **kw)
+
+def kind_module(fam):
+    "The module that makes a family's environments; a missing extra is one line."
+    try: return importlib.import_module(f"promptnb.tasks.{fam.kind}")
+    except ModuleNotFoundError as e:
+        if not fam.extra or e.name.startswith("promptnb"): raise
+        raise PromptnbError(f"{fam.name} needs the package {e.name}, which is not installed: pip install 'promptnb[{fam.extra}]'") from None
+
+def installed(fam):
+    "Is the family's extra here?"
+    try: return bool(kind_module(fam))
+    except PromptnbError: return False
 
 # %% ../../nbs/01_tasks.ipynb #e5527e13
 def gl_backend():
