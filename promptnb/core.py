@@ -124,13 +124,15 @@ def code_fingerprint(*modules) -> str:
     files = [base/f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
     return fingerprint([f.read_text() for f in files if f.name != "_modidx.py"])
 
-# %% ../nbs/00_core.ipynb #6f01b5dc
+# %% ../nbs/00_core.ipynb #8d4fb03a
 def write_atomic(path, data: bytes):
     "Replace `path` by `data`, all or nothing; a full disk is one clear line and the old file stays."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(tmp, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        with open(tmp, "wb") as f:
+            for part in [data] if isinstance(data, bytes) else data: f.write(part)
+            f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
         fd = os.open(path.parent, os.O_RDONLY); os.fsync(fd); os.close(fd)
     except OSError as e:

@@ -13,9 +13,9 @@ from . import tasks
 from .core import PromptnbError, Row, Steps, seed_for
 
 # %% auto #0
-__all__ = ['Seat', 'seats', 'Played', 'Buffers', 'groups_of', 'rollout', 'to_rows']
+__all__ = ['Seat', 'seats', 'Played', 'Buffers', 'groups_of', 'chosen', 'rollout', 'to_rows']
 
-# %% ../nbs/05_evaluate.ipynb #d755e390
+# %% ../nbs/05_evaluate.ipynb #2224fb2d
 @dataclass(frozen=True)
 class Seat:
     "One thing to evaluate. `policy` has begin(rows) and act(history, state); `row` is its prompt's row."
@@ -34,6 +34,7 @@ class Played:
     lengths: np.ndarray
     failed: np.ndarray
     trace: dict = field(default_factory=dict)   # with keep=True: s, a, r of every row
+    success: np.ndarray | None = None           # where the environments report it
 
 # %% ../nbs/05_evaluate.ipynb #8273ff10
 class Buffers:
@@ -52,17 +53,23 @@ class Buffers:
         w = slice(t, t + self.K)
         return Steps(self.s[rows, w], self.a[rows, w], self.rtg[rows, w], self.t[rows, w], self.mask[rows, w])
 
-# %% ../nbs/05_evaluate.ipynb #8f0abbea
+# %% ../nbs/05_evaluate.ipynb #07f5a9fb
 def groups_of(all_seats, episodes):
     "Rows (seat-major) grouped by model: [(policy, rows, prompt rows)]. Policies that share a model object but not prompts keep their own group."
     by = {}
     for i, s in enumerate(all_seats): by.setdefault(id(s.policy), (s.policy, []))[1].append(i)
     return [(p, np.concatenate([np.arange(i * episodes, (i + 1) * episodes) for i in idx]), np.repeat([all_seats[i].row for i in idx], episodes)) for p, idx in by.values()]
 
+def chosen(scores, legal=None):
+    "Scores of discrete actions (N, A) -> the best legal one, one-hot."
+    if legal is not None: scores = scores.masked_fill(~torch.as_tensor(legal, device=scores.device), -torch.inf)
+    return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+
 @torch.no_grad()
 def rollout(all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep=False, device="cpu") -> Played:
     "Run every seat for `episodes` episodes, all at once. `target`: initial return-to-go (default: the family's)."
     fam = tasks.family(fam); E = episodes; N = len(all_seats) * E
+    if fam.frames: raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
     task_rows = np.repeat([s.task for s in all_seats], E)
     vec = tasks.lock_step(fam, task_rows, threads=threads)
     obs, _ = vec.reset(seed=[seed_for(seed, "episode", fam.name, i, e) for i in (s.task for s in all_seats) for e in range(E)])
@@ -70,14 +77,16 @@ def rollout(all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep
     K = max(getattr(p, "K", 1) for p, _, _ in groups)
     buf = Buffers(N, fam.horizon, K, fam.state_dim, fam.act_dim, fam.target_return if target is None else target, device)
     ret, length, alive, bad, a = np.zeros(N), np.zeros(N, int), np.ones(N, bool), np.zeros(N, bool), torch.zeros(N, fam.act_dim, device=device)
-    rewards = np.zeros((N, fam.horizon)) if keep else None
+    rewards = np.zeros((N, fam.horizon)) if keep else None; won, told = np.zeros(N, bool), False
     for t in range(fam.horizon):
         buf.observe(t, obs)
         for (p, rows, _), st in zip(groups, states):
             whole = len(rows) == N
             a[slice(None) if whole else torch.as_tensor(rows)] = p.act(buf.window(t, slice(None) if whole else torch.as_tensor(rows)), st)
         bad |= alive & ~torch.isfinite(a).all(-1).cpu().numpy()
-        obs, r, term, trunc, _ = vec.step(torch.nan_to_num(a).clamp(-1, 1).cpu().numpy())
+        if fam.discrete: a = chosen(a, getattr(vec, "legal", None))
+        obs, r, term, trunc, info = vec.step(torch.nan_to_num(a).clamp(-1, 1).cpu().numpy())
+        won |= alive & info.get("success", False); told |= "success" in info
         bad |= alive & ~(np.isfinite(r) & np.isfinite(obs).all(-1)); r, obs = np.nan_to_num(r), np.nan_to_num(obs)
         ret += r * alive; length += alive
         if keep: rewards[:, t] = r * alive
@@ -87,13 +96,13 @@ def rollout(all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep
     vec.close(); ret[bad] = np.nan
     shape = (len(all_seats), E)
     trace = dict(s=buf.s[:, K - 1:].cpu().numpy(), a=buf.a[:, K - 1:-1].cpu().numpy(), r=rewards, tasks=task_rows) if keep else {}
-    return Played(ret.reshape(shape), length.reshape(shape), bad.reshape(shape), trace)
+    return Played(ret.reshape(shape), length.reshape(shape), bad.reshape(shape), trace, won.reshape(shape) if told else None)
 
-# %% ../nbs/05_evaluate.ipynb #903c6869
+# %% ../nbs/05_evaluate.ipynb #58f30665
 def to_rows(played: Played, all_seats, **known) -> list:
     "Rows of the mean return and length of each seat; `known` fills the other fields (paper, task, method, seed, scale, step, trainable, env_steps, run_id)."
     out = []
     for i, s in enumerate(all_seats):
-        for metric, x in (("return", played.returns[i]), ("length", played.lengths[i])):
+        for metric, x in (("return", played.returns[i]), ("length", played.lengths[i]), *([("success", played.success[i])] if played.success is not None else [])):
             out.append(Row(task_id=s.task, metric=metric, value=float(x.mean()), n_episodes=len(x), **known))
     return out

@@ -17,16 +17,20 @@ __all__ = ['CODE', 'TUNER_CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pret
            'policy_folder', 'load_policy', 'pretrain', 'read_jsonl', 'EnvScore', 'tune', 'tuned_folder', 'target_of',
            'demo_prompt', 'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of', 'finished', 'film']
 
-# %% ../nbs/11_jobs.ipynb #fc1aafcd
+# %% ../nbs/11_jobs.ipynb #60a2108b
 def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
 def recipe_run(r, scale, seed): return run_id(f"{r.family}/{r.key}", scale, seed)
 def pretrain_run(p, scale, seed): return run_id(f"pretrain/{p.family}/{p.name}-{rc.digest(p)}", scale, seed)
 def record_path(paper, run): return results_dir(paper)/f"{run}.json"
 
-CODE = ("core", "tasks/__init__", "tasks/control", "data", "models/dt", "train", "evaluate", "jobs")   # what a pre-trained policy depends on
+CODE = ("core", "data", "models/dt", "train", "evaluate", "jobs")      # what a pre-trained policy depends on, beside its family and the environments of that kind
 TUNER_CODE = (*CODE, "tuners/core", "tuners/ranking")
 
-def code_of(run): return code_fingerprint(*(CODE if ".pretrain." in run else TUNER_CODE))
+def code_of(kind, name):
+    "Fingerprint of the code and the facts that a result of a job ('pretrain' or 'tune') on a family depends on; other families may come and go."
+    from promptnb import tasks
+    fam = tasks.family(name)
+    return fingerprint([code_fingerprint(*(CODE if kind == "pretrain" else TUNER_CODE), *tasks.code_modules(fam)), plain(fam)])
 
 def provenance(device="cpu"):
     "Where a result comes from: commit, versions, device, threads."
@@ -39,11 +43,11 @@ def provenance(device="cpu"):
 def write_record(paper, run, recipe, status, rows=(), why="", seconds=0., device="cpu", **more):
     "One small JSON a run. A failed run is a record too: beside the place of the good one, as <run>.failed.json."
     path = record_path(paper, run if status != "failed" else f"{run}.failed")
-    write_json(path, dict(run_id=run, status=status, why=why, recipe=recipe, recipe_digest=rc.digest(recipe), code=code_of(run), rows=[plain(r) for r in rows], seconds=round(seconds, 1), where=provenance(device), **more))
+    write_json(path, dict(run_id=run, status=status, why=why, recipe=recipe, recipe_digest=rc.digest(recipe), code=code_of("pretrain" if ".pretrain." in run else "tune", recipe.family), rows=[plain(r) for r in rows], seconds=round(seconds, 1), where=provenance(device), **more))
     if status != "failed": record_path(paper, f"{run}.failed").unlink(missing_ok=True)
     return path
 
-# %% ../nbs/11_jobs.ipynb #7c001169
+# %% ../nbs/11_jobs.ipynb #bfd51f36
 @functools.lru_cache(maxsize=4)
 def stored(family, quality, task_ids, episodes):
     "Collected data, read once for all recipes of a job."
@@ -51,17 +55,13 @@ def stored(family, quality, task_ids, episodes):
     return data.load(family, quality, task_ids, episodes)
 
 def train_store(p: rc.Pretrain):
-    "Data to train on, and the statistics that normalise states."
-    import torch
+    "Data to train on, the statistics that normalise states, the hashes of the data, and which trajectories were drawn (None: all)."
     from promptnb import data, tasks
-    fam = tasks.family(p.family)
-    train = stored(fam.name, p.quality, fam.train, p.episodes)
-    if p.normalise == "train": return train, data.state_stats(train), train.hashes
-    check_choice(p.normalise, ("train", "train+test"), "normalise")
-    more = [i for i in fam.test if i not in fam.train]
-    if not more: return train, data.state_stats(train), train.hashes
-    test = stored(fam.name, p.quality, tuple(more), p.episodes); both = torch.cat([train.s, test.s])
-    return train, (both.mean(0), both.std(0, correction=0) + 1e-6), train.hashes + test.hashes
+    check_choice(p.normalise, ("train", "train+test"), "normalise"); fam = tasks.family(p.family)
+    train, drawn = data.share(stored(fam.name, p.quality, fam.train, p.episodes), p.ratio, p.ratio_seed)
+    more = [i for i in fam.test if i not in fam.train] if p.normalise == "train+test" else []
+    every = [train, *([stored(fam.name, p.quality, tuple(more), p.episodes)] if more else [])]
+    return train, data.state_stats(every), tuple(h for s in every for h in s.hashes), drawn if p.ratio < 1 else None
 
 def new_policy(p: rc.Pretrain, stats, seed):
     "The untrained policy of a recipe; its initial weights follow from the seed."
@@ -96,8 +96,8 @@ def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
     prompt = demo if t.prompt_quality == t.demo_quality else stored(fam.name, t.prompt_quality, fam.test, p.episodes)
     return data.demos(demo, prompt, policy, n=t.demos, K=t.demo_K, batch=t.demo_batch, J=p.J, H=p.H or 1, position=p.position, seed=seed)
 
-# %% ../nbs/11_jobs.ipynb #aef19fb4
-def policy_folder(p, seed, hashes): return runs_dir()/"policies"/f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_fingerprint(*CODE)])}.s{seed}"
+# %% ../nbs/11_jobs.ipynb #2e0212ed
+def policy_folder(p, seed, hashes): return runs_dir()/"policies"/f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_of('pretrain', p.family)])}.s{seed}"
 
 def load_policy(folder):
     "A saved policy, without the hub library's remark on every load."
@@ -109,7 +109,7 @@ def pretrain(r: rc.Recipe, scale, seed, device, threads):
     from promptnb.data import Sampler
     from promptnb.train import FitConfig, fit
     p, run = r.pretrain, pretrain_run(r.pretrain, scale, seed)
-    store, stats, hashes = train_store(p); folder = policy_folder(p, seed, hashes)
+    store, stats, hashes, drawn = train_store(p); folder = policy_folder(p, seed, hashes)
     saved, record = folder/"policy"/"model.safetensors", record_path(r.paper, run)
     if (folder/"policy"/"config.json").exists() and record.exists() and (rec := read_json(record))["status"] == "ok":
         if saved.exists() and sha256_file(saved) == rec.get("weights"): return load_policy(folder/"policy").to(device).eval()
@@ -129,7 +129,7 @@ def pretrain(r: rc.Recipe, scale, seed, device, threads):
     rows = [Row(task_id=i, step=s, metric="return", value=v, n_episodes=p.curve_episodes, **known) for s, m in points.items() for i, v in zip(demo.task_ids, m["returns"])]
     rows += [Row(task_id=-1, step=s, metric="loss", value=v, n_episodes=0, **known) for s, v in log.losses]
     if log.status == "ok": policy.save_pretrained(folder/"policy")
-    write_record(r.paper, run, r, log.status, rows, log.why, time.time() - start, device, data=hashes, weights=sha256_file(saved) if log.status == "ok" else "", folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder))
+    write_record(r.paper, run, r, log.status, rows, log.why, time.time() - start, device, data=hashes, trajectories=drawn, weights=sha256_file(saved) if log.status == "ok" else "", folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder))
     return policy.eval() if log.status == "ok" else None
 
 def read_jsonl(path):
@@ -188,7 +188,7 @@ def target_of(r):
 def demo_prompt(p, digits=4): return {n: [[round(v, digits) for v in row] for row in getattr(p, n)[0].tolist()] for n in ("s", "a", "rtg")}
 def placed_prompt(out): return out.placed[0][0].prompt
 
-# %% ../nbs/11_jobs.ipynb #7b289db0
+# %% ../nbs/11_jobs.ipynb #d10e87ce
 def run_job(job, seed=0, scale="laptop", accelerator="auto", threads=1):
     "Run a job's recipes; returns the paths of its records. Finished ones are not run again."
     import torch
@@ -223,7 +223,7 @@ def finished(r, run):
     p = record_path(r.paper, run)
     if not p.exists(): return False
     rec = read_json(p)
-    return rec["status"] in ("ok", "diverged") and rec["recipe_digest"] == rc.digest(r) and rec["code"] == code_of(run)
+    return rec["status"] in ("ok", "diverged") and rec["recipe_digest"] == rc.digest(r) and rec["code"] == code_of("pretrain" if ".pretrain." in run else "tune", r.family)
 
 # %% ../nbs/11_jobs.ipynb #6d3d6fe2
 def film(recipe, scale="laptop", seed=0, task=None, every=25):

@@ -12,7 +12,7 @@ __all__ = ['SOURCES', 'SCALES', 'PTDT', 'TABLE_FAMILIES', 'SEARCH', 'RECIPES', '
            'resolve', 'digest', 'pretrains', 'search', 'table1_recipes', 'control_recipes', 'ablation', 'pdt',
            'quantity_recipes', 'quality_recipes', 'Exhibit', 'exhibits', 'recipes_of', 'Job', 'owners', 'jobs']
 
-# %% ../nbs/09_recipes.ipynb #8b3cc3fd
+# %% ../nbs/09_recipes.ipynb #511b7d3a
 @dataclass(frozen=True)
 class Pretrain:
     "Pre-training of a policy on a family's train tasks. Defaults are the released code's, which made the published numbers."
@@ -20,6 +20,8 @@ class Pretrain:
     name: str = "prompt-dt"
     quality: str = "expert"
     episodes: int = 100           # 20,000 steps a task: the paper's 'expert' data D
+    ratio: float = 1.0            # part of the trajectories, whole ones, drawn by `ratio_seed`; their indices go into the record
+    ratio_seed: int = 0
     K: int = 20
     J: int = 1
     H: int = 5                    # K* = J * H
@@ -74,12 +76,12 @@ class Recipe:
     @property
     def id(self): return f"{self.paper}/{self.family}/{self.key}"
 
-# %% ../nbs/09_recipes.ipynb #2f3d8e7f
+# %% ../nbs/09_recipes.ipynb #57d9cf43
 SOURCES = {
     "K": "paper T2 = code", "J": "paper T3 = code", "H": "paper T3 = code", "per_task": "code (paper T2: 8)", "position": "code (paper: random segments)",
     "normalise": "code", "loss_on_prompt": "code (paper 4.4: True)", "prompt_norm": "code", "shared_embed": "code", "layers": "paper T2 = code", "heads": "paper T2 = code",
     "width": "paper T2 = code", "dropout": "code", "steps": "code: 5000 x 10", "tuning.steps": "assumed", "lr": "paper T2 = code", "weight_decay": "paper T2 = code", "warmup": "code", "clip": "code",
-    "episodes": "paper: last 20,000 steps", "eval_episodes": "code (paper T2: 20)", "seeds": "paper", "demos": "assumed", "demo_batch": "code", "demo_K": "assumed (code: K*)",
+    "episodes": "paper: last 20,000 steps", "ratio": "ours", "ratio_seed": "ours", "eval_episodes": "code (paper T2: 20)", "seeds": "paper", "demos": "assumed", "demo_batch": "code", "demo_K": "assumed (code: K*)",
     "score_episodes": "code", "m": "code", "k": "code: m", "mu": "assumed (code default 1.0)", "eta": "assumed (code default 1e-4)", "momentum": "code", "batches": "code",
     "size": "assumed", "r": "assumed", "alpha": "assumed", "precision": "ours", "curve_points": "code",
 }

@@ -53,9 +53,10 @@ LAYERS = {
     "__init__":  ("", "torch gymnasium", ""),
     "_modidx":   ("", "torch gymnasium", ""),
     "core":      ("", "", "torch gymnasium"),
-    "tasks":     ("core", "torch", ""),
+    "tasks":     ("core", "", "torch"),      # Atari's behaviour policies are networks: torch inside functions only
     "data":      ("core tasks", "", ""),
     "experts":   ("core tasks data", "", ""),
+    "collect":   ("core tasks data experts", "", ""),
     "models":    ("core", "gymnasium minari", ""),
     "train":     ("core", "gymnasium", ""),
     "evaluate":  ("core tasks", "", ""),
@@ -65,7 +66,7 @@ LAYERS = {
     "recipes":   ("", "everything", ""),
     "results":   ("core recipes", "torch gymnasium", ""),
     "jobs":      ("core tasks data experts models train evaluate tuners llm online recipes", "", ""),
-    "run":       ("core tasks data experts models train evaluate tuners llm online recipes results jobs", "", ""),
+    "run":       ("core tasks data experts collect models train evaluate tuners llm online recipes results jobs", "", ""),
 }
 
 def layers(root):
@@ -204,7 +205,7 @@ def test_can_fail(check, damage, says, tmp_path):
 @pytest.mark.parametrize("module, source, ok", [
     ("data", "from . import tasks", True), ("data", "from .models.dt import Policy", False), ("data", "from promptnb import models", False),
     ("data", "import promptnb.tuners.core as c", False), ("data", "from importlib import import_module; import_module('promptnb.run')", False),
-    ("tasks/control", "from .. import tasks", True), ("tasks/control", "from ..data import load", False), ("tasks/control", "def f():\n    import torch", False),
+    ("tasks/control", "from .. import tasks", True), ("tasks/control", "from ..data import load", False), ("tasks/control", "import torch", False), ("tasks/control", "def f():\n    import torch", True),
     ("tasks/__init__", "from . import control", True), ("tasks/__init__", "from ..core import Row", True), ("tasks/__init__", "from .. import run", False),
     ("tuners/ranking", "from .core import Tuner", True), ("tuners/ranking", "from ..evaluate import rollout", False),
     ("core", "import torch.nn", False), ("core", "def f():\n    from torch import nn", True), ("core", "class A:\n    import torch", False),

@@ -14,9 +14,9 @@ from ..core import PromptnbError, check_choice
 
 # %% auto #0
 __all__ = ['ANT_ANGLES', 'FAMILIES', 'ML10', 'Family', 'ids', 'family', 'normalised', 'parse_task', 'check_task', 'add',
-           'lock_step', 'kind_module', 'installed', 'gl_backend', 'film']
+           'lock_step', 'kind_module', 'code_modules', 'installed', 'gl_backend', 'film']
 
-# %% ../../nbs/01_tasks.ipynb #78d45162
+# %% ../../nbs/01_tasks.ipynb #150c7e06
 @dataclass(frozen=True)
 class Family:
     "One family of tasks. Returns are undiscounted; `target_return` and `rtg_scale` are Prompt-DT's."
@@ -39,6 +39,8 @@ class Family:
     references: tuple = ()    # published (random, expert) returns behind normalised scores
     qualities: tuple = ("expert", "medium", "random", "replay")   # of its datasets
     episodes: tuple = (4, 20, 100)   # a dataset: at smoke, laptop and paper scale
+    chunk: int = 20           # episodes played together when collecting
+    remote: tuple = ()        # (quality, Minari id) of datasets that others made
     agents: int = 1           # trajectories that one game gives, in neighbouring rows
     medium: float = 0.5       # where 'medium' lies between the first snapshot's return and the expert's
 
@@ -47,7 +49,9 @@ class Family:
     @property
     def state_shape(self): return self.frames or (self.state_dim,)
     @property
-    def n_tasks(self): return len(self.goals)
+    def n_tasks(self): return len(self.task_ids)
+    @property
+    def renders_with_gl(self): return self.kind in ("control", "locomotion", "metaworld", "kitchen")
     @property
     def task_ids(self): return tuple(sorted({*self.train, *self.test}))
     def task_name(self, i): return f"{self.name}-{i:02d}"
@@ -87,18 +91,19 @@ def family(name) -> Family:
     "The family of that name; a misspelt one is answered with the nearest."
     return name if isinstance(name, Family) else FAMILIES[check_choice(name, FAMILIES, "family")]
 
-# %% ../../nbs/01_tasks.ipynb #c93f8712
-_d4rl = dict(kind="locomotion", goals=(0.,), train=(0,), test=(0,), horizon=1000, rtg_scale=1000., episodes=(4, 100, 1000), medium=1 / 3,
+# %% ../../nbs/01_tasks.ipynb #51bf680e
+def _minari(body): return tuple((f"minari-{q}", f"mujoco/{body}/{q}-v0") for q in ("simple", "medium", "expert"))
+_d4rl = dict(kind="locomotion", chunk=100, goals=(0.,), train=(0,), test=(0,), horizon=1000, rtg_scale=1000., episodes=(4, 100, 1000), medium=1 / 3,
              qualities=("expert", "medium", "random", "medium-replay", "medium-expert"))
 
 FAMILIES |= {f.name: f for f in (
-    Family("hopper", body="hopper", state_dim=11, act_dim=3, target_return=3600., references=(-20.272305, 3234.3), **_d4rl),
-    Family("halfcheetah", body="halfcheetah", state_dim=17, act_dim=6, target_return=12000., references=(-280.178953, 12135.0), **_d4rl),
-    Family("walker2d", body="walker2d", state_dim=17, act_dim=6, target_return=5000., references=(1.629008, 4592.3), **_d4rl),
+    Family("hopper", body="hopper", state_dim=11, act_dim=3, target_return=3600., references=(-20.272305, 3234.3), remote=_minari("hopper"), **_d4rl),
+    Family("halfcheetah", body="halfcheetah", state_dim=17, act_dim=6, target_return=12000., references=(-280.178953, 12135.0), remote=_minari("halfcheetah"), **_d4rl),
+    Family("walker2d", body="walker2d", state_dim=17, act_dim=6, target_return=5000., references=(1.629008, 4592.3), remote=_minari("walker2d"), **_d4rl),
     Family("ant", body="ant", state_dim=27, act_dim=8, target_return=6000., references=(-325.6, 3879.7), **_d4rl,
            note="27 observations, without contact forces; D4RL's ant has 111, of which its MuJoCo reported 84 as zero"),
-    Family("reacher2d", body="reacher2d", state_dim=12, act_dim=2, target_return=76., references=(0., 100.), **{**_d4rl, "horizon": 100, "rtg_scale": 10., "episodes": (4, 50, 50)},
-           note="LaMo's 12-dimensional sparse reacher, our own model: link lengths, damping and gear are assumed"),
+    Family("reacher2d", body="reacher2d", state_dim=12, act_dim=2, target_return=76., references=(0., 100.), **{**_d4rl, "horizon": 100, "rtg_scale": 10., "episodes": (4, 50, 50), "medium": 0.8},
+           note="LaMo's 12-dimensional sparse reacher, our own model: link lengths, damping and gear are assumed. LaMo's medium agent scores 36, ours is the snapshot near it; LaMo keeps only its episodes above 20, ours are all kept"),
 )}
 
 # %% ../../nbs/01_tasks.ipynb #55b97e80
@@ -114,16 +119,17 @@ FAMILIES |= {f.name: f for f in (
     Family("ml10", body="ml10", goals=ML10, train=ids("0-9"), test=ids("10-14"), target_return=4000., rtg_scale=1000., **_metaworld, note="target and scale are assumed"),
 )}
 
-# %% ../../nbs/01_tasks.ipynb #0ae48968
+# %% ../../nbs/01_tasks.ipynb #a812d2f2
 _single = dict(goals=(0.,), train=(0,), test=(0,))
-_atari = dict(kind="atari", **_single, state_dim=4 * 84 * 84, frames=(4, 84, 84), discrete=True, horizon=27_000, rtg_scale=1., extra="atari", qualities=("expert", "medium", "random", "replay"), episodes=(1, 4, 100))
-_smax = dict(kind="smax", **_single, discrete=True, horizon=100, target_return=2., rtg_scale=1., expert="script", extra="smax", qualities=("good", "medium", "poor"), episodes=(4, 100, 1000))
+_atari = dict(kind="atari", chunk=4, **_single, state_dim=4 * 84 * 84, frames=(4, 84, 84), discrete=True, horizon=27_000, rtg_scale=1., extra="atari", qualities=("expert", "medium", "random", "replay"), episodes=(1, 4, 100))
+_smax = dict(kind="smax", chunk=100, **_single, discrete=True, horizon=100, target_return=2., rtg_scale=1., expert="script", extra="smax", qualities=("good", "medium", "poor"), episodes=(4, 100, 1000))
 
 FAMILIES |= {f.name: f for f in (
-    Family("kitchen", kind="kitchen", body="kitchen", **_single, state_dim=59, act_dim=9, horizon=280, target_return=4., rtg_scale=1., references=(0., 4.), expert="script", extra="kitchen", qualities=("expert", "random"), episodes=(2, 20, 100)),
-    Family("breakout", body="breakout", act_dim=4, target_return=90., references=(1.7, 31.8), **_atari),
-    Family("qbert", body="qbert", act_dim=6, target_return=14000., references=(163.9, 13455.0), **_atari),
-    Family("pong", body="pong", act_dim=6, target_return=20., references=(-20.7, 9.3), **_atari),
+    Family("kitchen", kind="kitchen", body="kitchen", **_single, state_dim=59, act_dim=9, horizon=280, target_return=4., rtg_scale=1., references=(0., 4.), expert="script", extra="kitchen", qualities=("expert", "random"), episodes=(2, 20, 100),
+           remote=(("complete", "D4RL/kitchen/complete-v2"), ("partial", "D4RL/kitchen/partial-v2"))),
+    Family("breakout", body="breakout", act_dim=4, target_return=90., references=(1.7, 31.8), remote=(("minari-expert", "atari/breakout/expert-v0"),), **_atari),
+    Family("qbert", body="qbert", act_dim=6, target_return=14000., references=(163.9, 13455.0), remote=(("minari-expert", "atari/qbert/expert-v0"),), **_atari),
+    Family("pong", body="pong", act_dim=6, target_return=20., references=(-20.7, 9.3), remote=(("minari-expert", "atari/pong/expert-v0"),), **_atari),
     *(Family(f"smax-{m.replace('_', '-')}", body=m, state_dim=s, act_dim=a, agents=n, **_smax) for m, n, s, a in (("3m", 3, 75, 8), ("2s3z", 5, 127, 10), ("3s5z", 8, 205, 13), ("5m_vs_6m", 5, 140, 11), ("8m", 8, 205, 13))),
 )}
 
@@ -143,7 +149,7 @@ def parse_task(name):
 def check_task(fam, i):
     if i not in fam.task_ids: raise PromptnbError(f"unknown task '{fam.name}-{i}': {fam.name} has tasks {fam.task_name(fam.task_ids[0])} to {fam.task_name(fam.task_ids[-1])}")
 
-# %% ../../nbs/01_tasks.ipynb #ae811640
+# %% ../../nbs/01_tasks.ipynb #514f97a0
 def add(fam: Family) -> Family:
     "Make a family known by its name, and to Gymnasium, which imports the environment's code when it first makes one."
     FAMILIES[fam.name] = fam; registry.pop(fam.env_id, None)
@@ -164,27 +170,33 @@ def kind_module(fam):
         if not fam.extra or e.name.startswith("promptnb"): raise
         raise PromptnbError(f"{fam.name} needs the package {e.name}, which is not installed: pip install 'promptnb[{fam.extra}]'") from None
 
+def code_modules(fam):
+    "The modules whose code decides what an episode of this family is."
+    base = {"locomotion": "control", "metaworld": "wrapped", "kitchen": "wrapped"}.get(fam.kind)
+    return tuple(f"tasks/{k}" for k in (base, fam.kind) if k)
+
 def installed(fam):
     "Is the family's extra here?"
     try: return bool(kind_module(fam))
     except PromptnbError: return False
 
-# %% ../../nbs/01_tasks.ipynb #e5527e13
+# %% ../../nbs/01_tasks.ipynb #06618fbf
 def gl_backend():
     "'egl' or 'osmesa', whichever renders on this machine without a screen; None if neither does."
     from ctypes.util import find_library
     for name, lib in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if os.environ.get("MUJOCO_GL", name) == name and find_library(lib): return name
 
-def film(fam, task, actions, seed, every=20, size=240):
-    "Replay actions (T, A) of a lock-step episode that began with `seed`; frames (F, size, size, 3) uint8, one each `every` steps."
+def film(fam, task, actions, seed, every=20, size=240, at=None):
+    "Replay actions (T, A) of a lock-step episode that began with `seed`; frames (F, H, W, 3) uint8, one each `every` steps, or at the timesteps `at`."
     import gymnasium as gym
-    if not (name := gl_backend()): raise PromptnbError("cannot render without a screen: install EGL or OSMesa (Debian: apt install libegl1 libgl1-mesa-dri, or libosmesa6)")
-    os.environ["MUJOCO_GL"] = name
-    env = gym.make(family(fam).env_id, task=task, render_mode="rgb_array", width=size, height=size, camera_name="track")
-    env.reset(seed=seed); frames = [env.render()]
+    fam = family(fam); camera = dict(width=size, height=size, camera_name="track") if fam.renders_with_gl else {}
+    if camera and not (name := gl_backend()): raise PromptnbError("cannot render without a screen: install EGL or OSMesa (Debian: apt install libegl1 libgl1-mesa-dri, or libosmesa6)")
+    if camera: os.environ["MUJOCO_GL"] = name
+    env = gym.make(fam.env_id, task=task, render_mode="rgb_array", **camera); wanted = (lambda t: t % every == 0) if at is None else at.__contains__
+    env.reset(seed=seed); frames = [env.render()] if wanted(0) else []
     for t, a in enumerate(actions, 1):
         ended = any(env.step(a)[2:4])
-        if t % every == 0: frames.append(env.render())
+        if wanted(t): frames.append(env.render())
         if ended: break
     env.close(); return np.stack(frames)
