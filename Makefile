@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?=
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 LAB_ARGS ?=
+EXTRAS ?= metaworld,kitchen,atari,smax
 EXHIBITS ?= --exhibit table1 --exhibit fig3 --exhibit fig5 --exhibit pdt_fig2
 
 PAPER := prompt_tuning_dt
@@ -16,7 +17,7 @@ reproduce: $(READY) ## table 1 and figure 3 of Prompt-Tuning DT at laptop scale
 	$(BIN)/promptnb run $(PAPER) --scale laptop $(EXHIBITS) --cores $(CORES)
 	$(BIN)/promptnb render $(PAPER) --scale laptop $(EXHIBITS)
 
-test: $(READY) ## all tests
+test: $(READY) .venv/.extras-$(EXTRAS) ## all tests (EXTRAS= for the parts without extras)
 	@$(BIN)/python -m pytest tests -q
 
 lab: $(READY) ## the notebooks in JupyterLab (LAB_ARGS="--port 9000" passes options on)
@@ -50,4 +51,8 @@ $(READY): settings.ini setup.py
 	@sed -n 's/^ *\(torch[<>=].*\)/\1/p' settings.ini > .venv/torch.txt
 	$(if $(TORCH),$(BIN)/python -m pip install -q -c .venv/torch.txt $(TORCH))
 	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+.venv/.extras-$(EXTRAS): $(READY)
+	$(if $(EXTRAS),@$(BIN)/python -m pip install -q -e ".[$(EXTRAS)]")
 	@touch $@

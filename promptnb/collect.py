@@ -16,7 +16,7 @@ from .core import (PromptnbError, check_choice, code_fingerprint, disk_error, fi
 # %% auto #0
 __all__ = ['dataset_id', 'trajectories', 'play_chunks', 'spaces_of', 'env_spec', 'write_minari', 'store_of', 'write_dataset',
            'manifest_path', 'manifest', 'policy_of', 'collect', 'remote_trajectories', 'minari_dataset', 'scores',
-           'listed', 'strip', 'draw_page', 'page']
+           'listed', 'strip', 'ridges', 'draw_page', 'page']
 
 # %% ../nbs/02b_collect.ipynb #05a6447f
 def dataset_id(fam, task, quality): return f"promptnb/{tasks.family(fam).task_name(task)}/{quality}-v0"
@@ -91,7 +91,7 @@ def write_dataset(id_, trajs, fam, task, root, description, minari=True):
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return entry
 
-# %% ../nbs/02b_collect.ipynb #f7cef798
+# %% ../nbs/02b_collect.ipynb #c31a69a8
 def manifest_path(fam, root=None): return Path(root or minari_dir())/"promptnb"/f"{tasks.family(fam).name}.json"
 def manifest(fam, root=None) -> dict:
     "Dataset id -> what is known of it: columns and sha256 (hashes), episodes, seed, steps, mean_return, success, policy, seconds, bytes."
@@ -103,7 +103,8 @@ def policy_of(fam, quality):
     remote = dict(fam.remote)
     if quality in remote: return f"minari {remote[quality]}"
     if hasattr(tasks.kind_module(fam), "script"): return f"script {code_fingerprint(f'tasks/{fam.kind}')} {experts.load_card(fam).get('sha256', '')}".strip()
-    return "uniform" if quality == "random" else experts.load_card(fam)["sha256"]
+    if quality == "random": return "uniform"
+    return f"{experts.load_card(fam)['sha256']} medium {fam.medium:.3g} noise {experts.NOISE[quality]}"
 
 def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None, threads=None, say=print):
     "Write the datasets of a family and quality (default: its best) that are not there yet; returns the manifest's entries. Resumable."
@@ -172,7 +173,7 @@ def listed(names=None, root=None):
         if not any(r["family"] == fam.name for r in rows): rows.append({"family": fam.name, "quality": "-", "note": f"promptnb collect --family {fam.name}" + ("" if tasks.installed(fam) else f", after pip install 'promptnb[{fam.extra}]'")})
     return rows
 
-# %% ../nbs/02b_collect.ipynb #c0ef3fcf
+# %% ../nbs/02b_collect.ipynb #8861f2f5
 def strip(fam, task, quality, n=6):
     "(n pictures, their timesteps) of the first episode of a dataset, played again from its seed and actions; None where nothing renders on this machine."
     from promptnb.data import load
@@ -183,20 +184,24 @@ def strip(fam, task, quality, n=6):
     shots = tasks.film(fam, task, a.argmax(-1) if fam.discrete else a, seed_for(e["seed"], "start", fam.name, task, quality, 0), every=1, at=set(at.tolist()))
     return shots, at[:len(shots)]
 
+def ridges(ax, returns):
+    "One histogram a row: {quality: returns}, each scaled to its own highest bar."
+    import seaborn as sns
+    every = np.concatenate(list(returns.values())); bins = np.linspace(every.min(), every.max() + 1e-6, 61)
+    for k, ((q, r), color) in enumerate(zip(returns.items(), sns.color_palette("colorblind"))):
+        h, _ = np.histogram(r, bins); ax.fill_between(bins, -k, -k + 0.85 * np.append(h, h[-1]) / h.max(), step="post", color=color, lw=0); ax.plot(r.mean(), -k - 0.06, "^", color="black", ms=4, clip_on=False)
+    ax.set(yticks=-np.arange(len(returns)), ylim=(-len(returns) + 0.85, 1), xlabel="return of an episode (triangle: mean)"); ax.set_yticklabels([f"{q} (n = {len(r)})" for q, r in returns.items()]); sns.despine(ax=ax, left=True)
+
 def draw_page(fam, qualities, path):
-    "Histogram of returns by quality, and a strip of frames of the best."
-    import matplotlib.pyplot as plt, seaborn as sns
+    "Histograms of returns by quality, and a strip of frames of the best."
+    import matplotlib.pyplot as plt
     from promptnb.data import load
-    shots = strip(fam, fam.test[0], qualities[0]); n = len(shots[0]) if shots else 1
-    fig = plt.figure(figsize=(9, 4.4 if shots else 2.6), constrained_layout=True); grid = fig.add_gridspec(2 if shots else 1, n, height_ratios=[1.3, 1][:2 if shots else 1])
-    ax = fig.add_subplot(grid[0, :]); returns = {q: load(fam, q).returns[::fam.agents].numpy() for q in qualities}; every = np.concatenate(list(returns.values()))
-    bins = np.linspace(every.min(), every.max() + 1e-6, 41)
-    for (q, r), color in zip(returns.items(), sns.color_palette("colorblind")): ax.hist(r, bins, weights=np.full(len(r), 1 / len(r)), histtype="stepfilled", alpha=0.35, color=color, label=f"{q} (n = {len(r)})"); ax.hist(r, bins, weights=np.full(len(r), 1 / len(r)), histtype="step", color=color)
-    ax.set(xlabel="return of an episode", ylabel="share of the episodes", title=f"{fam.name}: returns by quality"); ax.legend(frameon=False, fontsize=8)
-    if shots:
-        for k, (frame, t) in enumerate(zip(*shots)):
-            ax = fig.add_subplot(grid[1, k]); ax.imshow(frame, cmap="gray" if frame.ndim == 2 else None); ax.set(xticks=[], yticks=[]); ax.set_title(f"t = {t}", fontsize=9)
-            if k == 0: ax.set_ylabel(qualities[0])
+    shots = strip(fam, fam.test[0], qualities[0]); n = len(shots[0]) if shots else 1; tall = 0.45 * len(qualities) + 0.7
+    fig = plt.figure(figsize=(9, tall + (1.9 if shots else 0)), constrained_layout=True); grid = fig.add_gridspec(2 if shots else 1, n, height_ratios=[tall, 1.7][:2 if shots else 1])
+    ax = fig.add_subplot(grid[0, :]); ridges(ax, {q: load(fam, q).returns[::fam.agents].numpy() for q in qualities}); ax.set_title(f"{fam.name}: returns by quality")
+    for k, (frame, t) in enumerate(zip(*(shots or ((), ())))):
+        ax = fig.add_subplot(grid[1, k]); ax.imshow(frame, cmap="gray" if frame.ndim == 2 else None); ax.set(xticks=[], yticks=[]); ax.set_title(f"t = {t}", fontsize=9)
+        if k == 0: ax.set_ylabel(qualities[0])
     path.parent.mkdir(parents=True, exist_ok=True); fig.savefig(path, dpi=80); plt.close(fig)
 
 def page(name):

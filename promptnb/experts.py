@@ -25,7 +25,7 @@ def goal_features(fam, task_ids):
     g = np.array([fam.goals[i] for i in task_ids])
     return (np.stack([np.cos(g), np.sin(g)], -1) if fam.body == "ant" else g[:, None]).astype(np.float32)
 
-# %% ../nbs/02a_experts.ipynb #9a27496a
+# %% ../nbs/02a_experts.ipynb #ed3cd9eb
 @dataclass
 class Behaviour:
     "Goal-conditioned snapshots of one training run: `layers` [(C, in, out), (C, out)] x 3, and a card that says how they were made."
@@ -36,10 +36,11 @@ class Behaviour:
     @property
     def snapshots(self): return self.card["snapshots"]
     def snapshot(self, quality):
-        "Index of the snapshot that acts for a quality: 'expert' is the last, 'medium' the one nearest the family's part of the way (a half; D4RL's: a third) from the first to the last return."
+        "Index of the snapshot that acts for a quality: 'expert' is the last, 'medium' the one nearest the family's part of the way (a half; D4RL's: a third) from random's return to the expert's."
         if quality == "expert": return len(self.snapshots) - 1
         r = np.array([s["mean_return"] for s in self.snapshots])
-        return int(np.abs(r - (r[0] + tasks.family(self.family).medium * (r[-1] - r[0]))).argmin())
+        low = self.card.get("random_mean_return", r[0])
+        return int(np.abs(r - (low + tasks.family(self.family).medium * (r[-1] - low))).argmin())
     def __call__(self, x, c=-1):
         "(N, S + G) -> mean action (N, A), for snapshot `c`: an index, or one a row."
         for i, (w, b) in enumerate(self.layers):
@@ -140,7 +141,7 @@ def measure_script(name, episodes=None, best=None, out=None):
     write_json(out or expert_path(fam.name).with_suffix(".json"), card)
     return card
 
-# %% ../nbs/02a_experts.ipynb #7edd9f04
+# %% ../nbs/02a_experts.ipynb #7a727cd0
 @dataclass(frozen=True)
 class PPOSettings:
     "PPO for a family of goals. Found by three trials on cheetah-vel (a smaller initial noise and more, smaller minibatches halved the steps needed); nothing here comes from the papers, which used SAC and TD3."
@@ -159,6 +160,7 @@ class PPOSettings:
     width: int = 256
     target_kl: float | None = None
     threads: int = 1
+    every: float = 0.02           # of the steps, between snapshots
     until: float | None = None    # stop at the first snapshot whose mean return reaches it
 
 # %% ../nbs/02a_experts.ipynb #3bf704d4
@@ -208,8 +210,8 @@ def choose(returns):
     r = np.array(returns[:int(np.argmax(returns)) + 1])
     return sorted({0, len(r) - 1, *(int(np.abs(r - (r[0] + x * (r[-1] - r[0]))).argmin()) for x in LADDER)})
 
-# %% ../nbs/02a_experts.ipynb #11d8c57c
-def train_expert(name, settings: PPOSettings = PPOSettings(), out=None, every=0.02):
+# %% ../nbs/02a_experts.ipynb #0e0f247b
+def train_expert(name, settings: PPOSettings = PPOSettings(), out=None):
     "Train a family's behaviour policy; writes weights and card, returns the Behaviour. Takes minutes on one core."
     import torch
     from stable_baselines3 import PPO
@@ -225,7 +227,7 @@ def train_expert(name, settings: PPOSettings = PPOSettings(), out=None, every=0.
     class Snapshots(BaseCallback):
         def _on_step(self): return st.until is None or not shots or shots[-1]["returns"].mean() < st.until
         def _on_rollout_start(self):
-            if self.num_timesteps >= every * st.steps * len(shots): self.take()
+            if self.num_timesteps >= st.every * st.steps * len(shots): self.take()
         def take(self):
             mlp, head = self.model.policy.mlp_extractor.policy_net, self.model.policy.action_net
             layers = fold([mlp[0], mlp[2], head], env.obs_rms)

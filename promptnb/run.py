@@ -13,10 +13,10 @@ from .core import PromptnbError, check_choice, code_fingerprint, disk_error, fig
 from .jobs import code_of, find_job, finished, job_recipes, record_path, run_id, runs_of, write_record
 
 # %% auto #0
-__all__ = ['TEMPLATE', 'notebook_parameters', 'check_parameters', 'execute', 'job_command', 'Rule', 'chosen', 'wanted_jobs',
-           'data_needs', 'collect_code', 'stamp', 'plan', 'drop_stale_stamps', 'run', 'cmd_list', 'cmd_collect',
-           'print_table', 'cmd_run', 'pairs', 'cmd_job', 'cmd_render', 'cmd_film', 'cmd_status', 'cmd_doctor', 'parser',
-           'main']
+__all__ = ['TEMPLATE', 'notebook_parameters', 'check_parameters', 'execute', 'job_command', 'Rule', 'chosen', 'with_extras',
+           'wanted_jobs', 'data_needs', 'collect_code', 'stamp', 'plan', 'drop_stale_stamps', 'run', 'cmd_list',
+           'cmd_collect', 'print_table', 'cmd_run', 'pairs', 'cmd_job', 'cmd_render', 'cmd_film', 'cmd_status',
+           'cmd_doctor', 'parser', 'main']
 
 # %% ../nbs/12_run.ipynb #f3a1d881
 def notebook_parameters(nb_path) -> dict:
@@ -90,7 +90,7 @@ def _job_command(j, given, name):
     if not missing: write_json(stamp(j, seed, scale), {run: read_json(record_path(r.paper, run))["status"] for r, run in runs_of(j, scale, seed)})
     if missing: raise PromptnbError(f"{len(missing)} of {len(j.recipes)} runs of {job} failed: {missing[0]}")
 
-# %% ../nbs/12_run.ipynb #59d69f81
+# %% ../nbs/12_run.ipynb #1847816a
 @dataclass(frozen=True)
 class Rule:
     "One Snakemake rule."
@@ -108,6 +108,17 @@ def chosen(paper, exhibit_ids=()):
         check_choice(i, every, "exhibit")
         if every[i].unknown: raise PromptnbError(f"exhibit '{i}' cannot be made: {every[i].unknown}")
     return [e for e in every.values() if not e.unknown and (not exhibit_ids or e.id in exhibit_ids)]
+
+def with_extras(exhibits, asked, families=()):
+    "Ids of the exhibits whose environments are installed. One that was asked for by name and lacks its extra is an error, any other is left out and said."
+    from promptnb import tasks
+    out = []
+    for e in exhibits:
+        lacking = [f for f in map(tasks.family, e.families) if (not families or f.name in families) and not tasks.installed(f)]
+        if not lacking: out.append(e.id); continue
+        if asked: tasks.kind_module(lacking[0])
+        print(f"{e.id} is left out: pip install 'promptnb[{lacking[0].extra}]'", file=sys.stderr)
+    return out
 
 def wanted_jobs(paper, exhibit_ids=(), families=()):
     "The jobs that the exhibits need: owners of their recipes and of those recipes' policies."
@@ -152,13 +163,13 @@ def drop_stale_stamps(paper, exhibit_ids, scale, seeds, families):
         for seed in seeds if seeds is not None else job_recipes(j, scale)[0].seeds:
             if stamp(j, seed, scale).exists() and not all(finished(r, x) for r, x in runs_of(j, scale, seed)): stamp(j, seed, scale).unlink()
 
-# %% ../nbs/12_run.ipynb #fbfbd3e4
+# %% ../nbs/12_run.ipynb #1d23503c
 def run(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, families=(), accelerator="auto", dry=False, profile="local"):
     "Hand the plan to Snakemake; returns its exit status. A second call finds nothing to do."
     from promptnb.train import pick_device
+    exhibit_ids = want = with_extras(chosen(paper, exhibit_ids), bool(exhibit_ids), families)
     rules = plan(paper, exhibit_ids, scale, seeds, families, accelerator)
     if accelerator == "cuda": pick_device(accelerator)
-    want = [e.id for e in chosen(paper, exhibit_ids)]
     cfg = dict(paper=paper, exhibits=",".join(want), scale=scale, seeds=",".join(map(str, seeds)) if seeds is not None else "all", families=",".join(families) or "all", accelerator=accelerator)
     print(f"{paper} at {scale} scale: {', '.join(want)}; {len(rules)} jobs. Finished ones are kept.", flush=True)
     cmd = [sys.executable, "-m", "snakemake", "-s", str(root()/"workflow"/"Snakefile"), "-d", str(root()), "--cores", str(cores or os.cpu_count()), "--workflow-profile", str(root()/"workflow"/"profiles"/profile),
