@@ -195,7 +195,7 @@ def sb3_env(fam, settings):
         def env_is_wrapped(self, wrapper, indices=None): return [False] * self.num_envs
     return GoalEnv()
 
-# %% ../nbs/02a_experts.ipynb #64366cf4
+# %% ../nbs/02a_experts.ipynb #b9076d8d
 def fold(actor, rms):
     "The actor's three layers as [(in, out), (out,)], with (x - mean) / std folded into the first. Clipping at 10 std is dropped."
     ls = [(m.weight.detach().cpu().numpy().T.astype(np.float64), m.bias.detach().cpu().numpy().astype(np.float64)) for m in actor]
@@ -203,7 +203,7 @@ def fold(actor, rms):
     ls[0] = (w / std[:, None], b - (rms.mean / std) @ w)
     return [(w.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32)) for w, b in ls]
 
-LADDER = (0, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 1)   # of the way from the first return to the best
+LADDER = (0, 1 / 6, 0.3, 1 / 2, 3 / 4, 1)   # of the way from the first return to the best
 
 def choose(returns):
     "Indices of the snapshots, up to the best, whose mean returns are nearest to the rungs of the ladder."
