@@ -14,7 +14,7 @@ import numpy as np
 __all__ = ['FORMAT', 'PromptnbError', 'check_choice', 'root', 'data_dir', 'minari_dir', 'runs_dir', 'results_dir', 'figures_dir',
            'seed_for', 'rng_for', 'Steps', 'Batch', 'action_loss', 'Row', 'plain', 'fingerprint', 'sha256_file',
            'code_fingerprint', 'write_atomic', 'disk_error', 'write_json', 'read_json', 'save_tensors', 'load_tensors',
-           'differing', 'Checkpoints', 'run_lock', 'progress']
+           'differing', 'Checkpoints', 'server_answers', 'minari_dataset', 'run_lock', 'progress']
 
 # %% ../nbs/00_core.ipynb #de71b579
 class PromptnbError(Exception):
@@ -208,6 +208,27 @@ class Checkpoints:
             except PromptnbError as e:
                 if "another run" in str(e) or "newer than" in str(e): raise
                 print(f"{e}; using the one before", file=sys.stderr)
+
+# %% ../nbs/00_core.ipynb #3f11c0d0
+def server_answers(seconds=3):
+    "Does the host of Minari's data answer?"
+    import urllib.error, urllib.request
+    if not os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"): return True
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"): return False
+    try: urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds).close()
+    except urllib.error.HTTPError: return True      # it answered, if not to our liking
+    except OSError: return False
+    return True
+
+def minari_dataset(id_, download=False):
+    "A Minari dataset from Minari's folder, or from its server with `download`."
+    import minari
+    from minari.storage import get_dataset_path
+    if not (local := get_dataset_path(id_)/"data").exists() and not (download and server_answers()):
+        raise PromptnbError(f"Minari dataset '{id_}' is not in {os.environ.get('MINARI_DATASETS_PATH', '~/.minari/datasets')}" + (", and its server does not answer" if download else "") +
+                            f": run `minari download {id_}` on a machine with a network, and set MINARI_DATASETS_PATH to the folder it is in")
+    try: return minari.load_dataset(id_, download=download and not local.exists())
+    except Exception as e: raise PromptnbError(f"cannot load Minari dataset '{id_}': {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 # %% ../nbs/00_core.ipynb #487ca4ba
 @contextlib.contextmanager

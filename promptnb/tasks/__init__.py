@@ -119,16 +119,17 @@ FAMILIES |= {f.name: f for f in (
     Family("ml10", body="ml10", goals=ML10, train=ids("0-9"), test=ids("10-14"), target_return=4000., rtg_scale=1000., **_metaworld, note="target and scale are assumed"),
 )}
 
-# %% ../../nbs/01_tasks.ipynb #a812d2f2
+# %% ../../nbs/01_tasks.ipynb #ff934236
 _single = dict(goals=(0.,), train=(0,), test=(0,))
-_atari = dict(kind="atari", chunk=4, **_single, state_dim=4 * 84 * 84, frames=(4, 84, 84), discrete=True, horizon=27_000, rtg_scale=1., extra="atari", qualities=("expert", "medium", "random", "replay"), episodes=(1, 4, 100))
+_atari = dict(kind="atari", chunk=4, expert="script", **_single, state_dim=4 * 84 * 84, frames=(4, 84, 84), discrete=True, horizon=27_000, rtg_scale=1., extra="atari", qualities=("expert", "medium", "random", "replay"), episodes=(1, 4, 100))
 _smax = dict(kind="smax", chunk=100, **_single, discrete=True, horizon=100, target_return=2., rtg_scale=1., expert="script", extra="smax", qualities=("good", "medium", "poor"), episodes=(4, 100, 1000))
 
 FAMILIES |= {f.name: f for f in (
     Family("kitchen", kind="kitchen", body="kitchen", **_single, state_dim=59, act_dim=9, horizon=280, target_return=4., rtg_scale=1., references=(0., 4.), expert="script", extra="kitchen", qualities=("expert", "random"), episodes=(2, 20, 100),
-           remote=(("complete", "D4RL/kitchen/complete-v2"), ("partial", "D4RL/kitchen/partial-v2"))),
+           remote=(("complete", "D4RL/kitchen/complete-v2"), ("partial", "D4RL/kitchen/partial-v2")),
+           note="expert is our script, which does all four sub-tasks; it is not D4RL's human data, which are the qualities complete and partial"),
     Family("breakout", body="breakout", act_dim=4, target_return=90., references=(1.7, 31.8), remote=(("minari-expert", "atari/breakout/expert-v0"),), **_atari),
-    Family("qbert", body="qbert", act_dim=6, target_return=14000., references=(163.9, 13455.0), remote=(("minari-expert", "atari/qbert/expert-v0"),), **_atari),
+    Family("qbert", body="qbert", act_dim=6, target_return=14000., references=(163.9, 13455.0), note="the network that makes the data earns about 525: far from a human, and from LaMo's target of 14,000", remote=(("minari-expert", "atari/qbert/expert-v0"),), **_atari),
     Family("pong", body="pong", act_dim=6, target_return=20., references=(-20.7, 9.3), remote=(("minari-expert", "atari/pong/expert-v0"),), **_atari),
     *(Family(f"smax-{m.replace('_', '-')}", body=m, state_dim=s, act_dim=a, agents=n, **_smax) for m, n, s, a in (("3m", 3, 75, 8), ("2s3z", 5, 127, 10), ("3s5z", 8, 205, 13), ("5m_vs_6m", 5, 140, 11), ("8m", 8, 205, 13))),
 )}
