@@ -243,9 +243,10 @@ def run_lock(folder):
     try: yield folder
     finally: who.unlink(missing_ok=True); lock.release()
 
-# %% ../nbs/00_core.ipynb #bf3ec71b
+# %% ../nbs/00_core.ipynb #ebaf278a
 def progress(it, desc="", total=None, every=0.05, seconds=10.0, out=None):
-    "Iterate with progress that suits the place: a bar when live, few plain lines otherwise."
+    "Iterate with progress that suits the place: a bar when live, few plain lines otherwise; none without a `desc`."
+    if not desc: yield from it; return
     total = total if total is not None else len(it)
     if sys.stderr.isatty():
         from tqdm.auto import tqdm

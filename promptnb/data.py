@@ -15,9 +15,9 @@ from . import tasks
 from .core import Batch, PromptnbError, Steps, check_choice, fingerprint, minari_dataset, minari_dir, read_json, seed_for, sha256_file, write_atomic
 
 # %% auto #0
-__all__ = ['COLUMNS', 'KINDS', 'Store', 'check_trajectory', 'sizes', 'from_arrays', 'write_columns', 'open_columns', 'cut',
-           'memory_left', 'join', 'from_minari', 'minari_root', 'load', 'subset', 'share', 'state_stats', 'Table',
-           'prompt_steps', 'pick', 'Sampler', 'Demos', 'demos']
+__all__ = ['COLUMNS', 'KINDS', 'Store', 'check_trajectory', 'check_family', 'sizes', 'from_arrays', 'write_columns',
+           'open_columns', 'cut', 'memory_left', 'join', 'from_minari', 'minari_root', 'load', 'subset', 'of_tasks',
+           'share', 'state_stats', 'Table', 'prompt_steps', 'pick', 'Sampler', 'Demos', 'demos']
 
 # %% ../nbs/02_data.ipynb #e3c0414a
 COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")   # in the order of their files: widest numbers first
@@ -47,7 +47,7 @@ class Store:
     def __len__(self): return len(self.length)
     def __repr__(self): return f"Store({len(self)} trajectories, {len(self.s):,} steps, {len(self.task_ids)} tasks, return {self.returns.mean():.1f} ± {self.returns.std():.1f})"
 
-# %% ../nbs/02_data.ipynb #e450fd53
+# %% ../nbs/02_data.ipynb #c6571210
 def check_trajectory(d, i, S=None, A=None):
     "One trajectory as float32 arrays (s, a, r); what is wrong with it is one line with its index."
     for k in ("observations", "actions", "rewards"):
@@ -65,17 +65,25 @@ def check_trajectory(d, i, S=None, A=None):
         if not np.isfinite(x).all(): raise PromptnbError(f"trajectory {i}: '{n}' has NaN or infinity at step {int(np.argwhere(~np.isfinite(x))[0][0])}")
     return s, a, r
 
+def check_family(fam, s, a, trajectories, task_ids):
+    "Do arrays belong to the family? Its sizes, its tasks, actions in [-1, 1]."
+    if s.shape[1:] != (fam.frames[1:] or (fam.state_dim,)) or a.shape[1] != fam.act_dim: raise PromptnbError(f"trajectories have states and actions of sizes {sizes(s)}, {a.shape[1]}, but {fam.name} has {sizes(fam.frames[1:] or (fam.state_dim,))}, {fam.act_dim}")
+    if (bad := [i for i in task_ids if i not in fam.task_ids]): raise PromptnbError(f"trajectory {list(task_ids).index(bad[0])} is of task {bad[0]}, but {fam.name} has tasks {', '.join(map(str, fam.task_ids[:8]))}{', ...' * (fam.n_tasks > 8)}")
+    for i, d in enumerate(trajectories):
+        if (top := np.abs(d["actions"]).max()) > 1 + 1e-5: raise PromptnbError(f"trajectory {i}: an action is {top:.3g}, but policies act in [-1, 1]: divide by the environment's bounds")
+
 def sizes(x):
     "A state's size as text: 39, or 84 x 84."
     return " x ".join(map(str, x.shape[1:] if hasattr(x, "shape") else x))
 
-def from_arrays(trajectories, task_ids=None, hashes=()) -> Store:
-    "A Store from trajectories (dicts of arrays); `task_ids`, one each, default 0."
-    if not len(trajectories): raise PromptnbError("no trajectories were given")
+def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
+    "A Store from trajectories (dicts of arrays), in order of task; `task_ids`, one each, default 0. With `family`, sizes, actions and tasks must be that family's."
+    if isinstance(trajectories, dict) or not len(trajectories): raise PromptnbError("no trajectories were given: wanted a list of dicts")
     task_ids = np.zeros(len(trajectories), int) if task_ids is None else np.asarray(task_ids)
     order = np.argsort(task_ids, kind="stable")
     if len(task_ids) != len(trajectories): raise PromptnbError(f"{len(trajectories)} trajectories, but {len(task_ids)} task ids")
     s0, a0, _ = check_trajectory(trajectories[0], 0)
+    if family is not None: check_family(tasks.family(family), s0, a0, trajectories, task_ids)
     parts = [check_trajectory(trajectories[i], i, s0.shape[1:], a0.shape[1]) for i in order]
     rtg = [np.cumsum(r[::-1].astype(np.float64))[::-1].astype(np.float32) for _, _, r in parts]
     flat = lambda xs: torch.from_numpy(np.concatenate(xs))
@@ -162,11 +170,16 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
         if size != want: raise PromptnbError(f"the {quality} data of {fam.name} have states and actions of sizes {sizes(size[0])}, {size[1]}, but {sizes(want[0])}, {want[1]} are wanted: {root}")
     return join(stores, root/"promptnb"/".joined", mapped)
 
-# %% ../nbs/02_data.ipynb #991c85c5
+# %% ../nbs/02_data.ipynb #4b8e7f08
 def subset(store, trajs) -> Store:
-    "A Store of these trajectories only."
+    "A Store of these trajectories only (indices into the Store, which is in order of task)."
+    if not len(trajs): raise PromptnbError("none of the trajectories was chosen")
     trajs = torch.as_tensor(trajs); rows = torch.cat([torch.arange(f, f + n) for f, n in zip(store.first[trajs].tolist(), store.length[trajs].tolist())])
     return replace(store, **{k: x[trajs if k in ("length", "task") else rows] for k, x in store.columns.items()})
+
+def of_tasks(store, task_ids) -> Store:
+    "A Store of these tasks only."
+    return subset(store, torch.isin(store.task, torch.tensor(list(task_ids))).nonzero()[:, 0])
 
 def share(store, ratio, seed=0):
     "(a Store of this part of each task's trajectories, their indices)."

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", MPLBACKEND="Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # a toy on two busy threads waits for the slower one
 ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from ..core import PromptnbError, check_choice
 __all__ = ['ANT_ANGLES', 'FAMILIES', 'ML10', 'Family', 'ids', 'family', 'normalised', 'parse_task', 'check_task', 'add',
            'lock_step', 'kind_module', 'code_modules', 'installed', 'gl_backend', 'film']
 
-# %% ../../nbs/01_tasks.ipynb #150c7e06
+# %% ../../nbs/01_tasks.ipynb #a2656f6b
 @dataclass(frozen=True)
 class Family:
     "One family of tasks. Returns are undiscounted; `target_return` and `rtg_scale` are Prompt-DT's."
@@ -44,6 +44,8 @@ class Family:
     agents: int = 1           # trajectories that one game gives, in neighbouring rows
     medium: float = 0.5       # where 'medium' lies between the first snapshot's return and the expert's
 
+    def __post_init__(self):      # in order, as prompts and demonstrations are
+        for k in ("train", "test"): object.__setattr__(self, k, tuple(sorted(getattr(self, k))))
     @property
     def env_id(self): return f"promptnb/{self.name}-v0"
     @property

@@ -61,20 +61,25 @@ class Wrapped(gym.vector.VectorEnv):
     def close_extras(self, **kw):
         for e in self.envs: e.close()
 
-# %% ../../nbs/01c_tasks.wrapped.ipynb #8f88254e
+# %% ../../nbs/01c_tasks.wrapped.ipynb #f15d897a
 class LockStep(Wrapped):
-    def make(self, task): return gym.make(self.family.body, **self.family.goals[task])
+    def make(self, task): return make(self.family, task)
 
 def make(family, task, **kw):
+    "The environment of one task; its actions are in [-1, 1], scaled to its own bounds."
     fam = tasks.family(family); tasks.check_task(fam, task)
-    return gym.make(fam.body, **fam.goals[task], **kw)
+    env = gym.make(fam.body, **fam.goals[task], **kw); a = env.action_space
+    return env if fam.discrete or ((a.low == -1) & (a.high == 1)).all() else gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 def own(name, env_id, goals=({},), train=(0,), test=(0,), target_return=0., rtg_scale=1000., **more) -> tasks.Family:
-    "Register a family of a Gymnasium environment with a flat Box of observations and a Box or Discrete of actions. Task i is `gymnasium.make(env_id, **goals[i])`."
+    "Register a family of a Gymnasium environment with a flat Box of observations and a Box or Discrete of actions. Task i is `gymnasium.make(env_id, **goals[i])`; actions of a Box are in [-1, 1] here, whatever its bounds: scale those of your arrays alike."
     from gymnasium.spaces import Box, Discrete
+    goals = tuple(goals)
+    if not goals or not all(isinstance(g, dict) for g in goals): raise tasks.PromptnbError(f"goals are the keyword arguments of gymnasium.make, a dict each: not {goals[0] if goals else 'nothing'!r}")
+    if (bad := [i for i in (*train, *test) if i not in range(len(goals))]): raise tasks.PromptnbError(f"task {bad[0]} is in train or test, but there are {len(goals)} goals, 0 to {len(goals) - 1}")
     env = gym.make(env_id, **goals[0]); s, a, limit = env.observation_space, env.action_space, env.spec.max_episode_steps; env.close()
     if not isinstance(s, Box) or len(s.shape) != 1: raise tasks.PromptnbError(f"{env_id} observes {s}: wanted a flat Box (wrap it with gymnasium.wrappers.FlattenObservation)")
     if not isinstance(a, (Box, Discrete)): raise tasks.PromptnbError(f"{env_id} acts in {a}: wanted a Box or a Discrete")
     if limit is None and "horizon" not in more: raise tasks.PromptnbError(f"{env_id} has no time limit: give horizon=")
-    return tasks.add(tasks.Family(name, "wrapped", env_id, tuple(goals), tuple(train), tuple(test), s.shape[0], int(a.n) if isinstance(a, Discrete) else a.shape[0],
+    return tasks.add(tasks.Family(name, "wrapped", env_id, goals, tuple(train), tuple(test), s.shape[0], int(a.n) if isinstance(a, Discrete) else a.shape[0],
                                   target_return=target_return, rtg_scale=rtg_scale, discrete=isinstance(a, Discrete), **{"horizon": limit, **more}))
