@@ -162,15 +162,16 @@ def listed(names=None, root=None):
         if not any(r["family"] == fam.name for r in rows): rows.append({"family": fam.name, "quality": "-", "note": f"promptnb collect --family {fam.name}" + ("" if tasks.installed(fam) else f", after pip install 'promptnb[{fam.extra}]'")})
     return rows
 
-# %% ../nbs/02b_collect.ipynb #8861f2f5
+# %% ../nbs/02b_collect.ipynb #21b4496d
 def strip(fam, task, quality, n=6):
     "(n pictures, their timesteps) of the first episode of a dataset, played again from its seed and actions; None where nothing renders on this machine."
     from promptnb.data import load
     store = load(fam, quality, [task], 1); T = int(store.length[0]); at = np.linspace(0, T - 1, n).astype(int)
     if fam.frames: return store.s[at].numpy(), at
     if fam.renders_with_gl and not tasks.gl_backend(): return None
-    a = store.a[:T].numpy(); e = manifest(fam)[dataset_id(fam, task, quality)]
-    shots = tasks.film(fam, task, a.argmax(-1) if fam.discrete else a, seed_for(e["seed"], "start", fam.name, task, quality, 0), every=1, at=set(at.tolist()))
+    a = store.a[:T * fam.agents].numpy(); seed = seed_for(manifest(fam)[dataset_id(fam, task, quality)]["seed"], "start", fam.name, task, quality, 0)
+    if fam.agents > 1: shots = tasks.kind_module(fam).frames(fam, a.argmax(-1).reshape(fam.agents, T).T, seed, every=1)[at]
+    else: shots = tasks.film(fam, task, a.argmax(-1) if fam.discrete else a, seed, every=1, at=set(at.tolist()))
     return shots, at[:len(shots)]
 
 def ridges(ax, returns):

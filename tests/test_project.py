@@ -137,6 +137,10 @@ def sizes(root):
     big = [f"{p.relative_to(root)} has {p.stat().st_size / MB:.1f} MB" for p in {*tracked(root), *(root/"nbs").rglob("*.ipynb")} if p.stat().st_size > 2 * MB]
     return big + [f"nbs/{f} has {len(nb['cells'])} cells" for f, nb in notebooks(root).items() if len(nb["cells"]) > 90]
 
+def asserted(root):
+    "fastcore's expect_fail is a context manager: called with a function, it asserts nothing (test_fail does)."
+    return [f"nbs/{f} calls expect_fail with a function" for f, nb in notebooks(root).items() for s in code(nb) if "expect_fail(lambda" in s]
+
 def lengths(root):
     "No function over 50 lines."
     return [f"{f}: {n.name} has {k} lines" for f, source in modules(root).items() for n in ast.walk(ast.parse(source))
@@ -187,6 +191,7 @@ DAMAGE = [
     (sizes,       lambda r: put(r, "figures/x.svg", "x" * (2 * MB + 1)), "figures/x.svg has 2.0 MB"),
     (sizes,       lambda r: nb(r, "98_x", *["1"] * 91), "nbs/98_x.ipynb has 91 cells"),
     (lengths,     lambda r: put(r, "promptnb/core.py", "\ndef f():\n" + "    1\n" * 50), "f has 51 lines"),
+    (asserted,    lambda r: nb(r, "98_x", "expect_fail(" + "lambda: 1 / 0)"), "nbs/98_x.ipynb calls expect_fail"),
     (wheel,       lambda r: put(r, "promptnb/nowhere/a.py", ""), "promptnb/nowhere/a.py is not"),
     (elsewhere,   lambda r: put(r, "a.txt", "see " + "/".join(["", "root", "x"])), "a.txt names"),
 ]

@@ -121,10 +121,10 @@ FAMILIES |= {f.name: f for f in (
     Family("ml10", body="ml10", goals=ML10, train=ids("0-9"), test=ids("10-14"), target_return=4000., rtg_scale=1000., **_metaworld, note="target and scale are assumed"),
 )}
 
-# %% ../../nbs/01_tasks.ipynb #ff934236
+# %% ../../nbs/01_tasks.ipynb #0aaf1392
 _single = dict(goals=(0.,), train=(0,), test=(0,))
 _atari = dict(kind="atari", chunk=4, expert="script", **_single, state_dim=4 * 84 * 84, frames=(4, 84, 84), discrete=True, horizon=27_000, rtg_scale=1., extra="atari", qualities=("expert", "medium", "random", "replay"), episodes=(1, 4, 100))
-_smax = dict(kind="smax", chunk=100, **_single, discrete=True, horizon=100, target_return=2., rtg_scale=1., expert="script", extra="smax", qualities=("good", "medium", "poor"), episodes=(4, 100, 1000))
+_smax = dict(kind="smax", chunk=96, **_single, discrete=True, horizon=100, target_return=2., rtg_scale=1., expert="script", extra="smax", qualities=("good", "medium", "poor"), episodes=(4, 100, 1000))
 
 FAMILIES |= {f.name: f for f in (
     Family("kitchen", kind="kitchen", body="kitchen", **_single, state_dim=59, act_dim=9, horizon=280, target_return=4., rtg_scale=1., references=(0., 4.), expert="script", extra="kitchen", qualities=("expert", "random"), episodes=(2, 20, 100),
