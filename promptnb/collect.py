@@ -91,7 +91,7 @@ def write_dataset(id_, trajs, fam, task, root, description, minari=True):
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return entry
 
-# %% ../nbs/02b_collect.ipynb #c31a69a8
+# %% ../nbs/02b_collect.ipynb #dc436103
 def manifest_path(fam, root=None): return Path(root or minari_dir())/"promptnb"/f"{tasks.family(fam).name}.json"
 def manifest(fam, root=None) -> dict:
     "Dataset id -> what is known of it: columns and sha256 (hashes), episodes, seed, steps, mean_return, success, policy, seconds, bytes."
@@ -118,26 +118,28 @@ def _collect(fam, quality, episodes, seed, task_ids, root, threads, say):
     import shutil
     for old in root.glob(f".collect-{fam.name}-[0-9]*"): shutil.rmtree(old, ignore_errors=True)      # of a killed run
     policy, vec, known = policy_of(fam, quality), None, manifest(fam, root)
-    have = lambda e: "columns" in e and e["episodes"] >= episodes and (e["seed"], e["policy"]) == (seed, policy)
+    have = lambda e: "columns" in e and e.get("asked", e["episodes"]) >= episodes and (e["seed"], e["policy"]) == (seed, policy)
     want = [i for i in task_ids if not have(known.get(dataset_id(fam, i, quality), {}))]
     if want and quality in fam.qualities: vec = tasks.lock_step(fam, [want[0]] * (min(episodes, fam.chunk) * fam.agents), threads=threads)
     for i in progress(want, f"collect {fam.name} {quality}"):
         start, id_ = time.time(), dataset_id(fam, i, quality)
         trajs = list(play_chunks(fam, i, quality, episodes, seed, threads, vec)) if vec else remote_trajectories(fam, quality, episodes)
         entry = write_dataset(id_, trajs, fam, i, root, f"{fam.name}, goal {fam.goals[i]}, {quality}", minari=vec is not None)
-        entry |= dict(seed=seed, policy=policy, seconds=round(time.time() - start, 2), **({} if vec else {"episodes": max(episodes, entry["episodes"])}))
+        entry |= dict(seed=seed, policy=policy, seconds=round(time.time() - start, 2), asked=episodes)      # others' data may hold fewer
         write_json(manifest_path(fam, root), dict(manifest(fam, root), **{id_: entry}))
     if vec: vec.close()
     say(f"{fam.name} {quality}: {len(want)} of {len(task_ids)} datasets written" + (", the others were there" if len(want) < len(task_ids) else ""))
     return {k: v for k, v in manifest(fam, root).items() if k.endswith(f"/{quality}-v0")}
 
-# %% ../nbs/02b_collect.ipynb #d1947e80
+# %% ../nbs/02b_collect.ipynb #f83ab53d
 def remote_trajectories(fam, quality, episodes):
     "Trajectories of a remote Minari dataset (at most `episodes`), downloaded where it is not local; in the kind's own reading, if it has one."
     id_, kind = dict(fam.remote)[quality], tasks.kind_module(fam)
     dataset = minari_dataset(id_, download=True)
-    if hasattr(kind, "imported"): return kind.imported(dataset, episodes)
-    return [dict(observations=e.observations, actions=e.actions, rewards=e.rewards, terminated=bool(e.terminations[-1])) for e in dataset.iterate_episodes(range(min(episodes, dataset.total_episodes)))]
+    try:
+        if hasattr(kind, "imported"): return kind.imported(dataset, episodes)
+        return [dict(observations=e.observations, actions=e.actions, rewards=e.rewards, terminated=bool(e.terminations[-1])) for e in dataset.iterate_episodes(range(min(episodes, dataset.total_episodes)))]
+    except (OSError, KeyError, ValueError) as e: raise PromptnbError(f"Minari dataset '{id_}' cannot be read ({(str(e) or type(e).__name__).splitlines()[0]}): delete its folder and fetch it again") from None
 
 # %% ../nbs/02b_collect.ipynb #cf648d74
 def scores(fam, value):

@@ -79,16 +79,20 @@ def save_expert(b: Behaviour, path=None):
     write_json(path.with_suffix(".json"), dict(b.card, sha256=sha256_file(path), bytes=path.stat().st_size))
     return path
 
-# %% ../nbs/02a_experts.ipynb #99692273
-def act_with(b: Behaviour, fam, task_ids, c=-1, noise=0.0, rng=None):
-    "A function obs (N, S) -> actions (N, A): snapshot `c`, plus Gaussian noise."
-    g = goal_features(fam, task_ids)
+# %% ../nbs/02a_experts.ipynb #10dc9aee
+def act_with(b: Behaviour, fam, task_ids, c=-1, noise=0.0, rng=None, rows=0):
+    "A function obs (N, S) -> actions (N, A): snapshot `c` (one, or one a row), plus Gaussian noise. Works on at least `rows` rows, so that the last bits of a row, and its noise, do not depend on N."
+    g, n = goal_features(fam, task_ids), len(task_ids); x = np.zeros((max(rows, n), fam.state_dim + g.shape[1]), np.float32); x[:n, fam.state_dim:] = g
     def act(obs):
-        a = b(np.concatenate([obs, g], -1), c)
-        return np.clip(a + noise * rng.standard_normal(a.shape), -1, 1).astype(np.float32) if noise else a.astype(np.float32)
+        x[:n, :fam.state_dim] = obs
+        a = b(x, c)[:n] if np.isscalar(c) else b(x[:n], c)
+        return np.clip(a + noise * rng.standard_normal((len(x), fam.act_dim))[:n], -1, 1).astype(np.float32) if noise else a.astype(np.float32)
     return act
 
-def act_random(fam, n, rng): return lambda obs: rng.integers(fam.act_dim, size=n) if fam.discrete else rng.uniform(-1, 1, (n, fam.act_dim)).astype(np.float32)
+def act_random(fam, n, rng, rows=0):
+    "Uniform actions of n rows; drawn for at least `rows`."
+    m = max(rows, n)
+    return lambda obs: rng.integers(fam.act_dim, size=m)[:n] if fam.discrete else rng.uniform(-1, 1, (m, fam.act_dim))[:n].astype(np.float32)
 
 def play(vec, act, seed):
     "One episode a row. Arrays (N, T, ...), T the longest: s (T + 1 of them; of pictures the newest frame), a, r, legal where actions have limits; and length, terminated, success (N,)."
@@ -113,20 +117,20 @@ def returns_per_task(b, fam, c=-1, episodes=None, seed=10_000, threads=None):
     ids = np.repeat(fam.task_ids, episodes)
     return play(tasks.lock_step(fam, ids, threads=threads), act_with(b, fam, ids, c), seed)["r"].sum(-1).reshape(-1, episodes).mean(-1)
 
-# %% ../nbs/02a_experts.ipynb #2692dc46
+# %% ../nbs/02a_experts.ipynb #b68856a2
 NOISE = {"expert": 0.1, "medium": 0.1, "medium-expert": 0.1, "replay": 0.3, "medium-replay": 0.3}   # std of the action noise
 
 def acting(vec, quality, rng, expert=None):
-    "The function obs -> actions by which a dataset of this quality is played."
-    fam, n = vec.family, vec.num_envs; kind = tasks.kind_module(fam)
+    "The function obs -> actions by which a dataset of this quality is played. What a row does is the same whether it plays alone or in a full chunk."
+    fam, n = vec.family, vec.num_envs; kind, rows = tasks.kind_module(fam), max(n, fam.chunk)
     if hasattr(kind, "script"): return kind.script(vec, quality, rng)
-    if quality == "random": return act_random(fam, n, rng)
+    if quality == "random": return act_random(fam, n, rng, rows)
     b = expert or load_expert(fam); medium = b.snapshot("medium")
-    c = {"replay": lambda: rng.integers(len(b.snapshots), size=n), "medium-replay": lambda: rng.integers(medium + 1, size=n),
+    c = {"replay": lambda: rng.integers(len(b.snapshots), size=rows)[:n], "medium-replay": lambda: rng.integers(medium + 1, size=rows)[:n],
          "medium-expert": lambda: np.where(np.arange(n) % 2, len(b.snapshots) - 1, medium)}.get(quality, lambda: b.snapshot(quality))()
-    return act_with(b, fam, vec.task_ids, c, NOISE[quality], rng)
+    return act_with(b, fam, vec.task_ids, c, NOISE[quality], rng, rows)
 
-# %% ../nbs/02a_experts.ipynb #043cba71
+# %% ../nbs/02a_experts.ipynb #6793822a
 def measure_script(name, episodes=None, best=None, out=None):
     "Play and write the card of a family with scripted behaviour; returns it. `episodes` a task: at least 2 and 40 in all."
     fam, start = tasks.family(name), time.time(); best = best or fam.qualities[0]; n = episodes or measured_episodes(fam)
@@ -135,7 +139,8 @@ def measure_script(name, episodes=None, best=None, out=None):
         p = play(vec, acting(vec, quality, rng_for("card", fam.name, quality)), [10_000 + i // fam.agents for i in range(len(ids))]); vec.close()
         return p["r"].sum(-1).reshape(len(fam.task_ids), -1).mean(-1), p["success"].mean()
     seen = {q: returns(q) for q in dict.fromkeys((*fam.qualities, "random"))}; expert, random = seen[best][0], seen["random"][0]
-    card = dict(family=fam.name, command=f"promptnb.experts.measure_script('{fam.name}')", seconds=round(time.time() - start), episodes_per_task=n, best=best,
+    given = f", episodes={n}" if n != measured_episodes(fam) else ""
+    card = dict(family=fam.name, command=f"promptnb.experts.measure_script('{fam.name}'{given})", seconds=round(time.time() - start), episodes_per_task=n, best=best,
                 random_mean_return=random.mean(), expert_mean_return=expert.mean(), expert_worst_return=expert.min(), margin=(expert.mean() - random.mean()) / 2,
                 returns={q: r.mean() for q, (r, _) in seen.items()}, success={q: s for q, (_, s) in seen.items()})
     write_json(out or expert_path(fam.name).with_suffix(".json"), card)

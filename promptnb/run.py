@@ -178,7 +178,7 @@ def run(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, families=
         drop_stale_stamps(paper, exhibit_ids, scale, seeds, families)
         return subprocess.run(cmd, env=dict(os.environ, PYTHONUNBUFFERED="1", PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")).returncode
 
-# %% ../nbs/12_run.ipynb #b210751d
+# %% ../nbs/12_run.ipynb #8d13cf7b
 def cmd_list(a):
     "Papers, exhibits and how many runs each takes."
     for p, title in rc.PAPERS.items():
@@ -190,7 +190,7 @@ def cmd_collect(a):
     check_choice(a.scale, rc.SCALES, "scale")
     if a.list: return print_table(collect.listed([tasks.family(a.family).name] if a.family else None))
     if not a.family: raise PromptnbError(f"which family? --family takes {', '.join(tasks.FAMILIES)}")
-    fam = tasks.family(a.family); n = a.episodes or dict(zip(("smoke", "laptop", "paper"), fam.episodes))[a.scale]
+    fam = tasks.family(a.family); n = dict(zip(("smoke", "laptop", "paper"), fam.episodes))[a.scale] if a.episodes is None else a.episodes
     for q in a.quality or (): check_choice(q, (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
     known = {q: collect.collect(fam, q, n, a.seed) for q in (a.quality or fam.qualities)}
     for q, m in known.items(): print(f"{fam.name} {q}: {len(m)} datasets, {sum(e['steps'] for e in m.values()):,} steps, mean return {sum(e['mean_return'] for e in m.values()) / len(m):.1f}, {sum(e['bytes'] for e in m.values()) / 1e6:.0f} MB")
@@ -199,7 +199,7 @@ def cmd_collect(a):
 
 def print_table(rows):
     import pandas as pd
-    print(pd.DataFrame(rows).fillna("").to_markdown(index=False, floatfmt=",.10g", intfmt=","))
+    print(pd.DataFrame(rows).astype(object).fillna("").to_markdown(index=False, floatfmt=",.10g", intfmt=","))
 
 def cmd_run(a):
     fixed = check_parameters(root()/TEMPLATE, pairs(a.p))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from promptnb import core, data, experts, jobs, recipes, results, run, tasks, train
+from promptnb import collect, core, data, experts, jobs, recipes, results, run, tasks, train
 from promptnb.core import Checkpoints, PromptnbError, read_json, results_dir, runs_dir, sha256_file, write_json
 
 from test_papers import DATA, FAMILY, METHODS, PAPER, PRETRAIN, RUN, SMOKE, TUNE, cli, expected, fabricate, finished_home, new_home, one_line, paths, went
@@ -147,19 +147,29 @@ def test_killed_at_every_call_of_a_record(tmp_path, monkeypatch):
         if done: break
     assert done and k >= 3 and read_json(path)["run"] == "new"
 
-def test_killed_in_collect(home, monkeypatch):
+@pytest.mark.parametrize("place", ["write_minari", "sha256_file", "write_json"])
+def test_killed_in_collect(place, home):
     "A dataset is there whole or not at all; what the killed process left is removed by the next, not what belongs to other families."
-    import minari
-    root = home/"data"/"minari"; before = frozen(root); make = minari.create_dataset_from_buffers
+    root = home/"data"/"minari"; before = frozen(root)
     if not (pid := os.fork()):
-        minari.create_dataset_from_buffers = lambda *a, **k: (make(*a, **k), os._exit(9))
-        signal.alarm(60); experts.collect(FAMILY, "medium", 2, threads=1); os._exit(0)
+        signal.alarm(60); setattr(collect, place, lambda *a, **k: os._exit(9))
+        collect.collect(FAMILY, "medium", 2, threads=1); os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    left, = root.glob(".collect-*"); other = root/".collect-cheetah-vel-00-x"; other.mkdir()
-    assert {p: v for p, v in frozen(root).items() if left not in p.parents} == before
+    assert len(list(root.glob(".collect-cheetah-dir-00-*"))) == (place != "write_json") and before.items() <= frozen(root).items()
+    other = root/".collect-cheetah-vel-00-x"; other.mkdir()
     refused(data.load, FAMILY, "medium", says=["is not here", "promptnb collect"])
-    experts.collect(FAMILY, "medium", 2, threads=1)
+    collect.collect(FAMILY, "medium", 2, threads=1)
     assert len(data.load(FAMILY, "medium")) == 4 and list(root.glob(".collect-*")) == [other]
+
+def test_killed_when_a_dataset_grows(home):
+    "Between the old files and the new manifest: the same command makes it whole."
+    if not (pid := os.fork()):
+        signal.alarm(60); collect.write_json = lambda *a, **k: os._exit(9)
+        collect.collect(FAMILY, "random", 6, threads=1); os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    refused(data.load, FAMILY, "random", says=["damaged", "collect again"])
+    collect.collect(FAMILY, "random", 6, threads=1)
+    assert len(data.load(FAMILY, "random", episodes=6)) == 12 and len(data.from_minari(ID.replace("expert", "random"))) == 6
 
 # ---- row 5: damaged checkpoints
 
@@ -259,17 +269,21 @@ def test_hostile_expert(home):
     refused(experts.load_expert, FAMILY, says=[path])
     assert not (home/"canary").exists()
 
-def known_again(home, file, i=0, quality="expert"):
+ID = collect.dataset_id(FAM, 0, "expert")
+
+def columns(home, i=0, quality="expert"): return home/"data"/"minari"/collect.dataset_id(FAM, i, quality)/"columns.safetensors"     # what training reads
+def hdf5(home): return columns(home).parent/"data"/"main_data.hdf5"                                                                  # what Minari reads
+def known_again(file, i=0):
     "Make the manifest say that the file is as it should be."
-    path = experts.manifest_path(FAM); m = read_json(path); m[experts.dataset_id(FAM, i, quality)]["sha256"] = sha256_file(file); write_json(path, m)
+    path = collect.manifest_path(FAM); m = read_json(path); m[collect.dataset_id(FAM, i, "expert")]["columns"] = sha256_file(file); write_json(path, m)
 
-def hdf5(home, i=0, quality="expert"): return home/"data"/"minari"/experts.dataset_id(FAM, i, quality)/"data"/"main_data.hdf5"
-
-def test_hostile_dataset(home):
-    file = hdf5(home); file.write_bytes(pickle.dumps(Bomb(home/"canary")))
-    refused(data.load, FAMILY, says=[file, "damaged", "collect again"])
-    known_again(home, file); refused(data.load, FAMILY, says=["cheetah-dir-00/expert-v0"])
-    experts.manifest_path(FAM).write_bytes(file.read_bytes()); refused(data.load, FAMILY, says=["cheetah-dir.json", "damaged"])
+@pytest.mark.parametrize("raw", [lambda c: pickle.dumps(Bomb(c)), torch_bomb], ids=["pickle", "torch"])
+def test_hostile_dataset(raw, home):
+    raw = raw(home/"canary")
+    for file in (columns(home), hdf5(home)): file.write_bytes(raw)
+    refused(data.load, FAMILY, says=[columns(home), "damaged", "collect again"]); refused(data.from_minari, ID, says=[ID])
+    known_again(columns(home)); refused(data.load, FAMILY, says=[columns(home), "damaged"])
+    collect.manifest_path(FAM).write_bytes(raw); refused(data.load, FAMILY, says=["cheetah-dir.json", "damaged"])
     assert not (home/"canary").exists()
 
 def test_hostile_arrays(tmp_path):
@@ -283,26 +297,26 @@ def test_hostile_arrays(tmp_path):
 
 @pytest.mark.parametrize("length", [0, 1, 0.5, -1])
 def test_truncated_dataset(length, home):
-    file = hdf5(home); raw = file.read_bytes(); file.write_bytes(raw[:int(len(raw) * length) if length == 0.5 else length])
-    refused(data.load, FAMILY, says=[file, "damaged"])
-    known_again(home, file); refused(data.load, FAMILY, says=["cheetah-dir-00/expert-v0"])
+    for file in (columns(home), hdf5(home)): raw = file.read_bytes(); file.write_bytes(raw[:int(len(raw) * length) if length == 0.5 else length])
+    refused(data.load, FAMILY, says=[columns(home), "damaged"]); refused(data.from_minari, ID, says=[ID])
+    known_again(columns(home)); refused(data.load, FAMILY, says=[columns(home), "damaged"])
 
 def test_one_bit_of_a_dataset(home):
-    file = hdf5(home); whole, rng = file.read_bytes(), random.Random(0)
-    for _ in range(10): flip(file, rng.randrange(len(whole)), rng.randrange(8)); refused(data.load, FAMILY, says=[file, "its hash is not the manifest's"]); file.write_bytes(whole)
+    file = columns(home); whole, rng = file.read_bytes(), random.Random(0); assert {*data.COLUMNS} - {"legal"} < set(regions(file))
+    for a, b in regions(file).values(): flip(file, rng.randrange(a, b), rng.randrange(8)); refused(data.load, FAMILY, says=[file, "its hash is not the manifest's"]); file.write_bytes(whole)
     assert len(data.load(FAMILY)) == 8
     refused(data.load, FAMILY, episodes=5, says=["with 5 episodes is not here", "promptnb collect --family cheetah-dir --quality expert --episodes 5"])
 
 def test_the_damaged_dataset_can_be_mended_as_it_says(home):
-    file = hdf5(home, quality="random"); before = frozen(home/"data"/"minari"); flip(file, 5000)
+    file = columns(home, quality="random"); before = frozen(home/"data"/"minari"); flip(file, 5000)
     said = refused(data.load, FAMILY, "random")
-    shutil.rmtree(re.search("delete the folder (.*) and its line", said)[1]); m = read_json(experts.manifest_path(FAM)); del m["promptnb/cheetah-dir-00/random-v0"]; write_json(experts.manifest_path(FAM), m)
-    experts.collect(FAMILY, "random", 4, threads=1)
+    shutil.rmtree(re.search("delete the folder (.*) and its line", said)[1]); m = read_json(collect.manifest_path(FAM)); del m["promptnb/cheetah-dir-00/random-v0"]; write_json(collect.manifest_path(FAM), m)
+    collect.collect(FAMILY, "random", 4, threads=1)
     assert len(data.load(FAMILY, "random")) == 8 and all(v == before[k] for k, v in frozen(home/"data"/"minari").items() if "cheetah-dir-00/random" not in str(k) and k.name != "cheetah-dir.json")
 
 def test_dataset_that_is_not_there(home):
     refused(data.load, "cheetah-vel", says=["promptnb/cheetah-vel-00/expert-v0", "promptnb collect --family cheetah-vel --quality expert"])
-    hdf5(home).unlink(); refused(data.load, FAMILY, says=[hdf5(home)])
+    columns(home).unlink(); refused(data.load, FAMILY, says=[columns(home), "damaged"])
     shutil.rmtree(home/"data"/"minari"); refused(data.load, FAMILY, says=["promptnb collect --family cheetah-dir"])
 
 @pytest.mark.parametrize("edit, says", [
@@ -314,13 +328,12 @@ def test_dataset_that_is_not_there(home):
 def test_dataset_with_bad_contents(edit, says, home):
     import h5py
     with h5py.File(hdf5(home), "r+") as f: edit(f["episode_1"])
-    known_again(home, hdf5(home)); refused(data.load, FAMILY, says=says)
+    refused(data.from_minari, ID, says=says)
 
-@pytest.mark.filterwarnings("ignore:`eval_env`")
 def test_dataset_of_another_body(home):
-    ant = dict(s=np.zeros((4, 201, 27), np.float32), a=np.zeros((4, 200, 8), np.float32), r=np.zeros((4, 200)), length=np.full(4, 200), terminated=np.zeros(4, bool))
-    for i in (0, 1): known_again(home, experts.write_minari(experts.dataset_id(FAM, i, "expert"), ant, experts.env_spec(tasks.family("ant-dir"), 6), home/"data"/"minari", "-"), i)
-    refused(data.load, FAMILY, says=["cheetah-dir", "27", "20"])
+    ant = dict(observations=np.zeros((200, 27)), actions=np.zeros((200, 8)), rewards=np.zeros(200))
+    for i in (0, 1): known_again(data.write_columns(columns(home, i), [data.from_arrays([ant] * 4, [i] * 4)]), i)
+    refused(data.load, FAMILY, says=["cheetah-dir", "27, 8", "20, 6"])
 
 def test_arrays(tmp_path):
     good = dict(observations=np.ones((3, 2)), actions=np.ones((3, 1)), rewards=np.ones(3)); cut = lambda **kw: [good, dict(good, **kw)]
@@ -335,10 +348,10 @@ def test_arrays(tmp_path):
     refused(data.from_arrays, [], says=["no trajectories"]); refused(data.from_arrays, [{}], says=["trajectory 0", "nothing"])
 
 def test_damaged_dataset_through_the_command_line(home):
-    flip(hdf5(home), 5000)
-    one_line(cli(home, "job", PRETRAIN, *SMOKE), "3 of 3 runs", str(hdf5(home)), "damaged", "collect again")
+    flip(columns(home), 5000)
+    one_line(cli(home, "job", PRETRAIN, *SMOKE), "3 of 3 runs", str(columns(home)), "damaged", "collect again")
     assert set(paths(home)) == {f"{name}.failed.json" for _, name in expected(PRETRAIN)}
-    shutil.copy(hdf5(finished_home()), hdf5(home))
+    shutil.copy(columns(finished_home()), columns(home))
     job(); assert not list(home.rglob("*.failed.json"))
     same_records(home, [f"{name}.json" for _, name in expected(PRETRAIN)])
 
@@ -406,12 +419,12 @@ def test_full_disk_for_records(home, one_policy):
         filler.unlink(); job(); same_records(home, [f"{one_policy}.json"]); assert read_json(old) == dict(status="ok")
 
 def test_full_disk_in_collect(home):
-    root = home/"data"/"minari"; shutil.rmtree(root/"promptnb"/"cheetah-dir-01"); m = read_json(experts.manifest_path(FAM)); write_json(experts.manifest_path(FAM), {k: v for k, v in m.items() if "cheetah-dir-00" in k})
+    root = home/"data"/"minari"; shutil.rmtree(root/"promptnb"/"cheetah-dir-01"); m = read_json(collect.manifest_path(FAM)); write_json(collect.manifest_path(FAM), {k: v for k, v in m.items() if "cheetah-dir-00" in k})
     with tiny_disk(root, 4 * 2**20) as disk:
         before, failed, ok = {p: v for p, v in frozen(disk).items() if "cheetah-dir-00" in str(p)}, 0, False
         for leave in (0, 8192, 40_000, 90_000, 130_000, 160_000, 190_000, 220_000, 260_000, 400_000, 2**20):
             filler = fill(disk, leave)
-            try: experts.collect(FAMILY, "expert", 4, threads=1, say=lambda *_: None); ok = True
+            try: collect.collect(FAMILY, "expert", 4, threads=1, say=lambda *_: None); ok = True
             except PromptnbError as e: assert "no space left" in str(e); failed += 1
             filler.unlink()
             assert all(frozen(disk)[p] == v for p, v in before.items()), leave
@@ -515,7 +528,14 @@ WRONG = [
     (("status", "prompt_tunning_dt"), ["unknown paper", "'prompt_tuning_dt'"]),
     (("status", PAPER, "--scale", "papper"), ["unknown scale", "'paper'"]),
     (("collect", "--family", "ant-dri"), ["unknown family", "'ant-dir'"]),
+    (("collect", "--family", "hoper"), ["unknown family 'hoper'", "did you mean 'hopper'?"]),
+    (("collect",), ["which family?", "hopper"]),
+    (("collect", "--list", "--family", "hoper"), ["unknown family 'hoper'"]),
     (("collect", "--family", FAMILY, "--quality", "exprt"), ["unknown quality", "'expert'"]),
+    (("collect", "--family", "halfcheetah", "--quality", "expert", "--quality", "medium-exprt"), ["unknown quality of halfcheetah", "did you mean 'medium-expert'?"]),
+    (("collect", "--family", "hopper", "--quality", "minari-exprt"), ["did you mean 'minari-expert'?"]),
+    (("collect", "--family", FAMILY, "--quality", "zzz"), ["unknown quality", "expert, medium, random, replay"]),
+    (("collect", "--family", FAMILY, "--episodes", "0"), ["episodes"]),
     (("collect", "--family", FAMILY, "--episodes", "-3"), ["episodes", "-3"]),
     (("collect", "--family", FAMILY, "--scale", "tiny"), ["unknown scale"]),
     (("film", f"{PAPER}/cheetah-vel/rankign"), ["unknown recipe", f"'{PAPER}/cheetah-vel/ranking'"]),
@@ -545,7 +565,7 @@ def test_wrong_task_and_tuner():
     refused(tasks.parse_task, "cheeta-vel-07", says=["unknown family 'cheeta-vel'", "'cheetah-vel'"])
     refused(tasks.parse_task, "cheetah-vel-99", says=["cheetah-vel-99", "cheetah-vel-00 to cheetah-vel-39"])
     refused(tasks.parse_task, "cheetah-vel", says=["<family>-<number>"]); refused(tasks.parse_task, "cheetah-vel-x", says=["unknown task"])
-    refused(gym.make, "promptnb/cheetah-dir-v0", task=5, says=["unknown task 5", "cheetah-dir has tasks 0, 1"])
+    refused(gym.make, "promptnb/cheetah-dir-v0", task=5, says=["unknown task 'cheetah-dir-5'", "cheetah-dir-00 to cheetah-dir-01"])
     with pytest.raises(gym.error.NameNotFound, match="Did you mean: `cheetah-dir`"): gym.make("promptnb/cheetah-dri-v0")
     refused(make_tuner, "rankng", says=["unknown tuner 'rankng'", "'ranking'"]); refused(make_tuner, "ranking", stpes=3, says=["hyper-parameter of tuner 'ranking' 'stpes'", "'steps'"])
     refused(train.autocast, "fp8", says=["unknown precision"])
