@@ -15,9 +15,9 @@ from . import tasks
 from .core import Batch, PromptnbError, Steps, check_choice, fingerprint, minari_dataset, minari_dir, read_json, seed_for, sha256_file, write_atomic
 
 # %% auto #0
-__all__ = ['COLUMNS', 'KINDS', 'Store', 'check_trajectory', 'check_family', 'sizes', 'from_arrays', 'write_columns',
-           'open_columns', 'cut', 'memory_left', 'join', 'from_minari', 'minari_root', 'load', 'subset', 'of_tasks',
-           'share', 'state_stats', 'Table', 'prompt_steps', 'pick', 'Sampler', 'Demos', 'demos']
+__all__ = ['COLUMNS', 'KINDS', 'Store', 'check_trajectory', 'check_legal', 'check_family', 'sizes', 'from_arrays',
+           'write_columns', 'open_columns', 'cut', 'memory_left', 'join', 'from_minari', 'minari_root', 'load',
+           'subset', 'of_tasks', 'share', 'state_stats', 'Table', 'prompt_steps', 'pick', 'Sampler', 'Demos', 'demos']
 
 # %% ../nbs/02_data.ipynb #e3c0414a
 COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")   # in the order of their files: widest numbers first
@@ -47,7 +47,7 @@ class Store:
     def __len__(self): return len(self.length)
     def __repr__(self): return f"Store({len(self)} trajectories, {len(self.s):,} steps, {len(self.task_ids)} tasks, return {self.returns.mean():.1f} ± {self.returns.std():.1f})"
 
-# %% ../nbs/02_data.ipynb #c6571210
+# %% ../nbs/02_data.ipynb #36b548df
 def check_trajectory(d, i, S=None, A=None):
     "One trajectory as float32 arrays (s, a, r); what is wrong with it is one line with its index."
     for k in ("observations", "actions", "rewards"):
@@ -65,6 +65,14 @@ def check_trajectory(d, i, S=None, A=None):
         if not np.isfinite(x).all(): raise PromptnbError(f"trajectory {i}: '{n}' has NaN or infinity at step {int(np.argwhere(~np.isfinite(x))[0][0])}")
     return s, a, r
 
+def check_legal(d, i, T, A):
+    "A trajectory's 'legal' as (T, A) bool."
+    if "legal" not in d: raise PromptnbError(f"trajectory {i} has no 'legal', but others have")
+    try: x = np.asarray(d["legal"], bool)[:T]
+    except (TypeError, ValueError): x = np.zeros(0)
+    if x.shape != (T, A): raise PromptnbError(f"trajectory {i}: 'legal' is {x.shape or 'no array'}, but {(T, A)} is wanted")
+    return x
+
 def check_family(fam, s, a, trajectories, task_ids):
     "Do arrays belong to the family? Its sizes, its tasks, actions in [-1, 1]."
     if s.shape[1:] != (fam.frames[1:] or (fam.state_dim,)) or a.shape[1] != fam.act_dim: raise PromptnbError(f"trajectories have states and actions of sizes {sizes(s)}, {a.shape[1]}, but {fam.name} has {sizes(fam.frames[1:] or (fam.state_dim,))}, {fam.act_dim}")
@@ -81,14 +89,14 @@ def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
     if isinstance(trajectories, dict) or not len(trajectories): raise PromptnbError("no trajectories were given: wanted a list of dicts")
     task_ids = np.zeros(len(trajectories), int) if task_ids is None else np.asarray(task_ids)
     order = np.argsort(task_ids, kind="stable")
+    if task_ids.dtype.kind not in "iu": raise PromptnbError(f"task ids are {task_ids.dtype}, but whole numbers are wanted")
     if len(task_ids) != len(trajectories): raise PromptnbError(f"{len(trajectories)} trajectories, but {len(task_ids)} task ids")
     s0, a0, _ = check_trajectory(trajectories[0], 0)
-    if family is not None: check_family(tasks.family(family), s0, a0, trajectories, task_ids)
     parts = [check_trajectory(trajectories[i], i, s0.shape[1:], a0.shape[1]) for i in order]
+    if family is not None: check_family(tasks.family(family), s0, a0, trajectories, task_ids)
     rtg = [np.cumsum(r[::-1].astype(np.float64))[::-1].astype(np.float32) for _, _, r in parts]
     flat = lambda xs: torch.from_numpy(np.concatenate(xs))
-    legal = flat([np.asarray(trajectories[i]["legal"], bool)[:len(r)] for i, (_, _, r) in zip(order, parts)]) if all("legal" in d for d in trajectories) else None
-    if legal is not None and legal.shape != (sum(len(r) for _, _, r in parts), a0.shape[1]): raise PromptnbError(f"'legal' holds {tuple(legal.shape)} entries, but {a0.shape[1]} a step are wanted")
+    legal = flat([check_legal(trajectories[i], i, len(r), a0.shape[1]) for i, (_, _, r) in zip(order, parts)]) if any("legal" in d for d in trajectories) else None
     return Store(flat([p[0] for p in parts]), flat([p[1] for p in parts]), flat([p[2] for p in parts]), flat(rtg), torch.tensor([len(r) for _, _, r in parts]),
                  torch.from_numpy(task_ids[order].astype(np.int64)), legal, tuple(hashes))
 

@@ -53,7 +53,7 @@ class Buffers:
         w = slice(t, t + self.K)
         return Steps(self.s[rows, w], self.a[rows, w], self.rtg[rows, w], self.t[rows, w], self.mask[rows, w])
 
-# %% ../nbs/05_evaluate.ipynb #07f5a9fb
+# %% ../nbs/05_evaluate.ipynb #0630956a
 def groups_of(all_seats, episodes):
     "Rows (seat-major) grouped by model: [(policy, rows, prompt rows)]. Policies that share a model object but not prompts keep their own group."
     by = {}
@@ -68,11 +68,11 @@ def chosen(scores, legal=None):
 @torch.no_grad()
 def rollout(all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep=False, device="cpu") -> Played:
     "Run every seat for `episodes` episodes, all at once. `target`: initial return-to-go (default: the family's)."
-    fam = tasks.family(fam); E = episodes; N = len(all_seats) * E
+    fam = tasks.family(fam); E = episodes * fam.agents; N = len(all_seats) * E      # a row is an agent of an episode
     if fam.frames: raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
     task_rows = np.repeat([s.task for s in all_seats], E)
     vec = tasks.lock_step(fam, task_rows, threads=threads)
-    obs, _ = vec.reset(seed=[seed_for(seed, "episode", fam.name, i, e) for i in (s.task for s in all_seats) for e in range(E)])
+    obs, _ = vec.reset(seed=[seed_for(seed, "episode", fam.name, i, e) for i in (s.task for s in all_seats) for e in range(episodes) for _ in range(fam.agents)])
     groups = groups_of(all_seats, E); states = [p.begin(rows) for p, _, rows in groups]
     K = max(getattr(p, "K", 1) for p, _, _ in groups)
     buf = Buffers(N, fam.horizon, K, fam.state_dim, fam.act_dim, fam.target_return if target is None else target, device)
@@ -81,8 +81,8 @@ def rollout(all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep
     for t in range(fam.horizon):
         buf.observe(t, obs)
         for (p, rows, _), st in zip(groups, states):
-            whole = len(rows) == N
-            a[slice(None) if whole else torch.as_tensor(rows)] = p.act(buf.window(t, slice(None) if whole else torch.as_tensor(rows)), st)
+            at = slice(None) if len(rows) == N else torch.as_tensor(rows)
+            a[at] = p.act(buf.window(t, at), st)
         bad |= alive & ~torch.isfinite(a).all(-1).cpu().numpy()
         if fam.discrete: a = chosen(a, getattr(vec, "legal", None))
         obs, r, term, trunc, info = vec.step(torch.nan_to_num(a).clamp(-1, 1).cpu().numpy())
@@ -94,9 +94,9 @@ def rollout(all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep
         alive &= ~(term | trunc)
         if not alive.any(): break
     vec.close(); ret[bad] = np.nan
-    shape = (len(all_seats), E)
+    whole = lambda x, f: f(x.reshape(len(all_seats), episodes, fam.agents), -1)     # an episode is its agents': they share reward and end
     trace = dict(s=buf.s[:, K - 1:].cpu().numpy(), a=buf.a[:, K - 1:-1].cpu().numpy(), r=rewards, tasks=task_rows) if keep else {}
-    return Played(ret.reshape(shape), length.reshape(shape), bad.reshape(shape), trace, won.reshape(shape) if told else None)
+    return Played(whole(ret, np.mean), whole(length, np.max), whole(bad, np.any), trace, whole(won, np.any) if told else None)
 
 # %% ../nbs/05_evaluate.ipynb #58f30665
 def to_rows(played: Played, all_seats, **known) -> list:
