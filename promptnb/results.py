@@ -160,7 +160,7 @@ def lines(ax, df, x="step", base=None):
         ax.plot(d[x], d["mean"], ms=4, lw=1.4, label=label, **s); ax.fill_between(d[x], d["min"], d["max"], color=s["color"], alpha=0.15, lw=0)
     return g
 
-# %% ../nbs/10_results.ipynb #c8ca816b
+# %% ../nbs/10_results.ipynb #5b4c5b30
 def curves(e, scale, seeds=None, partial=False):
     "Action error against tuning updates, relative to the untuned prompt's."
     df = load(e, scale, seeds, partial); df = df[df.metric == "demo_loss"]; out = []
@@ -177,6 +177,7 @@ def pretraining(e, scale, seeds=None, partial=False):
     for ax, fam in zip(axes, e.families):
         d = df[df.task == fam].assign(label=lambda d: d.label.replace({"MT-BC-FT": "MT-BC (before fine-tuning)"}))
         out.append(lines(ax, d).assign(family=fam)); ax.set(title=fam, xlabel="updates")
+        if not len(d): ax.text(0.5, 0.5, "no runs yet", ha="center", va="center", transform=ax.transAxes, color="grey"); ax.set(xticks=[], yticks=[])
         for _, r in rep[(rep.exhibit == e.reported) & (rep.family == fam)].iterrows():
             if r.method in set(d.label): ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls=":")
     axes[0].set_ylabel("return (dotted: published end point)"); fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
