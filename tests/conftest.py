@@ -18,3 +18,7 @@ def tmp_home(tmp_path, monkeypatch):
     monkeypatch.setenv("PROMPTNB_HOME", str(home))
     monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
     return home
+
+def pytest_collection_modifyitems(items):
+    "Tests that fork come first: JAX, once another test has started it, has threads that do not survive a fork."
+    items.sort(key=lambda i: i.path.name != "test_faults.py")
