@@ -1,6 +1,6 @@
 """What goes wrong, made to go wrong: killed writes, damaged and hostile files, a full disk, a dead kernel, a misspelt name.
 Passed is: one clear line, nothing lost, and the same command goes on once the cause is gone. Kills and resumes: test_resume."""
-import builtins, contextlib, errno, hashlib, io, json, os, pickle, random, re, shutil, signal, subprocess
+import builtins, contextlib, dataclasses, errno, hashlib, io, json, os, pickle, random, re, shutil, signal, subprocess
 from pathlib import Path
 
 import numpy as np
@@ -360,7 +360,7 @@ def test_damaged_dataset_through_the_command_line(home):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_diverged(value, home, one_policy, monkeypatch):
     step = train.step_once
-    def step_once(model, opt, batch, t, *a): return step(model, opt, core.Batch(core.replace(batch.history, a=batch.history.a * value), batch.prompt) if t == 12 else batch, t, *a)
+    def step_once(model, opt, batch, t, *a): return step(model, opt, core.Batch(dataclasses.replace(batch.history, a=batch.history.a * value), batch.prompt) if t == 12 else batch, t, *a)
     monkeypatch.setattr(train, "step_once", step_once)
     path, = job(); rec = read_json(path)
     assert rec["status"] == "diverged" and "at step 12" in rec["why"] and json.loads(path.read_text())["why"]
