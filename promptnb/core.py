@@ -230,14 +230,14 @@ def minari_dataset(id_, download=False):
     try: return minari.load_dataset(id_, download=download and not local.exists())
     except Exception as e: raise PromptnbError(f"cannot load Minari dataset '{id_}': {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
-# %% ../nbs/00_core.ipynb #487ca4ba
+# %% ../nbs/00_core.ipynb #89b0c934
 @contextlib.contextmanager
-def run_lock(folder):
-    "Hold a run folder; a second holder is refused and told who holds it."
+def run_lock(folder, wait=0):
+    "Hold a run folder; a second holder is refused and told who holds it, after `wait` seconds (-1: it waits as long as it takes)."
     from filelock import FileLock, Timeout
     folder = Path(folder)
     lock, who = FileLock(folder/".lock"), folder/".holder"
-    try: folder.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=0); who.write_text(str(os.getpid()))
+    try: folder.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=wait); who.write_text(str(os.getpid()))
     except Timeout: raise PromptnbError(f"{folder} is in use by process {who.read_text() if who.exists() else '?'}") from None
     except OSError as e: lock.release(); raise disk_error(e, folder) from e
     try: yield folder

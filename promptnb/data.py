@@ -17,7 +17,8 @@ from .core import Batch, PromptnbError, Steps, check_choice, fingerprint, minari
 # %% auto #0
 __all__ = ['COLUMNS', 'KINDS', 'Store', 'check_trajectory', 'check_legal', 'check_family', 'sizes', 'from_arrays',
            'write_columns', 'open_columns', 'cut', 'memory_left', 'join', 'from_minari', 'minari_root', 'load',
-           'subset', 'of_tasks', 'share', 'state_stats', 'Table', 'prompt_steps', 'pick', 'Sampler', 'Demos', 'demos']
+           'subset', 'of_tasks', 'share', 'state_stats', 'Table', 'prompt_rows', 'joined', 'prompt_steps', 'pick',
+           'Sampler', 'Demos', 'demos']
 
 # %% ../nbs/02_data.ipynb #e3c0414a
 COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")   # in the order of their files: widest numbers first
@@ -213,7 +214,7 @@ def state_stats(stores, task_ids=None, chunk=65_536):
     mean = over(lambda x: x); std = over(lambda x: (x - mean) ** 2).sqrt()
     return mean.float(), std.float() + 1e-6
 
-# %% ../nbs/02_data.ipynb #c32e61c5
+# %% ../nbs/02_data.ipynb #56b61f14
 @dataclass(frozen=True)
 class Table:
     "A Store ready to be read: states normalised by mean and std (S,), returns-to-go divided by `scale`, pictures stacked."
@@ -223,26 +224,41 @@ class Table:
     scale: float
     stack: int = 4
 
-    def windows(self, rows, K) -> Steps:
-        "From each row (B,) take up to K steps of its trajectory, left padded: Steps (B, K, .)."
+    def span(self, rows, K):
+        "The rows (B, K) from each row (B,) on, left padded with it; which of them are real; and the first row of its trajectory (B,)."
         st = self.store; j = torch.searchsorted(st.first, rows, right=True) - 1; first = st.first[j]      # each row's trajectory
         n = (first + st.length[j] - rows).clamp(max=K)
         at = rows[:, None] + torch.arange(K, device=rows.device) - (K - n)[:, None]
-        mask = at >= rows[:, None]; at = torch.where(mask, at, rows[:, None])
+        mask = at >= rows[:, None]
+        return torch.where(mask, at, rows[:, None]), mask, first
+
+    def windows(self, rows, K) -> Steps:
+        "From each row (B,) take up to K steps of its trajectory, left padded: Steps (B, K, .)."
+        st = self.store; at, mask, first = self.span(rows, K)
         take = lambda x, at=at: x.index_select(0, at.flatten()).unflatten(0, at.shape)
         s = take(st.s, self.stacked(at, first)) if st.s.dtype == torch.uint8 else (take(st.s) - self.mean) / self.std
         zero = lambda x: x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
         return Steps(zero(s), zero(take(st.a)), zero(take(st.rtg)[..., None] / self.scale), zero(at - first[:, None]), mask.float())
 
+    def rewards(self, rows, K):
+        "The rewards of the same windows, in the units of returns-to-go: (B, K, 1)."
+        at, mask, _ = self.span(rows, K)
+        return self.store.r[at].mul(mask).unsqueeze(-1) / self.scale
+
     def stacked(self, at, first): return torch.maximum(at[..., None] - torch.arange(self.stack - 1, -1, -1, device=at.device), first[:, None, None])
 
-# %% ../nbs/02_data.ipynb #0a206bfb
-def prompt_steps(tab, traj, H, position="tail", gen=None) -> Steps:
-    "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .). position: 'tail' (released code) or 'random' (paper)."
+# %% ../nbs/02_data.ipynb #ebc0b0ad
+def prompt_rows(tab, traj, H, position="tail", gen=None):
+    "Where segments of H steps begin in trajectories `traj` (B, J): rows (B, J). position: 'tail' (released code) or 'random' (paper)."
     store = tab.store; room = (store.length[traj] - H).clamp(min=0)
     start = (room - 1).clamp(min=0) if position == "tail" else (torch.rand(traj.shape, generator=gen).to(room.device) * (room + 1)).long()
-    w = tab.windows((store.first[traj] + start).flatten(), H)
-    return w.map(lambda x: x.unflatten(0, traj.shape).flatten(1, 2))
+    return store.first[traj] + start
+
+def joined(x, shape): return x.unflatten(0, shape).flatten(1, 2)     # segments (B*J, H, .) side by side: (B, J*H, .)
+
+def prompt_steps(tab, traj, H, position="tail", gen=None) -> Steps:
+    "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .)."
+    return tab.windows(prompt_rows(tab, traj, H, position, gen).flatten(), H).map(lambda x: joined(x, traj.shape))
 
 def pick(store, task_ids, n, gen, which="any", pool=5, least=1):
     "Trajectories (len(task_ids), n) of at least `least` steps drawn per task: of 'any', or of the `pool` of the 'best' or 'worst' by return."
@@ -304,12 +320,15 @@ class Sampler:
         traj = self.draw(self._trajs, g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
         return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen))
 
-# %% ../nbs/02_data.ipynb #63c88c56
+# %% ../nbs/02_data.ipynb #9988d046
 @dataclass
 class Demos:
-    "Few-shot data of G test tasks: the initial prompts (G, P, .) and draws of demonstration windows."
+    "Few-shot data of G tasks: the initial prompts (G, P, .), draws of demonstration windows and of more prompts."
     sampler: Sampler               # over the demonstrations, all tasks in each batch
     prompt: Steps                  # (G, P, .)
+    J: int = 1                     # how prompts are cut: as in `Sampler`
+    H: int = 5
+    position: str = "tail"
     @property
     def G(self): return len(self.sampler.ids)
     @property
@@ -322,6 +341,15 @@ class Demos:
         s = self.sampler; traj = pick(s.store, self.task_ids, m, gen, least=P)
         return prompt_steps(s.table, traj.flatten()[:, None], P, "random", gen).map(lambda x: x.unflatten(0, traj.shape))
 
+    def draw(self, t, m, tasks=None, seed=0):
+        "Draw t of a tuner that learns to write prompts: m demonstrations' prompts a task as Steps (n, m, P, .), their rewards (n, m, P, 1) and windows (n, B, K, .) of n tasks (default: all)."
+        s, gen = self.sampler, torch.Generator().manual_seed(seed_for(self.sampler.seed, "draw", seed, t))
+        n = min(tasks or self.G, self.G); g = torch.randperm(self.G, generator=gen)[:n] if n < self.G else torch.arange(n)
+        rows = s.draw(s._rows, g, (n, s.per_task), gen).flatten().to(s.device)
+        traj = s.draw(s._trajs, g, (n, m, self.J), gen).flatten(0, 1).to(s.device)
+        at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten(); cut = lambda x: joined(x, traj.shape).unflatten(0, (n, m))
+        return s.table.windows(at, self.H).map(cut), cut(s.table.rewards(at, self.H)), s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1)))
+
 def demos(store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", which="any", seed=0) -> Demos:
     "Draw `n` demonstrations a task and one prompt a task; everything follows from the seed."
     gen = torch.Generator().manual_seed(seed_for(seed, "demos"))
@@ -329,4 +357,4 @@ def demos(store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position=
     chosen = pick(store, store.task_ids, n, gen).unique().tolist() if n else list(range(len(store)))
     traj = pick(prompt_store, store.task_ids, J, gen, which)
     return Demos(Sampler(subset(store, chosen), mean, std, scale, K=K, per_task=batch, H=0, seed=seed_for(seed, "demo-batches")),
-                 prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen))
+                 prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen), J, H, position)

@@ -8,9 +8,11 @@ import hashlib, json
 from dataclasses import asdict, dataclass, field, replace
 
 # %% auto #0
-__all__ = ['SOURCES', 'SCALES', 'LATER', 'PTDT', 'TABLE_FAMILIES', 'SEARCH', 'RECIPES', 'EXHIBITS', 'PAPERS', 'Pretrain', 'Tune',
-           'Recipe', 'resolve', 'digest', 'pretrains', 'search', 'table1_recipes', 'control_recipes', 'ablation', 'pdt',
-           'quantity_recipes', 'quality_recipes', 'Exhibit', 'exhibits', 'recipes_of', 'Job', 'owners', 'jobs']
+__all__ = ['SOURCES', 'SCALES', 'LATER', 'PTDT', 'TABLE_FAMILIES', 'SEARCH', 'PD', 'PD_FAMILIES', 'QUALITIES', 'RECIPES',
+           'EXHIBITS', 'PAPERS', 'Pretrain', 'Tune', 'Recipe', 'scaled', 'resolve', 'digest', 'pretrains', 'search',
+           'table1_recipes', 'control_recipes', 'ablation', 'pdt', 'quantity_recipes', 'quality_recipes', 'pd_recipe',
+           'diffuse', 'pd_table1', 'pd_table2', 'pd_table3', 'pd_init', 'pd_guidance', 'pd_sweep', 'pd_lengths',
+           'pd_controls', 'Exhibit', 'plain_method', 'exhibits', 'recipes_of', 'Job', 'owners', 'jobs']
 
 # %% ../nbs/09_recipes.ipynb #511b7d3a
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Pretrain:
     curve_points: int = 50        # evaluations along the way (released code: every 1000 updates)
     curve_episodes: int = 50
 
-# %% ../nbs/09_recipes.ipynb #192330fc
+# %% ../nbs/09_recipes.ipynb #19807287
 @dataclass(frozen=True)
 class Tune:
     "Tuning on unseen tasks. `hyper` are the tuner's own fields as pairs."
@@ -58,6 +60,7 @@ class Tune:
     demo_batch: int = 256         # released code
     demo_K: int = 20              # released code: K*, taken from the tail; whole windows use the data better: assumed
     prompt_quality: str = "expert"
+    prompt_from: str = "test"     # whose trajectories the prompt is cut from; 'train': of a train task, for zero-shot
     score_episodes: int = 2       # online: episodes a query (released code)
 
 @dataclass(frozen=True)
@@ -76,42 +79,49 @@ class Recipe:
     @property
     def id(self): return f"{self.paper}/{self.family}/{self.key}"
 
-# %% ../nbs/09_recipes.ipynb #57d9cf43
+# %% ../nbs/09_recipes.ipynb #7c7a96a2
 SOURCES = {
     "K": "paper T2 = code", "J": "paper T3 = code", "H": "paper T3 = code", "per_task": "code (paper T2: 8)", "position": "code (paper: random segments)",
     "normalise": "code", "loss_on_prompt": "code (paper 4.4: True)", "prompt_norm": "code", "shared_embed": "code", "layers": "paper T2 = code", "heads": "paper T2 = code",
     "width": "paper T2 = code", "dropout": "code", "steps": "code: 5000 x 10", "tuning.steps": "assumed", "lr": "paper T2 = code", "weight_decay": "paper T2 = code", "warmup": "code", "clip": "code",
     "episodes": "paper: last 20,000 steps", "ratio": "ours", "ratio_seed": "ours", "eval_episodes": "code (paper T2: 20)", "seeds": "paper", "demos": "assumed", "demo_batch": "code", "demo_K": "assumed (code: K*)",
     "score_episodes": "code", "m": "code", "k": "code: m", "mu": "assumed (code default 1.0)", "eta": "assumed (code default 1e-4)", "momentum": "code", "batches": "code",
-    "size": "assumed", "r": "assumed", "alpha": "assumed", "precision": "ours", "curve_points": "code",
+    "size": "assumed", "r": "assumed", "alpha": "assumed", "precision": "ours", "curve_points": "code", "prompt_from": "ours",
+    "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../nbs/09_recipes.ipynb #c5321dbd
+# %% ../nbs/09_recipes.ipynb #c16c1c4a
 SCALES = {
     "paper": {},
     "laptop": dict(
         Pretrain=dict(episodes=20, tasks_per_batch=4, per_task=8, width=64, steps=600, lr=1e-3, warmup=60, precision="auto", curve_points=3, curve_episodes=2),
         families={"cheetah-dir": dict(per_task=16),       # it has two tasks: 32 windows an update, as the others
                   **{f: dict(episodes=10, steps=3000, warmup=200, tasks_per_batch=8) for f in ("ml1-pick-place", "ml1-reach")}},      # a hand that grasps takes more than one that runs
+        papers={"prompt_diffuser": dict(width=128, layers=3)},
         Tune=dict(demo_batch=16, score_episodes=1), Recipe=dict(eval_episodes=6),
-        hyper=dict(steps=25, batches=1), online=dict(steps=2)),
+        hyper=dict(steps=0.25, prepare_steps=0.075, batches=1), online=dict(steps=2)),
     "smoke": dict(
         Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
         Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),
-        hyper=dict(steps=2, m=4, batches=1)),
+        hyper=dict(steps=2, prepare_steps=2, m=4, batches=1)),
 }
+
+def scaled(now, want):
+    "A hyper-parameter at a scale: 0 stays 0, a share below 1 is taken of what it was."
+    return now if now == 0 else round(now * want) if isinstance(want, float) and want < 1 else want
 
 def resolve(r: Recipe, scale: str) -> Recipe:
     "The recipe at a scale, every field final."
     if scale not in SCALES: raise KeyError(scale)
     o = SCALES[scale]
     grid = dict(r.tune.hyper); own = {**o.get("hyper", {}), **(o.get("online", {}) if grid.get("online") else {})}
-    own = {k: v for k, v in own.items() if k in grid}
+    own = {k: scaled(grid[k], v) for k, v in own.items() if k in grid}
     small = "m" in own and "k" in grid and grid["k"]
     hyper = {**grid, **own, **(dict(k=min(grid["k"], own["m"])) if small else {})}
-    return replace(r, pretrain=replace(r.pretrain, **{**o.get("Pretrain", {}), **o.get("families", {}).get(r.family, {})}), tune=replace(r.tune, hyper=tuple(hyper.items()), **o.get("Tune", {})), **o.get("Recipe", {}))
+    return replace(r, pretrain=replace(r.pretrain, **{**o.get("Pretrain", {}), **o.get("papers", {}).get(r.paper, {}), **o.get("families", {}).get(r.family, {})}),
+                   tune=replace(r.tune, hyper=tuple(hyper.items()), **{k: scaled(getattr(r.tune, k), v) for k, v in o.get("Tune", {}).items()}), **o.get("Recipe", {}))
 
-LATER = dict(ratio=1.0, ratio_seed=0)   # fields added since results were made, with the value under which they change nothing
+LATER = dict(ratio=1.0, ratio_seed=0, prompt_from="test")   # fields added since results were made, with the value under which they change nothing
 
 def digest(x) -> str:
     "Fingerprint of a recipe, or part of one. A field added later leaves old results valid where it says nothing."
@@ -175,7 +185,64 @@ def quality_recipes(family="cheetah-vel", qualities=("expert", "medium", "random
     "Prompt-DT's Figure 3, quality of the training data x quality of the prompt: {label: recipe}."
     return {f"{d} data, {q} prompt": pdt(family, f"pdt-{d}-data-{q}-prompt", f"Prompt-DT, {d} data, {q} prompt", quality=d, prompt_quality=q) for d in qualities for q in qualities}
 
-# %% ../nbs/09_recipes.ipynb #2c7088a6
+# %% ../nbs/09_recipes.ipynb #ad1ffccc
+PD = "prompt_diffuser"
+PD_FAMILIES = TABLE_FAMILIES
+QUALITIES = ("expert", "medium", "random")
+
+def pd_recipe(family, key, method, tune=Tune(), **kw): return Recipe(PD, family, method, key, Pretrain(family, layers=4, width=512, **kw), tune)
+
+def diffuse(tuner="diffuser", **kw):
+    "Tune by a diffuser: the main recipe's hyper-parameters, some of them changed."
+    demos = {k: kw.pop(k) for k in list(kw) if k in ("prompt_quality", "demo_quality", "prompt_from")}
+    return Tune(tuner, tuple(dict(dict(steps=400, prepare_steps=4000, N=10, schedule="vp", lam=1.0, guidance="always"), **kw).items()), **demos)
+
+def pd_table1(family):
+    "Rows of Prompt Diffuser's Table 1, on one family."
+    R = lambda key, method, tune=Tune(): pd_recipe(family, key, method, tune)
+    gradient = lambda t, lr, steps=100, **kw: Tune(t, (("steps", steps), ("lr", lr)), **kw)
+    return [R("pdt", "Prompt-DT"), R("full", "Prompt-DT-FT", gradient("full", 1e-4)), R("soft", "Soft Prompt", gradient("soft", 1e-2)), R("adapter", "Adaptor", gradient("adapter", 1e-3)),
+            R("ranking", "Prompt-Tuning DT", search("ranking")), R("diffuser", "Prompt Diffuser", diffuse()), R("full-data", "Full data (upper bound)", gradient("full", 1e-4, 1000, demos=0))]
+
+def pd_table2(family="cheetah-vel"):
+    "Initial prompt x tuning data (assumed: of the few-shot demonstrations), with the untuned policy on top."
+    out = [pd_recipe(family, "pdt" if q == "expert" else f"pdt-{q}", f"Prompt-DT, no data, {q} prompt", Tune(prompt_quality=q)) for q in QUALITIES]
+    for tuner, name, make in (("ranking", "Prompt-Tuning DT", lambda **kw: search("ranking", **kw)), ("diffuser", "Prompt Diffuser", diffuse)):
+        out += [pd_recipe(family, tuner if d == q == "expert" else f"{tuner}-{d}-data-{q}-prompt", f"{name}, {d} data, {q} prompt", make(demo_quality=d, prompt_quality=q)) for d in QUALITIES for q in QUALITIES]
+    return out
+
+def pd_table3(family="ant-dir-ood"):
+    "Ant-dir-OOD. Zero-shot: nothing of the test tasks is seen; the diffuser's condition is the train tasks' mean."
+    R = lambda key, method, tune: pd_recipe(family, key, method, tune)
+    zero = [R("pdt-zero", "Prompt-DT, zero-shot", Tune(prompt_from="train")), R("diffuser-zero", "Prompt Diffuser, zero-shot", diffuse(steps=0, condition="train", prompt_from="train")),
+            R("direct-zero", "No diffusion (control), zero-shot", diffuse("direct", steps=0, condition="train", prompt_from="train"))]
+    return zero + [replace(r, method=f"{r.method}, few-shot") for r in pd_table1(family) if r.key != "full-data"]
+
+def pd_init(family="cheetah-vel"):
+    "Every tuner from every initial prompt."
+    soft = lambda q: Tune("soft", (("steps", 100), ("lr", 1e-2)), prompt_quality=q)
+    return [r for r in pd_table2(family) if "no data" in r.method or "expert data" in r.method] + [pd_recipe(family, "soft" if q == "expert" else f"soft-{q}", f"Soft Prompt, expert data, {q} prompt", soft(q)) for q in QUALITIES]
+
+def pd_guidance(family):
+    "Figure 3: how the two gradients are joined."
+    names = dict(dm="DM only", dt="DT only", sum="sum", conflict="projection, on conflict only", always="projection")
+    return [pd_recipe(family, "diffuser" if g == "always" else f"diffuser-{g}", n, diffuse(guidance=g)) for g, n in names.items()]
+
+def pd_sweep(name, values, family="cheetah-vel"):
+    return {f"{name} = {v}": pd_recipe(family, "diffuser" if v == dict(diffuse().hyper)[name] else f"diffuser-{name}-{v}", f"{name} = {v}", diffuse(**{name: v})) for v in values}
+
+def pd_lengths(family="cheetah-vel", lengths=(2, 5, 10)):
+    "The policy is pre-trained for each length of prompt."
+    own = lambda key, H: key if H == 5 else f"{key}-H{H}"
+    return {f"{name}, K* = {H}": pd_recipe(family, own(key, H), name, tune, **({} if H == 5 else dict(H=H))) for key, name, tune in (("pdt", "Prompt-DT", Tune()), ("diffuser", "Prompt Diffuser", diffuse())) for H in lengths}
+
+def pd_controls(family):
+    "What the paper lacks: is it the diffusion, the parameters, the train tasks' data?"
+    R = lambda key, method, **kw: pd_recipe(family, key, method, diffuse(**kw))
+    return [R("noise", "Pure noise (control)", source="noise"), R("untrained", "Untrained diffuser (control)", source="untrained"), R("prepared-only", "Prepared, not adapted", steps=0), R("adapted-only", "Adapted, not prepared", prepare_steps=0),
+            R("direct", "No diffusion, as many parameters (control)", tuner="direct"), R("best-of-8", "Best of 8 by demonstrations", candidates=8, keep="demos")]
+
+# %% ../nbs/09_recipes.ipynb #2cbb635f
 @dataclass(frozen=True)
 class Exhibit:
     "One table or figure. `recipes` are ids; `unknown` says why it cannot be made, where it cannot."
@@ -207,9 +274,18 @@ _init += [quality_recipes()["expert data, medium prompt"],
           Recipe(PTDT, "cheetah-vel", "PTDT-offline, medium prompt", "ranking-medium", Pretrain("cheetah-vel"), search("ranking", prompt_quality="medium"))]
 _quantity = {f: quantity_recipes(f) for f in TABLE_FAMILIES}
 _quality = quality_recipes()
-RECIPES = _register(*_main.values(), *_mw.values(), *_controls.values(), _ood, _m, _mu, _init, *(q.values() for q in _quantity.values()), _quality.values())
+def plain_method(r):
+    "The same recipe under its main table's label, so that a run shared by several exhibits is one record."
+    main = {x.id: x for x in _pd_main}
+    return replace(r, method=main[r.id].method) if r.id in main else r
 
-# %% ../nbs/09_recipes.ipynb #28255e75
+_pd_main = [r for f in (*PD_FAMILIES, "ml1-pick-place") for r in pd_table1(f)]
+_pd = dict(table2=pd_table2(), table3=pd_table3(), fig2b=pd_init(), fig3=[r for f in PD_FAMILIES for r in pd_guidance(f)], sweep_N=[*pd_sweep("N", (5, 10, 20, 50)).values()], sweep_lam=[*pd_sweep("lam", (0.1, 1.0, 10.0)).values()],
+           sweep_schedule=[*pd_sweep("schedule", ("vp", "linear", "cosine")).values()], sweep_length=[*pd_lengths().values()], controls=[r for f in ("cheetah-dir", "cheetah-vel") for r in pd_controls(f)])
+_pd_labels = {k: {r.id: r.method for r in rs} for k, rs in _pd.items()} | dict(sweep_length={r.id: k for k, r in pd_lengths().items()})
+RECIPES = _register(*_main.values(), *_mw.values(), *_controls.values(), _ood, _m, _mu, _init, *(q.values() for q in _quantity.values()), _quality.values(), _pd_main, *([plain_method(r) for r in rs] for rs in _pd.values()))
+
+# %% ../nbs/09_recipes.ipynb #f4897ccb
 _ids = lambda rs: tuple(dict.fromkeys(r.id for r in rs))
 _all = [r for f in TABLE_FAMILIES for r in _main[f]]
 _own = [r for r in _main["cheetah-vel"] if r.key == "ranking"]
@@ -240,8 +316,33 @@ EXHIBITS = {(e.paper, e.id): e for e in (
     Exhibit(PTDT, "pdt_fig4", "Prompt-DT Figure 4. Ant-dir-OOD", "prompts help out of the training range too (in the shipped goals only one of three test tasks is out of it)", "table", _ids(_ood), ("ant-dir-ood",), {}, _P, "pdt_fig4"),
     Exhibit(PTDT, "fig1", "Figure 1. Overview", "-", "none", unknown="a drawing, nothing to compute"),
     Exhibit(PTDT, "fig2", "Figure 2", "-", "none", unknown=_UNSEEN), Exhibit(PTDT, "fig4", "Figure 4", "-", "none", unknown=_UNSEEN),
+    Exhibit(PD, "table1", "Table 1. Tuners on unseen tasks", "Prompt Diffuser beats every other tuner on every task", "table", _ids(r for r in _pd_main if r.family in PD_FAMILIES), PD_FAMILIES, {},
+            _P + "Full data: all collected trajectories of the test tasks, ten times the updates (assumed: the paper's upper bound is not described).", "table1"),
+    Exhibit(PD, "table1_mw", "Table 1, Meta-World column", "Prompt Diffuser beats every other tuner, here by most", "table", _ids(r for r in _pd_main if r.family == "ml1-pick-place"), ("ml1-pick-place",), {},
+            _P + "The column is headed reach-v2, but its returns and its 45 tasks are those of ML1 pick-place.", "table1_mw"),
+    Exhibit(PD, "table2", "Table 2. Quality of the initial prompt x quality of the tuning data, Cheetah-vel", "Prompt Diffuser hardly depends on either", "grid", _ids(_pd["table2"]), ("cheetah-vel",), _pd_labels["table2"],
+            _P + "Data: the few-shot demonstrations (assumed); the policy is pre-trained on expert data.", "table2"),
+    Exhibit(PD, "table3", "Table 3. Ant-dir-OOD", "Prompt Diffuser works zero-shot, where the baselines fail, and is best few-shot", "table", _ids(_pd["table3"]), ("ant-dir-ood",), _pd_labels["table3"],
+            _P + "Zero-shot, nothing of the test tasks is seen: Prompt-DT's prompt is cut from a train task, the diffuser's condition is the train tasks' mean (the paper says neither). Only one of the three test goals lies outside the train range.", "table3"),
+    Exhibit(PD, "fig2b", "Figure 2b. Methods under different initial prompts, Cheetah-vel", "tuned prompts depend on where they start, generated ones do not", "bars", _ids(_pd["fig2b"]), ("cheetah-vel",), _pd_labels["fig2b"], _P),
+    Exhibit(PD, "fig3", "Figure 3. Guidance", "the projected update is best everywhere", "relative", _ids(_pd["fig3"]), PD_FAMILIES, _pd_labels["fig3"], "Return minus that of the diffuser trained by L_DM alone, paired by seed and task."),
+    Exhibit(PD, "fig4", "Figure 4. Reverse process of a 5-step prompt", "noise becomes a demonstration-like prompt", "chain", _ids(r for r in _pd_main if r.key == "diffuser" and r.family == "cheetah-vel"), ("cheetah-vel",), {}, "First test task, first seed."),
+    Exhibit(PD, "fig5", "Figure 5. t-SNE of prompts, Ant-dir-OOD", "generated prompts lie where the tasks' demonstrations lie", "tsne", _ids(r for r in _pd["table3"] if r.key in ("diffuser", "diffuser-zero")), ("ant-dir-ood",), _pd_labels["table3"], "Prompts written for each test task beside demonstrated ones."),
+    Exhibit(PD, "controls", "Controls that the paper lacks", "ours: what do the chain, the parameters and the train tasks' data each bring?", "table",
+            _ids([r for r in _pd_main if r.family in ("cheetah-dir", "cheetah-vel") and r.key in ("pdt", "ranking", "diffuser")] + _pd["controls"]), ("cheetah-dir", "cheetah-vel"), {}, _P),
+    Exhibit(PD, "sweep_length", "Sweep: length of the prompt", "ours", "bars", _ids(_pd["sweep_length"]), ("cheetah-vel",), _pd_labels["sweep_length"], _P),
+    Exhibit(PD, "sweep_lam", "Sweep: weight lambda of L_DT", "ours", "bars", _ids(_pd["sweep_lam"]), ("cheetah-vel",), _pd_labels["sweep_lam"], _P),
+    Exhibit(PD, "sweep_N", "Sweep: steps N of the chain", "ours", "bars", _ids(_pd["sweep_N"]), ("cheetah-vel",), _pd_labels["sweep_N"], _P),
+    Exhibit(PD, "sweep_schedule", "Sweep: noise schedule", "ours", "bars", _ids(_pd["sweep_schedule"]), ("cheetah-vel",), _pd_labels["sweep_schedule"], _P),
+    Exhibit(PD, "diversity", "Diversity of generated prompts", "ours", "diversity", _ids([r for r in _pd_main if r.family in ("cheetah-dir", "cheetah-vel") and r.key == "diffuser"] + _pd["controls"]), ("cheetah-dir", "cheetah-vel"), {},
+            "Root mean square distance between prompts, in standard deviations of demonstrated prompts."),
+    Exhibit(PD, "conflict", "Gradient conflict over training", "ours: the cosine between the gradients of L_DM and L_DT on the train tasks", "conflict", _ids(r for r in _pd["fig3"] if r.key in ("diffuser", "diffuser-sum", "diffuser-conflict")), PD_FAMILIES, _pd_labels["fig3"], "One value is the last batch's."),
+    Exhibit(PD, "cost", "Cost of each tuner", "ours", "cost", _ids(r for r in _pd_main if r.family in PD_FAMILIES), PD_FAMILIES, {}, "Wall-clock seconds of one process, one thread; preparation on the train tasks is paid once a family."),
+    Exhibit(PD, "fig1", "Figure 1. Architecture", "-", "none", unknown="a drawing, nothing to compute"), Exhibit(PD, "fig2a", "Figure 2a. A prompt as a point", "-", "none", unknown="a drawing, nothing to compute"),
+    *(Exhibit(PD, i, n, "-", "none", unknown=_UNSEEN) for i, n in (("fig6", "Figure 6"), *((f"table{k}", f"Table {k}") for k in range(4, 9)))),
 )}
-PAPERS = {PTDT: "Prompt-Tuning Decision Transformer with Preference Ranking (2305.09648), on Prompt-DT (2206.13499)"}
+PAPERS = {PTDT: "Prompt-Tuning Decision Transformer with Preference Ranking (2305.09648), on Prompt-DT (2206.13499)",
+          PD: "Prompt Tuning with Diffusion for Few-Shot Pre-trained Policy Generalization (2411.01168)"}
 
 def exhibits(paper): return [e for (p, _), e in EXHIBITS.items() if p == paper]
 def recipes_of(e: Exhibit): return [RECIPES[i] for i in e.recipes]

@@ -90,7 +90,7 @@ def _job_command(j, given, name):
     if not missing: write_json(stamp(j, seed, scale), {run: read_json(record_path(r.paper, run))["status"] for r, run in runs_of(j, scale, seed)})
     if missing: raise PromptnbError(f"{len(missing)} of {len(j.recipes)} runs of {job} failed: {missing[0]}")
 
-# %% ../nbs/12_run.ipynb #1847816a
+# %% ../nbs/12_run.ipynb #31b293fd
 @dataclass(frozen=True)
 class Rule:
     "One Snakemake rule."
@@ -154,7 +154,7 @@ def plan(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), acceler
         for seed in seeds if seeds is not None else rs[0].seeds:
             policies = sorted({rel(stamp(maker[r.pretrain], seed, scale)) for r in rs}) if j.kind == "tune" else []
             out.append(Rule(f"{j.exhibit}_{j.family}_{j.kind}_s{seed}".replace("-", "_"), [collected[j.family], *policies], [rel(stamp(j, seed, scale))],
-                            f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1", dict(recipes=[rc.digest(r) for r in rs], code=code_of(j.kind, j.family))))
+                            f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1", dict(recipes=[rc.digest(r) for r in rs], code=code_of(j.kind, j.family, [r.tune.tuner for r in rs]))))
     return out
 
 def drop_stale_stamps(paper, exhibit_ids, scale, seeds, families):

@@ -99,7 +99,7 @@ def step_once(model, opt, batch, t, c: FitConfig, device):
         torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], c.clip); opt.step()
     return value
 
-# %% ../nbs/04_train.ipynb #fd6802ac
+# %% ../nbs/04_train.ipynb #92bce667
 def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="train", callback=None) -> FitLog:
     "Minimise `model.loss(sampler.batch(t))` for t = 0 ... steps-1, in place. `callback(t)` runs after each checkpoint and at the end."
     c, start = config, time.time()
@@ -112,7 +112,7 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
             ck = Checkpoints(Path(folder), plain(dict(fit=c, data=fingerprint(list(data_hashes)), where=where(device), weights=[list(p.shape) for p in model.parameters()])))
             if found := ck.latest():
                 restore(model, opt, found[0]); first, losses, recent = found[1]["step"], [tuple(x) for x in found[1]["losses"]], found[1]["recent"]
-                print(f"{desc}: going on from step {first}", flush=True)
+                if first < c.steps: print(f"{desc}: going on from step {first}", flush=True)
                 if callback and (first % c.checkpoint_every == 0 or first == c.steps): callback(first)      # killed or stopped between checkpoint and callback: it may not have run
         model.train()
         def save(t, point=True):

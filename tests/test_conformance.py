@@ -39,8 +39,8 @@ def hyper(name, **kw): return {k: v for k, v in {**SMALL, **kw}.items() if has(n
 @functools.cache
 def adapted(name, rng=0, prompt=True, T=40, **kw):
     "(policy, demonstrations, what tuning gave, the score it was given); skipped where the tuner refuses."
-    pi, dem = toy(prompt, T); score = Score(); t = make_tuner(name, **hyper(name, **kw)).prepare(pi, (), 0)
-    with refusal(): return pi, dem, t.adapt(pi, dem, rng, score), score
+    pi, dem = toy(prompt, T); score = Score(); t = make_tuner(name, **hyper(name, **kw))
+    with refusal(): return pi, dem, t.prepare(pi, (), 0).adapt(pi, dem, rng, score), score
 
 @contextlib.contextmanager
 def refusal():
@@ -122,7 +122,7 @@ def test_zero_steps_are_the_start(name, kw, prompt, T):
 
 @each
 def test_only_the_declared_moves(name, kw, monkeypatch):
-    "`trainable` is the size of the tensors that differ from zero steps, per task; no other tensor differs in a bit."
+    "`trainable` is the size of the tensors that differ from zero steps, per task: of the generator where prompts are written by one; no other tensor differs in a bit."
     _, _, out, _ = adapted(name, **kw); extra = getattr(make_tuner(name, **kw), "extra", 0)    # prompt fields behind s, a, rtg: t, mask, and two that no policy keeps
     if not has(name, "steps"): assert not out.trainable; return
     if merges(name): monkeypatch.setattr(kind(name), "release", lambda *_: None); out = adapted.__wrapped__(name, **kw)[2]
@@ -130,8 +130,10 @@ def test_only_the_declared_moves(name, kw, monkeypatch):
     share = Counter(id(p) for p, _ in out.placed)
     for (p, _), (q, _) in zip(out.placed, zero.placed):
         diff = moved(q.state_dict(), p.state_dict()); n = sum(v.numel() for v in diff.values()) / share[id(p)]
-        assert n + P * max(extra - 2, 0) == out.trainable, sorted(diff)
         assert len({k.startswith("prompt_") for k in diff}) == 1, sorted(diff)                 # weights or prompts, not both
+        if out.generator is None: assert n + P * max(extra - 2, 0) == out.trainable, sorted(diff)
+        else: assert all(k.startswith("prompt_") for k in diff)
+    if out.generator is not None: assert sum(v.numel() for v in moved(zero.generator.state_dict(), out.generator.state_dict()).values()) / G == out.trainable
 
 @tuners
 def test_merging_changes_nothing(name, monkeypatch):

@@ -80,7 +80,7 @@ def mtimes(home, keep=lambda p: True): return {p: p.stat().st_mtime_ns for p in 
 def same_records(home, names):
     for name in names:
         a, b = (read_json(paths(h)[name]) for h in (finished_home(), home))
-        for k in a | b: assert k in ("seconds", "where") or a.get(k) == b.get(k), f"{name}: {k}"
+        for k in a | b: assert k in ("seconds", "spent", "where") or a.get(k) == b.get(k), f"{name}: {k}"
 
 # ---- one optimisation, killed in 20 places (in process: the exception is no Exception, nothing may catch it)
 

@@ -19,7 +19,7 @@ __all__ = ['TUNERS', 'FIELDS', 'Adapted', 'Tuner', 'make_tuner', 'NoTuning', 'fr
            'same_batch', 'WeightTuner', 'FullFineTune', 'Adapter', 'Lora', 'PromptTuner', 'SoftPrompt', 'pack',
            'unpack', 'GradientPrompt']
 
-# %% ../../nbs/06_tuners.core.ipynb #72321af1
+# %% ../../nbs/06_tuners.core.ipynb #d55d05e6
 @dataclass
 class Adapted:
     "What tuning gives: per task g, `placed[g]` = (policy, prompt row)."
@@ -27,17 +27,24 @@ class Adapted:
     trainable: int                              # parameters that moved, per task
     log: list = field(default_factory=list)     # dicts: step, task (index), and 'loss' or 'score'
     env_steps: int = 0                          # environment steps spent on tuning, all tasks together (0: offline)
+    generator: object = None                    # a module that wrote the prompts, where one did: its parameters are what moved
+    facts: list = field(default_factory=list)   # more to report: dicts of metric, task (-1: all), value and, where it has one, step
+    look: dict = field(default_factory=dict)    # small tensors for figures
 
 @dataclass
 class Tuner:
     "Base of all tuners: hyper-parameters are fields, `adapt` does the work."
-    def prepare(self, policy, families, rng): return self
+    PREPARES = ()                               # hyper-parameters that `prepare` depends on; none: there is nothing to prepare
+    def prepare(self, policy, families, rng, folder=None):
+        "Once per family, before `adapt`. families: an iterable of `data.Demos` of train tasks; folder: for checkpoints."
+        return self
     def adapt(self, policy, demos, rng, score=None) -> Adapted:
         "policy: frozen; demos: `data.Demos` of G tasks; rng: an int seed; score: prompts (G, m, P, .) -> returns (G, m), for tuners that try prompts in the environment."
         raise NotImplementedError
 
 TUNERS = {   # name -> module:class; a new tuner is one line here, its notebook, and a recipe row
     "none": "core:NoTuning", "full": "core:FullFineTune", "soft": "core:SoftPrompt", "adapter": "core:Adapter", "lora": "core:Lora", "gradient": "core:GradientPrompt",
+    "diffuser": "diffuser:PromptDiffuser", "direct": "diffuser:DirectPrompt",
     "ranking": "ranking:PreferenceRanking", "hill": "ranking:HillClimbing", "es": "ranking:EvolutionStrategy", "resample": "ranking:Resampling",
 }
 
