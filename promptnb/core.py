@@ -99,7 +99,7 @@ class Row:
     env_steps: int        # environment steps that tuning spent (0: offline)
     run_id: str
 
-# %% ../nbs/00_core.ipynb #ccbc022b
+# %% ../nbs/00_core.ipynb #f934d70e
 def plain(x):
     "Dataclasses, tuples, arrays and paths as JSON types; a NaN or infinity becomes a string, so files stay valid JSON."
     if is_dataclass(x): return {k: plain(v) for k, v in asdict(x).items()}
@@ -122,7 +122,8 @@ def code_fingerprint(*modules) -> str:
     "Fingerprint of the exported modules' source (all of promptnb by default): what makes a cached result stale."
     base = Path(__file__).parent if "__file__" in globals() else root()/"promptnb"
     files = [base/f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
-    return fingerprint([f.read_text() for f in files if f.name != "_modidx.py"])
+    code = lambda text: [l for l in text.splitlines() if l.strip() and not l.startswith("# ")]      # cell marks and blank lines say nothing
+    return fingerprint([code(f.read_text()) for f in files if f.name != "_modidx.py"])
 
 # %% ../nbs/00_core.ipynb #8d4fb03a
 def write_atomic(path, data: bytes):

@@ -2,6 +2,7 @@
 import atexit, functools, json, math, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -127,10 +128,10 @@ def test_table_has_our_numbers():
     assert t[t.index.get_level_values("family") != FAMILY][["mean", "n", "difference"]].isna().all(axis=None)
     assert (t[t.index.get_level_values("family") != FAMILY].note == "1 missing").all()
 
-@pytest.mark.parametrize("e", [e for e in recipes.exhibits(PAPER) if e.reported and e.kind != "pretraining"], ids=lambda e: e.id)
+@pytest.mark.parametrize("e", [e for p in recipes.PAPERS for e in recipes.exhibits(p) if e.reported and e.kind != "pretraining"], ids=lambda e: f"{e.paper}-{e.id}")
 def test_table_has_the_published_numbers_and_blanks(e, tmp_home):
-    t = results.tidy_table(e, "smoke", partial=True).set_index(["method", "family"]); known = results.reported(PAPER)
-    known = known[known.exhibit == e.reported].set_index(["method", "family"])
+    t = results.tidy_table(e, "smoke", partial=True).set_index(["method", "family"]); known = results.reported(e.paper)
+    known = known[(known.exhibit == e.reported) & (known.family != "average")].set_index(["method", "family"])
     assert len(known) and set(known.index) <= set(t.index), "a published number stands in no row: " + str(set(known.index) - set(t.index))
     for i, row in t.iterrows():
         if i in known.index: assert (row.reported, row.source) == (known.loc[i].value, known.loc[i].source) and (row.reported_std == known.loc[i]["std"] or math.isnan(row.reported_std) and math.isnan(known.loc[i]["std"]))
@@ -155,12 +156,44 @@ def test_figures_stand_beside_their_numbers():
         assert set(d.family) == {FAMILY} and (d["count"] == 1).all() and d["mean"].notna().all()
     assert not {p.name for p in folder.iterdir()} - {f"{e}.{x}" for e in DRAWN for x in ("md", "csv", "tex", "png", "pdf")} - {"prompt_change.png", "prompt_change.pdf"}
 
-def test_paper_renders_without_any_result(tmp_home):
-    p = went(cli(tmp_home, "render", PAPER, "--partial"))
-    assert "941.5 ± 3.2" in p.stdout and "3 missing" in p.stdout and "(n=" not in p.stdout
-    nb = read_json(tmp_home/"data"/"runs"/"notebooks"/f"laptop.{PAPER}.ipynb")
-    text = "".join("".join(o.get("text", "")) for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"])
-    assert "no runs yet" in text and not any(o["output_type"] == "error" for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"])
+def said_by(home, paper, scale="laptop"):
+    "What a rendered notebook printed, which must hold no error."
+    nb = read_json(home/"data"/"runs"/"notebooks"/f"{scale}.{paper}.ipynb"); out = [o for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    assert not any(o["output_type"] == "error" for o in out)
+    return "".join("".join(o.get("text", "")) for o in out)
+
+@pytest.mark.parametrize("paper, published", [("prompt_tuning_dt", "941.5 ± 3.2"), ("prompt_diffuser", "945.3 ± 7.2")])
+def test_paper_renders_without_any_result(paper, published, tmp_home):
+    p = went(cli(tmp_home, "render", paper, "--partial"))
+    assert published in p.stdout and "3 missing" in p.stdout and "(n=" not in p.stdout and "no runs yet" in said_by(tmp_home, paper)
+
+def notes(r, seed, ids, m=6, P=5, S=4, A=2):
+    "What a diffuser's record has beside its returns: (rows, fields). Each written prompt is a demonstrated one moved by 0.2; the chain of the first ends on a demonstrated one."
+    rng = np.random.default_rng(seed); shown = rng.normal(size=(len(ids), m, P, S + A)); goal = np.append(shown[0, 0], np.ones((P, 1)), 1); own = dict(seed=seed, task=r.family, trainable=1, env_steps=0)
+    rows = [dict(own, task_id=i, metric=k, step=0, value=v + seed) for i in ids for k, v in (("spread", 1.), ("spread_demos", 2.), ("nearest_demo", .5))]
+    return rows + [dict(own, task_id=-1, metric="cosine", step=t, value=-0.5) for t in (10, 20)], dict(prompts=dict(after=dict(s=[[0.] * S] * P, a=[[0.] * A] * P)), spent=dict(prepare_seconds=10. * seed, tuning_seconds=20.),
+        look=dict(demonstrated=shown.tolist(), written=(shown + .2).tolist(), chain=[(goal + k).tolist() for k in (2, 1, 0)], chain_error=[[.3, .2, .1]] * len(ids)))
+
+def test_figures_of_generated_prompts(tmp_home):
+    from promptnb import tasks
+    paper, scale, seeds = "prompt_diffuser", "laptop", (0, 1, 2); es = [e for e in recipes.exhibits(paper) if not e.unknown]
+    for e in es: fabricate(tmp_home, e, scale, seeds, value=lambda r, seed, i: 100. * seed + i + 5 * (r.key == "diffuser"))
+    for r, seed in ((recipes.resolve(recipes.RECIPES[i], scale), s) for i in {i for e in es for i in e.recipes} for s in seeds):
+        path = results.recipe_file(r, scale, seed); rec = read_json(path)
+        if r.tune.tuner in ("diffuser", "direct"): rows, fields = notes(r, seed, tasks.family(r.family).test); rec = dict(rec, rows=rec["rows"] + rows, **fields)
+        path.write_text(json.dumps(rec))
+    went(cli(tmp_home, "render", paper, "--scale", scale)); folder = tmp_home/"figures"/paper/scale; said = said_by(tmp_home, paper, scale)
+    of = {e.id: pd.read_csv(folder/f"{e.id}.csv") for e in es}
+    assert all((folder/f"{e.id}.{'md' if e.kind == 'table' else 'png'}").exists() for e in es)
+    assert len(of["table2"]) == 21 and (of["table2"].n == 3).all() and of["fig3"].groupby("method").difference.unique().to_dict() == {"DT only": [0], "sum": [0], "projection, on conflict only": [0], "projection": [5]}
+    assert set(of["fig3"].query("method == 'projection'").verdict) == {"better"} and "against 'DM only', better: projection; worse: none" in said
+    assert of["fig4"].groupby("step").distance.first().tolist() == pytest.approx([2, 1, 0], abs=1.5) and of["fig4"].distance.iloc[-1] == 0 and of["fig4"].action_error.iloc[-1] == .1
+    assert of["fig5"].groupby(["label", "kind"]).size().tolist() == [3 * 3 * 6] * 4 and of["fig5"][["x", "y"]].notna().all(axis=None)
+    assert set(of["diversity"].groupby("metric")["mean"].first().items()) == {("nearest_demo", 1.5), ("spread", 2.), ("spread_demos", 3.)}
+    assert (of["conflict"]["mean"] == -0.5).all() and of["cost"].query("method == 'Prompt Diffuser'").prepare_seconds.tolist() == [10.] * 3
+    assert "not asked for" not in said and "no runs yet" not in said
+
+def test_one_seed_decides_nothing(): assert results.compare([[2., 2.]], [[1., 1.]])["verdict"] == "no clear difference"
 
 # ---- what a table refuses
 

@@ -132,7 +132,7 @@ def combine(g_dm, g_dt, lam=1., guidance="always"):
     take = dict(always=g_dt - along, conflict=g_dt - torch.where(dot < 0, along, 0.), sum=g_dt, dm=0., dt=g_dt)[check_choice(guidance, GUIDANCE, "guidance")]
     return (0. if guidance == "dt" else g_dm) + lam * take, (dot / (size.sqrt() * g_dt.norm(dim=-1, keepdim=True).clamp(min=1e-30)))[:, 0]
 
-# %% ../../nbs/06b_tuners.diffuser.ipynb #ae80cabf
+# %% ../../nbs/06b_tuners.diffuser.ipynb #f40d8656
 class Guided(nn.Module):
     "What `fit` minimises: the diffuser is its only module with parameters, the policy's model stays frozen."
     def __init__(self, diffuser, model, guidance="always", lam=1.):
@@ -157,9 +157,10 @@ class Guided(nn.Module):
         g, cos = combine(zero() if dm is None else flat(dm), zero() if dt is None else flat(dt), self.lam, self.guidance)
         self.cosine = cos.detach() if dm is not None and dt is not None else None
         parts = g.split([p.numel() // G for p in params], -1)
-        value = sum(total(l.detach()) for l in (dm, dt) if l is not None)
+        value = sum(w * total(l.detach()) for l, w in ((dm, 1.), (dt, self.lam)) if l is not None)
         return value + sum(((p - p.detach()) * part.view_as(p)).sum() for p, part in zip(params, parts))
 
+# %% ../../nbs/06b_tuners.diffuser.ipynb #266efdf1
 @dataclass
 class Draws:
     "Batches for `fit`: prompts with rewards, and windows, of all tasks or some."
@@ -169,7 +170,6 @@ class Draws:
     seed: int
     def batch(self, t): return self.demos.draw(t, self.m, self.tasks, self.seed)
 
-# %% ../../nbs/06b_tuners.diffuser.ipynb #ad2f53f6
 @dataclass
 class PromptDiffuser(Tuner):
     "Prompt Diffuser (Hu et al., 2024): prepared on train tasks, adapted on a few demonstrations, the policy frozen. What the paper does not say is marked assumed."
@@ -272,6 +272,7 @@ class PromptDiffuser(Tuner):
         error = prompt_loss(policy, d.steps(states, y.map(lambda x: x.expand(-1, states.shape[1], *x.shape[2:]))), same_batch(demos))
         return facts, dict(written=torch.cat([made.s, made.a], -1), demonstrated=torch.cat([shown.s, shown.a], -1), chain=states[0], chain_error=error)
 
+# %% ../../nbs/06b_tuners.diffuser.ipynb #21f62a65
 class Regressor(Diffuser):
     "The same net without diffusion: one forward from the condition to the prompt, trained by squared error; it starts at the mean demonstrated prompt."
     START_AT_MEAN = True
