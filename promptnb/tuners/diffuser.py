@@ -60,7 +60,7 @@ class NoiseNet(nn.Module):
     def forward(self, x, rtg, t, i):
         return self.body(torch.cat([x, self.rtg(rtg), sinusoid(t, self.emb), self.step(sinusoid(i, self.emb))], -1))
 
-# %% ../../nbs/06b_tuners.diffuser.ipynb #a0c6601e
+# %% ../../nbs/06b_tuners.diffuser.ipynb #b4331fa6
 class Diffuser(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "prompt-diffuser"]):
     "Writes prompts of P steps. G: number of tasks with a net of their own; 1: one net for all."
     START_AT_MEAN = False
@@ -72,11 +72,19 @@ class Diffuser(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "prompt-diffus
         if self.START_AT_MEAN: [nn.init.zeros_(p) for p in self.net.body[-1].parameters()]
         for n, x in dict(mean=torch.zeros(D), std=torch.ones(D), rtg_mean=torch.zeros(1), rtg_std=torch.ones(1), typical_rtg=torch.zeros(P, 1), typical_t=torch.zeros(P)).items(): self.register_buffer(n, x)
 
+    @classmethod
+    def from_pretrained(cls, folder, **kw):
+        "A saved diffuser; weights that do not fit the configuration are refused, not loaded in part."
+        return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
+    @classmethod
+    def _load_as_pickle(cls, *a, **kw): raise PromptnbError("only safetensors are read; this diffuser comes as a pickle, which could run code")
+
     @torch.no_grad()
     def fit_scale(self, x, y, least=0.1):
         "Standardise by prompts x (n, m, P, D) with conditions y. `least`: smallest standard deviation, in units of the policy's inputs (assumed)."
         real = y.mask.bool(); rtg = y.rtg[real]
-        for name, v in (("mean", x[real].mean(0)), ("std", x[real].std(0).clamp(min=least)), ("rtg_mean", rtg.mean(0)), ("rtg_std", rtg.std(0).clamp(min=1e-3)), ("typical_rtg", y.rtg.mean((0, 1))), ("typical_t", y.t.float().mean((0, 1)).round())): getattr(self, name).copy_(v)
+        over = lambda v: (v * y.mask[..., None]).sum((0, 1)) / y.mask.sum((0, 1)).clamp(min=1)[:, None]       # of each of the P steps
+        for name, v in (("mean", x[real].mean(0)), ("std", x[real].std(0).clamp(min=least)), ("rtg_mean", rtg.mean(0)), ("rtg_std", rtg.std(0).clamp(min=1e-3)), ("typical_rtg", over(y.rtg)), ("typical_t", over(y.t[..., None].float())[:, 0].round())): getattr(self, name).copy_(v)
         return self
 
     def spread(self, G):
@@ -132,12 +140,13 @@ def combine(g_dm, g_dt, lam=1., guidance="always"):
     take = dict(always=g_dt - along, conflict=g_dt - torch.where(dot < 0, along, 0.), sum=g_dt, dm=0., dt=g_dt)[check_choice(guidance, GUIDANCE, "guidance")]
     return (0. if guidance == "dt" else g_dm) + lam * take, (dot / (size.sqrt() * g_dt.norm(dim=-1, keepdim=True).clamp(min=1e-30)))[:, 0]
 
-# %% ../../nbs/06b_tuners.diffuser.ipynb #f40d8656
+# %% ../../nbs/06b_tuners.diffuser.ipynb #45b1fbdc
 class Guided(nn.Module):
     "What `fit` minimises: the diffuser is its only module with parameters, the policy's model stays frozen."
     def __init__(self, diffuser, model, guidance="always", lam=1.):
         super().__init__()
-        self.diffuser, self._model, self.guidance, self.lam, self.cosine = diffuser, [model], guidance, lam, None
+        self.diffuser, self._model, self.guidance, self.lam = diffuser, [model], guidance, lam
+        self.register_buffer("cosine", torch.full((diffuser.G,), float("nan"), device=diffuser.mean.device))      # the last update's; a buffer, so that checkpoints have it
 
     def losses(self, prompts, r, windows):
         "L_DM and L_DT of each task (n,), each a function of the diffuser's weights."
@@ -149,18 +158,18 @@ class Guided(nn.Module):
         return dm, windows_loss(model, model.prefix(*model.prompt_tokens(written)), windows)[:, 0]
 
     def loss(self, batch):
-        "A scalar whose value is the loss and whose gradient is the combined one."
+        "A scalar whose value is L_DM + lam L_DT and whose gradient is the combined one."
         dm, dt = self.losses(*batch); params, G = list(self.diffuser.parameters()), self.diffuser.G
         total = lambda l: l.mean() if G == 1 else l.sum()
         flat = lambda l: torch.cat([g.reshape(G, -1) for g in torch.autograd.grad(total(l), params)], -1)
         zero = lambda: torch.zeros(G, sum(p.numel() for p in params) // G, device=params[0].device)
         g, cos = combine(zero() if dm is None else flat(dm), zero() if dt is None else flat(dt), self.lam, self.guidance)
-        self.cosine = cos.detach() if dm is not None and dt is not None else None
+        if dm is not None and dt is not None: self.cosine.copy_(cos.detach())
         parts = g.split([p.numel() // G for p in params], -1)
         value = sum(w * total(l.detach()) for l, w in ((dm, 1.), (dt, self.lam)) if l is not None)
         return value + sum(((p - p.detach()) * part.view_as(p)).sum() for p, part in zip(params, parts))
 
-# %% ../../nbs/06b_tuners.diffuser.ipynb #266efdf1
+# %% ../../nbs/06b_tuners.diffuser.ipynb #00c7cc66
 @dataclass
 class Draws:
     "Batches for `fit`: prompts with rewards, and windows, of all tasks or some."
@@ -192,15 +201,14 @@ class PromptDiffuser(Tuner):
     depth: int = 3
     precision: str = "fp32"
     log_every: int = 10
-    PREPARES = ("prepare_steps", "prepare_lr", "N", "schedule", "lam", "guidance", "clip", "prompts", "tasks", "width", "depth", "precision")
+    PREPARES = ("prepare_steps", "prepare_lr", "N", "schedule", "lam", "guidance", "clip", "prompts", "tasks", "width", "depth", "source", "precision")
     DIFFUSER = Diffuser
 
-    def check(self, policy, score=None):
+    def check(self, policy):
         "Refuse, before any work, what cannot be run."
         for value, known, what in ((self.schedule, SCHEDULES, "schedule"), (self.guidance, GUIDANCE, "guidance"), (self.condition, ("prompt", "train"), "condition"), (self.keep, ("first", "demos", "score"), "keep"), (self.source, ("diffused", "untrained", "noise"), "source")): check_choice(value, known, what)
         if self.N < 1 or self.candidates < 1: raise PromptnbError(f"N = {self.N} and candidates = {self.candidates}, but both must be at least 1")
         if not policy.config.prompt: raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
-        if self.keep == "score" and score is None: raise PromptnbError(f"{type(self).__name__} with keep='score' needs `score`: prompts (G, m, P, .) -> returns (G, m)")
 
     def new(self, policy, demos, rng, G=1):
         "An untrained diffuser, its statistics taken from the demonstrations' prompts."
@@ -214,20 +222,21 @@ class PromptDiffuser(Tuner):
     def prepare(self, policy, families, rng, folder=None):
         "Train one net on all train tasks: `families` gives their Demos. With a folder, a killed preparation goes on where it stopped, a finished one is read."
         self.check(policy); self.prepared, self.history = None, []
-        for demos in families if self.prepare_steps and self.source == "diffused" else ():
+        for k, demos in enumerate(families if self.prepare_steps and self.source == "diffused" else ()):
             d = self.prepared or self.new(policy, demos, rng)
-            guided, sub = Guided(d, frozen(policy.clone().model), self.guidance, self.lam), folder and Path(folder)/str(len(self.history))
+            guided, sub = Guided(d, frozen(policy.clone().model), self.guidance, self.lam), folder and Path(folder)/str(k)
             notes = sub and sub/"conflict.json"; known = read_json(notes) if notes and notes.exists() else []
             def note(t):
-                if t and guided.cosine is not None: known[:] = [n for n in known if n["step"] < t] + [dict(step=t, cosine=guided.cosine.mean().item())]; notes and write_json(notes, known)
-            cfg = replace(self.config(self.prepare_steps, self.prepare_lr, seed_for(rng, "prepare")), checkpoint_every=max(1, self.prepare_steps // 20))
+                if t and guided.cosine.isfinite().all(): known[:] = [n for n in known if n["step"] < t] + [dict(step=t, cosine=guided.cosine.mean().item())]; notes and write_json(notes, known)
+            every = max(1, self.prepare_steps // 20); cfg = replace(self.config(self.prepare_steps, self.prepare_lr, seed_for(rng, "prepare")), checkpoint_every=every, log_every=every)
             done = fit(guided, Draws(demos, self.prompts, self.tasks, rng), cfg, sub, demos.sampler.store.hashes, f"{type(self).__name__}, train tasks", note)
             if done.status != "ok": raise PromptnbError(f"{type(self).__name__} on the train tasks: {done.why}")
             self.prepared = d; self.history += known
         return self
 
     def adapt(self, policy, demos, rng, score=None):
-        self.check(policy, score); prepared = getattr(self, "prepared", None)
+        self.check(policy); prepared = getattr(self, "prepared", None)
+        if self.keep == "score" and score is None: raise PromptnbError(f"{type(self).__name__} with keep='score' needs `score`: prompts (G, m, P, .) -> returns (G, m)")
         if self.condition == "train" and prepared is None: raise PromptnbError(f"{type(self).__name__} with condition='train' needs `prepare` on train tasks")
         d = prepared.spread(demos.G) if prepared is not None else self.new(policy, demos, rng, demos.G)
         guided, held, log = Guided(d, frozen(policy.clone().model), self.guidance, self.lam), same_batch(demos), []
@@ -236,15 +245,14 @@ class PromptDiffuser(Tuner):
         written = lambda judge=None: demos.prompt if blank else self.chosen(policy, self.write(d, y, rng, self.candidates), held, judge)
         def note(t):
             error = prompt_loss(policy, (written() if t else demos.prompt)[:, None], held, self.precision)[:, 0].tolist()
-            cos = guided.cosine.tolist() if guided.cosine is not None else []
-            log.extend(dict(step=t, task=g, loss=l, **(dict(cosine=cos[g]) if cos else {})) for g, l in enumerate(error))
+            log.extend(dict(step=t, task=g, loss=l, **(dict(cosine=c) if np.isfinite(c) else {})) for g, (l, c) in enumerate(zip(error, guided.cosine.tolist())))
         note(0)
         if self.source == "diffused" and self.steps:
             done = fit(guided, Draws(demos, self.prompts, None, rng), self.config(self.steps, self.lr, seed_for(rng, "fit")), callback=note, desc=type(self).__name__)
             if done.status != "ok": raise PromptnbError(f"{type(self).__name__}: {done.why}")
         spent = getattr(score, "env_steps", 0); p = policy.with_prompt(written(score))
         facts, look = self.look(policy, d, y, demos, rng)
-        return Adapted([(p, g) for g in range(demos.G)], sum(x.numel() for x in d.parameters()) // d.G, log, getattr(score, "env_steps", 0) - spent, d.eval().requires_grad_(False), facts, look)
+        return Adapted([(p, g) for g in range(demos.G)], sum(x.numel() for x in d.parameters()) // d.G if self.source == "diffused" else 0, log, getattr(score, "env_steps", 0) - spent, d.eval().requires_grad_(False), facts, look)
 
     @torch.no_grad()
     def write(self, d, y, rng, m=1, what="sample") -> Steps:
