@@ -12,7 +12,7 @@ __all__ = ['SOURCES', 'SCALES', 'LATER', 'PTDT', 'TABLE_FAMILIES', 'SEARCH', 'PD
            'EXHIBITS', 'PAPERS', 'Pretrain', 'Tune', 'Recipe', 'scaled', 'resolve', 'digest', 'pretrains', 'search',
            'table1_recipes', 'control_recipes', 'ablation', 'pdt', 'quantity_recipes', 'quality_recipes', 'pd_recipe',
            'diffuse', 'pd_table1', 'pd_table2', 'pd_table3', 'pd_init', 'pd_guidance', 'pd_sweep', 'pd_lengths',
-           'pd_controls', 'Exhibit', 'plain_method', 'exhibits', 'recipes_of', 'Job', 'owners', 'jobs']
+           'pd_windows', 'pd_controls', 'Exhibit', 'plain_method', 'exhibits', 'recipes_of', 'Job', 'owners', 'jobs']
 
 # %% ../nbs/09_recipes.ipynb #511b7d3a
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def quality_recipes(family="cheetah-vel", qualities=("expert", "medium", "random
     "Prompt-DT's Figure 3, quality of the training data x quality of the prompt: {label: recipe}."
     return {f"{d} data, {q} prompt": pdt(family, f"pdt-{d}-data-{q}-prompt", f"Prompt-DT, {d} data, {q} prompt", quality=d, prompt_quality=q) for d in qualities for q in qualities}
 
-# %% ../nbs/09_recipes.ipynb #ad1ffccc
+# %% ../nbs/09_recipes.ipynb #8cebe4e6
 PD = "prompt_diffuser"
 PD_FAMILIES = TABLE_FAMILIES
 QUALITIES = ("expert", "medium", "random")
@@ -236,13 +236,17 @@ def pd_lengths(family="cheetah-vel", lengths=(2, 5, 10)):
     own = lambda key, H: key if H == 5 else f"{key}-H{H}"
     return {f"{name}, K* = {H}": pd_recipe(family, own(key, H), name, tune, **({} if H == 5 else dict(H=H))) for key, name, tune in (("pdt", "Prompt-DT", Tune()), ("diffuser", "Prompt Diffuser", diffuse())) for H in lengths}
 
+def pd_windows(family, lengths=(5, 20)):
+    "Both tuners that follow the action error, by the length of the demonstrations' windows (released code of Prompt-Tuning DT: K* = 5)."
+    return {f"{name}, windows of {K} steps": pd_recipe(family, key if K == Tune().demo_K else f"{key}-window-{K}", name, replace(tune, demo_K=K)) for key, name, tune in (("ranking", "Prompt-Tuning DT", search("ranking")), ("diffuser", "Prompt Diffuser", diffuse())) for K in lengths}
+
 def pd_controls(family):
     "What the paper lacks: is it the diffusion, the parameters, the train tasks' data?"
     R = lambda key, method, **kw: pd_recipe(family, key, method, diffuse(**kw))
     return [R("noise", "Pure noise (control)", source="noise"), R("untrained", "Untrained diffuser (control)", source="untrained"), R("prepared-only", "Prepared, not adapted", steps=0), R("adapted-only", "Adapted, not prepared", prepare_steps=0),
             R("direct", "No diffusion, as many parameters (control)", tuner="direct"), R("best-of-8", "Best of 8 by demonstrations", candidates=8, keep="demos")]
 
-# %% ../nbs/09_recipes.ipynb #2cbb635f
+# %% ../nbs/09_recipes.ipynb #4a8e784a
 @dataclass(frozen=True)
 class Exhibit:
     "One table or figure. `recipes` are ids; `unknown` says why it cannot be made, where it cannot."
@@ -281,11 +285,11 @@ def plain_method(r):
 
 _pd_main = [r for f in (*PD_FAMILIES, "ml1-pick-place") for r in pd_table1(f)]
 _pd = dict(table2=pd_table2(), table3=pd_table3(), fig2b=pd_init(), fig3=[r for f in PD_FAMILIES for r in pd_guidance(f)], sweep_N=[*pd_sweep("N", (5, 10, 20, 50)).values()], sweep_lam=[*pd_sweep("lam", (0.1, 1.0, 10.0)).values()],
-           sweep_schedule=[*pd_sweep("schedule", ("vp", "linear", "cosine")).values()], sweep_length=[*pd_lengths().values()], controls=[r for f in ("cheetah-dir", "cheetah-vel") for r in pd_controls(f)])
-_pd_labels = {k: {r.id: r.method for r in rs} for k, rs in _pd.items()} | dict(sweep_length={r.id: k for k, r in pd_lengths().items()})
+           sweep_schedule=[*pd_sweep("schedule", ("vp", "linear", "cosine")).values()], sweep_length=[*pd_lengths().values()], sweep_window=[r for f in ("cheetah-vel", "ant-dir") for r in pd_windows(f).values()], controls=[r for f in ("cheetah-dir", "cheetah-vel") for r in pd_controls(f)])
+_pd_labels = {k: {r.id: r.method for r in rs} for k, rs in _pd.items()} | dict(sweep_length={r.id: k for k, r in pd_lengths().items()}, sweep_window={r.id: k for f in ("cheetah-vel", "ant-dir") for k, r in pd_windows(f).items()})
 RECIPES = _register(*_main.values(), *_mw.values(), *_controls.values(), _ood, _m, _mu, _init, *(q.values() for q in _quantity.values()), _quality.values(), _pd_main, *([plain_method(r) for r in rs] for rs in _pd.values()))
 
-# %% ../nbs/09_recipes.ipynb #f4897ccb
+# %% ../nbs/09_recipes.ipynb #eaedcbe5
 _ids = lambda rs: tuple(dict.fromkeys(r.id for r in rs))
 _all = [r for f in TABLE_FAMILIES for r in _main[f]]
 _own = [r for r in _main["cheetah-vel"] if r.key == "ranking"]
@@ -334,6 +338,7 @@ EXHIBITS = {(e.paper, e.id): e for e in (
     Exhibit(PD, "sweep_lam", "Sweep: weight lambda of L_DT", "ours", "bars", _ids(_pd["sweep_lam"]), ("cheetah-vel",), _pd_labels["sweep_lam"], _P),
     Exhibit(PD, "sweep_N", "Sweep: steps N of the chain", "ours", "bars", _ids(_pd["sweep_N"]), ("cheetah-vel",), _pd_labels["sweep_N"], _P),
     Exhibit(PD, "sweep_schedule", "Sweep: noise schedule", "ours", "bars", _ids(_pd["sweep_schedule"]), ("cheetah-vel",), _pd_labels["sweep_schedule"], _P),
+    Exhibit(PD, "sweep_window", "Sweep: windows of the demonstrations", "ours: does an error over shorter windows, which tell less of the task, guide better?", "bars", _ids(_pd["sweep_window"]), ("cheetah-vel", "ant-dir"), _pd_labels["sweep_window"], _P),
     Exhibit(PD, "diversity", "Diversity of generated prompts", "ours", "diversity", _ids([r for r in _pd_main if r.family in ("cheetah-dir", "cheetah-vel") and r.key == "diffuser"] + _pd["controls"]), ("cheetah-dir", "cheetah-vel"), {},
             "Root mean square distance between prompts, in standard deviations of demonstrated prompts."),
     Exhibit(PD, "conflict", "Gradient conflict over training", "ours: the cosine between the gradients of L_DM and L_DT on the train tasks", "conflict", _ids(r for r in _pd["fig3"] if r.key in ("diffuser", "diffuser-sum", "diffuser-conflict")), PD_FAMILIES, _pd_labels["fig3"], "One value is the last batch's."),

@@ -138,7 +138,7 @@ def say(v: pd.DataFrame) -> str:
         text.append(f"{fam}: against '{g.against.iloc[0]}', better: {of('better')}; worse: {of('worse')}; no clear difference: {of('no clear difference')}.")
     return "\n".join(text)
 
-# %% ../nbs/10_results.ipynb #8e22450b
+# %% ../nbs/10_results.ipynb #81fd8b27
 ORDER = ["MT-ORL", "MT-BC-FT", "Prompt-DT, expert prompt", "Prompt-DT, random prompt", "Prompt-DT-FT", "Soft Prompt", "Adaptor", "LoRA", "PTDT-offline, expert prompt",
          "PTDT-offline, random prompt", "PTDT-online, expert prompt", "Hill climbing (control)", "Evolution strategy (control)", "Gradient on the prompt (control)", "Re-sampled prompts (control)"]
 
@@ -150,7 +150,7 @@ SAME = {"MT-BC (before fine-tuning)": "MT-BC-FT", "Prompt-DT": "Prompt-DT, exper
 def main_name(label):
     "A row label under the name that ORDER knows: without shots, length of prompt or qualities; a diffuser's sweep is of the diffuser."
     if re.match("(N|lam|schedule) = ", label): return "Prompt Diffuser"
-    label = re.sub(r", (few-shot|zero-shot|K\* = \d+|no data, \w+ prompt)$|(?<!Prompt-DT), \w+ data, \w+ prompt$", "", label)
+    label = re.sub(r", (few-shot|zero-shot|K\* = \d+|windows of \d+ steps|no data, \w+ prompt)$|(?<!Prompt-DT), \w+ data, \w+ prompt$", "", label)
     return SAME.get(label, label)
 
 def style(label):
