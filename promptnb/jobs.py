@@ -17,7 +17,7 @@ __all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 're
            'read_jsonl', 'EnvScore', 'prepare', 'tune', 'tuned_folder', 'target_of', 'demo_prompt', 'placed_prompt',
            'run_job', 'find_job', 'job_recipes', 'runs_of', 'finished', 'film']
 
-# %% ../nbs/11_jobs.ipynb #918266f9
+# %% ../nbs/11_jobs.ipynb #4b46db31
 def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
 def recipe_run(r, scale, seed): return run_id(f"{r.family}/{r.key}", scale, seed)
 def pretrain_run(p, scale, seed): return run_id(f"pretrain/{p.family}/{p.name}-{rc.digest(p)}", scale, seed)
@@ -26,15 +26,16 @@ def record_path(paper, run): return results_dir(paper)/f"{run}.json"
 CODE = ("core", "data", "models/dt", "train", "evaluate", "jobs")      # what a pre-trained policy depends on, beside its family and the environments of that kind
 
 def code_of(kind, name, tuners=()):
-    "Fingerprint of the code and the facts that a result of a job ('pretrain' or 'tune') on a family depends on; other families and tuners may come and go."
+    "Fingerprint of the code and the facts that a result of a job ('pretrain', 'tune', or 'offline' with its learner) on a family depends on; other families and tuners may come and go."
     from promptnb import tasks
     fam, own = tasks.family(name), []
+    if kind == "offline": own = sorted({"offline", *(m for t in tuners for m in (["models/lm"] + ["models/pixels"] * bool(fam.frames) if "lamo" in t else ["models/value"]))})
     if kind == "tune":
         from promptnb.tuners.core import TUNERS
         own = sorted({"tuners/core", *(f"tuners/{TUNERS[t].split(':')[0]}" for t in tuners)})
     return fingerprint([code_fingerprint(*CODE, *own, *tasks.code_modules(fam)), plain(fam)])
 
-def code_of_run(r, run): return code_of("pretrain" if ".pretrain." in run else "tune", r.family, [r.tune.tuner])
+def code_of_run(r, run): return code_of("offline", r.family, [r.offline.learner]) if r.offline else code_of("pretrain" if ".pretrain." in run else "tune", r.family, [r.tune.tuner])
 
 def provenance(device="cpu"):
     "Where a result comes from: commit, versions, device, threads."
@@ -221,16 +222,17 @@ def target_of(r):
 def demo_prompt(p, digits=4): return {n: [[round(v, digits) for v in row] for row in getattr(p, n)[0].tolist()] for n in ("s", "a", "rtg")}
 def placed_prompt(out): return out.placed[0][0].prompt
 
-# %% ../nbs/11_jobs.ipynb #696b3b4c
+# %% ../nbs/11_jobs.ipynb #5ce2ddce
 def run_job(job, seed=0, scale="laptop", accelerator="auto", threads=1):
     "Run a job's recipes; returns the paths of its records. Finished ones are not run again."
     import torch
     from promptnb.train import Interrupted, pick_device
     j, device = find_job(job), pick_device(accelerator)
-    torch.set_num_threads(threads); done = []
+    torch.set_num_threads(threads); done, work = [], dict(pretrain=pretrain, tune=tune).get(j.kind)
+    if j.kind == "offline": from promptnb.offline import train as work
     for r, run in runs_of(j, scale, seed):
         if finished(r, run): done.append(record_path(r.paper, run)); continue
-        try: pretrain(r, scale, seed, device, threads) if j.kind == "pretrain" else tune(r, scale, seed, device, threads)
+        try: work(r, scale, seed, device, threads)
         except Interrupted: raise
         except Exception as e:
             e = disk_error(e, getattr(e, "filename", None) or runs_dir())
@@ -245,7 +247,9 @@ def find_job(job) -> rc.Job:
     every = {k: v for p in rc.PAPERS for k, v in rc.jobs(p).items()}
     return every[check_choice(job, every, "job")]
 
-def job_recipes(j: rc.Job, scale): return [rc.resolve(rc.RECIPES[i], scale) for i in j.recipes]
+def job_recipes(j: rc.Job, scale):
+    "Its recipes that are run at a scale, resolved."
+    return [rc.resolve(rc.RECIPES[i], scale) for i in j.recipes if rc.run_at(rc.RECIPES[i], scale)]
 
 def runs_of(j: rc.Job, scale, seed):
     "[(resolved recipe, run id)] of a job."

@@ -46,14 +46,14 @@ def compare(a, b, better=np.greater):
     d = np.asarray(a, float) - np.asarray(b, float); lo, hi = interval(d, stat=np.mean) if len(d) > 1 else (np.nan, np.nan)     # one seed decides nothing
     return dict(difference=d.mean(), lo=lo, hi=hi, verdict="better" if lo > 0 else "worse" if hi < 0 else "no clear difference")
 
-# %% ../nbs/10_results.ipynb #dc59a0bc
+# %% ../nbs/10_results.ipynb #be1155ff
 def recipe_file(r, scale, seed): return results_dir(r.paper)/f"{scale}.{r.family}.{r.key}.s{seed}.json"
 def policy_file(r, scale, seed): p = r.pretrain; return results_dir(r.paper)/f"{scale}.pretrain.{p.family}.{p.name}-{rc.digest(p)}.s{seed}.json"
 
 def runs(e: rc.Exhibit, scale, seeds=None):
     "One dict for each recipe and seed of an exhibit: label, recipe, seed, state ('ok', 'stale', 'failed', 'diverged', 'missing'), why, record."
     out = []
-    for full in rc.recipes_of(e):
+    for full in rc.recipes_of(e, scale):
         r = rc.resolve(full, scale)
         for seed in seeds if seeds is not None else r.seeds:
             path = policy_file(r, scale, seed) if e.kind == "pretraining" else recipe_file(r, scale, seed)

@@ -16,11 +16,11 @@ from .jobs import code_of, find_job, finished, job_recipes, record_path, run_id,
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'HERE', 'RATE', 'UNKNOWN', 'notebook_parameters', 'check_parameters', 'execute', 'job_command', 'Rule',
-           'chosen', 'with_extras', 'wanted_jobs', 'data_needs', 'collect_code', 'stamp', 'plan', 'drop_stale_stamps',
-           'seconds_file', 'time_name', 'good_records', 'write_seconds', 'many', 'size_of', 'step_seconds', 'Rates',
-           'run_seconds', 'forecast', 'wall', 'spell', 'span', 'expected', 'run', 'cmd_list', 'cmd_collect',
-           'print_table', 'cmd_run', 'pairs', 'cmd_job', 'cmd_render', 'cmd_film', 'cmd_status', 'cmd_doctor', 'parser',
-           'main']
+           'chosen', 'within_reach', 'with_extras', 'wanted_jobs', 'data_needs', 'collect_code', 'stamp', 'plan',
+           'drop_stale_stamps', 'seconds_file', 'time_name', 'good_records', 'write_seconds', 'many', 'size_of',
+           'step_seconds', 'Rates', 'run_seconds', 'forecast', 'wall', 'spell', 'span', 'expected', 'run', 'cmd_list',
+           'cmd_collect', 'print_table', 'cmd_run', 'pairs', 'cmd_job', 'cmd_render', 'cmd_film', 'cmd_status',
+           'cmd_doctor', 'parser', 'main']
 
 # %% ../nbs/12_run.ipynb #f3a1d881
 def notebook_parameters(nb_path) -> dict:
@@ -94,7 +94,7 @@ def _job_command(j, given, name):
     if not missing: write_json(stamp(j, seed, scale), {run: read_json(record_path(r.paper, run))["status"] for r, run in runs_of(j, scale, seed)})
     if missing: raise PromptnbError(f"{len(missing)} of {len(j.recipes)} runs of {job} failed: {missing[0]}")
 
-# %% ../nbs/12_run.ipynb #31b293fd
+# %% ../nbs/12_run.ipynb #c469b6ff
 @dataclass(frozen=True)
 class Rule:
     "One Snakemake rule."
@@ -113,25 +113,37 @@ def chosen(paper, exhibit_ids=()):
         if every[i].unknown: raise PromptnbError(f"exhibit '{i}' cannot be made: {every[i].unknown}")
     return [e for e in every.values() if not e.unknown and (not exhibit_ids or e.id in exhibit_ids)]
 
-def with_extras(exhibits, asked, families=()):
+def within_reach(lm):
+    "Can a language model be had: one of ours, a folder, in the hub's cache, or from the hub?"
+    from promptnb.core import server_answers
+    if lm in rc.CORPORA or Path(lm).is_dir(): return True
+    from huggingface_hub import try_to_load_from_cache
+    return isinstance(try_to_load_from_cache(lm, "config.json"), str) or server_answers()
+
+def with_extras(exhibits, asked, families=(), scale=None):
     "Ids of the exhibits whose environments are installed. One that was asked for by name and lacks its extra is an error, any other is left out and said."
     from promptnb import tasks
     out = []
     for e in exhibits:
+        if absent := [t.kind for r in rc.recipes_of(e, scale) if r.offline and (t := r.offline.text) and not within_reach(t.kind)]:
+            say = f"{e.id} needs the weights of '{absent[0]}', which are not here and cannot be fetched: give the hub's cache or a network, or a folder of that name"
+            if asked: raise PromptnbError(say)
+            print(f"left out: {say}", file=sys.stderr); continue
         lacking = [f for f in map(tasks.family, e.families) if (not families or f.name in families) and not tasks.installed(f)]
         if not lacking: out.append(e.id); continue
         if asked: tasks.kind_module(lacking[0])
         print(f"{e.id} is left out: pip install 'promptnb[{lacking[0].extra}]'", file=sys.stderr)
     return out
 
-def wanted_jobs(paper, exhibit_ids=(), families=()):
+def wanted_jobs(paper, exhibit_ids=(), families=(), scale=None):
     "The jobs that the exhibits need: owners of their recipes and of those recipes' policies."
-    want = {r.id for e in chosen(paper, exhibit_ids) for r in rc.recipes_of(e) if not families or r.family in families}
+    want = {r.id for e in chosen(paper, exhibit_ids) for r in rc.recipes_of(e, scale) if not families or r.family in families}
     pre = {rc.RECIPES[i].pretrain for i in want}
-    return [j for j in rc.jobs(paper).values() if (j.kind == "tune" and want & set(j.recipes)) or (j.kind == "pretrain" and pre & {rc.RECIPES[i].pretrain for i in j.recipes})]
+    return [j for j in rc.jobs(paper).values() if (j.kind != "pretrain" and want & set(j.recipes)) or (j.kind == "pretrain" and pre & {rc.RECIPES[i].pretrain for i in j.recipes})]
 
 def data_needs(r):
     "The (quality, episodes) pairs of its family's datasets that a resolved recipe reads."
+    if r.offline: return {(r.offline.quality, r.offline.episodes)}
     return {(q, r.pretrain.episodes) for q in (r.pretrain.quality, r.tune.demo_quality, r.tune.prompt_quality)}
 
 def collect_code(family):
@@ -145,7 +157,7 @@ def plan(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), acceler
     "All rules for these exhibits at this scale. A job's output is its stamp: Snakemake deletes the outputs of a failed job, and its finished records must stay."
     check_choice(scale, rc.SCALES, "scale")
     rel = lambda p: os.path.relpath(p, root()); py = f"{sys.executable} -m promptnb.run"
-    js = wanted_jobs(paper, exhibit_ids, families); need, maker = {}, {}
+    js = wanted_jobs(paper, exhibit_ids, families, scale); need, maker = {}, {}
     for j in js:
         for r in job_recipes(j, scale):
             need.setdefault(r.family, set()).update(data_needs(r))
@@ -158,12 +170,12 @@ def plan(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), acceler
         for seed in seeds if seeds is not None else rs[0].seeds:
             policies = sorted({rel(stamp(maker[r.pretrain], seed, scale)) for r in rs}) if j.kind == "tune" else []
             out.append(Rule(f"{j.exhibit}_{j.family}_{j.kind}_s{seed}".replace("-", "_"), [collected[j.family], *policies], [rel(stamp(j, seed, scale))],
-                            f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1", dict(recipes=[rc.digest(r) for r in rs], code=code_of(j.kind, j.family, [r.tune.tuner for r in rs]))))
+                            f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1", dict(recipes=[rc.digest(r) for r in rs], code=code_of(j.kind, j.family, [r.offline.learner if r.offline else r.tune.tuner for r in rs]))))
     return out
 
 def drop_stale_stamps(paper, exhibit_ids, scale, seeds, families):
     "A stamp whose records are gone or not good any more is removed, so that Snakemake runs the job again."
-    for j in wanted_jobs(paper, exhibit_ids, families):
+    for j in wanted_jobs(paper, exhibit_ids, families, scale):
         for seed in seeds if seeds is not None else job_recipes(j, scale)[0].seeds:
             if stamp(j, seed, scale).exists() and not all(finished(r, x) for r, x in runs_of(j, scale, seed)): stamp(j, seed, scale).unlink()
 
@@ -188,11 +200,12 @@ def write_seconds(paper):
 
 def many(n, what): return f"{n:,} {what}{'s' * (n != 1)}"
 
-# %% ../nbs/12_run.ipynb #0e248550
+# %% ../nbs/12_run.ipynb #1de9e2f0
 def size_of(p):
     "What the time of a training step depends on: state, action, prompt steps, rows a batch, and the net."
     from promptnb import tasks
     fam = tasks.family(p.family); n = len(fam.train)
+    if isinstance(p, rc.Recipe): x = p.offline; return fam.state_dim, fam.act_dim, x.K, x.batch, x.learner, x.model, x.text, x.precision
     return fam.state_dim, fam.act_dim, p.J * p.H * p.prompt, p.per_task * min(p.tasks_per_batch or n, n), p.K, p.layers, p.heads, p.width, p.loss_on_prompt, p.precision
 
 def step_seconds(p, accelerator="auto", limit=3.):
@@ -216,24 +229,28 @@ class Rates:
     "Seconds of a training step by pre-training; equal sizes are measured once."
     def __init__(self, accelerator="auto"): self.accelerator, self.known = accelerator, {}
     def __call__(self, p):
-        if not self.known: print("some pre-training has no measurement: a few of its training steps are timed", flush=True)
-        if (size := size_of(p)) not in self.known: self.known[size] = step_seconds(p, self.accelerator)
+        if not self.known: print("some training has no measurement: a few of its steps are timed", flush=True)
+        if (size := size_of(p)) not in self.known:
+            if isinstance(p, rc.Recipe): from promptnb.offline import step_seconds as timed
+            else: timed = step_seconds
+            self.known[size] = timed(p, self.accelerator)
         return self.known[size]
 
-# %% ../nbs/12_run.ipynb #edef9094
+# %% ../nbs/12_run.ipynb #c005c14a
 HERE, RATE, UNKNOWN = "measured on this machine", "extrapolated from a measured rate, evaluation along the way not in it", "of unknown length"
 
 def run_seconds(j, r, run, scale, shipped, rates=None):
     "(expected seconds of a run, where they come from)."
     if recs := good_records(r.paper, run): return median(x["seconds"] for x in recs), HERE
     if (known := shipped["seconds"].get(time_name(j, r, scale))) is not None: return known, f"measured on {shipped['where']}, shipped with the project"
+    if rates and r.offline: return r.offline.steps * rates(r), RATE
     return (r.pretrain.steps * rates(r.pretrain), RATE) if rates and j.kind == "pretrain" else (0., UNKNOWN)
 
 def forecast(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), rates=None, done=finished):
     "What is left to do: (seconds of the jobs of each stage, {source of the seconds: runs}, number of runs, those done included)."
-    stages, sources, total = dict(pretrain=[], tune=[]), Counter(), 0
+    stages, sources, total = dict(pretrain=[], tune=[], offline=[]), Counter(), 0
     shipped = read_json(seconds_file(paper)) if seconds_file(paper).exists() else dict(seconds={})
-    for j in wanted_jobs(paper, exhibit_ids, families):
+    for j in wanted_jobs(paper, exhibit_ids, families, scale):
         for seed in seeds if seeds is not None else job_recipes(j, scale)[0].seeds:
             rs = runs_of(j, scale, seed); total += len(rs)
             left = [run_seconds(j, r, x, scale, shipped, rates) for r, x in rs if not done(r, x)]
@@ -259,10 +276,10 @@ def expected(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, fami
     core = sum(map(sum, stages.values())) / 60; whence = "; ".join(f"{many(n, 'run')} {w}" for w, n in sources.items())
     return f"expected: {span(stages, sources, cores or os.cpu_count())}{more} ({sources.total()} of {many(total, 'run')} to do, {core:,.{int(core < 1)}f} core-minutes; {whence})"
 
-# %% ../nbs/12_run.ipynb #652f2e3d
+# %% ../nbs/12_run.ipynb #c1db662e
 def run(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, families=(), accelerator="auto", dry=False, profile="local"):
     "Hand the plan to Snakemake; returns its exit status. A second call finds nothing to do."
-    exhibit_ids = want = with_extras(chosen(paper, exhibit_ids), bool(exhibit_ids), families)
+    exhibit_ids = want = with_extras([e for e in chosen(paper, exhibit_ids) if exhibit_ids or rc.recipes_of(e, scale)], bool(exhibit_ids), families, scale)
     rules = plan(paper, exhibit_ids, scale, seeds, families, accelerator)
     if accelerator == "cuda": from promptnb.train import pick_device; pick_device(accelerator)
     cfg = dict(paper=paper, exhibits=",".join(want), scale=scale, seeds=",".join(map(str, seeds)) if seeds is not None else "all", families=",".join(families) or "all", accelerator=accelerator)

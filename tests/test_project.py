@@ -65,8 +65,9 @@ LAYERS = {
     "online":    ("core tasks", "", ""),
     "recipes":   ("", "everything", ""),
     "results":   ("core recipes", "torch gymnasium", ""),
-    "jobs":      ("core tasks data experts models train evaluate tuners llm online recipes", "", ""),
-    "run":       ("core tasks data experts collect models train evaluate tuners llm online recipes results jobs", "", ""),
+    "jobs":      ("core tasks data experts models train evaluate tuners llm online recipes offline", "", ""),
+    "offline":   ("core tasks data experts models train evaluate recipes jobs", "", ""),
+    "run":       ("core tasks data experts collect models train evaluate tuners llm online recipes results jobs offline", "", ""),
 }
 
 def layers(root):
