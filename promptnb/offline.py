@@ -45,7 +45,7 @@ def text_of(t: rc.Text):
     ids = torch.tensor([i for x in tok(list(docstrings(t.files or None)))["input_ids"] for i in (end, *x)])[None]
     return ids[:, :-len(ids[0]) // 20], ids[:, -len(ids[0]) // 20:]
 
-# %% ../nbs/11a_offline.ipynb #df845c53
+# %% ../nbs/11a_offline.ipynb #eb86521d
 def offline_store(x: rc.Offline, fam):
     "(data to train on, statistics of its states, hashes, which trajectories)."
     every = stored(fam.name, x.quality, fam.train, x.episodes); store, drawn = data.share(every, x.ratio, x.ratio_seed)
@@ -72,7 +72,7 @@ def sampler_of(r: rc.Recipe, store, stats, seed, device):
     x, fam = r.offline, tasks.family(r.family); seed = seed_for(seed, "batches")
     if "lamo" not in x.learner:
         from promptnb.models.value import Transitions
-        return Transitions(store, *stats, batch=x.batch, horizon=fam.horizon, seed=seed, device=device)
+        return Transitions(store, *stats, size=x.batch, horizon=fam.horizon, seed=seed, device=device)
     out = data.Sampler(store, *stats, fam.rtg_scale, x.K, per_task=x.batch, H=0, seed=seed, device=device)
     if not (x.text and dict(x.model).get("lam", 0.1)): return out
     from promptnb.models.lm import WithText

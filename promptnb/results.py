@@ -16,12 +16,12 @@ from . import recipes as rc
 from .core import PromptnbError, data_dir, figures_dir, read_json, results_dir, write_atomic
 
 # %% auto #0
-__all__ = ['ORDER', 'SAME', 'APART', 'DRAW', 'iqm', 'interval', 'summary', 'compare', 'recipe_file', 'policy_file', 'runs',
-           'status', 'load', 'reported', 'matrix', 'tidy_table', 'printed', 'verdicts', 'say', 'main_name', 'style',
-           'axes_for', 'nothing', 'lines', 'curves', 'pretraining', 'process', 'bars', 'heat', 'quality', 'paired',
-           'relative', 'looks', 'nearest', 'entries', 'chain', 'prompt_points', 'tsne', 'diversity', 'conflict',
-           'costs', 'short', 'cost', 'prompt_change', 'save_figure', 'save_table', 'caption', 'make', 'exhibit',
-           'overview', 'deviations', 'provenance']
+__all__ = ['ORDER', 'SAME', 'APART', 'DRAW', 'OFFLINE', 'iqm', 'interval', 'summary', 'compare', 'recipe_file', 'policy_file',
+           'runs', 'status', 'load', 'reported', 'matrix', 'tidy_table', 'plus_minus', 'printed', 'verdicts', 'say',
+           'main_name', 'style', 'axes_for', 'nothing', 'lines', 'curves', 'pretraining', 'process', 'bars', 'heat',
+           'quality', 'paired', 'relative', 'looks', 'nearest', 'entries', 'chain', 'prompt_points', 'tsne',
+           'diversity', 'conflict', 'costs', 'short', 'cost', 'prompt_change', 'save_figure', 'one_level', 'save_table',
+           'caption', 'make', 'exhibit', 'lacks', 'overview', 'parts_of', 'source_of', 'deviations', 'provenance']
 
 # %% ../nbs/10_results.ipynb #b1c248ad
 def iqm(x, axis=None):
@@ -82,7 +82,7 @@ def reported(paper) -> pd.DataFrame:
     "The published numbers with their sources."
     return pd.read_csv(data_dir()/"reported"/f"{paper}.csv")
 
-# %% ../nbs/10_results.ipynb #74c78d05
+# %% ../nbs/10_results.ipynb #e55efee3
 def matrix(df, label, family):
     "Returns (seeds, tasks) of one method on one family; NaN where missing."
     d = df[(df.label == label) & (df.task == family) & (df.metric == "return")]
@@ -108,10 +108,11 @@ def tidy_table(e, scale, seeds=None, partial=False) -> pd.DataFrame:
             out.append(row)
     return pd.DataFrame(out).reindex(columns=["method", "family", "mean", "std", "n", "iqm", "lo", "hi", "reported", "reported_std", "difference", "trainable", "env_steps", "note", "source"])
 
+def plus_minus(m, s): return "" if pd.isna(m) else f"{m:.1f}" + ("" if pd.isna(s) else f" ± {s:.1f}")
+
 def printed(t: pd.DataFrame) -> pd.DataFrame:
     "The same for readers: one line a method, three columns a family."
-    pm = lambda m, s: "" if pd.isna(m) else f"{m:.1f}" + ("" if pd.isna(s) else f" ± {s:.1f}")
-    cells = {}
+    pm, cells = plus_minus, {}
     for _, r in t.iterrows():
         ours = pm(r["mean"], r["std"]) + ("" if pd.isna(r["mean"]) else f" (n={int(r['n'])}; IQM {r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}])") + (f" {r.note}" if r.note else "")
         cells.setdefault(r.method, {}).update({(r.family, "ours"): ours, (r.family, "reported"): pm(r.reported, r.reported_std), (r.family, "difference"): pm(r.difference, np.nan)})
@@ -138,7 +139,7 @@ def say(v: pd.DataFrame) -> str:
         text.append(f"{fam}: against '{g.against.iloc[0]}', better: {of('better')}; worse: {of('worse')}; no clear difference: {of('no clear difference')}.")
     return "\n".join(text)
 
-# %% ../nbs/10_results.ipynb #81fd8b27
+# %% ../nbs/10_results.ipynb #e7532602
 ORDER = ["MT-ORL", "MT-BC-FT", "Prompt-DT, expert prompt", "Prompt-DT, random prompt", "Prompt-DT-FT", "Soft Prompt", "Adaptor", "LoRA", "PTDT-offline, expert prompt",
          "PTDT-offline, random prompt", "PTDT-online, expert prompt", "Hill climbing (control)", "Evolution strategy (control)", "Gradient on the prompt (control)", "Re-sampled prompts (control)"]
 
@@ -158,10 +159,13 @@ def style(label):
     label = main_name(label); i = ORDER.index(label) if label in ORDER else sum(map(ord, label)) % 15
     return dict(color=sns.color_palette("colorblind")[i % 10], linestyle=("-", "--", "-")[i // 10], marker="osD^vP*X<>hd8pH"[i if i < 15 else (i + 11) % 15])
 
-def axes_for(families, width=3.6, height=2.9, **kw):
+def axes_for(families, width=3.6, height=2.9, most=99, **kw):
+    "One panel each, at most `most` a row."
+    n = len(families); rows = -(-n // most); columns = -(-n // rows)
     sns.set_theme(style="whitegrid", context="paper", rc={"axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8})
-    fig, axes = plt.subplots(1, len(families), figsize=(width * len(families), height), squeeze=False, constrained_layout=True, **kw)
-    return fig, axes[0]
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, constrained_layout=True, **kw); axes = axes.ravel()
+    for ax in axes[n:]: ax.set_visible(False)
+    return fig, axes[:n]
 
 def nothing(ax, why="no runs yet"): ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes, color="grey"); ax.set(xticks=[], yticks=[])
 
@@ -373,7 +377,7 @@ def prompt_change(e, scale, key="ranking", seed=0):
     fig.suptitle(f"{found[0]['recipe'].family}, {found[0]['label']}: normalised entries of the prompt", fontsize=10)
     return fig
 
-# %% ../nbs/10_results.ipynb #19c0d4ef
+# %% ../nbs/10_results.ipynb #db7c1a23
 def save_figure(fig, numbers, paper, scale, name):
     "PDF, PNG and the plotted numbers side by side."
     folder = figures_dir(paper)/scale
@@ -382,13 +386,19 @@ def save_figure(fig, numbers, paper, scale, name):
     if numbers is not None: write_atomic(folder/f"{name}.csv", numbers.round(4).to_csv(index=False).encode())
     return folder/f"{name}.png"
 
-def save_table(t, paper, scale, name, caption):
-    "Markdown, CSV (every number) and LaTeX."
-    folder = figures_dir(paper)/scale; p = printed(t); flat = p.copy(); flat.columns = [f"{a}: {b}" for a, b in p.columns]
+def one_level(p):
+    "A printed table without levels: headings joined, the name of a group of rows once, all columns plain."
+    flat = p.copy(); flat.columns = [f"{a}: {b}" for a, b in p.columns] if p.columns.nlevels > 1 else p.columns
+    if p.index.nlevels > 1: flat.index = pd.MultiIndex.from_arrays([p.index.get_level_values(0).where(~p.index.get_level_values(0).duplicated(), ""), *(p.index.get_level_values(i) for i in range(1, p.index.nlevels))], names=p.index.names)
+    return flat.reset_index()
+
+def save_table(t, paper, scale, name, caption, shown=None):
+    "Markdown, CSV (every number) and LaTeX; `shown`: what is printed, else the table of methods and families."
+    folder = figures_dir(paper)/scale; p = printed(t) if shown is None else shown; flat = one_level(p)
     write_atomic(folder/f"{name}.csv", t.round(3).to_csv(index=False).encode())
-    write_atomic(folder/f"{name}.md", (flat.to_markdown() + f"\n\n{caption}\n").encode())
-    tex = flat.reset_index().map(lambda x: str(x).replace("±", r"$\pm$").replace("%", r"\%").replace("_", r"\_"))
-    write_atomic(folder/f"{name}.tex", ("\\begin{tabular}{l" + "r" * flat.shape[1] + "}\n" + " & ".join(tex.columns) + r" \\" + "\n\\hline\n" + "\n".join(" & ".join(r) + r" \\" for r in tex.to_numpy()) + "\n\\end{tabular}\n").encode())
+    write_atomic(folder/f"{name}.md", (flat.to_markdown(index=False) + f"\n\n{caption}\n").encode())
+    tex = flat.map(lambda x: str(x).replace("±", r"$\pm$").replace("%", r"\%").replace("_", r"\_"))
+    write_atomic(folder/f"{name}.tex", ("\\begin{tabular}{" + "l" * p.index.nlevels + "r" * p.shape[1] + "}\n" + " & ".join(tex.columns) + r" \\" + "\n\\hline\n" + "\n".join(" & ".join(r) + r" \\" for r in tex.to_numpy()) + "\n\\end{tabular}\n").encode())
     return p
 
 def caption(e, scale, t=None):
@@ -402,32 +412,49 @@ def make(e, scale, seeds=None, partial=False):
     "Draw and save one exhibit: the printed table, or the figure."
     if e.kind == "table":
         t = tidy_table(e, scale, seeds, partial); return save_table(t, e.paper, scale, e.id, caption(e, scale, t))
-    fig, numbers = DRAW[e.kind](e, scale, seeds, partial); save_figure(fig, numbers, e.paper, scale, e.id)
-    return fig
+    from promptnb import scores      # which stands on this page
+    shown, numbers = {**DRAW, **scores.DRAW}[e.kind](e, scale, seeds, partial)
+    if isinstance(shown, pd.DataFrame): return save_table(numbers, e.paper, scale, e.id, scores.caption(e, scale, numbers), shown)
+    save_figure(shown, numbers, e.paper, scale, e.id); return shown
 
 def exhibit(paper, id):
     from promptnb.core import check_choice
     return rc.EXHIBITS[paper, check_choice(id, [e.id for e in rc.exhibits(paper)], "exhibit")]
+
+def lacks(e, scale): n = len(rc.recipes_of(e, scale)); return f"; {n} of its {len(e.recipes)} recipes at this scale" if n < len(e.recipes) else ""
 
 def overview(paper, scale) -> pd.DataFrame:
     "The status table of a paper: exhibit, claim, our status."
     rows = []
     for e in rc.exhibits(paper):
         s = None if e.unknown else status(e, scale)
-        rows.append(dict(exhibit=e.id, title=e.title, claim=e.claim, status=f"cannot be made: {e.unknown}" if e.unknown else f"{s['done']} of {s['total']} runs" + (f", {len(s['failed'])} failed" if s["failed"] else "")))
+        rows.append(dict(exhibit=e.id, title=e.title, claim=e.claim, status=f"cannot be made: {e.unknown}" if e.unknown else "needs no run of its own" if not e.recipes else f"{s['done']} of {s['total']} runs" + (f", {len(s['failed'])} failed" if s["failed"] else "") + lacks(e, scale)))
     return pd.DataFrame(rows).set_index("exhibit")
 
-# %% ../nbs/10_results.ipynb #45e2adef
+# %% ../nbs/10_results.ipynb #6c5032b1
+OFFLINE = dict(offline=("training of policies", "LaMo's code"), pixels=("training of policies, pictures", "LaMo's code"), value=("training of baselines", "CORL (Atari: d3rlpy)"), text=("pre-training on text", "synthetic pre-training's code"))
+
+def parts_of(r):
+    "(part, its fields, their source where recipes name none) of a recipe."
+    if x := r.offline:
+        own = {k: v for k, v in asdict(x).items() if k not in ("text", "model")}; kind = "pixels" if "pixel" in x.learner else "offline" if "lamo" in x.learner else "value"
+        return [(OFFLINE[kind][0], {**dict(x.model), **own}, OFFLINE[kind][1]), *([(OFFLINE["text"][0], asdict(x.text), OFFLINE["text"][1])] if x.text else []), ("evaluation of policies", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), "LaMo's code")]
+    return [("pre-training", asdict(r.pretrain), ""), ("tuning", {**asdict(r.tune), **dict(r.tune.hyper)}, ""), ("evaluation", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), "")]
+
+def source_of(part, field, given):
+    "Where the paper-scale value of a field comes from."
+    if given: return "ours" if field in ("episodes", "limit", "precision", "vocab", "files") else given
+    return rc.SOURCES.get(f"{part}.{field}", rc.SOURCES.get(field, "ours"))
+
 def deviations(paper, scale) -> pd.DataFrame:
     "Fields whose value at this scale is not the paper scale's, with the source of the latter."
     out = {}
-    for r in (r for e in rc.exhibits(paper) for r in rc.recipes_of(e)):
-        s = rc.resolve(r, scale)
-        for group, a, b in (("pre-training", asdict(r.pretrain), asdict(s.pretrain)), ("tuning", {**asdict(r.tune), **dict(r.tune.hyper)}, {**asdict(s.tune), **dict(s.tune.hyper)}), ("evaluation", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), dict(eval_episodes=s.eval_episodes, seeds=s.seeds))):
+    for r in (r for e in rc.exhibits(paper) for r in rc.recipes_of(e, scale)):
+        for (part, a, given), (_, b, _) in zip(*(parts_of(rc.resolve(r, s)) for s in ("paper", scale))):
             for k in a:
-                if k != "hyper" and a[k] != b[k]: out.setdefault((group, k), (set(), set()))[0].add(a[k]); out[group, k][1].add(b[k])
-    join = lambda s: ", ".join(map(str, sorted(s, key=str)))
-    return pd.DataFrame([dict(part=g, field=k, paper_scale=join(a), this_scale=join(b), source=rc.SOURCES.get(f"{g}.{k}", rc.SOURCES.get(k, "ours"))) for (g, k), (a, b) in out.items()])
+                if k != "hyper" and a[k] != b[k]: out.setdefault((part, k, given), (set(), set()))[0].add(a[k]); out[part, k, given][1].add(b[k])
+    join = lambda s: ", ".join(str(float(f"{x:.4g}") if isinstance(x, float) else x) for x in sorted(s, key=str)); order = list(dict.fromkeys(g for g, _, _ in out))
+    return pd.DataFrame([dict(part=g, field=k, paper_scale=join(a), this_scale=join(b), source=source_of(g, k, given)) for (g, k, given), (a, b) in sorted(out.items(), key=lambda x: order.index(x[0][0]))])
 
 def provenance(paper, scale) -> pd.DataFrame:
     "Where the shown numbers come from: commits, devices, threads, versions, hours."

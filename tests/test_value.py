@@ -76,7 +76,7 @@ def iql(m, b):
     for s, a, r, s2, d in rows(b):
         u = min(q_of(m.q_target, s, a)) - net(m.v, s)[0]; y = r + 0.99 * (1 - d) * net(m.v, s2)[0]
         mu = net(m.actor, s).tanh(); copy_ = ((mu - a) ** 2).sum() if m.deterministic else -torch.distributions.Normal(mu, m.log_std.exp()).log_prob(a).sum()
-        value += (0.7 if u > 0 else 0.3) * u ** 2 / B; critic += mean([(q - y) ** 2 for q in q_of(m.q, s, a)]) / B; actor += min(math.exp(3 * u), 100) * copy_ / B
+        value += (0.7 if u > 0 else 0.3) * u ** 2 / B; critic += mean([(q - y) ** 2 for q in q_of(m.q, s, a)]) / B; actor += min(math.exp(3 * u.item()), 100) * copy_ / B
     return dict(value=value, critic=critic, actor=actor)
 
 def huber(x): return x ** 2 / 2 if abs(x) < 1 else abs(x) - 0.5
@@ -127,6 +127,13 @@ def test_each_loss_moves_its_own_part(name):
     for k, parts in OWN[name].items():
         m.zero_grad(); m.losses(of(m))[k].backward()
         assert {n.split(".")[0] for n, p in m.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == set(parts.split()), k
+
+def test_lambda_is_a_constant():
+    "TD3+BC: the scale of the critic's term gives no gradient; with it, that term would have none where all values have one sign."
+    m = new("td3+bc").eval(); b = of(m); w = m.actor[0][0].weight; got, = torch.autograd.grad(m.losses(b)["actor"], w)
+    a = m.actor(b.s); q = m.q(b.s, a)[0]; lam = 2.5 / q.abs().mean().item()
+    want, = torch.autograd.grad(-lam * q.mean() + ((a - b.a) ** 2).mean(), w)
+    assert torch.allclose(got, want, atol=1e-6)
 
 def test_bcq_shares_features():
     m = new("bcq").eval(); m.losses(batch(True))["imitator"].backward()

@@ -149,7 +149,7 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #1a862909
+# %% ../../nbs/09_recipes.ipynb #3107e284
 SCALES = {
     "paper": {},
     "laptop": dict(
@@ -162,15 +162,15 @@ SCALES = {
         Text=dict(steps=1000, lr=2e-3, warmup=100, seqs=16, length=128, n=2000, vocab=2048), sizes=dict(small=dict(layers=3, heads=1, width=128), medium=dict(layers=6, heads=2, width=192)),
         learners={"lamo": dict(steps=420, batch=8, lr=1e-3, warmup=40, points=3, last=0.5, precision="auto", tokens=64),
                   "pixel-lamo": dict(steps=150, batch=4, lr=1e-3, warmup=20, points=2, last=0.5, precision="auto", tokens=64),
-                  "value": dict(steps=2000, lr=1e-3, points=3, last=0.5)},
-        Offline={"kitchen": dict(episodes=20), "breakout": dict(episodes=4), "qbert": dict(episodes=4), "pong": dict(episodes=4)}, offline=dict(eval_episodes=4)),
+                  "value": dict(steps=2000, batch=64, points=3, last=0.5), "cql": dict(steps=1000, batch=32, points=3, last=0.5)},      # CQL's step costs ten times the others'
+        Offline={("lamo", "reacher2d"): dict(batch=32), "kitchen": dict(episodes=20), **{f: dict(episodes=4, limit=1000) for f in ("breakout", "qbert", "pong")}}, offline=dict(eval_episodes=4), offline_families={"reacher2d": dict(eval_episodes=20)}),      # short episodes
     "smoke": dict(
         Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
         Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),
         hyper=dict(steps=2, prepare_steps=2, m=4, batches=1),
         Text=dict(steps=4, warmup=2, seqs=2, length=32, n=32, vocab=300, files=8), sizes=dict(small=dict(layers=2, heads=1, width=16), medium=dict(layers=2, heads=1, width=32)),
         learners={k: dict(steps=4, batch=2, lr=1e-3, warmup=2, points=2, last=0.5, tokens=16, episodes=4, limit=20) for k in ("lamo", "pixel-lamo", "value")},
-        Offline={f: dict(episodes=n) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))}, offline=dict(eval_episodes=1)),
+        Offline={f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))}, offline=dict(eval_episodes=1)),
 }
 
 def scaled(now, want):
@@ -179,7 +179,8 @@ def scaled(now, want):
 
 def resolve_offline(x: Offline, family, o) -> Offline:
     "The offline part of a recipe at a scale: its learner's overrides, then the family's."
-    own = {**o.get("learners", {}).get(x.learner if "lamo" in x.learner else "value", {}), **o.get("Offline", {}).get(family, {})}
+    group = x.learner if x.learner in o.get("learners", {}) else "value"
+    own = {**o.get("learners", {}).get(group, {}), **o.get("Offline", {}).get(family, {}), **o.get("Offline", {}).get((group, family), {})}
     text = x.text and replace(x.text, **o.get("Text", {}), **o.get("sizes", {}).get(x.text.size, {}))
     if text: text = replace(text, steps=max(1, round(text.part * text.steps)), part=1.0)
     return replace(x, text=text, **own)
@@ -188,7 +189,7 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     "The recipe at a scale, every field final."
     if scale not in SCALES: raise KeyError(scale)
     o = SCALES[scale]
-    if r.offline: return replace(r, offline=resolve_offline(r.offline, r.family, o), **{k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"}, **o.get("offline", {}))
+    if r.offline: return replace(r, offline=resolve_offline(r.offline, r.family, o), **{k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"}, **{**o.get("offline", {}), **o.get("offline_families", {}).get(r.family, {})})
     grid = dict(r.tune.hyper); own = {**o.get("hyper", {}), **(o.get("online", {}) if grid.get("online") else {})}
     own = {k: scaled(grid[k], v) for k, v in own.items() if k in grid}
     small = "m" in own and "k" in grid and grid["k"]

@@ -40,25 +40,25 @@ ARMS = {     # label, what the trunk reads before, LMConfig's fields, Offline's 
     "dt-lr-10": ("DT, lr 1e-3, wd 1e-4", None, DT, dict(weight_decay=1e-4, lr_times=10.)), "dt-wd-10": ("DT, lr 1e-4, wd 1e-3", None, DT, dict(weight_decay=1e-3)), "dt-wd-0.1": ("DT, lr 1e-4, wd 1e-5", None, DT, {}),
 }
 
-# %% ../../nbs/09b_recipes.lamo.ipynb #932b28e4
+# %% ../../nbs/09b_recipes.lamo.ipynb #dade0eed
 VALUE = dict(batch=256, K=1, steps=1_000_000, lr=3e-4, weight_decay=0., warmup=0, clip=1e9, points=200, last=0.02)      # CORL: a million updates, evaluated every 5,000; the last 20,000 as in LaMo's protocol
 BASELINES = {     # label, learner, its fields, Offline's fields
     "bc": ("BC", "bc", {}, {}), "cql": ("CQL", "cql", {}, {}), "iql": ("IQL", "iql", {}, {}), "td3bc": ("TD3+BC", "td3+bc", {}, {}),
     "cql-lr-10": ("CQL, lr 3e-3", "cql", {}, dict(lr_times=10.)), "cql-lr-0.1": ("CQL, lr 3e-5", "cql", {}, dict(lr_times=0.1)),
-    "iql-512": ("IQL, width 512", "iql", dict(width=512), {}), "iql-1024": ("IQL, width 1024", "iql", dict(width=1024), {}),
+    "iql-512": ("IQL, width 512", "iql", dict(hidden=512), {}), "iql-1024": ("IQL, width 1024", "iql", dict(hidden=1024), {}),
     "discrete-bc": ("BC", "discrete-bc", {}, {}), "discrete-cql": ("CQL", "discrete-cql", {}, dict(lr=6.25e-5)), "bcq": ("BCQ", "bcq", {}, dict(lr=6.25e-5)), "nfq": ("NFQ", "nfq", {}, dict(lr=6.25e-5)),
 }
 
-# %% ../../nbs/09b_recipes.lamo.ipynb #e33a6ab1
+# %% ../../nbs/09b_recipes.lamo.ipynb #5a89e79a
 ATARI_NET = dict(r=32, split=False)
 TASKS = {     # Offline's fields, LMConfig's fields, episodes a target
     "hopper": (dict(targets=(1800., 3600.)), dict(embed="linear"), 20), "halfcheetah": (dict(targets=(8000., 12000.)), {}, 20), "walker2d": (dict(targets=(2500., 5000.)), {}, 20),
     "ant": (dict(targets=(3000., 6000.)), {}, 20),      # assumed
     "reacher2d": (dict(targets=(40., 76.), K=5, episodes=50, steps=37_500, points=15, last=1 / 3), {}, 20),
     "kitchen": (dict(targets=(4., 5.), episodes=100), {}, 20),
-    "breakout": (dict(targets=(90., 120.), K=30, batch=128, lr=1e-3, weight_decay=1e-2, steps=50_000, points=20, episodes=100, limit=200), ATARI_NET, 5),
-    "qbert": (dict(targets=(14000.,), K=30, batch=128, lr=1e-3, weight_decay=1e-5, episodes=100, limit=200), ATARI_NET, 5),
-    "pong": (dict(targets=(10., 20.), K=30, batch=128, lr=3e-4, weight_decay=1e-1, episodes=100, limit=200), ATARI_NET, 5),
+    "breakout": (dict(targets=(90., 120.), K=30, batch=128, lr=1e-3, weight_decay=1e-2, steps=50_000, points=20, episodes=100, limit=4096), ATARI_NET, 5),
+    "qbert": (dict(targets=(14000.,), K=30, batch=128, lr=1e-3, weight_decay=1e-5, episodes=100, limit=4096), ATARI_NET, 5),
+    "pong": (dict(targets=(10., 20.), K=30, batch=128, lr=3e-4, weight_decay=1e-1, episodes=100, limit=4096), ATARI_NET, 5),
 }
 PICTURES = ("breakout", "qbert", "pong")
 
@@ -74,7 +74,7 @@ def offline_recipe(arm, family, quality="medium", ratio=1.0, **kw):
         x = Offline(learner, tuple(model.items()), **{**{k: v for k, v in task.items() if k in ("episodes", "limit")}, **VALUE, **own, **cell})
     return Recipe(LAMO, family, label, key, None, eval_episodes=n, offline=x, **kw)
 
-# %% ../../nbs/09b_recipes.lamo.ipynb #41d13187
+# %% ../../nbs/09b_recipes.lamo.ipynb #73a9100e
 MAIN = (("hopper", 0.01), ("hopper", 0.1), ("walker2d", 0.01), ("walker2d", 0.1), ("reacher2d", 0.1))
 SMALL = (("hopper", 0.01), ("walker2d", 0.01), ("reacher2d", 0.1))
 MLP = (("walker2d", 0.01), ("walker2d", 0.1), ("reacher2d", 0.1))      # hopper's embeddings are linear in LaMo itself
@@ -89,7 +89,7 @@ LAPTOP = {     # arms -> cells (family, ratio[, quality])
     ("dt-lr-10", "dt-wd-10", "cql-lr-10", "cql-lr-0.1"): (("hopper", 0.01),), ("iql-512", "iql-1024"): (("hopper", 1.0),), ("iql",): (("hopper", 1.0),),
     ("mlp",): (("hopper", 0.01), ("hopper", 0.1)),
     ("drop-best", "lam-1"): (("hopper", 0.01),),
-    ("lamo", "dt", "discrete-bc", "discrete-cql"): (("pong", 1.0),),
+    ("lamo", "dt", "discrete-bc", "discrete-cql"): (("breakout", 1.0),),
 }
 _laptop = {(a, c[0], c[2] if len(c) > 2 else "medium", c[1]) for arms, cells in LAPTOP.items() for a in arms for c in cells}
 
