@@ -377,7 +377,7 @@ def prompt_change(e, scale, key="ranking", seed=0):
     fig.suptitle(f"{found[0]['recipe'].family}, {found[0]['label']}: normalised entries of the prompt", fontsize=10)
     return fig
 
-# %% ../nbs/10_results.ipynb #db7c1a23
+# %% ../nbs/10_results.ipynb #aa640364
 def save_figure(fig, numbers, paper, scale, name):
     "PDF, PNG and the plotted numbers side by side."
     folder = figures_dir(paper)/scale
@@ -396,7 +396,7 @@ def save_table(t, paper, scale, name, caption, shown=None):
     "Markdown, CSV (every number) and LaTeX; `shown`: what is printed, else the table of methods and families."
     folder = figures_dir(paper)/scale; p = printed(t) if shown is None else shown; flat = one_level(p)
     write_atomic(folder/f"{name}.csv", t.round(3).to_csv(index=False).encode())
-    write_atomic(folder/f"{name}.md", (flat.to_markdown(index=False) + f"\n\n{caption}\n").encode())
+    write_atomic(folder/f"{name}.md", (flat.to_markdown(index=False, disable_numparse=shown is not None) + f"\n\n{caption}\n").encode())
     tex = flat.map(lambda x: str(x).replace("±", r"$\pm$").replace("%", r"\%").replace("_", r"\_"))
     write_atomic(folder/f"{name}.tex", ("\\begin{tabular}{" + "l" * p.index.nlevels + "r" * p.shape[1] + "}\n" + " & ".join(tex.columns) + r" \\" + "\n\\hline\n" + "\n".join(" & ".join(r) + r" \\" for r in tex.to_numpy()) + "\n\\end{tabular}\n").encode())
     return p
@@ -431,7 +431,7 @@ def overview(paper, scale) -> pd.DataFrame:
         rows.append(dict(exhibit=e.id, title=e.title, claim=e.claim, status=f"cannot be made: {e.unknown}" if e.unknown else "needs no run of its own" if not e.recipes else f"{s['done']} of {s['total']} runs" + (f", {len(s['failed'])} failed" if s["failed"] else "") + lacks(e, scale)))
     return pd.DataFrame(rows).set_index("exhibit")
 
-# %% ../nbs/10_results.ipynb #6c5032b1
+# %% ../nbs/10_results.ipynb #8a2203d2
 OFFLINE = dict(offline=("training of policies", "LaMo's code"), pixels=("training of policies, pictures", "LaMo's code"), value=("training of baselines", "CORL (Atari: d3rlpy)"), text=("pre-training on text", "synthetic pre-training's code"))
 
 def parts_of(r):
@@ -453,8 +453,8 @@ def deviations(paper, scale) -> pd.DataFrame:
         for (part, a, given), (_, b, _) in zip(*(parts_of(rc.resolve(r, s)) for s in ("paper", scale))):
             for k in a:
                 if k != "hyper" and a[k] != b[k]: out.setdefault((part, k, given), (set(), set()))[0].add(a[k]); out[part, k, given][1].add(b[k])
-    join = lambda s: ", ".join(str(float(f"{x:.4g}") if isinstance(x, float) else x) for x in sorted(s, key=str)); order = list(dict.fromkeys(g for g, _, _ in out))
-    return pd.DataFrame([dict(part=g, field=k, paper_scale=join(a), this_scale=join(b), source=source_of(g, k, given)) for (g, k, given), (a, b) in sorted(out.items(), key=lambda x: order.index(x[0][0]))])
+    join = lambda s: ", ".join(str(float(f"{x:.4g}") if isinstance(x, float) else x) for x in sorted(s, key=str))
+    return pd.DataFrame([dict(part=g, field=k, paper_scale=join(a), this_scale=join(b), source=source_of(g, k, given)) for (g, k, given), (a, b) in out.items()])
 
 def provenance(paper, scale) -> pd.DataFrame:
     "Where the shown numbers come from: commits, devices, threads, versions, hours."

@@ -94,7 +94,7 @@ def _job_command(j, given, name):
     if not missing: write_json(stamp(j, seed, scale), {run: read_json(record_path(r.paper, run))["status"] for r, run in runs_of(j, scale, seed)})
     if missing: raise PromptnbError(f"{len(missing)} of {len(j.recipes)} runs of {job} failed: {missing[0]}")
 
-# %% ../nbs/12_run.ipynb #c469b6ff
+# %% ../nbs/12_run.ipynb #76fb4f8e
 @dataclass(frozen=True)
 class Rule:
     "One Snakemake rule."
@@ -105,13 +105,14 @@ class Rule:
     params: dict
     threads: int = 1
 
-def chosen(paper, exhibit_ids=()):
-    "The runnable exhibits asked for (default: all)."
+def chosen(paper, exhibit_ids=(), scale=None):
+    "The runnable exhibits asked for (default: all that are made at the scale)."
     check_choice(paper, rc.PAPERS, "paper"); every = {e.id: e for e in rc.exhibits(paper)}
     for i in exhibit_ids:
         check_choice(i, every, "exhibit")
         if every[i].unknown: raise PromptnbError(f"exhibit '{i}' cannot be made: {every[i].unknown}")
-    return [e for e in every.values() if not e.unknown and (not exhibit_ids or e.id in exhibit_ids)]
+        if not rc.run_at(every[i], scale): raise PromptnbError(f"exhibit '{i}' is made at {' and '.join(every[i].only)} scale only: --scale {every[i].only[0]}")
+    return [e for e in every.values() if not e.unknown and rc.run_at(e, scale) and (not exhibit_ids or e.id in exhibit_ids)]
 
 def within_reach(lm):
     "Can a language model be had: one of ours, a folder, in the hub's cache, or from the hub?"
@@ -137,7 +138,7 @@ def with_extras(exhibits, asked, families=(), scale=None):
 
 def wanted_jobs(paper, exhibit_ids=(), families=(), scale=None):
     "The jobs that the exhibits need: owners of their recipes and of those recipes' policies."
-    want = {r.id for e in chosen(paper, exhibit_ids) for r in rc.recipes_of(e, scale) if not families or r.family in families}
+    want = {r.id for e in chosen(paper, exhibit_ids, scale) for r in rc.recipes_of(e, scale) if not families or r.family in families}
     pre = {rc.RECIPES[i].pretrain for i in want}
     return [j for j in rc.jobs(paper).values() if (j.kind != "pretrain" and want & set(j.recipes)) or (j.kind == "pretrain" and pre & {rc.RECIPES[i].pretrain for i in j.recipes})]
 
@@ -276,10 +277,10 @@ def expected(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, fami
     core = sum(map(sum, stages.values())) / 60; whence = "; ".join(f"{many(n, 'run')} {w}" for w, n in sources.items())
     return f"expected: {span(stages, sources, cores or os.cpu_count())}{more} ({sources.total()} of {many(total, 'run')} to do, {core:,.{int(core < 1)}f} core-minutes; {whence})"
 
-# %% ../nbs/12_run.ipynb #c1db662e
+# %% ../nbs/12_run.ipynb #7c8fbd85
 def run(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, families=(), accelerator="auto", dry=False, profile="local"):
     "Hand the plan to Snakemake; returns its exit status. A second call finds nothing to do."
-    exhibit_ids = want = with_extras([e for e in chosen(paper, exhibit_ids) if exhibit_ids or rc.recipes_of(e, scale)], bool(exhibit_ids), families, scale)
+    exhibit_ids = want = with_extras([e for e in chosen(paper, exhibit_ids, scale) if exhibit_ids or rc.recipes_of(e, scale)], bool(exhibit_ids), families, scale)
     rules = plan(paper, exhibit_ids, scale, seeds, families, accelerator)
     if accelerator == "cuda": from promptnb.train import pick_device; pick_device(accelerator)
     cfg = dict(paper=paper, exhibits=",".join(want), scale=scale, seeds=",".join(map(str, seeds)) if seeds is not None else "all", families=",".join(families) or "all", accelerator=accelerator)
@@ -291,7 +292,7 @@ def run(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, families=
         print(expected(paper, exhibit_ids, scale, seeds, cores, families, accelerator, rules), flush=True)
         return subprocess.run(cmd, env=dict(os.environ, PYTHONUNBUFFERED="1", PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")).returncode
 
-# %% ../nbs/12_run.ipynb #8d13cf7b
+# %% ../nbs/12_run.ipynb #1270f85e
 def cmd_list(a):
     "Papers, exhibits and how many runs each takes."
     for p, title in rc.PAPERS.items():
@@ -336,13 +337,13 @@ def pairs(p):
 def cmd_job(a): job_command(**{**dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads), **pairs(a.p)})
 
 def cmd_render(a):
-    ids = [e.id for e in chosen(a.paper, a.exhibit)]
+    ids = [e.id for e in chosen(a.paper, a.exhibit, a.scale)]
     out = execute(root()/f"nbs/papers/{a.paper}.ipynb", dict(scale=a.scale, exhibits=",".join(ids), partial=a.partial), runs_dir()/"notebooks"/f"{a.scale}.{a.paper}.ipynb", stream=False)
     print(f"tables and figures: {figures_dir(a.paper)/a.scale}\nnotebook, run: {out}")
     for t in sorted((figures_dir(a.paper)/a.scale).glob("*.md")):
         if t.stem in ids: print(f"\n{t.stem}\n{t.read_text()}")
 
-# %% ../nbs/12_run.ipynb #3c6e10c2
+# %% ../nbs/12_run.ipynb #2d5a37b3
 def cmd_film(a):
     from promptnb.jobs import film
     print(film(check_choice(a.recipe, rc.RECIPES, "recipe"), check_choice(a.scale, rc.SCALES, "scale"), a.seed, a.task))
@@ -355,6 +356,7 @@ def cmd_status(a):
     done = functools.cache(finished)      # many exhibits, the same runs
     for e in rc.exhibits(check_choice(a.paper, rc.PAPERS, "paper")):
         if e.unknown: print(f"{e.id:14s} cannot be made: {e.unknown}"); continue
+        if not rc.run_at(e, a.scale): print(f"{e.id:14s} at {' and '.join(e.only)} scale only"); continue
         s, (stages, sources, _) = results.status(e, a.scale), forecast(a.paper, [e.id], a.scale, done=done)
         print(f"{e.id:14s} {s['done']}/{s['total']} runs" + (f", {s['stale']} stale" if s["stale"] else "") + (f", expected {span(stages, sources, os.cpu_count())} ({many(sources.total(), 'run')} to do)" if sources else "") + (f", {len(s['failed'])} failed: {s['failed'][0]}" if s["failed"] else ""))
 

@@ -19,8 +19,9 @@ __all__ = ['MAIN', 'COLUMNS', 'ELSEWHERE', 'LOOK', 'LADDER', 'WHOLE', 'EVERY', '
            'labels_of', 'cells_of', 'named', 'left_out', 'frame', 'last', 'grid_of', 'metric_of', 'published', 'ours',
            'row_of', 'shared', 'averages', 'tidy', 'in_words', 'printed', 'table', 'params', 'references', 'style',
            'wrap', 'in_order', 'legend', 'lines', 'curves', 'progress', 'language', 'trunk_name', 'texts', 'one_text',
-           'ratio', 'domain', 'domains', 'targets', 'rungs', 'climb', 'gains', 'say_share', 'waterfall', 'share',
-           'against', 'verdicts', 'say', 'answer', 'pretraining_verdict', 'language_verdict', 'caption']
+           'spread', 'ratio', 'domain', 'domains', 'targets', 'rungs', 'climb', 'gains', 'say_share', 'waterfall',
+           'share', 'against', 'verdicts', 'say', 'answer', 'pretraining_verdict', 'language_verdict', 'caption',
+           'show']
 
 # %% ../nbs/10a_scores.ipynb #ec288afa
 def label_of(e, r): return e.labels.get(r.id, r.method)
@@ -228,7 +229,14 @@ def one_text(ax, name, m, s):
     if m["kind"] == "chain": ax.axhline(entropy, color=s["color"], lw=1, ls=":", label="entropy of the chain")
     return dict(trunk=name, steps=m["steps"], train=y[-1], held=m["held"], uniform=m["uniform"], entropy=entropy)
 
-# %% ../nbs/10a_scores.ipynb #88c96616
+# %% ../nbs/10a_scores.ipynb #274515b6
+def spread(shares):
+    "Shares of the data far enough apart to be written under a logarithmic axis."
+    at = []
+    for v in sorted(set(shares)):
+        if not at or v > 1.5 * at[-1]: at.append(v)
+    return at
+
 def ratio(e, scale, seeds=None, partial=False):
     "Score against the share of the data, a panel a data set: ours, mean and range over seeds; published dotted."
     df, rep, out = frame(e, scale, seeds, partial), reported(e.paper), []; df, rep = df[df.metric == "score"], rep[rep.exhibit == e.reported]
@@ -237,7 +245,7 @@ def ratio(e, scale, seeds=None, partial=False):
     for ax, s in zip(axes, sets):
         if (here := df[df.data == s]).size: out.append(lines(ax, here, "share").assign(data=s))
         for m, d in rep[rep.data == s].sort_values("share").groupby("method"): ax.plot(d.share, d.value, ":", marker=style(m)["marker"], mfc="none", ms=4, lw=1.2, color=style(m)["color"], label=f"{m}, published"); out.append(d[["method", "share", "value", "data"]].rename(columns=dict(method="label", value="reported")))
-        ax.set(title=s + ("" if here.size else " (published only)"), xlabel="share of the data, %", xscale="log"); ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        ax.set(title=s + ("" if here.size else " (published only)"), xlabel="share of the data, %", xscale="log"); ax.set_xticks(at := spread([*rep[rep.data == s].share, *here.share]), [f"{v:g}" for v in at]); ax.minorticks_off()
     axes[0].set_ylabel("score"); legend(fig, axes, 3)
     return fig, pd.concat(out)
 
@@ -255,7 +263,7 @@ def domains(e, scale, seeds=None, partial=False):
             x, pub, color = (grid_of(w, m)[both].dropna().mean(axis=1) if m in who and both else pd.Series(dtype=float)), rep.get((f"average {name.lower()}", m), np.nan), style(m)["color"]
             ax.bar(i, pub, 0.8, fill=False, ec=color, ls=":", lw=1.5); ax.bar(i, x.mean(), 0.55, color=color, alpha=0.65); ax.plot([i] * len(x), x, "k.", ms=4)
             out.append(dict(domain=name, method=m, mean=x.mean(), std=x.std(), n=len(x), cells=named(both), reported=pub))
-        ax.set(title=f"{name}: {len(both)} cells (paper: {len([c for c in cells if 'expert' not in c])})", xticks=range(len(methods)), xticklabels=methods); ax.grid(axis="x", visible=False)
+        ax.set(title=f"{name}: {len(both)} of our cells,\n{len([c for c in cells if 'expert' not in c])} of the paper", xticks=range(len(methods)), xticklabels=methods); ax.grid(axis="x", visible=False)
     axes[0].set_ylabel("score (hollow: published)")
     return fig, pd.DataFrame(out)
 
@@ -363,7 +371,7 @@ def language_verdict(e, scale, seeds=None, partial=True, kept="LaMo", lost="LaMo
         out.append(f"{v['cell']} ({v['n']} seed{'s' * (v['n'] != 1)}): {start:.2f} nats before; {a:.2f} with the language loss, {b:.2f} without: it {word}.")
     return "\n".join(out) or "no runs yet"
 
-# %% ../nbs/10a_scores.ipynb #f48cfaf7
+# %% ../nbs/10a_scores.ipynb #05475c7c
 DRAW = dict(scores=table, params=params, references=references, progress=progress, language=language, texts=texts, ratio=ratio, domains=domains, targets=targets, share=share)
 READ = dict(scores="Ours: mean ± std over seeds, n where not all seeds are there; below it the IQM over seeds with its 95 % bootstrap interval; '-': not at this scale. ", params="Total, trainable, and of these LoRA's. ",
             progress="Mean and range over seeds; short dotted marks at the right: published mean of the last 20 %, where known. ", language="Mean and range over seeds. ", texts="Lines: training; crosses: held out. ",
@@ -374,3 +382,11 @@ def caption(e, scale, t=None):
     "Protocol, how to read it, what the mean is over, what this scale leaves out."
     over = "" if t is None or "cell" not in t or "source" not in t else next((f"Mean {s}. " for s in t[t.cell.str.startswith("mean of")].source), "")
     return f"{e.title}, {scale} scale. {e.protocol} {READ.get(e.kind, '')}{over}{left_out(e, scale)}".strip()
+
+def show(e, scale, wanted, partial=False):
+    "In a notebook: an exhibit, made and saved, and its caption."
+    from IPython.display import Markdown, display
+    from matplotlib.pyplot import close
+    if e.id not in wanted: return print("not asked for")
+    shown = results.make(e, scale, partial=partial); display(shown, Markdown(caption(e, scale, tidy(e, scale, partial=partial) if e.kind == "scores" else None)))
+    if not isinstance(shown, pd.DataFrame): close(shown)

@@ -107,7 +107,7 @@ REACHER = [("reacher2d", r) for r in (0.1, 0.3, 1.0)]
 ATARI = [(f, r) for f in PICTURES for r in (0.1, 1.0)]
 ABLATED = [("hopper", 0.01), ("halfcheetah", 0.01), ("walker2d", 0.01), ("reacher2d", 0.1), ("kitchen", 0.1, "partial"), ("kitchen", 0.5, "complete")] + [(f, 0.1) for f in PICTURES]
 
-# %% ../../nbs/09b_recipes.lamo.ipynb #f76b5c5f
+# %% ../../nbs/09b_recipes.lamo.ipynb #dadc5ebd
 _P = "Normalised score (D4RL's references; Atari: a human's), mean of the evaluations in the last part of training, of the best of the return targets; `promptnb render lamo` also writes best checkpoint and every target. "
 _D = "The data are ours: collected from our own policies, not D4RL's. Published numbers belong to D4RL's data."
 _HUB = "weights that only the hub has"
@@ -143,7 +143,7 @@ _made = [
     _exhibit("texts", "What the trunks have learnt before", "ours: held-out loss of every pre-trained trunk beside the chain's entropy", "texts", grid(("iid", "chain", "lamo", "early", "shuffled"), [("hopper", 0.01)]), "Cross-entropy in nats a token on held-out sequences."),
     _exhibit("targets", "Every return target", "ours: the score by initial return-to-go", "targets", grid(("dt", "random", "lamo"), MAIN), "Score of each target, mean of the last evaluations."),
     _exhibit("switches", "Defects of the released code, as switches", "ours: dropping the best trajectory, lambda = 1", "scores", grid(("lamo", "drop-best", "lam-1"), [("hopper", 0.01)]), reported="table3"),
-    _exhibit("gpt2", "LaMo on GPT-2's own weights", "ours: the paper's trunk, where the hub or a cache has it", "scores", grid(("gpt2", "lamo", "random", "dt"), DENSE + REACHER), reported="table3"),
+    _exhibit("gpt2", "LaMo on GPT-2's own weights", "ours: the paper's trunk, where the hub or a cache has it", "scores", grid(("gpt2", "lamo", "random", "dt"), DENSE + REACHER), reported="table3", only=("paper",)),
 ]
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #f14a779e
