@@ -16,14 +16,14 @@ from .results import axes_for, compare, load, nothing, plus_minus, reported, run
 
 # %% auto #0
 __all__ = ['MAIN', 'COLUMNS', 'ELSEWHERE', 'LOOK', 'LADDER', 'WHOLE', 'EVERY', 'VERDICT', 'QUESTIONS', 'DRAW', 'READ', 'label_of',
-           'labels_of', 'cells_of', 'named', 'left_out', 'frame', 'last', 'grid_of', 'metric_of', 'published', 'ours',
-           'row_of', 'shared', 'averages', 'tidy', 'in_words', 'printed', 'table', 'params', 'references', 'style',
-           'wrap', 'in_order', 'legend', 'lines', 'curves', 'progress', 'language', 'trunk_name', 'texts', 'one_text',
-           'spread', 'ratio', 'domain', 'domains', 'targets', 'rungs', 'climb', 'gains', 'say_share', 'waterfall',
-           'share', 'against', 'verdicts', 'say', 'answer', 'pretraining_verdict', 'language_verdict', 'caption',
-           'show']
+           'labels_of', 'cells_of', 'named', 'counted', 'left_out', 'frame', 'last', 'grid_of', 'metric_of',
+           'published', 'ours', 'row_of', 'shared', 'averages', 'tidy', 'in_words', 'printed', 'table', 'params',
+           'references', 'style', 'wrap', 'in_order', 'legend', 'lines', 'curves', 'progress', 'language', 'trunk_name',
+           'texts', 'one_text', 'spread', 'ratio', 'domain', 'domains', 'targets', 'rungs', 'climb', 'gains',
+           'say_share', 'waterfall', 'share', 'against', 'verdicts', 'say', 'answer', 'pretraining_verdict',
+           'language_verdict', 'caption', 'show']
 
-# %% ../nbs/10a_scores.ipynb #ec288afa
+# %% ../nbs/10a_scores.ipynb #451bc663
 def label_of(e, r): return e.labels.get(r.id, r.method)
 def labels_of(e, scale=None): return list(dict.fromkeys(label_of(e, r) for r in rc.recipes_of(e, scale)))
 def cells_of(e, scale=None): return list(dict.fromkeys(r.cell for r in rc.recipes_of(e, scale)))
@@ -33,6 +33,8 @@ def named(cells):
     sets = {}
     for c in cells: name, share = c.rsplit(" ", 1); sets.setdefault(name, []).append(share)
     return "; ".join(f"{name} {', '.join(s)}" for name, s in sets.items())
+
+def counted(n, what="seed"): return f"{n} {what}" + ("s" if n != 1 else "")
 
 def left_out(e, scale):
     "What of an exhibit's grid this scale does not run, in one line; '' if it runs all."
@@ -60,7 +62,7 @@ def grid_of(w, label, metric="score"):
     if metric not in w or label not in w.index.unique("label"): return pd.DataFrame()
     return w[metric].xs(label, level="label").unstack("cell").dropna(axis=1, how="all").sort_index()
 
-# %% ../nbs/10a_scores.ipynb #b6766a73
+# %% ../nbs/10a_scores.ipynb #2b33a74a
 MAIN = ("table1", "table2", "table3", "table15", "table16")
 COLUMNS = ["cell", "method", "mean", "std", "n", "iqm", "lo", "hi", "best", "own", "worst", "reported", "reported_std", "difference", "trainable", "total", "note", "source"]
 ELSEWHERE = "not at this scale"
@@ -100,10 +102,10 @@ def averages(w, t, metric):
     return pd.DataFrame(out, columns=COLUMNS)
 
 def tidy(e, scale, seeds=None, partial=False):
-    "One row a cell and method, every number; then the means over the shared cells."
+    "One row a cell and method, every number; then the means over the shared cells. A scale that runs no cell shows the published ones."
     w, rs, rep = last(frame(e, scale, seeds, partial)), runs(e, scale, seeds), reported(e.paper); here = {}
     for r in rs: here.setdefault((r["recipe"].cell, r["label"]), []).append(r)
-    t = pd.DataFrame([row_of(w, e, c, l, here.get((c, l), []), published(rep, e, l, c)) for c in cells_of(e, scale) for r in rc.recipes_of(e) if r.cell == c for l in [label_of(e, r)]], columns=COLUMNS)
+    t = pd.DataFrame([row_of(w, e, c, l, here.get((c, l), []), published(rep, e, l, c)) for c in cells_of(e, scale) or cells_of(e) for r in rc.recipes_of(e) if r.cell == c for l in [label_of(e, r)]], columns=COLUMNS)
     if len(a := averages(w, t, metric_of(e))): t = pd.concat([t.astype(object), a.astype(object)], ignore_index=True).infer_objects()
     return t.assign(difference=t["mean"].astype(float) - t.reported.astype(float))
 
@@ -178,7 +180,7 @@ def lines(ax, d, x="step"):
     if not len(g): nothing(ax)
     return g
 
-# %% ../nbs/10a_scores.ipynb #87be9d02
+# %% ../nbs/10a_scores.ipynb #d6a1cfb5
 def curves(e, scale, metric, seeds=None, partial=False):
     "{(cell, learner): rows of a metric}, for every cell that this scale runs."
     df, learner = frame(e, scale, seeds, partial), {(r.cell, label_of(e, r)): r.offline.learner for r in rc.recipes_of(e, scale)}; df = df[df.metric == metric]
@@ -192,7 +194,9 @@ def progress(e, scale, seeds=None, partial=False):
     for ax, ((cell, learner), d) in zip(axes, found.items()):
         mine = [label_of(e, r) for r in rc.recipes_of(e) if r.cell == cell and r.offline.learner == learner]
         out.append(lines(ax, d).assign(cell=cell)); ax.set(title=cell + (f": {in_order(mine)[0]}" if cells.count(cell) > 1 else ""), xlabel="updates")
-        for _, p in rep[(rep.family == cell) & rep.method.isin(mine)].iterrows(): ax.axhline(p.value, xmin=0.9, color=style(p.method)["color"], lw=2.5, ls=(0, (1, 0.6))); out.append(pd.DataFrame([dict(label=p.method, cell=cell, reported=p.value)]))
+        for _, p in rep[(rep.family == cell) & rep.method.isin(mine)].iterrows():
+            out.append(pd.DataFrame([dict(label=p.method, cell=cell, reported=p.value)]))
+            if len(d): ax.axhline(p.value, xmin=0.9, color=style(p.method)["color"], lw=2.5, ls=(0, (1, 0.6)), label=None if p.method in set(d.label) else f"{p.method}, published only")
     axes[0].set_ylabel("score"); legend(fig, axes)
     return fig, pd.concat(out) if out else pd.DataFrame()
 
@@ -229,7 +233,7 @@ def one_text(ax, name, m, s):
     if m["kind"] == "chain": ax.axhline(entropy, color=s["color"], lw=1, ls=":", label="entropy of the chain")
     return dict(trunk=name, steps=m["steps"], train=y[-1], held=m["held"], uniform=m["uniform"], entropy=entropy)
 
-# %% ../nbs/10a_scores.ipynb #274515b6
+# %% ../nbs/10a_scores.ipynb #cdcc7865
 def spread(shares):
     "Shares of the data far enough apart to be written under a logarithmic axis."
     at = []
@@ -263,7 +267,7 @@ def domains(e, scale, seeds=None, partial=False):
             x, pub, color = (grid_of(w, m)[both].dropna().mean(axis=1) if m in who and both else pd.Series(dtype=float)), rep.get((f"average {name.lower()}", m), np.nan), style(m)["color"]
             ax.bar(i, pub, 0.8, fill=False, ec=color, ls=":", lw=1.5); ax.bar(i, x.mean(), 0.55, color=color, alpha=0.65); ax.plot([i] * len(x), x, "k.", ms=4)
             out.append(dict(domain=name, method=m, mean=x.mean(), std=x.std(), n=len(x), cells=named(both), reported=pub))
-        ax.set(title=f"{name}: {len(both)} of our cells,\n{len([c for c in cells if 'expert' not in c])} of the paper", xticks=range(len(methods)), xticklabels=methods); ax.grid(axis="x", visible=False)
+        ax.set(title=f"{name}: {counted(len(both), 'cell')} of ours,\n{len([c for c in cells if 'expert' not in c])} of the paper", xticks=range(len(methods)), xticklabels=methods); ax.grid(axis="x", visible=False)
     axes[0].set_ylabel("score (hollow: published)")
     return fig, pd.DataFrame(out)
 
@@ -280,7 +284,7 @@ def targets(e, scale, seeds=None, partial=False):
     axes[0].set_ylabel("score"); legend(fig, axes)
     return fig, pd.concat(out) if out else pd.DataFrame()
 
-# %% ../nbs/10a_scores.ipynb #71642d73
+# %% ../nbs/10a_scores.ipynb #8c51dfc1
 LADDER = {rc.lamo.ARMS[k][0]: what for k, what in {"dt": "DT", "frozen-random": "random frozen trunk", "lora-random": "+ LoRA", "random": "+ MLP embeddings", "chain": "+ pre-training on a chain", "text": "English, not the chain", "lamo": "+ language loss"}.items()}
 WHOLE, EVERY = "LaMo minus DT", "all cells"
 
@@ -306,10 +310,10 @@ def say_share(t):
     out = []
     for cell, g in t.groupby("cell", sort=False):
         all_, steps = g[g.step == WHOLE].iloc[0], g[g.step != WHOLE]; parts = "; ".join(f"{r.step} {r.share:.0f} %" for _, r in steps.iterrows()) if all_.verdict == "better" else "no clear gain to share"
-        out.append(f"{cell} ({all_.n} seeds): {WHOLE} {all_.difference:+.1f} [{all_.lo:+.1f}, {all_.hi:+.1f}]: {parts}.")
+        out.append(f"{cell} ({counted(all_.n)}): {WHOLE} {all_.difference:+.1f} [{all_.lo:+.1f}, {all_.hi:+.1f}]: {parts}.")
     return "\n".join(out) or "no cell has all rungs yet"
 
-# %% ../nbs/10a_scores.ipynb #7ac30551
+# %% ../nbs/10a_scores.ipynb #77034701
 def waterfall(ax, g):
     "One ladder: from the level of one rung to that of the next; the line is the gain's 95 % interval."
     blue, orange = (sns.color_palette("colorblind")[i] for i in (0, 1)); steps, whole = g[g.step != WHOLE].reset_index(), g[g.step == WHOLE].iloc[0]
@@ -319,7 +323,7 @@ def waterfall(ax, g):
         if not pd.isna(r.lo): ax.plot([r.start + r.lo, r.start + r.hi], [i + 1] * 2, color="k", lw=1.2)
         ax.annotate(f"{r.difference:+.1f}" + ("" if pd.isna(r.share) else f" ({r.share:.0f} %)"), (max(r.start + np.nanmax([r.difference, 0, r.hi]), r.start), i + 1), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
     clear = f"{WHOLE}: {whole.difference:+.1f}" + ("" if pd.isna(whole.lo) else f" [{whole.lo:+.1f}, {whole.hi:+.1f}]") + ("" if whole.verdict == "better" else "\nno clear gain to share")
-    ax.set_title((f"mean of {whole.cells} cells" if g.cell.iloc[0] == EVERY else g.cell.iloc[0]) + f", {whole.n} seeds\n{clear}", fontsize=8); ax.set(xlabel="score"); ax.margins(x=0.16)
+    ax.set_title((f"mean of {whole.cells} cells" if g.cell.iloc[0] == EVERY else g.cell.iloc[0]) + f", {counted(whole.n)}\n{clear}", fontsize=8); ax.set(xlabel="score"); ax.margins(x=0.16)
 
 def share(e, scale, seeds=None, partial=False):
     "A waterfall from DT to LaMo: over all cells, and a panel a cell."
@@ -329,7 +333,7 @@ def share(e, scale, seeds=None, partial=False):
     else: nothing(axes[0], "no cell has all rungs yet")
     return fig, t
 
-# %% ../nbs/10a_scores.ipynb #3ed78e50
+# %% ../nbs/10a_scores.ipynb #1637d82c
 def against(w, a, b, metric="score"):
     "Rows of verdicts of arm a over arm b: every cell, then all."
     A, B = grid_of(w, a, metric), grid_of(w, b, metric); cells, seeds = [c for c in A if c in B], A.index.intersection(B.index); d = (A.loc[seeds, cells] - B.loc[seeds, cells]) if cells else pd.DataFrame()
@@ -343,9 +347,9 @@ def verdicts(e, scale, base="DT", seeds=None, partial=False, metric="score"):
     w = last(frame(e, scale, seeds, partial))
     return pd.DataFrame([v for l in labels_of(e, scale) if l != base for v in against(w, l, base, metric)], columns=VERDICT).sort_values("cell", key=lambda c: c.map({c: i for i, c in enumerate([*cells_of(e), EVERY])}), kind="stable", ignore_index=True)
 
-def say(v): return results.say(v.rename(columns=dict(cell="family")))
+def say(v): return results.say(v.rename(columns=dict(cell="family")).assign(method="'" + v.method + "'"))
 
-# %% ../nbs/10a_scores.ipynb #cae3dc4a
+# %% ../nbs/10a_scores.ipynb #8491de47
 QUESTIONS = (     # question, arm, against
     ("Did pre-training on text help?", "LaMo", "LaMo without pre-training"), ("Did it, with no language loss in either?", "LaMo without language loss", "LaMo without pre-training"),
     ("Is a Markov chain better than IID tokens?", "LaMo on the Markov chain", "LaMo on IID tokens"), ("Is English better than the chain?", "LaMo without language loss", "LaMo on the Markov chain"),
@@ -356,7 +360,7 @@ def answer(question, v):
     if not len(v): return f"{question} No runs yet."
     r, of = v.iloc[-1], lambda w: named(v[(v.verdict == w) & (v.cell != EVERY)].cell) or "no cell"; bounds = "one seed decides nothing" if pd.isna(r.lo) else f"95 % interval {r.lo:+.1f} to {r.hi:+.1f}"
     word = dict(better="Yes", worse="No, the opposite").get(r.verdict, "No clear difference"); where = f"over {r.cells} cells" if r.cell == EVERY else f"on {r.cell} (cells have no seed in common)" if len(v) > 1 else f"on {r.cell}"
-    return f"{question} {word}: '{r.method}' minus '{r.against}' is {r.difference:+.1f} {where}, {r.n} seed{'s' * (r.n != 1)}, {bounds}. Better on {of('better')}; worse on {of('worse')}."
+    return f"{question} {word}: '{r.method}' minus '{r.against}' is {r.difference:+.1f} {where}, {counted(r.n)}, {bounds}. Better on {of('better')}; worse on {of('worse')}."
 
 def pretraining_verdict(e, scale, seeds=None, partial=True):
     "One computed sentence a question."
@@ -368,10 +372,10 @@ def language_verdict(e, scale, seeds=None, partial=True, kept="LaMo", lost="LaMo
     for v in against(w, lost, kept, "lm_loss"):
         if v["cell"] == EVERY: continue
         start, (a, b) = df[(df.cell == v["cell"]) & (df.step == 0)].value.mean(), (grid_of(w, l, "lm_loss")[v["cell"]].mean() for l in (kept, lost)); word = dict(better="keeps more of the language model", worse="keeps less of it").get(v["verdict"], "makes no clear difference")
-        out.append(f"{v['cell']} ({v['n']} seed{'s' * (v['n'] != 1)}): {start:.2f} nats before; {a:.2f} with the language loss, {b:.2f} without: it {word}.")
+        out.append(f"{v['cell']} ({counted(v['n'])}): {start:.2f} nats before; {a:.2f} with the language loss, {b:.2f} without: it {word}.")
     return "\n".join(out) or "no runs yet"
 
-# %% ../nbs/10a_scores.ipynb #05475c7c
+# %% ../nbs/10a_scores.ipynb #aab804e1
 DRAW = dict(scores=table, params=params, references=references, progress=progress, language=language, texts=texts, ratio=ratio, domains=domains, targets=targets, share=share)
 READ = dict(scores="Ours: mean ± std over seeds, n where not all seeds are there; below it the IQM over seeds with its 95 % bootstrap interval; '-': not at this scale. ", params="Total, trainable, and of these LoRA's. ",
             progress="Mean and range over seeds; short dotted marks at the right: published mean of the last 20 %, where known. ", language="Mean and range over seeds. ", texts="Lines: training; crosses: held out. ",
@@ -387,6 +391,6 @@ def show(e, scale, wanted, partial=False):
     "In a notebook: an exhibit, made and saved, and its caption."
     from IPython.display import Markdown, display
     from matplotlib.pyplot import close
-    if e.id not in wanted: return print("not asked for")
+    if e.id not in wanted: return print(f"{e.id}: not asked for, or its weights cannot be had here")
     shown = results.make(e, scale, partial=partial); display(shown, Markdown(caption(e, scale, tidy(e, scale, partial=partial) if e.kind == "scores" else None)))
     if not isinstance(shown, pd.DataFrame): close(shown)

@@ -48,7 +48,7 @@ class Eye(nn.Module):
         self.net = nn.Sequential(*parts, nn.Flatten(), nn.Linear(n * math.prod(size), d), *[nn.Tanh()] * tanh, *[Residual(d, d)] * (embed == "mlp"))
     def forward(self, x): return self.net(x.flatten(0, -4) / 255).unflatten(0, x.shape[:-3]) if x.dtype == torch.uint8 else x
 
-# %% ../../nbs/03c_models.pixels.ipynb #bca656f2
+# %% ../../nbs/03c_models.pixels.ipynb #9d77f9fa
 @dataclass
 class Past:
     "Vectors (N, K, d) of the last window's pictures, and its last timestep."
@@ -64,6 +64,7 @@ class PixelLamo(LamoPolicy):
         super().__init__({f.name: getattr(c, f.name) for f in fields(LMConfig)} | dict(state_dim=1), K, rtg_scale)     # mean and std of pictures have one entry
         self.config, d = c, self.norm.normalized_shape[0]; self.embed["s"] = Eye(c.frames, d, c.embed, c.tanh_state)
         if self.head is not None: self.head = nn.Linear(d, c.act_dim)
+        if isinstance(p := getattr(self.lm.trunk, "wpe", None), nn.Embedding) and p.num_embeddings < 3 * K: raise PromptnbError(f"the trunk has {p.num_embeddings} positions, but windows of K={K} steps are {3 * K} tokens: use a smaller K, a trunk trained on longer text, or use_positions=False")
         self._hub_mixin_config = dict(model=asdict(c), K=K, rtg_scale=rtg_scale)
 
     def tokens(self, x: Steps):

@@ -91,7 +91,7 @@ def squares(q, y):
     "Mean squared error of each critic (2, B) from y (B,), summed over the two."
     return ((q - y) ** 2).mean(-1).sum()
 
-# %% ../../nbs/03b_models.value.ipynb #e3da3e16
+# %% ../../nbs/03b_models.value.ipynb #85520bad
 class Learner(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "offline-rl"]):
     "An offline learner that reads single states: (state_dim, act_dim, **fields). A subclass has `build`, `losses(batch)` and `choose(states)`."
     K, discrete, every = 1, False, 1                               # steps of history; scores of actions, or actions; steps a move of the targets
@@ -101,7 +101,7 @@ class Learner(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "offline-rl"]):
     depth: int = 2         # CORL: hidden layers
 
     def __init__(self, state_dim: int, act_dim: int, frames=(), **fields):
-        super().__init__(); self.state_dim, self.act_dim, self.frames, known = state_dim, act_dim, tuple(frames), self.fields()
+        super().__init__(); self.state_dim, self.act_dim, self.frames, known = state_dim, act_dim, tuple(frames), self.fields(); self.pictures = bool(frames)
         if self.frames and not self.discrete: raise PromptnbError(f"{type(self).__name__} reads flat states, but frames={self.frames} were given: the discrete learners read pictures")
         for n, v in fields.items():
             want = type(known[check_choice(n, known, f"field of {type(self).__name__}")])

@@ -149,7 +149,7 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #3107e284
+# %% ../../nbs/09_recipes.ipynb #2bb96b88
 SCALES = {
     "paper": {},
     "laptop": dict(
@@ -168,7 +168,7 @@ SCALES = {
         Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
         Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),
         hyper=dict(steps=2, prepare_steps=2, m=4, batches=1),
-        Text=dict(steps=4, warmup=2, seqs=2, length=32, n=32, vocab=300, files=8), sizes=dict(small=dict(layers=2, heads=1, width=16), medium=dict(layers=2, heads=1, width=32)),
+        Text=dict(steps=4, warmup=2, seqs=2, length=96, n=32, vocab=300, files=8), sizes=dict(small=dict(layers=2, heads=1, width=16), medium=dict(layers=2, heads=1, width=32)),
         learners={k: dict(steps=4, batch=2, lr=1e-3, warmup=2, points=2, last=0.5, tokens=16, episodes=4, limit=20) for k in ("lamo", "pixel-lamo", "value")},
         Offline={f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))}, offline=dict(eval_episodes=1)),
 }
