@@ -1,5 +1,5 @@
 "LaMo's recipes and its offline job: what the arms are, one run from data to record, kills, damage, no network, and the command line, at smoke scale."
-import atexit, functools, json, os, shutil, signal, socket, subprocess, sys, tempfile, time
+import atexit, functools, json, os, shutil, signal, socket, sys, tempfile, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ HOPPER = (-20.272305, 3234.3)                                           # D4RL's
 def _finished():
     tmp = Path(tempfile.mkdtemp(prefix="promptnb-lamo-")); atexit.register(shutil.rmtree, tmp, ignore_errors=True)
     home = new_home(tmp/"home"); p = cli(home, *RUN, "--cores", 1)
-    for name, quality in (("hopper", "medium"), ("hopper", "random")): collect.collect(name, quality, 4, threads=1, root=home/"data"/"minari", say=lambda *_: None)
+    collect.collect("hopper", "medium", 4, threads=1, root=home/"data"/"minari", say=lambda *_: None)
     return home, p
 
 def finished_home():
@@ -476,10 +476,8 @@ def test_diverged(home, monkeypatch, capsys):
     assert jobs.finished(bad, a["run_id"]) and not failed(home) and not list(home.glob("data/runs/offline/*lamo*/policy"))
     monkeypatch.setattr(offline, "fit", lambda *a, **k: pytest.fail("trained again")); assert [x["status"] for x in job()] == ["diverged", "ok"]
     from promptnb import results
-    e = rc.EXHIBITS[PAPER, "arms"]; monkeypatch.setattr(results.rc, "resolve", lambda r, scale: bad if r.id == bad.id else rc_resolve(r, scale)); s = results.status(e, "smoke")
+    resolve = rc.resolve; monkeypatch.setattr(rc, "resolve", lambda r, scale: bad if r.id == bad.id else resolve(r, scale)); s = results.status(rc.EXHIBITS[PAPER, "arms"], "smoke")
     assert s["failed"] == [f"{FAMILY} LaMo seed 0: diverged: {a['why']}"] and s["done"] == 1
-
-rc_resolve = rc.resolve
 
 def test_diverged_pretraining_of_a_trunk(home, monkeypatch, capfd):
     only(monkeypatch, at("lamo", text=replace(english(), lr=1e30, warmup=0))); assert not job(); x, = failed(home)
