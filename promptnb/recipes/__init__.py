@@ -61,7 +61,7 @@ class Tune:
     prompt_from: str = "test"     # whose trajectories the prompt is cut from; 'train': of a train task, for zero-shot
     score_episodes: int = 2       # online: episodes a query (released code)
 
-# %% ../../nbs/09_recipes.ipynb #8344c010
+# %% ../../nbs/09_recipes.ipynb #1ccaf702
 CORPORA = ("chain", "iid", "english", "shuffled")      # text that needs no network: models.lm.KINDS
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Offline:
     K: int = 20
     batch: int = 64
     steps: int = 100_000
+    steps_times: float = 1.0      # a control's factor of steps
     lr: float = 1e-4
     lr_times: float = 1.0         # a sweep's factor of lr
     weight_decay: float = 1e-5
@@ -149,7 +150,7 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #2bb96b88
+# %% ../../nbs/09_recipes.ipynb #786a8775
 SCALES = {
     "paper": {},
     "laptop": dict(
@@ -183,7 +184,8 @@ def resolve_offline(x: Offline, family, o) -> Offline:
     own = {**o.get("learners", {}).get(group, {}), **o.get("Offline", {}).get(family, {}), **o.get("Offline", {}).get((group, family), {})}
     text = x.text and replace(x.text, **o.get("Text", {}), **o.get("sizes", {}).get(x.text.size, {}))
     if text: text = replace(text, steps=max(1, round(text.part * text.steps)), part=1.0)
-    return replace(x, text=text, **own)
+    x = replace(x, text=text, **own)
+    return replace(x, steps=round(x.steps * x.steps_times), steps_times=1.0)
 
 def resolve(r: Recipe, scale: str) -> Recipe:
     "The recipe at a scale, every field final."
@@ -197,7 +199,7 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     return replace(r, pretrain=replace(r.pretrain, **{**o.get("Pretrain", {}), **o.get("papers", {}).get(r.paper, {}), **o.get("families", {}).get(r.family, {})}),
                    tune=replace(r.tune, hyper=tuple(hyper.items()), **{k: scaled(getattr(r.tune, k), v) for k, v in o.get("Tune", {}).items()}), **o.get("Recipe", {}))
 
-LATER = dict(ratio=1.0, ratio_seed=0, prompt_from="test", offline=None, only=())   # fields added since results were made, with the value under which they change nothing
+LATER = dict(ratio=1.0, ratio_seed=0, prompt_from="test", offline=None, only=(), steps_times=1.0)   # fields added since results were made, with the value under which they change nothing
 
 def digest(x) -> str:
     "Fingerprint of a recipe, or part of one. A field added later leaves old results valid where it says nothing."

@@ -13,7 +13,7 @@ __all__ = ['LAMO', 'DT', 'ARMS', 'VALUE', 'BASELINES', 'ATARI_NET', 'TASKS', 'PI
            'METHODS', 'DENSE', 'KITCHEN', 'OWN_KITCHEN', 'REACHER', 'ATARI', 'ABLATED', 'EXHIBITS', 'RECIPES', 'PAPERS',
            'offline_recipe', 'grid']
 
-# %% ../../nbs/09b_recipes.lamo.ipynb #cffb3817
+# %% ../../nbs/09b_recipes.lamo.ipynb #76a337aa
 LAMO = "lamo"
 DT = dict(layers=3, heads=1, width=128, vocab=1, activation="relu", train="full", embed="linear", norm_before_time=False, lam=0.)      # no token table: the published 7.3M parameters are mostly one that is not used
 ARMS = {     # label, what the trunk reads before, LMConfig's fields, Offline's fields
@@ -39,6 +39,7 @@ ARMS = {     # label, what the trunk reads before, LMConfig's fields, Offline's 
     "drop-best": ("LaMo, best trajectory dropped", Text(), {}, dict(drop_best=True)),
     "dt-lr-10": ("DT, lr 1e-3, wd 1e-4", None, DT, dict(weight_decay=1e-4, lr_times=10.)), "dt-wd-10": ("DT, lr 1e-4, wd 1e-3", None, DT, dict(weight_decay=1e-3)), "dt-wd-0.1": ("DT, lr 1e-4, wd 1e-5", None, DT, {}),
 }
+ARMS |= {f"{a}-long": (f"{ARMS[a][0]}, 4 x updates", *ARMS[a][1:3], dict(ARMS[a][3], steps_times=4.)) for a in ("dt", "dt-fair", "random", "lamo")}      # is a laptop's verdict one of too few updates?
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #dade0eed
 VALUE = dict(batch=256, K=1, steps=1_000_000, lr=3e-4, weight_decay=0., warmup=0, clip=1e9, points=200, last=0.02)      # CORL: a million updates, evaluated every 5,000; the last 20,000 as in LaMo's protocol
@@ -74,7 +75,7 @@ def offline_recipe(arm, family, quality="medium", ratio=1.0, **kw):
         x = Offline(learner, tuple(model.items()), **{**{k: v for k, v in task.items() if k in ("episodes", "limit")}, **VALUE, **own, **cell})
     return Recipe(LAMO, family, label, key, None, eval_episodes=n, offline=x, **kw)
 
-# %% ../../nbs/09b_recipes.lamo.ipynb #73a9100e
+# %% ../../nbs/09b_recipes.lamo.ipynb #326075c9
 MAIN = (("hopper", 0.01), ("hopper", 0.1), ("walker2d", 0.01), ("walker2d", 0.1), ("reacher2d", 0.1))
 SMALL = (("hopper", 0.01), ("walker2d", 0.01), ("reacher2d", 0.1))
 MLP = (("walker2d", 0.01), ("walker2d", 0.1), ("reacher2d", 0.1))      # hopper's embeddings are linear in LaMo itself
@@ -87,6 +88,7 @@ LAPTOP = {     # arms -> cells (family, ratio[, quality])
     ("lamo", "dt", "cql"): (("hopper", 0.005), ("hopper", 1.0), ("halfcheetah", 0.01), ("ant", 0.01), ("hopper", 0.01, "medium-replay"), ("hopper", 1.0, "medium-expert")),
     ("lamo", "text", "dt", "bc", "cql"): (("kitchen", 0.3, "expert"),), ("cql-lr-10", "cql-lr-0.1", "large"): (("kitchen", 0.3, "expert"),),
     ("dt-lr-10", "dt-wd-10", "cql-lr-10", "cql-lr-0.1"): (("hopper", 0.01),), ("iql-512", "iql-1024"): (("hopper", 1.0),), ("iql",): (("hopper", 1.0),),
+    ("dt-long", "dt-fair-long", "random-long", "lamo-long"): (("hopper", 0.01), ("walker2d", 0.01)),
     ("mlp",): (("hopper", 0.01), ("hopper", 0.1)),
     ("drop-best", "lam-1"): (("hopper", 0.01),),
     ("lamo", "dt", "discrete-bc", "discrete-cql"): (("breakout", 1.0),),
@@ -107,7 +109,7 @@ REACHER = [("reacher2d", r) for r in (0.1, 0.3, 1.0)]
 ATARI = [(f, r) for f in PICTURES for r in (0.1, 1.0)]
 ABLATED = [("hopper", 0.01), ("halfcheetah", 0.01), ("walker2d", 0.01), ("reacher2d", 0.1), ("kitchen", 0.1, "partial"), ("kitchen", 0.5, "complete")] + [(f, 0.1) for f in PICTURES]
 
-# %% ../../nbs/09b_recipes.lamo.ipynb #dadc5ebd
+# %% ../../nbs/09b_recipes.lamo.ipynb #334bd607
 _P = "Normalised score (D4RL's references; Atari: a human's), mean of the evaluations in the last part of training, of the best of the return targets; `promptnb render lamo` also writes best checkpoint and every target. "
 _D = "The data are ours: collected from our own policies, not D4RL's. Published numbers belong to D4RL's data."
 _HUB = "weights that only the hub has"
@@ -143,6 +145,7 @@ _made = [
     _exhibit("texts", "What the trunks have learnt before", "ours: held-out loss of every pre-trained trunk beside the chain's entropy", "texts", grid(("iid", "chain", "lamo", "early", "shuffled"), [("hopper", 0.01)]), "Cross-entropy in nats a token on held-out sequences."),
     _exhibit("targets", "Every return target", "ours: the score by initial return-to-go", "targets", grid(("dt", "random", "lamo"), MAIN), "Score of each target, mean of the last evaluations."),
     _exhibit("switches", "Defects of the released code, as switches", "ours: dropping the best trajectory, lambda = 1", "scores", grid(("lamo", "drop-best", "lam-1"), [("hopper", 0.01)]), reported="table3"),
+    _exhibit("longer", "Four times the updates", "ours: is the verdict one of too few updates?", "scores", grid(("dt", "dt-long", "dt-fair", "dt-fair-long", "random", "random-long", "lamo", "lamo-long"), [("hopper", 0.01), ("walker2d", 0.01)]), reported="table3"),
     _exhibit("gpt2", "LaMo on GPT-2's own weights", "ours: the paper's trunk, where the hub or a cache has it", "scores", grid(("gpt2", "lamo", "random", "dt"), DENSE + REACHER), reported="table3", only=("paper",)),
 ]
 
