@@ -150,7 +150,7 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #aa48430c
+# %% ../../nbs/09_recipes.ipynb #43804db9
 SCALES = {
     "paper": {},
     "laptop": dict(
@@ -163,7 +163,8 @@ SCALES = {
         Text=dict(steps=1000, lr=2e-3, warmup=100, seqs=16, length=128, n=2000, vocab=2048), sizes=dict(small=dict(layers=3, heads=1, width=128), medium=dict(layers=6, heads=2, width=192)),
         learners={"lamo": dict(steps=420, batch=8, lr=1e-3, warmup=40, points=3, last=0.5, precision="auto", tokens=64),
                   "pixel-lamo": dict(steps=150, batch=4, lr=1e-3, warmup=20, points=2, last=0.5, precision="auto", tokens=64),
-                  "value": dict(steps=2100, batch=64, points=3, last=0.5), "cql": dict(steps=1050, batch=32, points=3, last=0.5)},      # CQL's step costs ten times the others'
+                  "value": dict(steps=2100, batch=64, points=3, last=0.5), "cql": dict(steps=1050, batch=32, points=3, last=0.5),      # its step costs ten times the others'
+                  **{k: dict(steps=600, batch=32, points=3, last=0.5) for k in ("discrete-bc", "discrete-cql", "bcq", "nfq")}},
         Offline={("lamo", "reacher2d"): dict(batch=32), "kitchen": dict(episodes=20), **{f: dict(episodes=4, limit=1000) for f in ("breakout", "qbert", "pong")}}, offline=dict(eval_episodes=4), offline_families={"reacher2d": dict(eval_episodes=20)}),      # short episodes
     "smoke": dict(
         Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
