@@ -150,7 +150,7 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #43804db9
+# %% ../../nbs/09_recipes.ipynb #a05dedf5
 SCALES = {
     "paper": {},
     "laptop": dict(
@@ -160,7 +160,7 @@ SCALES = {
         papers={"prompt_diffuser": dict(width=128, layers=3)},
         Tune=dict(demo_batch=16, score_episodes=1), Recipe=dict(eval_episodes=6),
         hyper=dict(steps=0.25, prepare_steps=0.075, batches=1), online=dict(steps=2),
-        Text=dict(steps=1000, lr=2e-3, warmup=100, seqs=16, length=128, n=2000, vocab=2048), sizes=dict(small=dict(layers=3, heads=1, width=128), medium=dict(layers=6, heads=2, width=192)),
+        Text=dict(steps=1000, lr=2e-3, warmup=100, seqs=16, length=128, n=2000, vocab=2048), sizes=dict(small=dict(layers=3, heads=1, width=128), medium=dict(layers=4, heads=2, width=160)),
         learners={"lamo": dict(steps=420, batch=8, lr=1e-3, warmup=40, points=3, last=0.5, precision="auto", tokens=64),
                   "pixel-lamo": dict(steps=150, batch=4, lr=1e-3, warmup=20, points=2, last=0.5, precision="auto", tokens=64),
                   "value": dict(steps=2100, batch=64, points=3, last=0.5), "cql": dict(steps=1050, batch=32, points=3, last=0.5),      # its step costs ten times the others'
