@@ -14,8 +14,8 @@ from .core import PromptnbError, Row, check_choice, code_fingerprint, disk_error
 __all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 'record_path', 'code_of', 'code_of_run',
            'provenance', 'write_record', 'stored', 'train_store', 'new_policy', 'precision_of', 'evaluate_policy',
            'prompts_for', 'borrowed', 'train_demos', 'placed_on', 'policy_folder', 'load_policy', 'pretrain',
-           'read_jsonl', 'EnvScore', 'prepare', 'tune', 'tuned_folder', 'target_of', 'demo_prompt', 'placed_prompt',
-           'run_job', 'find_job', 'job_recipes', 'runs_of', 'finished', 'film']
+           'append_jsonl', 'read_jsonl', 'EnvScore', 'prepare', 'tune', 'tuned_folder', 'target_of', 'demo_prompt',
+           'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of', 'finished', 'film']
 
 # %% ../nbs/11_jobs.ipynb #4b46db31
 def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
@@ -118,7 +118,7 @@ def train_demos(p: rc.Pretrain, t: rc.Tune, policy, seed, device):
 
 def placed_on(demo, device): return replace(demo, prompt=demo.prompt.to(device), sampler=replace(demo.sampler, device=str(device)))
 
-# %% ../nbs/11_jobs.ipynb #2e0212ed
+# %% ../nbs/11_jobs.ipynb #54102903
 def policy_folder(p, seed, hashes): return runs_dir()/"policies"/f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_of('pretrain', p.family)])}.s{seed}"
 
 def load_policy(folder):
@@ -143,7 +143,7 @@ def pretrain(r: rc.Recipe, scale, seed, device, threads):
     demo = prompts_for(policy, p, rc.Tune(demos=1, demo_batch=1), seed)
     def curve(t):
         at, played = evaluate_policy([(policy.with_prompt(demo.prompt.to(device)), g) for g in range(demo.G)] if p.prompt else [(policy, 0)] * demo.G, r, p.curve_episodes, seed_for("curve"), threads, device)
-        with open(folder/"metrics.jsonl", "a") as f: f.write(json.dumps(dict(step=t, returns=played.returns.mean(1).tolist())) + "\n")
+        append_jsonl(folder/"metrics.jsonl", dict(step=t, returns=played.returns.mean(1).tolist()))
         print(f"{run}: step {t}, return on test tasks {played.returns.mean():.1f}", flush=True)
     cfg = FitConfig(p.steps, p.lr, p.weight_decay, p.warmup, p.clip, seed_for(seed, "fit"), precision_of(p, device), checkpoint_every=every, log_every=max(1, p.steps // 50))
     log = fit(policy.model, sampler, cfg, folder, hashes, desc=run, callback=curve)
@@ -153,6 +153,12 @@ def pretrain(r: rc.Recipe, scale, seed, device, threads):
     if log.status == "ok": policy.save_pretrained(folder/"policy")
     write_record(r.paper, run, r, log.status, rows, log.why, time.time() - start, device, data=hashes, trajectories=drawn, weights=sha256_file(saved) if log.status == "ok" else "", folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder))
     return policy.eval() if log.status == "ok" else None
+
+def append_jsonl(path, m):
+    "One more line; a torn one before it, left by a kill or a full disk, is closed first."
+    with open(path, "ab+") as f:
+        torn = f.seek(0, 2) and (f.seek(-1, 2), f.read(1))[1] != b"\n"
+        f.write(b"\n" * bool(torn) + json.dumps(m).encode() + b"\n")
 
 def read_jsonl(path):
     "step -> last entry with that step; a torn last line is dropped."

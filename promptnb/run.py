@@ -69,7 +69,7 @@ def execute(nb_path, given, out, stream=True):
     finally: tmp.unlink(missing_ok=True)
     return out
 
-# %% ../nbs/12_run.ipynb #55257819
+# %% ../nbs/12_run.ipynb #51d5c61b
 TEMPLATE = "nbs/papers/run.ipynb"
 
 def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
@@ -92,7 +92,7 @@ def _job_command(j, given, name):
         if not failed.exists(): write_record(r.paper, run, r, "failed", why=trouble)
         missing.append(f"{run} ({read_json(failed)['why']})")
     if not missing: write_json(stamp(j, seed, scale), {run: read_json(record_path(r.paper, run))["status"] for r, run in runs_of(j, scale, seed)})
-    if missing: raise PromptnbError(f"{len(missing)} of {len(j.recipes)} runs of {job} failed: {missing[0]}")
+    if missing: raise PromptnbError(f"{len(missing)} of {len(runs_of(j, scale, seed))} runs of {job} failed: {missing[0]}")
 
 # %% ../nbs/12_run.ipynb #76fb4f8e
 @dataclass(frozen=True)
