@@ -207,7 +207,7 @@ def digest(x) -> str:
     known = lambda d: {k: known(v) if isinstance(v, dict) else v for k, v in d.items() if k not in LATER or v != LATER[k]}
     return hashlib.sha256(json.dumps(known(asdict(x)), sort_keys=True).encode()).hexdigest()[:10]
 
-# %% ../../nbs/09_recipes.ipynb #0492ec0f
+# %% ../../nbs/09_recipes.ipynb #85d3b2f2
 @dataclass(frozen=True)
 class Exhibit:
     "One table or figure. `recipes` are ids; `unknown` says why it cannot be made, where it cannot."
@@ -223,6 +223,7 @@ class Exhibit:
     reported: str = ""            # which rows of data/reported/<paper>.csv stand beside it
     unknown: str = ""
     only: tuple = ()              # scales at which it is made (none: all)
+    keep: dict = field(default_factory=dict)     # scale -> the families that it shows there (none: all)
 
 def registered(*groups):
     "{id: recipe} of groups of recipes; two different ones of one name are refused."
@@ -234,7 +235,7 @@ def registered(*groups):
 
 def ids_of(recipes): return tuple(dict.fromkeys(r.id for r in recipes))
 
-# %% ../../nbs/09_recipes.ipynb #125002d1
+# %% ../../nbs/09_recipes.ipynb #10961dcb
 from . import lamo, prompts
 
 RECIPES = {**prompts.RECIPES, **lamo.RECIPES}
@@ -245,7 +246,7 @@ def exhibits(paper): return [e for (p, _), e in EXHIBITS.items() if p == paper]
 def run_at(x, scale): return scale is None or not x.only or scale in x.only      # a recipe or an exhibit
 def recipes_of(e: Exhibit, scale=None):
     "The recipes of an exhibit: all, or those that are run at a scale."
-    return [] if not run_at(e, scale) else [r for i in e.recipes if run_at(r := RECIPES[i], scale)]
+    return [] if not run_at(e, scale) else [r for i in e.recipes if run_at(r := RECIPES[i], scale) and r.family in e.keep.get(scale, e.families)]
 
 # %% ../../nbs/09_recipes.ipynb #64d60bb0
 @dataclass(frozen=True)
