@@ -151,13 +151,14 @@ def references(e, scale, seeds=None, partial=False):
     flat = t.copy(); flat.columns = [f"{b}, {a}" for a, b in t.columns]
     return t.map(lambda v: "" if pd.isna(v) else f"{v:.1f}"), flat.reset_index()
 
-# %% ../nbs/10a_scores.ipynb #e32894fc
+# %% ../nbs/10a_scores.ipynb #0ba65a10
 LOOK = {     # arm: colour of seaborn's colour-blind palette, marker, line
     "LaMo": (0, "o", "-"), "DT": (1, "s", "-"), "DT, shared projection, long positions": (8, "P", "--"), "Random frozen trunk, linear": (7, "v", "--"), "Random trunk + LoRA, linear": (5, "<", "--"), "LaMo without pre-training": (3, "X", "-"),
     "LaMo on IID tokens": (4, "d", "--"), "LaMo on the Markov chain": (2, "^", "-"), "LaMo without language loss": (9, "D", "--"), "LaMo, lambda = 1": (3, ">", "--"), "LaMo with MLP embeddings": (9, "h", "-"), "LaMo with linear embeddings": (4, "<", "--"),
     "LaMo fully fine-tuned": (2, "p", "--"), "LaMo frozen without LoRA": (4, "v", "--"), "LaMo on shuffled text": (5, "*", "--"), "LaMo on early-stopped text": (9, ">", "--"), "LaMo with GPT-2 medium": (3, "D", "--"), "LaMo, GPT-2's own weights": (8, "h", "-"),
     "LaMo, best trajectory dropped": (3, "v", "--"), "Wiki-RL": (4, "D", "-"), "CQL": (2, "^", "-"), "IQL": (3, "p", "-"), "TD3+BC": (5, "*", "-"), "BC": (7, "X", "-"), "BCQ": (8, "P", "-"), "NFQ": (6, "d", "-"),
     "DT, lr 1e-3, wd 1e-4": (8, "P", "--"), "DT, lr 1e-4, wd 1e-3": (3, "X", "--"), "DT, lr 1e-4, wd 1e-5": (5, "v", "--"), "CQL, lr 3e-3": (9, "d", "--"), "CQL, lr 3e-5": (4, "<", "--"), "IQL, width 512": (9, "d", "--"), "IQL, width 1024": (4, "<", "--")}
+LOOK |= {f"{l}, 4 x updates": (*LOOK[l][:2], ":") for l in ("DT", "DT, shared projection, long positions", "LaMo without pre-training", "LaMo")}
 
 def style(label):
     "Colour, line and marker of an arm: the same in every figure."
