@@ -12,9 +12,10 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['FORMAT', 'PromptnbError', 'check_choice', 'root', 'data_dir', 'minari_dir', 'runs_dir', 'results_dir', 'figures_dir',
-           'seed_for', 'rng_for', 'Steps', 'Batch', 'action_loss', 'Row', 'plain', 'fingerprint', 'sha256_file',
-           'code_fingerprint', 'write_atomic', 'disk_error', 'write_json', 'read_json', 'save_tensors', 'load_tensors',
-           'differing', 'Checkpoints', 'server_answers', 'minari_dataset', 'run_lock', 'progress']
+           'seed_for', 'rng_for', 'Steps', 'Batch', 'action_loss', 'choice_loss', 'over_steps', 'Row', 'plain',
+           'fingerprint', 'sha256_file', 'code_fingerprint', 'write_atomic', 'disk_error', 'write_json', 'read_json',
+           'save_tensors', 'load_tensors', 'differing', 'Checkpoints', 'server_answers', 'minari_dataset', 'run_lock',
+           'progress']
 
 # %% ../nbs/00_core.ipynb #de71b579
 class PromptnbError(Exception):
@@ -50,7 +51,7 @@ def rng_for(*parts) -> np.random.Generator:
     "A NumPy generator that belongs to these parts alone."
     return np.random.default_rng(seed_for(*parts))
 
-# %% ../nbs/00_core.ipynb #cd677391
+# %% ../nbs/00_core.ipynb #bfec114f
 @dataclass(frozen=True)
 class Steps:
     "Left-padded windows of steps. Leading dimensions are free: (B, K) in training, (G, m, K) when m prompts of G tasks are tried."
@@ -71,15 +72,23 @@ class Batch:
     "What a model is trained on: windows of history and, where the method has them, one prompt a row."
     history: Steps              # (B, K, .)
     prompt: Steps | None = None # (B, P, .)
-    def to(self, device): return Batch(self.history.to(device), self.prompt and self.prompt.to(device))
+    task: "torch.Tensor | None" = None   # (B,) int64: which of the sampler's tasks, counted from 0
+    def to(self, device): return Batch(self.history.to(device), self.prompt and self.prompt.to(device), None if self.task is None else self.task.to(device))
     def __len__(self): return len(self.history)
 
-# %% ../nbs/00_core.ipynb #680d4b40
+# %% ../nbs/00_core.ipynb #32b498d9
 def action_loss(pred, target, mask, reduction="mean"):
     "MSE over real steps: pred, target (..., K, A), mask (..., K). 'mean' over all real steps, or 'none': one value per row (...)."
-    err = ((pred - target) ** 2).mean(-1) * mask
-    if reduction == "none": return err.sum(-1) / mask.sum(-1).clamp(min=1)
-    return err.sum() / mask.sum()
+    return over_steps(((pred - target) ** 2).mean(-1), mask, reduction)
+
+def choice_loss(scores, target, mask, reduction="mean"):
+    "Cross-entropy in nats over real steps: scores and one-hot target (..., K, A), mask (..., K)."
+    return over_steps(-(scores.log_softmax(-1) * target).sum(-1), mask, reduction)
+
+def over_steps(err, mask, reduction="mean"):
+    "Errors (..., K) averaged over real steps: of all rows, or 'none': of each row (...)."
+    if reduction == "none": return (err * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return (err * mask).sum() / mask.sum()
 
 # %% ../nbs/00_core.ipynb #4357d9c9
 @dataclass(frozen=True)

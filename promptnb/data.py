@@ -17,8 +17,8 @@ from .core import Batch, PromptnbError, Steps, check_choice, fingerprint, minari
 # %% auto #0
 __all__ = ['COLUMNS', 'KINDS', 'Store', 'check_trajectory', 'check_legal', 'check_family', 'sizes', 'from_arrays',
            'write_columns', 'open_columns', 'cut', 'memory_left', 'join', 'from_minari', 'minari_root', 'load',
-           'subset', 'of_tasks', 'share', 'state_stats', 'Table', 'prompt_rows', 'joined', 'prompt_steps', 'pick',
-           'Sampler', 'Demos', 'demos']
+           'subset', 'in_order', 'of_tasks', 'share', 'state_stats', 'Table', 'prompt_rows', 'joined', 'prompt_steps',
+           'pick', 'Sampler', 'Demos', 'demos']
 
 # %% ../nbs/02_data.ipynb #e3c0414a
 COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")   # in the order of their files: widest numbers first
@@ -179,12 +179,16 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
         if size != want: raise PromptnbError(f"the {quality} data of {fam.name} have states and actions of sizes {sizes(size[0])}, {size[1]}, but {sizes(want[0])}, {want[1]} are wanted: {root}")
     return join(stores, root/"promptnb"/".joined", mapped)
 
-# %% ../nbs/02_data.ipynb #4b8e7f08
+# %% ../nbs/02_data.ipynb #a42d5ac3
 def subset(store, trajs) -> Store:
     "A Store of these trajectories only (indices into the Store, which is in order of task)."
     if not len(trajs): raise PromptnbError("none of the trajectories was chosen")
     trajs = torch.as_tensor(trajs); rows = torch.cat([torch.arange(f, f + n) for f, n in zip(store.first[trajs].tolist(), store.length[trajs].tolist())])
     return replace(store, **{k: x[trajs if k in ("length", "task") else rows] for k, x in store.columns.items()})
+
+def in_order(store, task) -> Store:
+    "The same trajectories as those of other tasks (one id a trajectory), in order of these."
+    return subset(replace(store, task=torch.as_tensor(task)), torch.as_tensor(task).argsort(stable=True))
 
 def of_tasks(store, task_ids) -> Store:
     "A Store of these tasks only."
@@ -270,7 +274,7 @@ def pick(store, task_ids, n, gen, which="any", pool=5, least=1):
         out.append(t[torch.randint(len(t), (n,), generator=gen)])
     return torch.stack(out)
 
-# %% ../nbs/02_data.ipynb #64f6f446
+# %% ../nbs/02_data.ipynb #bacedaa9
 @dataclass
 class Sampler:
     "Draws Batch t from Generator(seed, t). Prompts come from `prompts` (default: the same store), any trajectory of the task."
@@ -316,11 +320,12 @@ class Sampler:
         g = torch.randperm(G, generator=gen)[:n] if n < G else torch.arange(G)
         rows = self.draw(self._rows, g, (n, self.per_task), gen).flatten().to(self.device)
         history = self.table.windows(rows, self.K)
-        if not self.H: return Batch(history)
+        task = g.repeat_interleave(self.per_task).to(self.device)
+        if not self.H: return Batch(history, None, task)
         traj = self.draw(self._trajs, g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
-        return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen))
+        return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen), task)
 
-# %% ../nbs/02_data.ipynb #9988d046
+# %% ../nbs/02_data.ipynb #7afb27b0
 @dataclass
 class Demos:
     "Few-shot data of G tasks: the initial prompts (G, P, .), draws of demonstration windows and of more prompts."
@@ -336,6 +341,11 @@ class Demos:
     def batch(self, t) -> Steps:
         "Windows (G, B, K, .) of the demonstrations, B = the sampler's per_task."
         return self.sampler.batch(t).history.map(lambda x: x.unflatten(0, (self.G, -1)))
+    def best(self, share=0.1):
+        "The same of the best trajectories by return only: this share of each task's, at least one."
+        st = self.sampler.store; of = [(st.task == i).nonzero()[:, 0] for i in self.task_ids]
+        keep = [t[st.returns[t].argsort(descending=True, stable=True)[:max(1, round(share * len(t)))]].sort().values for t in of]
+        return replace(self, sampler=replace(self.sampler, store=subset(st, torch.cat(keep))))
     def segments(self, m, P, gen) -> Steps:
         "m segments of P steps a task, from anywhere in those of its demonstrations that are long enough: Steps (G, m, P, .)."
         s = self.sampler; traj = pick(s.store, self.task_ids, m, gen, least=P)

@@ -15,13 +15,13 @@ from .core import PromptnbError, Row, Steps, seed_for
 # %% auto #0
 __all__ = ['Seat', 'seats', 'Played', 'Buffers', 'PictureBuffers', 'groups_of', 'chosen', 'rollout', 'to_rows']
 
-# %% ../nbs/05_evaluate.ipynb #f5d6a568
+# %% ../nbs/05_evaluate.ipynb #6e95c47d
 @dataclass(frozen=True)
 class Seat:
-    "One thing to evaluate. `policy` has begin(rows) and act(history, state); `row` is its prompt's row."
+    "One thing to evaluate. `policy` has begin(rows) and act(history, state); `row` is its prompt's row, or one row for each agent of a game."
     policy: object
     task: int
-    row: int = 0
+    row: int | tuple = 0
 
 def seats(policy, task_ids, rows=None):
     "One seat a task; prompt rows in order by default."
@@ -63,12 +63,12 @@ class PictureBuffers(Buffers):
         i = t % self.K + 1
         return replace(super().window(t, rows), s=self.s[rows, i:i + self.K])
 
-# %% ../nbs/05_evaluate.ipynb #77cf9239
+# %% ../nbs/05_evaluate.ipynb #b8fcf608
 def groups_of(all_seats, episodes):
     "Rows (seat-major) grouped by model: [(policy, rows, prompt rows)]. Policies that share a model object but not prompts keep their own group."
     by = {}
     for i, s in enumerate(all_seats): by.setdefault(id(s.policy), (s.policy, []))[1].append(i)
-    return [(p, np.concatenate([np.arange(i * episodes, (i + 1) * episodes) for i in idx]), np.repeat([all_seats[i].row for i in idx], episodes)) for p, idx in by.values()]
+    return [(p, np.concatenate([np.arange(i * episodes, (i + 1) * episodes) for i in idx]), np.concatenate([np.resize(all_seats[i].row, episodes) for i in idx])) for p, idx in by.values()]
 
 def chosen(scores, legal=None):
     "Scores of discrete actions (N, A) -> the best legal one, one-hot."

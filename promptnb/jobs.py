@@ -12,12 +12,14 @@ from .core import PromptnbError, Row, check_choice, code_fingerprint, disk_error
 
 # %% auto #0
 __all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 'record_path', 'code_of', 'code_of_run',
-           'provenance', 'write_record', 'stored', 'train_store', 'new_policy', 'precision_of', 'evaluate_policy',
-           'prompts_for', 'borrowed', 'train_demos', 'placed_on', 'policy_folder', 'load_policy', 'pretrain',
-           'append_jsonl', 'read_jsonl', 'EnvScore', 'prepare', 'tune', 'tuned_folder', 'target_of', 'demo_prompt',
-           'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of', 'finished', 'film']
+           'provenance', 'write_record', 'stored', 'train_store', 'context_store', 'new_policy', 'policy_class',
+           'precision_of', 'evaluate_policy', 'played_tasks', 'prompts_for', 'by_agent', 'of_others', 'emptied',
+           'borrowed', 'train_demos', 'placed_on', 'policy_folder', 'load_policy', 'pretrain', 'append_jsonl',
+           'read_jsonl', 'EnvScore', 'prepare', 'tune', 'score_rows', 'floor_of', 'goals_of', 'tuned_folder',
+           'target_of', 'demo_prompt', 'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of', 'finished',
+           'film']
 
-# %% ../nbs/11_jobs.ipynb #4b46db31
+# %% ../nbs/11_jobs.ipynb #e4c3f9c9
 def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
 def recipe_run(r, scale, seed): return run_id(f"{r.family}/{r.key}", scale, seed)
 def pretrain_run(p, scale, seed): return run_id(f"pretrain/{p.family}/{p.name}-{rc.digest(p)}", scale, seed)
@@ -25,17 +27,17 @@ def record_path(paper, run): return results_dir(paper)/f"{run}.json"
 
 CODE = ("core", "data", "models/dt", "train", "evaluate", "jobs")      # what a pre-trained policy depends on, beside its family and the environments of that kind
 
-def code_of(kind, name, tuners=()):
-    "Fingerprint of the code and the facts that a result of a job ('pretrain', 'tune', or 'offline' with its learner) on a family depends on; other families and tuners may come and go."
+def code_of(kind, name, tuners=(), context=False):
+    "Fingerprint of the code and the facts that a result of a job ('pretrain', 'tune', or 'offline' with its learner) on a family depends on, with context vectors or not; other families and tuners may come and go."
     from promptnb import tasks
     fam, own = tasks.family(name), []
     if kind == "offline": own = sorted({"offline", *(m for t in tuners for m in (["models/lm"] + ["models/pixels"] * bool(fam.frames) if "lamo" in t else ["models/value"]))})
     if kind == "tune":
         from promptnb.tuners.core import TUNERS
         own = sorted({"tuners/core", *(f"tuners/{TUNERS[t].split(':')[0]}" for t in tuners)})
-    return fingerprint([code_fingerprint(*CODE, *own, *tasks.code_modules(fam)), plain(fam)])
+    return fingerprint([code_fingerprint(*CODE, *own, *["models/context"] * context, *tasks.code_modules(fam)), plain(fam)])
 
-def code_of_run(r, run): return code_of("offline", r.family, [r.offline.learner]) if r.offline else code_of("pretrain" if ".pretrain." in run else "tune", r.family, [r.tune.tuner])
+def code_of_run(r, run): return code_of("offline", r.family, [r.offline.learner]) if r.offline else code_of("pretrain" if ".pretrain." in run else "tune", r.family, [r.tune.tuner], bool(r.pretrain.context))
 
 def provenance(device="cpu"):
     "Where a result comes from: commit, versions, device, threads."
@@ -52,7 +54,7 @@ def write_record(paper, run, recipe, status, rows=(), why="", seconds=0., device
     if status != "failed": record_path(paper, f"{run}.failed").unlink(missing_ok=True)
     return path
 
-# %% ../nbs/11_jobs.ipynb #bfd51f36
+# %% ../nbs/11_jobs.ipynb #d3ff29a9
 @functools.lru_cache(maxsize=4)
 def stored(family, quality, task_ids, episodes):
     "Collected data, read once for all recipes of a job."
@@ -62,24 +64,36 @@ def stored(family, quality, task_ids, episodes):
 def train_store(p: rc.Pretrain):
     "Data to train on, the statistics that normalise states, the hashes of the data, and which trajectories were drawn (None: all)."
     from promptnb import data, tasks
-    check_choice(p.normalise, ("train", "train+test"), "normalise"); fam = tasks.family(p.family)
-    train, drawn = data.share(stored(fam.name, p.quality, fam.train, p.episodes), p.ratio, p.ratio_seed)
-    more = [i for i in fam.test if i not in fam.train] if p.normalise == "train+test" else []
+    check_choice(p.normalise, ("train", "train+test"), "normalise"); fam = tasks.family(p.family); ids = p.train or fam.train
+    train, drawn = data.share(stored(fam.name, p.quality, ids, p.episodes), p.ratio, p.ratio_seed)
+    more = [i for i in fam.test if i not in ids] if p.normalise == "train+test" else []
     every = [train, *([stored(fam.name, p.quality, tuple(more), p.episodes)] if more else [])]
     return train, data.state_stats(every), tuple(h for s in every for h in s.hashes), drawn if p.ratio < 1 else None
+
+def context_store(p: rc.Pretrain):
+    "The train tasks' trajectories of all qualities that contexts are cut from; None where prompts come from the training data."
+    from promptnb import data, tasks
+    if not (p.context and p.H): return None
+    fam = tasks.family(p.family); every = data.join([stored(fam.name, q, p.train or fam.train, p.episodes) for q in p.context.qualities], None, mapped=False)
+    return data.in_order(every, every.task)
 
 def new_policy(p: rc.Pretrain, stats, seed):
     "The untrained policy of a recipe; its initial weights follow from the seed."
     import torch
     from promptnb import tasks
-    from promptnb.models.dt import DTConfig, Policy
+    from promptnb.models.dt import DTConfig
     fam = tasks.family(p.family); torch.manual_seed(seed_for(seed, "init", p.name))
-    names = {f.name for f in dataclasses.fields(DTConfig)} & {f.name for f in dataclasses.fields(p)}
-    policy = Policy(asdict(DTConfig(fam.state_dim, fam.act_dim, **{k: getattr(p, k) for k in names})), K=p.K, rtg_scale=fam.rtg_scale)
+    own = {k: getattr(p, k) for k in {f.name for f in dataclasses.fields(DTConfig)} & {f.name for f in dataclasses.fields(p)}}; own["discrete"] = fam.discrete
+    if x := p.context: own |= dict({k: v for k, v in asdict(x).items() if k != "qualities"}, reward_scale=fam.rtg_scale, tasks=p.train or fam.train)
+    kind = policy_class(p); policy = kind(asdict(kind.CONFIG(fam.state_dim, fam.act_dim, **own)), K=p.K, rtg_scale=fam.rtg_scale)
     policy.mean, policy.std = stats
     return policy
 
-# %% ../nbs/11_jobs.ipynb #f41818e5
+def policy_class(p: rc.Pretrain):
+    from promptnb.models import context, dt
+    return context.ContextPolicy if p.context else dt.Policy
+
+# %% ../nbs/11_jobs.ipynb #61ecdd48
 def precision_of(p, device):
     "'auto' -> bf16 where it is fast: a GPU, or a processor with bf16 instructions."
     import torch
@@ -87,20 +101,34 @@ def precision_of(p, device):
     return "bf16" if device.type == "cuda" or (hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported()) else "fp32"
 
 def evaluate_policy(placed, r: rc.Recipe, episodes, seed, threads, device):
-    "Play the test tasks with placed = [(policy, prompt row)] a task; returns (seats, Played)."
+    "Play the tasks of a recipe with placed = [(policy, prompt row)] a task; returns (seats, Played)."
     from promptnb import tasks
     from promptnb.evaluate import Seat, rollout
-    fam = tasks.family(r.family); at = [Seat(pol, i, row) for (pol, row), i in zip(placed, fam.test)]
+    fam = tasks.family(r.family); at = [Seat(pol, i, row) for (pol, row), i in zip(placed, played_tasks(fam, r.tune))]
     return at, rollout(at, fam, episodes, seed=seed, target=r.target, threads=threads, device=device)
 
+def played_tasks(fam, t: rc.Tune): return fam.test if check_choice(t.play, ("test", "all"), "play") == "test" else fam.task_ids
+
 def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
-    "Demonstrations and initial prompts of the test tasks."
+    "Demonstrations and initial prompts of the tasks that are played; with `per_agent`, of the agents of a game."
     from promptnb import data, tasks
-    fam = tasks.family(p.family)
-    demo = stored(fam.name, t.demo_quality, fam.test, p.episodes)
-    prompt = demo if t.prompt_quality == t.demo_quality else stored(fam.name, t.prompt_quality, fam.test, p.episodes)
-    if check_choice(t.prompt_from, ("test", "train"), "prompt_from") == "train": prompt = borrowed(fam, t.prompt_quality, p.episodes, seed)
-    return data.demos(demo, prompt, policy, n=t.demos, K=t.demo_K, batch=t.demo_batch, J=p.J, H=p.H or 1, position=p.position, seed=seed)
+    fam = tasks.family(p.family); ids = played_tasks(fam, t)
+    demo = stored(fam.name, t.demo_quality, ids, p.episodes)
+    if t.per_agent: demo = by_agent(demo, fam)
+    prompt = demo if t.prompt_quality == t.demo_quality else stored(fam.name, t.prompt_quality, ids, p.episodes)
+    if check_choice(t.prompt_from, ("test", "train", "other", "none"), "prompt_from") == "train": prompt = borrowed(fam, t.prompt_quality, p.episodes, seed)
+    out = data.demos(demo, prompt, policy, n=t.demos, K=t.demo_K, batch=t.demo_batch, J=p.J, H=p.H or 1, position=p.position, seed=seed)
+    return replace(out, prompt=dict(other=of_others, none=emptied).get(t.prompt_from, lambda x: x)(out.prompt))
+
+def by_agent(store, fam):
+    "Of one map's trajectories, in which a game's agents are neighbours: each agent as a task of its own."
+    import torch
+    from promptnb import data
+    if len(store.task_ids) > 1 or fam.agents < 2: raise PromptnbError(f"prompts for each agent need one task with several agents, but {fam.name} has {len(store.task_ids)} tasks, {fam.agents} agents")
+    return data.in_order(store, torch.arange(len(store)) % fam.agents)
+
+def of_others(prompt): return prompt.map(lambda x: x.roll(max(1, len(x) // 2), 0))      # each task is given another's
+def emptied(prompt): return prompt.map(lambda x: x * 0)
 
 def borrowed(fam, quality, episodes, seed):
     "For prompts without any data of the test tasks: each test task is given the trajectories of a train task drawn by the seed."
@@ -118,31 +146,33 @@ def train_demos(p: rc.Pretrain, t: rc.Tune, policy, seed, device):
 
 def placed_on(demo, device): return replace(demo, prompt=demo.prompt.to(device), sampler=replace(demo.sampler, device=str(device)))
 
-# %% ../nbs/11_jobs.ipynb #54102903
-def policy_folder(p, seed, hashes): return runs_dir()/"policies"/f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_of('pretrain', p.family)])}.s{seed}"
+# %% ../nbs/11_jobs.ipynb #4ea4af63
+def policy_folder(p, seed, hashes): return runs_dir()/"policies"/f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_of('pretrain', p.family, context=bool(p.context))])}.s{seed}"
 
-def load_policy(folder):
+def load_policy(folder, p: rc.Pretrain):
     "A saved policy, without the hub library's remark on every load."
-    from promptnb.models.dt import Policy
-    with contextlib.redirect_stdout(None): return Policy.from_pretrained(folder)
+    with contextlib.redirect_stdout(None): return policy_class(p).from_pretrained(folder)
 
 def pretrain(r: rc.Recipe, scale, seed, device, threads):
     "Train (or go on training, or load) the policy of a resolved recipe; writes its record. Returns the policy, or None if it diverged."
     from promptnb.data import Sampler
     from promptnb.train import FitConfig, fit
     p, run = r.pretrain, pretrain_run(r.pretrain, scale, seed)
-    store, stats, hashes, drawn = train_store(p); folder = policy_folder(p, seed, hashes)
+    store, stats, hashes, drawn = train_store(p); contexts = context_store(p)
+    if contexts is not None: hashes += contexts.hashes
+    folder = policy_folder(p, seed, hashes)
     saved, record = folder/"policy"/"model.safetensors", record_path(r.paper, run)
     if (folder/"policy"/"config.json").exists() and record.exists() and (rec := read_json(record))["status"] == "ok":
-        if saved.exists() and sha256_file(saved) == rec.get("weights"): return load_policy(folder/"policy").to(device).eval()
+        if saved.exists() and sha256_file(saved) == rec.get("weights"): return load_policy(folder/"policy", p).to(device).eval()
         print(f"{saved} is damaged (its hash is not the record's): made again from the last checkpoint", file=sys.stderr, flush=True)
     policy = new_policy(p, stats, seed).to(device); start = time.time()
     write_json(folder/"config.json", dict(recipe=p, seed=seed, data=hashes))
-    sampler = Sampler(store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch or None, p.J, p.H, p.position, seed=seed_for(seed, "batches"), device=device)
+    sampler = Sampler(store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch or None, p.J, p.H, p.position, contexts, seed=seed_for(seed, "batches"), device=device)
     every = max(1, p.steps // max(p.curve_points, 1)); known = dict(paper=r.paper, task=p.family, method=r.method, seed=seed, scale=scale, trainable=sum(x.numel() for x in policy.model.parameters()), env_steps=0, run_id=run)
-    demo = prompts_for(policy, p, rc.Tune(demos=1, demo_batch=1), seed)
+    demo = prompts_for(policy, p, rc.Tune(demos=1, demo_batch=1, **({} if p.H else dict(demo_quality=p.quality, prompt_quality=p.quality))), seed)      # without a prompt nothing of them is read
     def curve(t):
-        at, played = evaluate_policy([(policy.with_prompt(demo.prompt.to(device)), g) for g in range(demo.G)] if p.prompt else [(policy, 0)] * demo.G, r, p.curve_episodes, seed_for("curve"), threads, device)
+        prompted = policy.prompted(demo.prompt.to(device), demo.task_ids)
+        at, played = evaluate_policy([(prompted, g) for g in range(demo.G)], replace(r, tune=rc.Tune()), p.curve_episodes, seed_for("curve"), threads, device)
         append_jsonl(folder/"metrics.jsonl", dict(step=t, returns=played.returns.mean(1).tolist()))
         print(f"{run}: step {t}, return on test tasks {played.returns.mean():.1f}", flush=True)
     cfg = FitConfig(p.steps, p.lr, p.weight_decay, p.warmup, p.clip, seed_for(seed, "fit"), precision_of(p, device), checkpoint_every=every, log_every=max(1, p.steps // 50))
@@ -167,24 +197,38 @@ def read_jsonl(path):
         with contextlib.suppress(json.JSONDecodeError): m = json.loads(line); out[m["step"]] = m
     return dict(sorted(out.items()))
 
-# %% ../nbs/11_jobs.ipynb #295b7762
+# %% ../nbs/11_jobs.ipynb #99639a96
 class EnvScore:
     "Online judge: prompts (G, m, P, .) -> mean returns (G, m) over `episodes` episodes each, all in lock step; counts the steps it spends."
     def __init__(self, policy, r, seed, threads, device): self.__dict__.update(policy=policy, r=r, seed=seed, threads=threads, device=device, env_steps=0, calls=0)
     def __call__(self, prompts):
         import torch
+        out = self.rollout(prompts, self.r.tune.score_episodes)
+        return torch.tensor(out.returns.mean(-1).reshape(prompts.t.shape[:2]), dtype=torch.float32, device=self.device)
+
+    def rollout(self, prompts, episodes, **kw):
         from promptnb import tasks
         from promptnb.evaluate import Seat, rollout
-        fam, (G, m) = tasks.family(self.r.family), prompts.t.shape[:2]
+        fam, (G, m) = tasks.family(self.r.family), prompts.t.shape[:2]; ids = played_tasks(fam, self.r.tune)
         pol = self.policy.with_prompt(prompts.map(lambda x: x.flatten(0, 1)))
-        out = rollout([Seat(pol, fam.test[g], g * m + j) for g in range(G) for j in range(m)], fam, self.r.tune.score_episodes, seed=seed_for(self.seed, "online", self.calls), target=self.r.target, threads=self.threads, device=self.device)
+        out = rollout([Seat(pol, ids[g], g * m + j) for g in range(G) for j in range(m)], fam, episodes, seed=seed_for(self.seed, "online", self.calls), target=self.r.target, threads=self.threads, device=self.device, **kw)
         self.calls += 1; self.env_steps += int(out.lengths.sum())
-        return torch.tensor(out.returns.mean(-1).reshape(G, m), dtype=torch.float32, device=self.device)
+        return out
+
+    def play(self, prompts):
+        "One episode with each prompt: returns (G, m), and what was seen as Steps (G, m, T, .), normalised and scaled."
+        import torch
+        from promptnb.core import Steps
+        out, shape = self.rollout(prompts, 1, keep=True), prompts.t.shape[:2]
+        s, a, r = (torch.as_tensor(out.trace[k], dtype=torch.float32, device=self.device) for k in "sar"); T = r.shape[1]
+        mask = (torch.arange(T, device=self.device) < torch.as_tensor(out.lengths, device=self.device)).float(); rtg = (r * mask).flip(1).cumsum(1).flip(1)
+        seen = Steps(self.policy.normalise(s[:, :T]), a[:, :T], rtg[..., None] / self.policy.rtg_scale, torch.arange(T, device=self.device).expand(len(r), T), mask)
+        return torch.as_tensor(out.returns[:, 0].reshape(shape), dtype=torch.float32), seen.map(lambda x: x.unflatten(0, shape))
 
 def prepare(tuner, policy, r, seed, device):
     "Let a tuner prepare on the train tasks, once for all recipes that share policy and settings; returns the seconds that it took."
     if not tuner.PREPARES: return 0.
-    key = [rc.digest(r.pretrain), r.tune.demo_K, r.tune.demo_batch, train_store(r.pretrain)[2], {k: getattr(tuner, k) for k in tuner.PREPARES}, code_of("tune", r.family, [r.tune.tuner])]
+    key = [rc.digest(r.pretrain), r.tune.demo_K, r.tune.demo_batch, train_store(r.pretrain)[2], {k: getattr(tuner, k) for k in tuner.PREPARES}, code_of("tune", r.family, [r.tune.tuner], bool(r.pretrain.context))]
     folder = runs_dir()/"prepared"/f"{r.family}.{r.tune.tuner}.{fingerprint(key)}.s{seed}"
     with run_lock(folder, wait=-1):
         start = time.time(); tuner.prepare(policy, (train_demos(r.pretrain, r.tune, policy, seed, device) for _ in range(1)), seed, folder)
@@ -203,20 +247,41 @@ def tune(r: rc.Recipe, scale, seed, device, threads):
     spent = dict(prepare_seconds=prepare(tuner, policy, r, seed, device)); begun = time.time()
     out = tuner.adapt(policy, demo, rng=seed_for(seed, "tune", r.key), score=EnvScore(policy, r, seed, threads, device))
     tuned = spent["tuning_seconds"] = time.time() - begun
-    at, played = evaluate_policy(out.placed, r, r.eval_episodes, seed_for("final"), threads, device)
+    placed = [(out.placed[0][0], tuple(row for _, row in out.placed))] if r.tune.per_agent else out.placed      # one seat, a prompt an agent
+    at, played = evaluate_policy(placed, r, r.eval_episodes, seed_for("final"), threads, device)
     known = dict(paper=r.paper, task=r.family, method=r.method, seed=seed, scale=scale, trainable=out.trainable, env_steps=out.env_steps, run_id=run)
     step = dict(r.tune.hyper).get("steps", 0)
-    rows = to_rows(played, at, step=step, **known)
+    rows = to_rows(played, at, step=step, **known); rows += list(score_rows(rows))
     note = lambda metric, value, task=-1, step=step: Row(task_id=demo.task_ids[task] if task >= 0 else -1, step=step, metric=metric, value=value, n_episodes=0, **known)
     rows += [note("demo_loss" if "loss" in l else "score", l.get("loss", l.get("score")), l["task"], l["step"]) for l in out.log]
     rows += [note(**f) for f in out.facts]
+    look = {k: x.double().cpu().numpy().round(3).tolist() for k, x in out.look.items()} | ({"goals": goals_of(r.family, out.look["embedded"].tolist())} if "embedded" in out.look else {})
     protocol = dict(prompt=f"{r.tune.prompt_quality}, {r.pretrain.position}, J={r.pretrain.J}, H={r.pretrain.H}", target=target_of(r), episodes=r.eval_episodes, policy="last")
     n = int(played.failed.sum())
     ret = float(played.returns.mean())
     print(f"{run}: {r.method}: return {ret:.1f} ({tuned:.0f} s tuning, {time.time() - begun - tuned:.0f} s evaluation)", flush=True)
     if r.tune.tuner in PROMPT_ENTRIES: out.placed[0][0].save_pretrained(tuned_folder(run))     # for `film`
     prompts = {k: plain(demo_prompt(x)) for k, x in (("before", demo.prompt), ("after", placed_prompt(out)))} if r.tune.tuner in PROMPT_ENTRIES else {}
-    return write_record(r.paper, run, r, "ok" if not n else "failed", rows, f"{n} episodes gave NaN" if n else "", time.time() - start, device, data=demo.sampler.store.hashes, protocol=protocol, prompts=prompts, spent=spent, look={k: x.double().cpu().numpy().round(3).tolist() for k, x in out.look.items()})
+    return write_record(r.paper, run, r, "ok" if not n else "failed", rows, f"{n} episodes gave NaN" if n else "", time.time() - start, device, data=demo.sampler.store.hashes, protocol=protocol, prompts=prompts, spent=spent, look=look,
+                        counts=dict(trainable=out.trainable, total=sum(x.numel() for x in policy.model.parameters())), floor=floor_of(r))
+
+def score_rows(rows):
+    "A score out of 100 of each task, where there is one: the normalised return, or the share of games won."
+    from promptnb import tasks
+    for w in rows:
+        ref = tasks.family(w.task).references
+        if w.metric == "return" and ref: yield replace(w, metric="score", value=float(tasks.normalised(w.value, ref)))
+        if w.metric == "success" and tasks.family(w.task).agents > 1: yield replace(w, metric="score", value=100 * w.value)
+
+def floor_of(r):
+    "Share of games (%) won by random legal actions and by the behaviour that made the data, from the family's card; None where nothing is won."
+    from promptnb import experts, tasks
+    won = experts.load_card(tasks.family(r.family)).get("success") if tasks.family(r.family).agents > 1 else None
+    return won and {k: 100 * won[q] for k, q in (("random", "random"), ("behaviour", r.pretrain.quality))}
+
+def goals_of(name, ids):
+    from promptnb import tasks
+    return [tasks.family(name).goals[i] for i in ids]
 
 PROMPT_ENTRIES = ("ranking", "gradient", "hill", "es", "diffuser", "direct")   # tuners whose result is a prompt of the same form
 def tuned_folder(run): return runs_dir()/"tuned"/run
@@ -268,7 +333,7 @@ def finished(r, run):
     rec = read_json(p)
     return rec["status"] in ("ok", "diverged") and rec["recipe_digest"] == rc.digest(r) and rec["code"] == code_of_run(r, run)
 
-# %% ../nbs/11_jobs.ipynb #6d3d6fe2
+# %% ../nbs/11_jobs.ipynb #e5cba237
 def film(recipe, scale="laptop", seed=0, task=None, every=25):
     "Render a finished run of a prompt tuner; writes figures/<paper>/<scale>/film.png and .gif, returns the strip's path."
     import imageio, matplotlib.pyplot as plt, numpy as np
@@ -279,7 +344,7 @@ def film(recipe, scale="laptop", seed=0, task=None, every=25):
     if r.tune.tuner not in PROMPT_ENTRIES: raise PromptnbError(f"{recipe} tunes no prompt: film takes {', '.join(PROMPT_ENTRIES)}")
     if not tuned_folder(run).exists(): raise PromptnbError(f"{run} has not been run: promptnb run {r.paper} --scale {scale}")
     if not tasks.gl_backend(): tasks.film(fam, fam.test[0], [], 0)      # says what to install
-    after = load_policy(tuned_folder(run)).eval(); before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, seed).prompt)
+    after = load_policy(tuned_folder(run), r.pretrain).eval(); before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, seed).prompt)
     played = [rollout([Seat(p, i, g) for g, i in enumerate(fam.test)], fam, 1, seed=seed_for("final"), keep=True) for p in (before, after)]
     g = int(np.abs(played[1].returns - played[0].returns)[:, 0].argmax()) if task is None else task
     i, start = fam.test[g], seed_for(seed_for("final"), "episode", fam.name, fam.test[g], 0)

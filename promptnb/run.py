@@ -94,7 +94,7 @@ def _job_command(j, given, name):
     if not missing: write_json(stamp(j, seed, scale), {run: read_json(record_path(r.paper, run))["status"] for r, run in runs_of(j, scale, seed)})
     if missing: raise PromptnbError(f"{len(missing)} of {len(runs_of(j, scale, seed))} runs of {job} failed: {missing[0]}")
 
-# %% ../nbs/12_run.ipynb #76fb4f8e
+# %% ../nbs/12_run.ipynb #28289547
 @dataclass(frozen=True)
 class Rule:
     "One Snakemake rule."
@@ -145,7 +145,8 @@ def wanted_jobs(paper, exhibit_ids=(), families=(), scale=None):
 def data_needs(r):
     "The (quality, episodes) pairs of its family's datasets that a resolved recipe reads."
     if r.offline: return {(r.offline.quality, r.offline.episodes)}
-    return {(q, r.pretrain.episodes) for q in (r.pretrain.quality, r.tune.demo_quality, r.tune.prompt_quality)}
+    contexts = r.pretrain.context.qualities if r.pretrain.context and r.pretrain.H else ()
+    return {(q, r.pretrain.episodes) for q in (r.pretrain.quality, r.tune.demo_quality, r.tune.prompt_quality, *contexts)}
 
 def collect_code(family):
     "Fingerprint of what a family's datasets depend on."
@@ -171,7 +172,7 @@ def plan(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), acceler
         for seed in seeds if seeds is not None else rs[0].seeds:
             policies = sorted({rel(stamp(maker[r.pretrain], seed, scale)) for r in rs}) if j.kind == "tune" else []
             out.append(Rule(f"{j.exhibit}_{j.family}_{j.kind}_s{seed}".replace("-", "_"), [collected[j.family], *policies], [rel(stamp(j, seed, scale))],
-                            f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1", dict(recipes=[rc.digest(r) for r in rs], code=code_of(j.kind, j.family, [r.offline.learner if r.offline else r.tune.tuner for r in rs]))))
+                            f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1", dict(recipes=[rc.digest(r) for r in rs], code=code_of(j.kind, j.family, [r.offline.learner if r.offline else r.tune.tuner for r in rs], any(r.pretrain and r.pretrain.context for r in rs)))))
     return out
 
 def drop_stale_stamps(paper, exhibit_ids, scale, seeds, families):
@@ -201,13 +202,13 @@ def write_seconds(paper):
 
 def many(n, what): return f"{n:,} {what}{'s' * (n != 1)}"
 
-# %% ../nbs/12_run.ipynb #1de9e2f0
+# %% ../nbs/12_run.ipynb #30aa0243
 def size_of(p):
     "What the time of a training step depends on: state, action, prompt steps, rows a batch, and the net."
     from promptnb import tasks
     fam = tasks.family(p.family); n = len(fam.train)
     if isinstance(p, rc.Recipe): x = p.offline; return fam.state_dim, fam.act_dim, x.K, x.batch, x.learner, x.model, x.text, x.precision
-    return fam.state_dim, fam.act_dim, p.J * p.H * p.prompt, p.per_task * min(p.tasks_per_batch or n, n), p.K, p.layers, p.heads, p.width, p.loss_on_prompt, p.precision
+    return fam.state_dim, fam.act_dim, p.J * p.H * p.prompt, p.per_task * min(p.tasks_per_batch or n, n), p.K, p.layers, p.heads, p.width, p.loss_on_prompt, p.precision, p.context
 
 def step_seconds(p, accelerator="auto", limit=3.):
     "Seconds of a training step of a resolved pre-training, on random data. Of a batch that takes more than about `limit` / 4 seconds, a part is timed and scaled up."
@@ -218,7 +219,7 @@ def step_seconds(p, accelerator="auto", limit=3.):
     model = new_policy(p, (torch.zeros(S), torch.ones(S)), 0).model.to(device).train(); c = FitConfig(precision=precision_of(p, device)); opt = optimiser(model.parameters(), c)
     steps = lambda n, K: Steps(torch.randn(n, K, S), torch.randn(n, K, A), torch.randn(n, K, 1), torch.arange(K).expand(n, K), torch.ones(n, K))
     def took(n, times=1):
-        batch = Batch(steps(n, p.K), steps(n, P) if P else None).to(device); start = time.perf_counter()
+        batch = Batch(steps(n, p.K), steps(n, P) if P else None, torch.zeros(n, dtype=torch.long)).to(device); start = time.perf_counter()
         for t in range(times): step_once(model, opt, batch, t, c, device)
         return (time.perf_counter() - start) / times
     try:

@@ -8,11 +8,24 @@ import hashlib, json
 from dataclasses import asdict, dataclass, field, replace
 
 # %% auto #0
-__all__ = ['CORPORA', 'SOURCES', 'SCALES', 'LATER', 'RECIPES', 'EXHIBITS', 'PAPERS', 'Pretrain', 'Tune', 'Text', 'Offline',
-           'Recipe', 'scaled', 'resolve_offline', 'resolve', 'digest', 'Exhibit', 'registered', 'ids_of', 'exhibits',
-           'run_at', 'recipes_of', 'Job', 'owners', 'jobs']
+__all__ = ['CORPORA', 'SOURCES', 'SINGLE', 'SKIRMISHES', 'SCALES', 'LATER', 'RECIPES', 'EXHIBITS', 'PAPERS', 'Context',
+           'Pretrain', 'Tune', 'Text', 'Offline', 'Recipe', 'scaled', 'resolve_offline', 'resolve', 'digest', 'Exhibit',
+           'registered', 'ids_of', 'exhibits', 'run_at', 'recipes_of', 'Job', 'owners', 'jobs']
 
-# %% ../../nbs/09_recipes.ipynb #511b7d3a
+# %% ../../nbs/09_recipes.ipynb #a7b44dc1
+@dataclass(frozen=True)
+class Context:
+    "What the Contextual Meta Transformer adds to pre-training. Every default is assumed: of the paper only the abstract could be had."
+    encoder: str = "mean"         # or 'transformer', 'one-hot', 'none': models.context
+    L: int = 5                    # context vectors
+    w_state: float = 0.1          # weights of the self-supervised losses, beside 1 for the action's: next state,
+    w_return: float = 0.1         # next return-to-go,
+    w_nce: float = 0.1            # InfoNCE between contexts of a task (the weight of another paper's public code),
+    w_class: float = 0.0          # which task it is
+    temperature: float = 0.1
+    null: float = 0.1             # share of rows trained without context
+    qualities: tuple = ("expert", "medium", "random")   # of the data that contexts are cut from
+
 @dataclass(frozen=True)
 class Pretrain:
     "Pre-training of a policy on a family's train tasks. Defaults are the released code's, which made the published numbers."
@@ -46,8 +59,13 @@ class Pretrain:
     precision: str = "fp32"       # 'auto': bf16 where the processor has it
     curve_points: int = 50        # evaluations along the way (released code: every 1000 updates)
     curve_episodes: int = 50
+    context: Context | None = None
+    train: tuple = ()             # tasks (none: the family's train split)
+    activation: str = "relu"
+    mlp_ratio: int = 4
+    tanh: bool = False            # after the embeddings
 
-# %% ../../nbs/09_recipes.ipynb #56f18b25
+# %% ../../nbs/09_recipes.ipynb #eb0f05e1
 @dataclass(frozen=True)
 class Tune:
     "Tuning on unseen tasks. `hyper` are the tuner's own fields as pairs."
@@ -58,7 +76,9 @@ class Tune:
     demo_batch: int = 256         # released code
     demo_K: int = 20              # released code: K*, taken from the tail; whole windows use the data better: assumed
     prompt_quality: str = "expert"
-    prompt_from: str = "test"     # whose trajectories the prompt is cut from; 'train': of a train task, for zero-shot
+    prompt_from: str = "test"     # whose trajectories the prompt is cut from; 'train': of a train task, for zero-shot; 'other': of another test task; 'none': an empty one
+    play: str = "test"            # tasks that are tuned on and played; 'all': train and test
+    per_agent: bool = False       # a prompt for each agent of a game, not one for all
     score_episodes: int = 2       # online: episodes a query (released code)
 
 # %% ../../nbs/09_recipes.ipynb #1ccaf702
@@ -113,7 +133,7 @@ class Offline:
     seqs: int = 2                 # text a step, where the language loss has weight: 2 x 1024 tokens
     tokens: int = 1024
 
-# %% ../../nbs/09_recipes.ipynb #1e39c0da
+# %% ../../nbs/09_recipes.ipynb #4456b493
 @dataclass(frozen=True)
 class Recipe:
     "One method on one family: pre-train (shared by all recipes with the same one), tune, evaluate; or train offline."
@@ -137,7 +157,10 @@ class Recipe:
         x = self.offline
         return dict(method=self.method, cell=self.cell, updates=x.steps, **dict(x.model)) if x else dict(policy=self.pretrain.name, updates=self.pretrain.steps, width=self.pretrain.width, tuner=self.tune.tuner, **dict(self.tune.hyper))
     @property
-    def cell(self): return f"{self.family} {self.offline.quality} {100 * self.offline.ratio:g}%" if self.offline else self.family
+    def cell(self):
+        "The data set: family, quality and share where policies are trained offline; family and quality for single tasks; else the family."
+        if self.offline: return f"{self.family} {self.offline.quality} {100 * self.offline.ratio:g}%"
+        return f"{self.family} {self.pretrain.quality}" if self.pretrain.context and self.pretrain.context.encoder == "none" else self.family
 
 # %% ../../nbs/09_recipes.ipynb #7c7a96a2
 SOURCES = {
@@ -150,15 +173,18 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #a05dedf5
+# %% ../../nbs/09_recipes.ipynb #341d8b56
+SINGLE, SKIRMISHES = ("hopper", "halfcheetah", "walker2d"), ("smax-3m", "smax-2s3z", "smax-3s5z", "smax-5m-vs-6m", "smax-8m")
+
 SCALES = {
     "paper": {},
     "laptop": dict(
         Pretrain=dict(episodes=20, tasks_per_batch=4, per_task=8, width=64, steps=600, lr=1e-3, warmup=60, precision="auto", curve_points=3, curve_episodes=2),
         families={"cheetah-dir": dict(per_task=16),       # it has two tasks: 32 windows an update, as the others
-                  **{f: dict(episodes=10, steps=3000, warmup=200, tasks_per_batch=8) for f in ("ml1-pick-place", "ml1-reach")}},      # a hand that grasps takes more than one that runs
+                  **{f: dict(episodes=10, steps=3000, warmup=200, tasks_per_batch=8) for f in ("ml1-pick-place", "ml1-reach")},       # a hand that grasps takes more than one that runs
+                  **{f: dict(episodes=100, per_task=32) for f in SINGLE}, **{f: dict(episodes=100, per_task=64, width=32) for f in SKIRMISHES}},
         papers={"prompt_diffuser": dict(width=128, layers=3)},
-        Tune=dict(demo_batch=16, score_episodes=1), Recipe=dict(eval_episodes=6),
+        Tune=dict(demo_batch=16, score_episodes=1), Recipe=dict(eval_episodes=6), eval_families={f: dict(eval_episodes=32) for f in SKIRMISHES},      # games are won or lost: more of them
         hyper=dict(steps=0.25, prepare_steps=0.075, batches=1), online=dict(steps=2),
         Text=dict(steps=1000, lr=2e-3, warmup=100, seqs=16, length=128, n=2000, vocab=2048), sizes=dict(small=dict(layers=3, heads=1, width=128), medium=dict(layers=4, heads=2, width=160)),
         learners={"lamo": dict(steps=420, batch=8, lr=1e-3, warmup=40, points=3, last=0.5, precision="auto", tokens=64),
@@ -198,9 +224,9 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     small = "m" in own and "k" in grid and grid["k"]
     hyper = {**grid, **own, **(dict(k=min(grid["k"], own["m"])) if small else {})}
     return replace(r, pretrain=replace(r.pretrain, **{**o.get("Pretrain", {}), **o.get("papers", {}).get(r.paper, {}), **o.get("families", {}).get(r.family, {})}),
-                   tune=replace(r.tune, hyper=tuple(hyper.items()), **{k: scaled(getattr(r.tune, k), v) for k, v in o.get("Tune", {}).items()}), **o.get("Recipe", {}))
+                   tune=replace(r.tune, hyper=tuple(hyper.items()), **{k: scaled(getattr(r.tune, k), v) for k, v in o.get("Tune", {}).items()}), **{**o.get("Recipe", {}), **o.get("eval_families", {}).get(r.family, {})})
 
-LATER = dict(ratio=1.0, ratio_seed=0, prompt_from="test", offline=None, only=(), steps_times=1.0)   # fields added since results were made, with the value under which they change nothing
+LATER = dict(ratio=1.0, ratio_seed=0, prompt_from="test", offline=None, only=(), steps_times=1.0, context=None, train=(), activation="relu", mlp_ratio=4, tanh=False, play="test", per_agent=False)   # fields added since results were made, with the value under which they change nothing
 
 def digest(x) -> str:
     "Fingerprint of a recipe, or part of one. A field added later leaves old results valid where it says nothing."
@@ -235,12 +261,12 @@ def registered(*groups):
 
 def ids_of(recipes): return tuple(dict.fromkeys(r.id for r in recipes))
 
-# %% ../../nbs/09_recipes.ipynb #10961dcb
-from . import lamo, prompts
+# %% ../../nbs/09_recipes.ipynb #903862c8
+from . import cmt, lamo, prompts
 
-RECIPES = {**prompts.RECIPES, **lamo.RECIPES}
-EXHIBITS = {**prompts.EXHIBITS, **lamo.EXHIBITS}
-PAPERS = {**prompts.PAPERS, **lamo.PAPERS}
+RECIPES = {**prompts.RECIPES, **lamo.RECIPES, **cmt.RECIPES}
+EXHIBITS = {**prompts.EXHIBITS, **lamo.EXHIBITS, **cmt.EXHIBITS}
+PAPERS = {**prompts.PAPERS, **lamo.PAPERS, **cmt.PAPERS}
 
 def exhibits(paper): return [e for (p, _), e in EXHIBITS.items() if p == paper]
 def run_at(x, scale): return scale is None or not x.only or scale in x.only      # a recipe or an exhibit

@@ -25,36 +25,39 @@ __all__ = ['BLOCK', 'STOP', 'MOVES', 'FAR', 'NOISE', 'COLOURS', 'RADII', 'SMAC_D
            'seen', 'volley', 'direction', 'plan', 'script', 'units', 'picture', 'frames', 'AgentEnv', 'make',
            'smac_arrays', 'smac_trajectories', 'from_smac']
 
-# %% ../../nbs/01g_tasks.smax.ipynb #8dfd0b28
-BLOCK = 32    # games in one call
+# %% ../../nbs/01g_tasks.smax.ipynb #dc7229cd
+BLOCK = 32    # games that are computed together
 
 @functools.cache
 def engine(body, horizon=100):
-    "A map's rules and its compiled functions over BLOCK games: begin(keys, mask, states), advance(keys, states, actions), look(states)."
+    "A map's rules and its compiled calls over games (blocks, BLOCK): begin(keys, mask, states) and step(keys, states, actions) give the new states and what `look` sees, step also rewards and victories."
     env = HeuristicEnemySMAX(scenario=map_name_to_scenario(body), max_steps=horizon - 1)      # SMAX looks at the clock before it counts the step: 100 would give 101
     names, n = env.agents, env.num_allies
 
-    def begin(key, mask, old):
-        return jax.tree.map(lambda new, old: jnp.where(mask, new, old), env.reset(key)[1], old)
-    def advance(key, s, actions):
-        _, new, r, _, _ = env.step_env(jax.random.fold_in(key, s.state.step), s, {a: actions[i] for i, a in enumerate(names)})
-        over, alive = s.state.done, new.state.unit_alive
-        won = ~over & alive[:n].any() & ~alive[n:].any()
-        return jax.tree.map(lambda old, new: jnp.where(over, old, new), s, new), jnp.where(over, 0., r[names[0]]), won
     def look(s):
         obs, legal, alive, done = env.get_obs(s), env.get_avail_actions(s), s.state.unit_alive, s.state.done
         fought = ~(alive[:n].any() & alive[n:].any())      # one side, or both, have fallen
         return jnp.stack([obs[a] for a in names]), jnp.stack([legal[a] for a in names]) > 0, env.get_world_state(s), done & fought, done & ~fought
+    def begin(key, mask, old):
+        s = jax.tree.map(lambda new, old: jnp.where(mask, new, old), env.reset(key)[1], old)
+        return s, *look(s)
+    def step(key, s, actions):
+        _, new, r, _, _ = env.step_env(jax.random.fold_in(key, s.state.step), s, {a: actions[i] for i, a in enumerate(names)})
+        over, alive = s.state.done, new.state.unit_alive
+        won = ~over & alive[:n].any() & ~alive[n:].any()
+        new = jax.tree.map(lambda old, new: jnp.where(over, old, new), s, new)
+        return new, *look(new), jnp.where(over, 0., r[names[0]]), won
 
-    blank = jax.tree.map(lambda x: np.zeros((BLOCK, *x.shape), x.dtype), jax.eval_shape(lambda k: env.reset(k)[1], np.zeros(2, np.uint32)))
-    return SimpleNamespace(env=env, blank=blank, **{f.__name__: jax.jit(jax.vmap(f)) for f in (begin, advance, look)})
+    def in_blocks(f): return jax.jit(lambda *x: jax.lax.map(lambda block: jax.vmap(f)(*block), x))
+    blank = jax.tree.map(lambda x: np.zeros((1, BLOCK, *x.shape), x.dtype), jax.eval_shape(lambda k: env.reset(k)[1], np.zeros(2, np.uint32)))
+    return SimpleNamespace(env=env, blank=blank, begin=in_blocks(begin), step=in_blocks(step))
 
 def keys_of(seeds):
     "jax.random.PRNGKey of each seed (..., 2) uint32, with all 64 bits of it (jax itself keeps 32)."
     s = np.asarray(seeds, np.uint64)
     return np.stack([s >> np.uint64(32), s & np.uint64(0xFFFFFFFF)], -1).astype(np.uint32)
 
-# %% ../../nbs/01g_tasks.smax.ipynb #70259119
+# %% ../../nbs/01g_tasks.smax.ipynb #2a75483e
 class LockStep(gym.vector.VectorEnv):
     "Rows = games x agents, game-major, stepped together. Observations (N, S) float32, rewards (N,) float64: the team's."
     metadata = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
@@ -75,29 +78,28 @@ class LockStep(gym.vector.VectorEnv):
         self.num_envs, self.games = len(ids), len(ids) // n; blocks = -(-self.games // BLOCK)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self._seeds = np.zeros(blocks * BLOCK, np.int64); self._seeds[:self.games] = np.random.default_rng().integers(2**63, size=self.games)
-        self._states = [self.engine.blank] * blocks
-        self._begin(np.ones(blocks * BLOCK, bool))
+        self._seeds = np.zeros((blocks, BLOCK), np.int64); self._seeds.flat[:self.games] = np.random.default_rng().integers(2**63, size=self.games)
+        self._states = jax.tree.map(lambda x: x.repeat(blocks, 0), self.engine.blank)
+        self._begin(np.ones((blocks, BLOCK), bool))
 
     def reset(self, *, seed=None, options=None):
         "`seed`: None (go on), an int (row i gets seed + i) or one a row; a game takes its first row's. `options['reset_mask']` (N,) bool limits the reset to those games."
         n, mask = self.family.agents, np.ones(self.num_envs, bool) if not options or "reset_mask" not in options else np.asarray(options["reset_mask"], bool)
         if (mask.reshape(-1, n) != mask[::n, None]).any(): raise PromptnbError(f"the agents of a game start together: 'reset_mask' must be the same for each {n} neighbouring rows")
         given = [None] * self.num_envs if seed is None else [seed + i for i in range(self.num_envs)] if np.isscalar(seed) else seed
-        games = np.zeros(len(self._seeds), bool); games[:self.games] = mask[::n]
-        for g in np.flatnonzero(games): self._seeds[g] = seed_for(self._seeds[g], "next") if given[g * n] is None else int(given[g * n])
+        games = np.zeros(self._seeds.shape, bool); games.flat[:self.games] = mask[::n]
+        for g in np.flatnonzero(games): self._seeds.flat[g] = seed_for(self._seeds.flat[g], "next") if given[g * n] is None else int(given[g * n])
         self._begin(games)
         return self._obs.copy(), dict(legal=self.legal.copy())
 
     def _begin(self, games):
-        self._keys = keys_of(self._seeds).reshape(-1, BLOCK, 2)
-        self._states = [self.engine.begin(k, m, s) if m.any() else s for k, m, s in zip(self._keys, games.reshape(-1, BLOCK), self._states)]
-        self._look()
+        self._keys = keys_of(self._seeds); self._see(*self.engine.begin(self._keys, games, self._states))
 
-    def _look(self):
-        views = [self.engine.look(s) for s in self._states]
-        obs, legal, world, *self._over = (np.concatenate(v)[:self.games] for v in zip(*views))
-        self._obs, self.legal, self.world_state = obs.reshape(self.num_envs, -1), legal.reshape(self.num_envs, -1), world
+    def _see(self, states, *views):
+        "Keep the new states and what is seen now; the other views come back, an array (games, ...) each."
+        obs, legal, self.world_state, *others = (np.asarray(x).reshape(-1, *x.shape[2:])[:self.games] for x in views)
+        self._states, self._obs, self.legal = states, obs.reshape(self.num_envs, -1), legal.reshape(self.num_envs, -1)
+        return others
 
     def rows(self, x): return np.repeat(x, self.family.agents, axis=0)
 
@@ -105,11 +107,9 @@ class LockStep(gym.vector.VectorEnv):
         "Actions: ints (N,), of which illegal ones do nothing, or scores (N, A), of which the best legal one counts. `info['success']` (N,): won at this step."
         a = np.asarray(actions)
         if a.ndim > 1: a = np.where(self.legal, a, -np.inf).argmax(-1)
-        full = np.zeros((len(self._seeds), self.family.agents), np.int32); full[:self.games] = a.reshape(self.games, -1)
-        done = [self.engine.advance(*x) for x in zip(self._keys, self._states, full.reshape(len(self._states), BLOCK, -1))]
-        self._states = [d[0] for d in done]; self._look()
-        r, won = (np.concatenate([d[i] for d in done])[:self.games] for i in (1, 2))
-        return self._obs.copy(), self.rows(r).astype(np.float64), *map(self.rows, self._over), dict(success=self.rows(won), legal=self.legal.copy())
+        full = np.zeros((*self._seeds.shape, self.family.agents), np.int32); full.reshape(-1)[:self.num_envs] = a
+        term, trunc, r, won = map(self.rows, self._see(*self.engine.step(self._keys, self._states, full)))
+        return self._obs.copy(), r.astype(np.float64), term, trunc, dict(success=won, legal=self.legal.copy())
 
 # %% ../../nbs/01g_tasks.smax.ipynb #46df95b9
 STOP, MOVES = 4, 5    # actions: 0 to 3 go up, right, down, left; 4 stops; 5 + k shoots at enemy k
