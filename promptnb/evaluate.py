@@ -63,7 +63,7 @@ class PictureBuffers(Buffers):
         i = t % self.K + 1
         return replace(super().window(t, rows), s=self.s[rows, i:i + self.K])
 
-# %% ../nbs/05_evaluate.ipynb #b8fcf608
+# %% ../nbs/05_evaluate.ipynb #258fa4da
 def groups_of(all_seats, episodes):
     "Rows (seat-major) grouped by model: [(policy, rows, prompt rows)]. Policies that share a model object but not prompts keep their own group."
     by = {}
@@ -77,13 +77,14 @@ def chosen(scores, legal=None):
 
 @torch.no_grad()
 def rollout(all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep=False, device="cpu", limit=None) -> Played:
-    "Run every seat for `episodes` episodes of at most `limit` steps (default: the family's horizon), all at once. `target`: initial return-to-go, a number or one a row (default: the family's)."
+    "Run every seat for `episodes` episodes of at most `limit` steps (default: the family's horizon), all at once. `seed`: a number, or one a seat. `target`: initial return-to-go, a number or one a row (default: the family's)."
+    seeds = [seed] * len(all_seats) if np.isscalar(seed) else list(seed)
     fam = tasks.family(fam); E = episodes * fam.agents; N = len(all_seats) * E      # a row is an agent of an episode
     T = fam.horizon if limit is None else min(limit, fam.horizon)
     if fam.frames and not all(getattr(s.policy, "pictures", False) for s in all_seats): raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
     task_rows = np.repeat([s.task for s in all_seats], E)
     vec = tasks.lock_step(fam, task_rows, threads=threads)
-    obs, _ = vec.reset(seed=[seed_for(seed, "episode", fam.name, i, e) for i in (s.task for s in all_seats) for e in range(episodes) for _ in range(fam.agents)])
+    obs, _ = vec.reset(seed=[seed_for(own, "episode", fam.name, s.task, e) for s, own in zip(all_seats, seeds) for e in range(episodes) for _ in range(fam.agents)])
     groups = groups_of(all_seats, E); states = [p.begin(rows) for p, _, rows in groups]
     K = max(getattr(p, "K", 1) for p, _, _ in groups)
     buf = (PictureBuffers if fam.frames else Buffers)(N, T, K, fam.frames or fam.state_dim, fam.act_dim, fam.target_return if target is None else target, device)

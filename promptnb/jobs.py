@@ -197,7 +197,7 @@ def read_jsonl(path):
         with contextlib.suppress(json.JSONDecodeError): m = json.loads(line); out[m["step"]] = m
     return dict(sorted(out.items()))
 
-# %% ../nbs/11_jobs.ipynb #99639a96
+# %% ../nbs/11_jobs.ipynb #4aef7178
 class EnvScore:
     "Online judge: prompts (G, m, P, .) -> mean returns (G, m) over `episodes` episodes each, all in lock step; counts the steps it spends."
     def __init__(self, policy, r, seed, threads, device): self.__dict__.update(policy=policy, r=r, seed=seed, threads=threads, device=device, env_steps=0, calls=0)
@@ -206,20 +206,22 @@ class EnvScore:
         out = self.rollout(prompts, self.r.tune.score_episodes)
         return torch.tensor(out.returns.mean(-1).reshape(prompts.t.shape[:2]), dtype=torch.float32, device=self.device)
 
-    def rollout(self, prompts, episodes, **kw):
+    def rollout(self, prompts, episodes, apart=False, **kw):
+        "All prompts of a task meet the same episodes, so that they can be compared; `apart`: each its own."
         from promptnb import tasks
         from promptnb.evaluate import Seat, rollout
         fam, (G, m) = tasks.family(self.r.family), prompts.t.shape[:2]; ids = played_tasks(fam, self.r.tune)
         pol = self.policy.with_prompt(prompts.map(lambda x: x.flatten(0, 1)))
-        out = rollout([Seat(pol, ids[g], g * m + j) for g in range(G) for j in range(m)], fam, episodes, seed=seed_for(self.seed, "online", self.calls), target=self.r.target, threads=self.threads, device=self.device, **kw)
+        seeds = [seed_for(self.seed, "online", self.calls, *[j] * apart) for _ in range(G) for j in range(m)]
+        out = rollout([Seat(pol, ids[g], g * m + j) for g in range(G) for j in range(m)], fam, episodes, seed=seeds, target=self.r.target, threads=self.threads, device=self.device, **kw)
         self.calls += 1; self.env_steps += int(out.lengths.sum())
         return out
 
     def play(self, prompts):
-        "One episode with each prompt: returns (G, m), and what was seen as Steps (G, m, T, .), normalised and scaled."
+        "One episode with each prompt, all different: returns (G, m), and what was seen as Steps (G, m, T, .), normalised and scaled."
         import torch
         from promptnb.core import Steps
-        out, shape = self.rollout(prompts, 1, keep=True), prompts.t.shape[:2]
+        out, shape = self.rollout(prompts, 1, apart=True, keep=True), prompts.t.shape[:2]
         s, a, r = (torch.as_tensor(out.trace[k], dtype=torch.float32, device=self.device) for k in "sar"); T = r.shape[1]
         mask = (torch.arange(T, device=self.device) < torch.as_tensor(out.lengths, device=self.device)).float(); rtg = (r * mask).flip(1).cumsum(1).flip(1)
         seen = Steps(self.policy.normalise(s[:, :T]), a[:, :T], rtg[..., None] / self.policy.rtg_scale, torch.arange(T, device=self.device).expand(len(r), T), mask)

@@ -16,12 +16,13 @@ from . import recipes as rc
 from .core import PromptnbError, data_dir, figures_dir, read_json, results_dir, write_atomic
 
 # %% auto #0
-__all__ = ['ORDER', 'SAME', 'APART', 'DRAW', 'OFFLINE', 'iqm', 'interval', 'summary', 'compare', 'recipe_file', 'policy_file',
-           'runs', 'status', 'load', 'reported', 'matrix', 'tidy_table', 'plus_minus', 'printed', 'verdicts', 'say',
-           'main_name', 'style', 'axes_for', 'nothing', 'lines', 'curves', 'pretraining', 'process', 'bars', 'heat',
-           'quality', 'paired', 'relative', 'looks', 'nearest', 'entries', 'chain', 'prompt_points', 'tsne',
-           'diversity', 'conflict', 'costs', 'short', 'cost', 'prompt_change', 'save_figure', 'one_level', 'save_table',
-           'caption', 'make', 'exhibit', 'lacks', 'overview', 'parts_of', 'source_of', 'deviations', 'provenance']
+__all__ = ['BESIDE', 'ORDER', 'SAME', 'APART', 'DRAW', 'OFFLINE', 'iqm', 'interval', 'summary', 'compare', 'recipe_file',
+           'policy_file', 'runs', 'status', 'load', 'reported', 'without_blank', 'matrix', 'tidy_table', 'plus_minus',
+           'printed', 'verdicts', 'say', 'main_name', 'style', 'axes_for', 'nothing', 'lines', 'curves', 'pretraining',
+           'process', 'bars', 'heat', 'quality', 'paired', 'relative', 'looks', 'nearest', 'entries', 'chain',
+           'prompt_points', 'tsne', 'diversity', 'conflict', 'costs', 'short', 'cost', 'prompt_change', 'save_figure',
+           'one_level', 'save_table', 'caption', 'make', 'exhibit', 'lacks', 'overview', 'parts_of', 'source_of',
+           'deviations', 'provenance']
 
 # %% ../nbs/10_results.ipynb #b1c248ad
 def iqm(x, axis=None):
@@ -82,7 +83,13 @@ def reported(paper) -> pd.DataFrame:
     "The published numbers with their sources."
     return pd.read_csv(data_dir()/"reported"/f"{paper}.csv")
 
-# %% ../nbs/10_results.ipynb #e55efee3
+# %% ../nbs/10_results.ipynb #b4c3f95e
+BESIDE = ["reported", "reported_std", "difference", "source"]
+
+def without_blank(t, rep):
+    "A table without the columns of published numbers, where a paper has none."
+    return t.drop(columns=BESIDE, errors="ignore") if rep.empty else t
+
 def matrix(df, label, family):
     "Returns (seeds, tasks) of one method on one family; NaN where missing."
     d = df[(df.label == label) & (df.task == family) & (df.metric == "return")]
@@ -106,18 +113,19 @@ def tidy_table(e, scale, seeds=None, partial=False) -> pd.DataFrame:
             d = df[(df.label == label) & (df.task == fam)]
             if len(d): row |= dict(trainable=int(d.trainable.iloc[0]), env_steps=int(d.env_steps.iloc[0]))
             out.append(row)
-    return pd.DataFrame(out).reindex(columns=["method", "family", "mean", "std", "n", "iqm", "lo", "hi", "reported", "reported_std", "difference", "trainable", "env_steps", "note", "source"])
+    return without_blank(pd.DataFrame(out).reindex(columns=["method", "family", "mean", "std", "n", "iqm", "lo", "hi", "reported", "reported_std", "difference", "trainable", "env_steps", "note", "source"]), rep)
 
 def plus_minus(m, s): return "" if pd.isna(m) else f"{m:.1f}" + ("" if pd.isna(s) else f" ± {s:.1f}")
 
 def printed(t: pd.DataFrame) -> pd.DataFrame:
-    "The same for readers: one line a method, three columns a family."
+    "The same for readers: one line a method, three columns a family; one, where nothing is published."
     pm, cells = plus_minus, {}
     for _, r in t.iterrows():
         ours = pm(r["mean"], r["std"]) + ("" if pd.isna(r["mean"]) else f" (n={int(r['n'])}; IQM {r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}])") + (f" {r.note}" if r.note else "")
-        cells.setdefault(r.method, {}).update({(r.family, "ours"): ours, (r.family, "reported"): pm(r.reported, r.reported_std), (r.family, "difference"): pm(r.difference, np.nan)})
+        beside = {(r.family, "reported"): pm(r.reported, r.reported_std), (r.family, "difference"): pm(r.difference, np.nan)} if "reported" in t else {}
+        cells.setdefault(r.method, {}).update({(r.family, "ours"): ours} | beside)
     out = pd.DataFrame.from_dict(cells, orient="index").fillna("")
-    out.columns = pd.MultiIndex.from_tuples(out.columns); out.index.name = "method"
+    out.columns = pd.MultiIndex.from_tuples(out.columns) if "reported" in t else [f for f, _ in out.columns]; out.index.name = "method"
     return out
 
 # %% ../nbs/10_results.ipynb #1944a33d
@@ -208,9 +216,10 @@ def process(e, scale, seeds=None, partial=False):
     ax.set(xlabel="tuning updates", ylabel="action error on demonstrations", title=f"{df.label.iloc[0] if len(df) else ''}"); ax.legend(frameon=False, title="test task") if len(df) else nothing(ax)
     return fig, df[["task_id", "step", "value"]]
 
-# %% ../nbs/10_results.ipynb #db5e4b57
+# %% ../nbs/10_results.ipynb #d13755c1
 def bars(e, scale, seeds=None, partial=False):
     "Return of each variant: mean over seeds, one dot a seed, interval of the IQM."
+    from promptnb.contexts import style      # which stands on this page, and knows more labels
     df = load(e, scale, seeds, partial); t = tidy_table(e, scale, seeds, partial)
     fig, axes = axes_for(e.families, width=5.2, height=0.8 + 0.35 * len(set(t.method)))
     for ax, fam in zip(axes, e.families):
@@ -377,7 +386,7 @@ def prompt_change(e, scale, key="ranking", seed=0):
     fig.suptitle(f"{found[0]['recipe'].family}, {found[0]['label']}: normalised entries of the prompt", fontsize=10)
     return fig
 
-# %% ../nbs/10_results.ipynb #aa640364
+# %% ../nbs/10_results.ipynb #9ed7e90d
 def save_figure(fig, numbers, paper, scale, name):
     "PDF, PNG and the plotted numbers side by side."
     folder = figures_dir(paper)/scale
@@ -403,8 +412,8 @@ def save_table(t, paper, scale, name, caption, shown=None):
 
 def caption(e, scale, t=None):
     "Protocol, scale, seeds, and what is unknown."
-    unknown = "" if t is None or not t.reported.isna().any() else " Blank under 'reported': not known."
-    return f"{e.title}, {scale} scale. {e.protocol} ours: mean ± std over n seeds; IQM over seeds and tasks with 95 % stratified bootstrap interval.{unknown}"
+    unknown = "" if t is None or "reported" not in t or not t.reported.isna().any() else " Blank under 'reported': not known."
+    return f"{e.title}, {scale} scale. {e.protocol.strip()} ours: mean ± std over n seeds; IQM over seeds and tasks with 95 % stratified bootstrap interval.{unknown}"
 
 DRAW = dict(curves=curves, pretraining=pretraining, process=process, bars=bars, quality=quality, grid=quality, relative=relative, chain=chain, tsne=tsne, diversity=diversity, conflict=conflict, cost=cost)
 
@@ -412,9 +421,9 @@ def make(e, scale, seeds=None, partial=False):
     "Draw and save one exhibit: the printed table, or the figure."
     if e.kind == "table":
         t = tidy_table(e, scale, seeds, partial); return save_table(t, e.paper, scale, e.id, caption(e, scale, t))
-    from promptnb import scores      # which stands on this page
-    shown, numbers = {**DRAW, **scores.DRAW}[e.kind](e, scale, seeds, partial)
-    if isinstance(shown, pd.DataFrame): return save_table(numbers, e.paper, scale, e.id, scores.caption(e, scale, numbers), shown)
+    from promptnb import contexts, scores      # which stand on this page
+    shown, numbers = {**DRAW, **scores.DRAW, **contexts.DRAW}[e.kind](e, scale, seeds, partial)
+    if isinstance(shown, pd.DataFrame): return save_table(numbers, e.paper, scale, e.id, (contexts if e.kind in contexts.DRAW else scores).caption(e, scale, numbers), shown)
     save_figure(shown, numbers, e.paper, scale, e.id); return shown
 
 def exhibit(paper, id):

@@ -23,16 +23,16 @@ __all__ = ['MAIN', 'COLUMNS', 'ELSEWHERE', 'LOOK', 'LADDER', 'WHOLE', 'EVERY', '
            'say_share', 'waterfall', 'share', 'against', 'verdicts', 'say', 'answer', 'pretraining_verdict',
            'language_verdict', 'caption', 'show']
 
-# %% ../nbs/10a_scores.ipynb #451bc663
+# %% ../nbs/10a_scores.ipynb #888a69d6
 def label_of(e, r): return e.labels.get(r.id, r.method)
 def labels_of(e, scale=None): return list(dict.fromkeys(label_of(e, r) for r in rc.recipes_of(e, scale)))
 def cells_of(e, scale=None): return list(dict.fromkeys(r.cell for r in rc.recipes_of(e, scale)))
 
 def named(cells):
-    "Cells in few words: the shares of one data set together."
+    "Cells in few words: those that differ in the last word, such as a share, together."
     sets = {}
-    for c in cells: name, share = c.rsplit(" ", 1); sets.setdefault(name, []).append(share)
-    return "; ".join(f"{name} {', '.join(s)}" for name, s in sets.items())
+    for c in cells: name, _, share = c.rpartition(" "); sets.setdefault(name or share, []).append(share if name else "")
+    return "; ".join(f"{name} {', '.join(s)}".strip() for name, s in sets.items())
 
 def counted(n, what="seed"): return f"{n} {what}" + ("s" if n != 1 else "")
 
@@ -62,7 +62,7 @@ def grid_of(w, label, metric="score"):
     if metric not in w or label not in w.index.unique("label"): return pd.DataFrame()
     return w[metric].xs(label, level="label").unstack("cell").dropna(axis=1, how="all").sort_index()
 
-# %% ../nbs/10a_scores.ipynb #2b33a74a
+# %% ../nbs/10a_scores.ipynb #f660cb55
 MAIN = ("table1", "table2", "table3", "table15", "table16")
 COLUMNS = ["cell", "method", "mean", "std", "n", "iqm", "lo", "hi", "best", "own", "worst", "reported", "reported_std", "difference", "trainable", "total", "note", "source"]
 ELSEWHERE = "not at this scale"
@@ -107,15 +107,16 @@ def tidy(e, scale, seeds=None, partial=False):
     for r in rs: here.setdefault((r["recipe"].cell, r["label"]), []).append(r)
     t = pd.DataFrame([row_of(w, e, c, l, here.get((c, l), []), published(rep, e, l, c)) for c in cells_of(e, scale) or cells_of(e) for r in rc.recipes_of(e) if r.cell == c for l in [label_of(e, r)]], columns=COLUMNS)
     if len(a := averages(w, t, metric_of(e))): t = pd.concat([t.astype(object), a.astype(object)], ignore_index=True).infer_objects()
-    return t.assign(difference=t["mean"].astype(float) - t.reported.astype(float))
+    t = t.assign(difference=t["mean"].astype(float) - t.reported.astype(float))
+    return t.drop(columns=["reported", "reported_std", "difference"]) if rep.empty else t
 
-# %% ../nbs/10a_scores.ipynb #c7ade737
+# %% ../nbs/10a_scores.ipynb #77a63938
 def in_words(r):
     "A row of the tidy table as three lines of text."
     lacks = ", ".join([f"n={r.n:.0f}"] * bool(r.note or pd.isna(r["std"])) + [r.note] * bool(r.note))
     if pd.isna(r["mean"]): mine = "-" if r.note == ELSEWHERE else r.note
     else: mine = plus_minus(r["mean"], r["std"]) + (f" ({lacks})" if lacks else "")
-    return {"ours": mine, "IQM [95 %]": "" if pd.isna(r["mean"]) or r.n < 2 else f"{r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}]", "published": plus_minus(r.reported, r.reported_std)}
+    return {"ours": mine, "IQM [95 %]": "" if pd.isna(r["mean"]) or r.n < 2 else f"{r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}]", "published": plus_minus(r.get("reported"), r.get("reported_std"))}
 
 def printed(t):
     "For readers: cells down, methods across; a line that is empty for all methods is left out."

@@ -6,9 +6,11 @@ from dataclasses import asdict, fields, is_dataclass
 import numpy as np
 import pytest, torch
 
-from promptnb.core import PromptnbError, Steps, action_loss
+from promptnb.core import PromptnbError, Steps, action_loss, seed_for
 from promptnb.data import demos, from_arrays
+from promptnb.models.context import ContextConfig, ContextPolicy
 from promptnb.models.dt import DTConfig, Policy
+from promptnb.tuners.context import TOWARDS
 from promptnb.tuners.core import TUNERS, Tuner, WeightTuner, make_tuner, same_batch
 from promptnb.tuners.ranking import NOISES
 
@@ -17,30 +19,44 @@ SMALL = dict(steps=12, m=12, lr=1e-2, mu=0.3, eta=0.3)     # for the fields that
 
 # ---- a toy: an untrained policy with large weights, two tasks with nearly constant actions
 
-def toy(prompt=True, T=40, **kw):
+def toy(prompt=True, T=40, context=False, **kw):
+    "(policy, demonstrations); with `context`, the policy of the Contextual Meta Transformer, whose encoder writes 5 vectors."
     g = np.random.default_rng(0)
     st = from_arrays([dict(observations=g.normal(size=(T, S)), actions=0.5 - i + 0.2 * g.normal(size=(T, A)), rewards=np.arange(T) % 3) for i in range(G) for _ in range(3)], np.repeat(np.arange(G), 3))
     torch.manual_seed(0)
-    pi = Policy(asdict(DTConfig(S, A, width=16, layers=2, prompt=prompt, **kw)), K=K, rtg_scale=12.)
+    if context: pi = ContextPolicy(asdict(ContextConfig(S, A, width=16, layers=2, encoder="mean" if prompt else "none", reward_scale=12., **kw)), K=K, rtg_scale=12.)
+    else: pi = Policy(asdict(DTConfig(S, A, width=16, layers=2, prompt=prompt, **kw)), K=K, rtg_scale=12.)
     for p in pi.model.parameters(): p.data.mul_(3)
     return pi.eval(), demos(st, st, pi, n=3, K=K, batch=8, H=P)
 
 class Score:
-    "A stand-in for the environment: the return is higher the nearer a prompt's actions are to 1."
+    "A stand-in for the environment: the return is higher the nearer a prompt's actions are to 1; what is seen in an episode follows from the task alone."
     env_steps = 77
     def __call__(self, prompts):
         assert prompts.t.shape[0] == G and prompts.t.shape[2] == P
         self.env_steps += prompts.t[..., 0].numel() * 10; return -(prompts.a - 1).square().mean((-1, -2))
+    def play(self, contexts):
+        G, m = contexts.t.shape[:2]; self.env_steps += G * m * 6; r = lambda *d: torch.randn(G, 1, 6, *d, generator=torch.Generator().manual_seed(6)).expand(G, m, 6, *d)
+        return torch.arange(G)[:, None].expand(G, m).float(), Steps(r(S), r(A).tanh(), r(1), torch.arange(6).expand(G, m, 6), torch.ones(G, m, 6))
 
 def kind(name): module, cls = TUNERS[name].split(":"); return getattr(importlib.import_module(f"promptnb.tuners.{module}"), cls)
 def has(name, field): return field in {f.name for f in fields(kind(name))}
+def reads(name, kw): return name in ("encode", "collect") or kw.get("begin") == "encoded"      # the policy's context encoder
+def plays(name, kw): return name == "collect" or bool(kw.get("online"))                       # the environment
 def hyper(name, **kw): return {k: v for k, v in {**SMALL, **kw}.items() if has(name, k) or k in kw}
 
 @functools.cache
 def adapted(name, rng=0, prompt=True, T=40, **kw):
     "(policy, demonstrations, what tuning gave, the score it was given); skipped where the tuner refuses."
-    pi, dem = toy(prompt, T); score = Score(); t = make_tuner(name, **hyper(name, **kw))
+    pi, dem = toy(prompt, T, reads(name, kw)); score = Score(); t = make_tuner(name, **hyper(name, **kw))
     with refusal(): return pi, dem, t.prepare(pi, (), 0).adapt(pi, dem, rng, score), score
+
+def begun(name, kw, pi, dem):
+    "Where a tuner begins, as it says: with the prompt as drawn, with small random vectors, or with what was seen in episodes."
+    if name == "context" and not reads(name, kw): x = 0.02 * torch.randn(G, kw.get("L", 5), 16, generator=torch.Generator().manual_seed(seed_for(0, "vectors"))); p = pi.with_prompt((x, torch.ones(x.shape[:2])))
+    elif name == "collect": p = pi.with_prompt(Score().play(dem.prompt[:, None])[1].map(lambda x: torch.cat([x[:, 0]] * 4, 1)))
+    else: p = pi.prompted(dem.prompt, dem.task_ids)
+    return [(p, g) for g in range(G)]
 
 @contextlib.contextmanager
 def refusal():
@@ -79,8 +95,9 @@ def moved(a, b): assert a.keys() == b.keys(); return {k: v for k, v in b.items()
 
 # ---- the cases: each tuner as it is, with each of its switches on, and in bf16
 
-CASES = [(n, kw) for n in TUNERS for kw in [{}, *({f.name: True} for f in fields(kind(n)) if f.default is False), *([dict(precision="bf16")] if has(n, "precision") else [])]]
-each = pytest.mark.parametrize("name, kw", CASES, ids=lambda x: x if isinstance(x, str) else ",".join(x))
+CHOICES = dict(context=[*(dict(towards=t) for t in TOWARDS[1:]), *(dict(L=n, towards="return") for n in (1, 10, 20)), dict(begin="encoded"), dict(begin="encoded", towards="shuffled")])
+CASES = [(n, kw) for n in TUNERS for kw in [{}, *({f.name: True} for f in fields(kind(n)) if f.default is False), *([dict(precision="bf16")] if has(n, "precision") else []), *CHOICES.get(n, [])]]
+each = pytest.mark.parametrize("name, kw", CASES, ids=lambda x: x if isinstance(x, str) else ",".join(k if v is True or k == "precision" else f"{k}={v}" for k, v in x.items()))
 tuners = pytest.mark.parametrize("name", TUNERS)
 searches = pytest.mark.parametrize("name", [n for n in TUNERS if has(n, "online")])
 
@@ -96,12 +113,13 @@ def test_result(name, kw):
     _, dem, out, score = adapted(name, **kw)
     assert len(out.placed) == G and out.trainable >= 0 and torch.isfinite(actions(out.placed)).all()
     assert all({"step", "task"} <= l.keys() and l["task"] in range(G) and np.isfinite(l["score" if "score" in l else "loss"]) for l in out.log)
-    assert out.env_steps == score.env_steps - 77 and (out.env_steps > 0) == bool(kw.get("online"))
+    assert out.env_steps == score.env_steps - 77 and (out.env_steps > 0) == plays(name, kw)
+    assert all({"metric", "task", "value"} <= f.keys() and f["task"] in range(-1, G) and np.isfinite(f["value"]) for f in out.facts) and all(torch.isfinite(x).all() for x in out.look.values())
 
 @each
 @pytest.mark.parametrize("mode", ["eval", "train", "eval but for the model"])
 def test_policy_and_demonstrations_are_left_alone(name, kw, mode):
-    pi, dem = toy(); pi.train(mode == "train"); pi.model.train(mode != "eval")
+    pi, dem = toy(context=reads(name, kw)); pi.train(mode == "train"); pi.model.train(mode != "eval")
     for p in list(pi.parameters())[::2]: p.requires_grad_(False)
     before, data = photo(pi), photo(dem)
     with refusal(): out = make_tuner(name, **hyper(name, **dict(kw, steps=2) if has(name, "steps") else kw)).adapt(pi, dem, 0, Score())
@@ -112,13 +130,12 @@ def test_policy_and_demonstrations_are_left_alone(name, kw, mode):
 @each
 @pytest.mark.parametrize("prompt, T", [(True, 40), (False, 40), (True, P - 1)], ids=["", "no prompt", "padded prompt"])
 def test_zero_steps_are_the_start(name, kw, prompt, T):
-    "Without steps a tuner gives the policy with the prompt as drawn."
+    "Without steps a tuner gives the policy with the prompt as drawn, or what it says it begins with."
     if has(name, "steps"): kw = dict(kw, steps=0)
     pi, dem, out, _ = adapted(name, prompt=prompt, T=T, **kw)
     if not has(name, "steps") and out.trainable: pytest.skip("has no steps")
     assert dem.prompt.mask.all() == (T > P)
-    start = pi.with_prompt(dem.prompt) if prompt else pi
-    torch.testing.assert_close(actions(out.placed), actions([(start, g) for g in range(G)]), rtol=0, atol=2e-6)
+    torch.testing.assert_close(actions(out.placed), actions(begun(name, kw, pi, dem)), rtol=0, atol=2e-6)
 
 @each
 def test_only_the_declared_moves(name, kw, monkeypatch):
@@ -126,7 +143,8 @@ def test_only_the_declared_moves(name, kw, monkeypatch):
     _, _, out, _ = adapted(name, **kw); extra = getattr(make_tuner(name, **kw), "extra", 0)    # prompt fields behind s, a, rtg: t, mask, and two that no policy keeps
     if not has(name, "steps"): assert not out.trainable; return
     if merges(name): monkeypatch.setattr(kind(name), "release", lambda *_: None); out = adapted.__wrapped__(name, **kw)[2]
-    zero = adapted.__wrapped__(name, **dict(kw, steps=0))[2]; assert zero.trainable == out.trainable
+    zero = adapted.__wrapped__(name, **dict(kw, steps=0))[2]; assert zero.trainable == (0 if name == "context" else out.trainable)      # there, without steps nothing is trained: a control
+    if name == "context": assert out.trainable == kw.get("L", 5) * 16
     share = Counter(id(p) for p, _ in out.placed)
     for (p, _), (q, _) in zip(out.placed, zero.placed):
         diff = moved(q.state_dict(), p.state_dict()); n = sum(v.numel() for v in diff.values()) / share[id(p)]
@@ -156,7 +174,7 @@ def test_same_seed_same_result(name, kw):
 @each
 def test_it_helps(name, kw):
     "The error on the demonstrations (online: minus the score) of each task falls; switches that add noise, bf16 included, may leave it where it was."
-    pi, dem, out, _ = adapted(name, **kw); start = [(pi.with_prompt(dem.prompt), g) for g in range(G)]
+    pi, dem, out, _ = adapted(name, **kw); start = begun(name, kw, pi, dem)
     if kw.get("online"): f = lambda placed: -Score()(placed[0][0].prompt.map(lambda x: x[:, None]))[:, 0].numpy()
     else: f = lambda placed: offline(placed, dem)
     a, b = f(start), f(out.placed)
@@ -170,7 +188,7 @@ def test_the_log_tells_the_truth(name, kw):
     key = "score" if kw.get("online") else "loss"
     at = lambda step: [l[key] for l in sorted(out.log, key=lambda l: l["task"]) if l["step"] == step]
     if key == "score": assert len(at(0)) == len(at(SMALL["steps"])) == G; return
-    np.testing.assert_allclose(at(0), offline([(pi.with_prompt(dem.prompt), g) for g in range(G)], dem), rtol=tol)
+    np.testing.assert_allclose(at(0), offline(begun(name, kw, pi, dem), dem), rtol=tol)
     np.testing.assert_allclose(at(SMALL["steps"]), offline(out.placed, dem), rtol=tol)
 
 @each
@@ -178,7 +196,7 @@ def test_saved_and_loaded(name, kw, tmp_path):
     "A tuned policy and its clone act, bit for bit, as one that was saved and loaded."
     out = adapted(name, **kw)[2]; want = actions(out.placed); seen = {}
     for i, (p, _) in enumerate(out.placed):
-        if id(p) not in seen: p.save_pretrained(tmp_path/str(i)); seen[id(p)] = Policy.from_pretrained(tmp_path/str(i))
+        if id(p) not in seen: p.save_pretrained(tmp_path/str(i)); seen[id(p)] = type(p).from_pretrained(tmp_path/str(i))
     assert torch.equal(actions([(seen[id(p)], row) for p, row in out.placed]), want)
     assert torch.equal(actions([(p.clone(), row) for p, row in out.placed]), want)
     assert all(same(seen[id(p)].state_dict(), p.state_dict()) for p, _ in out.placed)
@@ -204,9 +222,9 @@ def test_misspelt(name):
 @tuners
 def test_without_a_prompt(name):
     "On a policy that takes no prompt a tuner works, or says in one line that it needs one."
-    pi, dem = toy(prompt=False); tuner = make_tuner(name, **hyper(name, **(dict(steps=2) if has(name, "steps") else {})))
+    pi, dem = toy(prompt=False, context=reads(name, {})); tuner = make_tuner(name, **hyper(name, **(dict(steps=2) if has(name, "steps") else {})))
     try: out = tuner.adapt(pi, dem, 0, Score())
-    except PromptnbError as e: assert "needs a policy with a prompt" in str(e) and "\n" not in str(e)
+    except PromptnbError as e: assert f"needs a policy with a {'context encoder' if reads(name, {}) else 'prompt'}" in str(e) and "\n" not in str(e)
     else: assert len(out.placed) == G and torch.isfinite(actions(out.placed)).all()
 
 # ---- searches, online and off

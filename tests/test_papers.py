@@ -84,7 +84,7 @@ def fabricate(home, e, scale, seeds, value=lambda r, seed, i: 100. * seed + i, s
         for seed in seeds:
             name = jobs.recipe_run(r, scale, seed); known = dict(paper=e.paper, task=r.family, method=r.method, seed=seed, scale=scale, step=0, n_episodes=1, trainable=1, env_steps=0, run_id=name)
             own = [dict(known, task_id=i, metric="return", value=value(r, seed, i)) for i in tasks.family(r.family).test] if rows else []
-            rec = dict(run_id=name, status=status, why="", recipe_digest=recipes.digest(r), code=jobs.code_of("tune", r.family, [r.tune.tuner]), rows=own, seconds=1., where=dict(commit="-", threads=1), **changed)
+            rec = dict(run_id=name, status=status, why="", recipe_digest=recipes.digest(r), code=jobs.code_of("tune", r.family, [r.tune.tuner], bool(r.pretrain.context)), rows=own, seconds=1., where=dict(commit="-", threads=1), **changed)
             path = home/"data"/"results"/e.paper/f"{name}.json"; path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(rec))
 
 @pytest.fixture

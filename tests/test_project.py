@@ -64,8 +64,9 @@ LAYERS = {
     "llm":       ("core", "gymnasium", ""),
     "online":    ("core tasks", "", ""),
     "recipes":   ("", "everything", ""),
-    "results":   ("core recipes scores", "torch gymnasium", ""),      # scores: inside the function that makes an exhibit
+    "results":   ("core recipes scores contexts", "torch gymnasium", ""),      # scores, contexts: inside the functions that make an exhibit
     "scores":    ("core recipes results", "torch gymnasium", ""),
+    "contexts":  ("core recipes results scores", "torch gymnasium", ""),
     "jobs":      ("core tasks data experts models train evaluate tuners llm online recipes offline", "", ""),
     "offline":   ("core tasks data experts models train evaluate recipes jobs", "", ""),
     "run":       ("core tasks data experts collect models train evaluate tuners llm online recipes results jobs offline", "", ""),
@@ -125,13 +126,13 @@ def tags(root):
     return [f"nbs/{f} has {k} cells tagged parameters" for f, k in n.items() if k != (f.startswith("papers/") or f == "benchmarks.ipynb")]
 
 def render_only(root):
-    "Paper notebooks define nothing and import only recipes, results, scores and what draws them."
+    "Paper notebooks define nothing and import only recipes, results, scores, contexts and what draws them."
     ok, out = sys.stdlib_module_names | {"pandas", "matplotlib", "IPython"}, []
     for f, nb in papers(root).items():
         if f == "papers/run.ipynb": continue
         source = "\n".join(re.sub(r"^[%!]", "#", s, flags=re.M) for s in code(nb))
         out += [f"nbs/{f} defines something: {m[0].strip()}" for m in re.finditer(r"^[ \t]*(async +)?(def|class) .*", source, re.M)]
-        out += [f"nbs/{f} imports {n}" for _, n, _ in imports(source) if n.split(".")[0] not in ok and not re.match(r"promptnb\.(recipes|results|scores)(\.|$)", n)]
+        out += [f"nbs/{f} imports {n}" for _, n, _ in imports(source) if n.split(".")[0] not in ok and not re.match(r"promptnb\.(recipes|results|scores|contexts)(\.|$)", n)]
     return out
 
 def sizes(root):

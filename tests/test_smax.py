@@ -1,5 +1,6 @@
 "SMAX in lock step: games that depend on their seeds alone, a script that stays legal and has the strength it says, plain arrays in."
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -81,6 +82,15 @@ def test_reset_mask():
     again = [vec.step(a)[0] for _ in range(3)]
     assert np.array_equal(again[2][~mask], straight[5][~mask]) and np.array_equal(again[2][mask], straight[2][mask])
 
+def test_a_step_is_one_call(monkeypatch):
+    "Of 70 games in 3 blocks; it is compiled once for each number of blocks, whatever the number of games."
+    fam = replace(tasks.family("smax-3m"), horizon=50); start = lambda n: smax.LockStep(fam, [0] * (n * N))      # a horizon of its own: nothing is compiled yet
+    vec, calls = start(70), []; step = vec.engine.step
+    monkeypatch.setattr(vec.engine, "step", lambda *x: calls.append(x[2].shape) or step(*x))
+    for seed in (0, 1): vec.reset(seed=seed); [vec.step(np.full(70 * N, a)) for a in (1, smax.STOP)]
+    assert calls == [(3, 32, N)] * 4 and step._cache_size() == 1
+    for n, compiled in ((96, 1), (65, 1), (1, 2), (32, 2)): start(n).step(np.full(n * N, 1)); assert step._cache_size() == compiled, n
+
 # ---- the end
 
 def test_an_ended_game_is_frozen(played):
@@ -100,8 +110,8 @@ def test_success_is_a_last_reward_of_one(played):
 
 def test_time_runs_out():
     "At the horizon with both sides standing a game is truncated, not terminated."
-    vec = games(1); vec.reset(seed=0); s = vec._states[0]
-    vec._states[0] = s.replace(state=s.state.replace(step=s.state.step + HORIZON - 2))
+    vec = games(1); vec.reset(seed=0); s = vec._states
+    vec._states = s.replace(state=s.state.replace(step=s.state.step + HORIZON - 2))
     for last in (False, True): _, _, term, trunc, _ = vec.step(np.full(N, smax.STOP)); assert (trunc == last).all() and not term.any()
 
 def test_scores_give_the_best_legal_action():
@@ -122,10 +132,10 @@ def test_script_is_legal_and_as_strong_as_said(played):
 
 def test_seen_is_what_is_there():
     "On a map of two types of units: positions, health and cooldowns agree with the state of the map."
-    vec = games(2, "smax-2s3z"); vec.reset(seed=0); n, rng = 5, np.random.default_rng(0); s = vec._states[0]; u = s.state
+    vec = games(2, "smax-2s3z"); vec.reset(seed=0); n, rng = 5, np.random.default_rng(0); s = vec._states; u = s.state
     place = rng.uniform(10, 20, u.unit_positions.shape).astype(np.float32); share = rng.uniform(0.1, 1, u.unit_health.shape).astype(np.float32)
-    vec._states[0] = s.replace(state=u.replace(unit_positions=place, unit_health=u.unit_health * share, unit_weapon_cooldowns=u.unit_weapon_cooldowns + 0.7, unit_alive=u.unit_alive.at[:, 6].set(False))); vec._look()
-    got = smax.seen(vec, vec._obs)
+    vec._states = s.replace(state=u.replace(unit_positions=place, unit_health=u.unit_health * share, unit_weapon_cooldowns=u.unit_weapon_cooldowns + 0.7, unit_alive=u.unit_alive.at[..., 6].set(False)))
+    vec._begin(np.zeros((1, smax.BLOCK), bool)); got, place, share = smax.seen(vec, vec._obs), place[0], share[0]
     at = place[:2, None, n:] - place[:2, :n, None]; far = np.linalg.norm(at, axis=-1) >= np.where(np.arange(n) < 2, 10, 9)[:, None]; gone = far | (np.arange(n) == 1)
     assert 0 < gone.mean() < 0.9 and np.array_equal(got.distance >= smax.FAR, gone)
     np.testing.assert_allclose(got.at[~gone], at[~gone], atol=1e-4); np.testing.assert_allclose(got.distance[~gone], np.linalg.norm(at, axis=-1)[~gone], atol=1e-4)

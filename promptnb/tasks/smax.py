@@ -57,7 +57,7 @@ def keys_of(seeds):
     s = np.asarray(seeds, np.uint64)
     return np.stack([s >> np.uint64(32), s & np.uint64(0xFFFFFFFF)], -1).astype(np.uint32)
 
-# %% ../../nbs/01g_tasks.smax.ipynb #2a75483e
+# %% ../../nbs/01g_tasks.smax.ipynb #f8b92725
 class LockStep(gym.vector.VectorEnv):
     "Rows = games x agents, game-major, stepped together. Observations (N, S) float32, rewards (N,) float64: the team's."
     metadata = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
@@ -98,7 +98,7 @@ class LockStep(gym.vector.VectorEnv):
     def _see(self, states, *views):
         "Keep the new states and what is seen now; the other views come back, an array (games, ...) each."
         obs, legal, self.world_state, *others = (np.asarray(x).reshape(-1, *x.shape[2:])[:self.games] for x in views)
-        self._states, self._obs, self.legal = states, obs.reshape(self.num_envs, -1), legal.reshape(self.num_envs, -1)
+        self._states, self._obs, self.legal = states, obs.reshape(self.num_envs, -1), legal.reshape(self.num_envs, -1).copy()      # torch wants arrays that may be written
         return others
 
     def rows(self, x): return np.repeat(x, self.family.agents, axis=0)

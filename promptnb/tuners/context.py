@@ -89,7 +89,7 @@ class ContextVectors(PromptTuner):
         out = super().adapt(policy, demos, rng, score)
         return out if self.steps else replace(out, trainable=0)
 
-# %% ../../nbs/06c_tuners.context.ipynb #bc8c333e
+# %% ../../nbs/06c_tuners.context.ipynb #97af3c58
 def components(z, n=3):
     "The first n principal components of embeddings z (m, d): coordinates (m, n), largest first."
     z = z.double() - z.double().mean(0); return z @ torch.linalg.svd(z, full_matrices=False).Vh[:n].T
@@ -102,27 +102,27 @@ class Encode(Tuner):
     PREPARES = ("contexts",)
 
     def prepare(self, policy, families, rng, folder=None):
-        "Embed contexts of the train tasks: {task id: (contexts, d)}."
-        self.trained = {}
-        for demos in families: self.trained |= self.embedded(policy, demos)
-        return self
+        "Keep contexts of the train tasks."
+        self.trained = [self.drawn(demos) for demos in families]; return self
+
+    def drawn(self, demos): return demos.task_ids, demos.draw(0, self.contexts, seed="contexts")[0]
 
     @torch.no_grad()
-    def embedded(self, policy, demos):
-        if not hasattr(policy.model, "encode"): raise PromptnbError(f"{type(self).__name__} needs a policy with a context encoder")
-        shown = demos.draw(0, self.contexts, seed="contexts")[0]
-        return dict(zip(demos.task_ids, policy.model.embedding(shown.map(lambda x: x.flatten(0, 1)))[0].unflatten(0, shown.t.shape[:2])))
-
     def look(self, policy, demos):
-        "Coordinates (tasks, contexts, 3) of all embedded contexts, train tasks first, and the tasks' ids."
-        mine = self.embedded(policy, demos); both = [*getattr(self, "trained", {}).items(), *mine.items()]; z = torch.stack([z for _, z in both])
-        return dict(embedding=components(z.flatten(0, 1)).unflatten(0, z.shape[:2]), embedded=torch.tensor([i for i, _ in both]), unseen=torch.tensor(len(mine)))
+        "Coordinates (tasks, contexts, 3) of all embedded contexts, train tasks first, after training and before it; the tasks' ids, and how many are unseen."
+        parts = [*getattr(self, "trained", ()), self.drawn(demos)]; ids = [i for own, _ in parts for i in own]
+        torch.manual_seed(seed_for("untrained")); blank = type(policy.model)(policy.config).to(policy.mean.device)
+        at = lambda model: components(torch.cat([model.embedding(x.map(lambda v: v.flatten(0, 1)))[0] for _, x in parts])).unflatten(0, (len(ids), -1))
+        return dict(embedding=at(policy.model), untrained=at(blank.eval()), embedded=torch.tensor(ids), unseen=torch.tensor(demos.G))
 
     def adapt(self, policy, demos, rng, score=None):
-        look = self.look(policy, demos); p = policy.prompted(demos.prompt, demos.task_ids)
-        return Adapted([(p, g) for g in range(demos.G)], 0, look=look)
+        self.check(policy); p = policy.prompted(demos.prompt, demos.task_ids)
+        return Adapted([(p, g) for g in range(demos.G)], 0, look=self.look(policy, demos))
 
-# %% ../../nbs/06c_tuners.context.ipynb #b23ee0ec
+    def check(self, policy):
+        if not hasattr(policy.model, "encode"): raise PromptnbError(f"{type(self).__name__} needs a policy with a context encoder")
+
+# %% ../../nbs/06c_tuners.context.ipynb #8b3195d4
 @dataclass
 class Collect(Encode):
     "The context is what the policy itself has seen of the task in `episodes` episodes, the first with the null prompt."
@@ -132,8 +132,7 @@ class Collect(Encode):
 
     def adapt(self, policy, demos, rng, score=None):
         if score is None or not hasattr(score, "play"): raise PromptnbError("Collect needs `score.play`: contexts (G, m, P, .) -> returns (G, m) and the episodes as Steps (G, m, T, .)")
-        if not hasattr(policy.model, "encode"): raise PromptnbError("Collect needs a policy with a context encoder")
-        context, spent, facts = nothing(demos.prompt, self.replicas), score.env_steps, []
+        self.check(policy); context, spent, facts = nothing(demos.prompt, self.replicas), score.env_steps, []
         for e in range(self.episodes + 1):
             returns, seen = score.play(context)
             facts += [dict(metric="episode_return", task=g, value=v, step=e) for g, v in enumerate(returns.mean(1).tolist())]
