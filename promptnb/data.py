@@ -124,7 +124,7 @@ def open_columns(path, hashes=()) -> Store:
         with safe_open(str(path), "pt") as f: return Store(**{k: f.get_tensor(k) for k in f.keys()}, hashes=tuple(hashes))
     except (SafetensorError, FileNotFoundError, TypeError) as e: raise PromptnbError(f"{path} is damaged (not columns of a dataset: {e})") from None
 
-# %% ../nbs/02_data.ipynb #78c9e81d
+# %% ../nbs/02_data.ipynb #7929f6d8
 def cut(store, episodes) -> Store:
     "The first `episodes` trajectories; views, not copies."
     n = int(store.length[:episodes].sum())
@@ -135,6 +135,7 @@ def memory_left(): return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SI
 def join(stores, folder, mapped=None) -> Store:
     "Stores of one task each as one. Mapped (default: when they would fill half of the free memory): written once to `folder`, and opened there."
     if len(stores) == 1: return stores[0]
+    stores = sorted(stores, key=lambda s: int(s.task[0]))
     hashes = tuple(h for s in stores for h in s.hashes)
     if not (sum(s.nbytes for s in stores) > memory_left() / 2 if mapped is None else mapped):
         return Store(**{k: torch.cat([getattr(s, k) for s in stores]) for k in stores[0].columns}, hashes=hashes)
@@ -251,18 +252,21 @@ class Table:
 
     def stacked(self, at, first): return torch.maximum(at[..., None] - torch.arange(self.stack - 1, -1, -1, device=at.device), first[:, None, None])
 
-# %% ../nbs/02_data.ipynb #ebc0b0ad
+# %% ../nbs/02_data.ipynb #c072e08a
 def prompt_rows(tab, traj, H, position="tail", gen=None):
     "Where segments of H steps begin in trajectories `traj` (B, J): rows (B, J). position: 'tail' (released code) or 'random' (paper)."
     store = tab.store; room = (store.length[traj] - H).clamp(min=0)
     start = (room - 1).clamp(min=0) if position == "tail" else (torch.rand(traj.shape, generator=gen).to(room.device) * (room + 1)).long()
     return store.first[traj] + start
 
-def joined(x, shape): return x.unflatten(0, shape).flatten(1, 2)     # segments (B*J, H, .) side by side: (B, J*H, .)
+def joined(x, shape, gap=False):
+    "Segments (B*J, H, .) side by side: (B, J*H, .); with `gap`, after each one step of zeros: (B, J*(H + 1), .)."
+    if gap: x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+    return x.unflatten(0, shape).flatten(1, 2)
 
-def prompt_steps(tab, traj, H, position="tail", gen=None) -> Steps:
-    "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .)."
-    return tab.windows(prompt_rows(tab, traj, H, position, gen).flatten(), H).map(lambda x: joined(x, traj.shape))
+def prompt_steps(tab, traj, H, position="tail", gen=None, gap=False) -> Steps:
+    "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .); with `gap`, an empty step after each."
+    return tab.windows(prompt_rows(tab, traj, H, position, gen).flatten(), H).map(lambda x: joined(x, traj.shape, gap))
 
 def pick(store, task_ids, n, gen, which="any", pool=5, least=1):
     "Trajectories (len(task_ids), n) of at least `least` steps drawn per task: of 'any', or of the `pool` of the 'best' or 'worst' by return."
@@ -274,7 +278,7 @@ def pick(store, task_ids, n, gen, which="any", pool=5, least=1):
         out.append(t[torch.randint(len(t), (n,), generator=gen)])
     return torch.stack(out)
 
-# %% ../nbs/02_data.ipynb #bacedaa9
+# %% ../nbs/02_data.ipynb #fb19d3c7
 @dataclass
 class Sampler:
     "Draws Batch t from Generator(seed, t). Prompts come from `prompts` (default: the same store), any trajectory of the task."
@@ -289,6 +293,7 @@ class Sampler:
     H: int = 5                     # steps a segment; 0: no prompt
     position: str = "tail"
     prompts: Store | None = None
+    gap: bool = False              # an empty step after each segment, which tells where trajectories meet
     seed: int = 0
     device: str = "cpu"
 
@@ -323,9 +328,9 @@ class Sampler:
         task = g.repeat_interleave(self.per_task).to(self.device)
         if not self.H: return Batch(history, None, task)
         traj = self.draw(self._trajs, g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
-        return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen), task)
+        return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen, self.gap), task)
 
-# %% ../nbs/02_data.ipynb #7afb27b0
+# %% ../nbs/02_data.ipynb #89864d61
 @dataclass
 class Demos:
     "Few-shot data of G tasks: the initial prompts (G, P, .), draws of demonstration windows and of more prompts."
@@ -334,6 +339,7 @@ class Demos:
     J: int = 1                     # how prompts are cut: as in `Sampler`
     H: int = 5
     position: str = "tail"
+    gap: bool = False
     @property
     def G(self): return len(self.sampler.ids)
     @property
@@ -345,7 +351,7 @@ class Demos:
         "The same of the best trajectories by return only: this share of each task's, at least one."
         st = self.sampler.store; of = [(st.task == i).nonzero()[:, 0] for i in self.task_ids]
         keep = [t[st.returns[t].argsort(descending=True, stable=True)[:max(1, round(share * len(t)))]].sort().values for t in of]
-        return replace(self, sampler=replace(self.sampler, store=subset(st, torch.cat(keep))))
+        return replace(self, sampler=replace(self.sampler, store=subset(st, torch.cat(keep)), prompts=None))
     def segments(self, m, P, gen) -> Steps:
         "m segments of P steps a task, from anywhere in those of its demonstrations that are long enough: Steps (G, m, P, .)."
         s = self.sampler; traj = pick(s.store, self.task_ids, m, gen, least=P)
@@ -357,14 +363,14 @@ class Demos:
         n = min(tasks or self.G, self.G); g = torch.randperm(self.G, generator=gen)[:n] if n < self.G else torch.arange(n)
         rows = s.draw(s._rows, g, (n, s.per_task), gen).flatten().to(s.device)
         traj = s.draw(s._trajs, g, (n, m, self.J), gen).flatten(0, 1).to(s.device)
-        at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten(); cut = lambda x: joined(x, traj.shape).unflatten(0, (n, m))
+        at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten(); cut = lambda x: joined(x, traj.shape, self.gap).unflatten(0, (n, m))
         return s.table.windows(at, self.H).map(cut), cut(s.table.rewards(at, self.H)), s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1)))
 
-def demos(store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", which="any", seed=0) -> Demos:
+def demos(store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", which="any", seed=0, gap=False) -> Demos:
     "Draw `n` demonstrations a task and one prompt a task; everything follows from the seed."
     gen = torch.Generator().manual_seed(seed_for(seed, "demos"))
     mean, std, scale = policy.mean.cpu(), policy.std.cpu(), policy.rtg_scale
     chosen = pick(store, store.task_ids, n, gen).unique().tolist() if n else list(range(len(store)))
     traj = pick(prompt_store, store.task_ids, J, gen, which)
     return Demos(Sampler(subset(store, chosen), mean, std, scale, K=K, per_task=batch, H=0, seed=seed_for(seed, "demo-batches")),
-                 prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen), J, H, position)
+                 prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen, gap), J, H, position, gap)

@@ -12,12 +12,12 @@ from .core import PromptnbError, Row, check_choice, code_fingerprint, disk_error
 
 # %% auto #0
 __all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 'record_path', 'code_of', 'code_of_run',
-           'provenance', 'write_record', 'stored', 'train_store', 'context_store', 'new_policy', 'policy_class',
-           'precision_of', 'evaluate_policy', 'played_tasks', 'prompts_for', 'by_agent', 'of_others', 'emptied',
-           'borrowed', 'train_demos', 'placed_on', 'policy_folder', 'load_policy', 'pretrain', 'append_jsonl',
-           'read_jsonl', 'EnvScore', 'prepare', 'tune', 'score_rows', 'floor_of', 'goals_of', 'tuned_folder',
-           'target_of', 'demo_prompt', 'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of', 'finished',
-           'film']
+           'provenance', 'write_record', 'stored', 'train_store', 'train_tasks', 'context_store', 'new_policy',
+           'policy_class', 'precision_of', 'evaluate_policy', 'played_tasks', 'prompts_for', 'by_agent', 'of_others',
+           'emptied', 'borrowed', 'train_demos', 'placed_on', 'policy_folder', 'load_policy', 'pretrain',
+           'append_jsonl', 'read_jsonl', 'EnvScore', 'prepare', 'tune', 'score_rows', 'floor_of', 'goals_of',
+           'tuned_folder', 'target_of', 'demo_prompt', 'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of',
+           'finished', 'film']
 
 # %% ../nbs/11_jobs.ipynb #e4c3f9c9
 def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
@@ -54,7 +54,7 @@ def write_record(paper, run, recipe, status, rows=(), why="", seconds=0., device
     if status != "failed": record_path(paper, f"{run}.failed").unlink(missing_ok=True)
     return path
 
-# %% ../nbs/11_jobs.ipynb #d3ff29a9
+# %% ../nbs/11_jobs.ipynb #363b9d27
 @functools.lru_cache(maxsize=4)
 def stored(family, quality, task_ids, episodes):
     "Collected data, read once for all recipes of a job."
@@ -64,17 +64,21 @@ def stored(family, quality, task_ids, episodes):
 def train_store(p: rc.Pretrain):
     "Data to train on, the statistics that normalise states, the hashes of the data, and which trajectories were drawn (None: all)."
     from promptnb import data, tasks
-    check_choice(p.normalise, ("train", "train+test"), "normalise"); fam = tasks.family(p.family); ids = p.train or fam.train
+    check_choice(p.normalise, ("train", "train+test"), "normalise"); fam = tasks.family(p.family); ids = train_tasks(p)
     train, drawn = data.share(stored(fam.name, p.quality, ids, p.episodes), p.ratio, p.ratio_seed)
     more = [i for i in fam.test if i not in ids] if p.normalise == "train+test" else []
     every = [train, *([stored(fam.name, p.quality, tuple(more), p.episodes)] if more else [])]
     return train, data.state_stats(every), tuple(h for s in every for h in s.hashes), drawn if p.ratio < 1 else None
 
+def train_tasks(p: rc.Pretrain):
+    from promptnb import tasks
+    return tuple(sorted(p.train)) or tasks.family(p.family).train
+
 def context_store(p: rc.Pretrain):
     "The train tasks' trajectories of all qualities that contexts are cut from; None where prompts come from the training data."
     from promptnb import data, tasks
     if not (p.context and p.H): return None
-    fam = tasks.family(p.family); every = data.join([stored(fam.name, q, p.train or fam.train, p.episodes) for q in p.context.qualities], None, mapped=False)
+    fam = tasks.family(p.family); every = data.join([stored(fam.name, q, train_tasks(p), p.episodes) for q in p.context.qualities], None, mapped=False)
     return data.in_order(every, every.task)
 
 def new_policy(p: rc.Pretrain, stats, seed):
@@ -84,7 +88,7 @@ def new_policy(p: rc.Pretrain, stats, seed):
     from promptnb.models.dt import DTConfig
     fam = tasks.family(p.family); torch.manual_seed(seed_for(seed, "init", p.name))
     own = {k: getattr(p, k) for k in {f.name for f in dataclasses.fields(DTConfig)} & {f.name for f in dataclasses.fields(p)}}; own["discrete"] = fam.discrete
-    if x := p.context: own |= dict({k: v for k, v in asdict(x).items() if k != "qualities"}, reward_scale=fam.rtg_scale, tasks=p.train or fam.train)
+    if x := p.context: own |= dict({k: v for k, v in asdict(x).items() if k != "qualities"}, reward_scale=fam.rtg_scale, tasks=train_tasks(p), **({} if x.encoder in ("mean", "transformer") else dict(w_nce=0., w_class=0.)))      # those compare contexts
     kind = policy_class(p); policy = kind(asdict(kind.CONFIG(fam.state_dim, fam.act_dim, **own)), K=p.K, rtg_scale=fam.rtg_scale)
     policy.mean, policy.std = stats
     return policy
@@ -93,7 +97,7 @@ def policy_class(p: rc.Pretrain):
     from promptnb.models import context, dt
     return context.ContextPolicy if p.context else dt.Policy
 
-# %% ../nbs/11_jobs.ipynb #61ecdd48
+# %% ../nbs/11_jobs.ipynb #61a88d7e
 def precision_of(p, device):
     "'auto' -> bf16 where it is fast: a GPU, or a processor with bf16 instructions."
     import torch
@@ -117,7 +121,7 @@ def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
     if t.per_agent: demo = by_agent(demo, fam)
     prompt = demo if t.prompt_quality == t.demo_quality else stored(fam.name, t.prompt_quality, ids, p.episodes)
     if check_choice(t.prompt_from, ("test", "train", "other", "none"), "prompt_from") == "train": prompt = borrowed(fam, t.prompt_quality, p.episodes, seed)
-    out = data.demos(demo, prompt, policy, n=t.demos, K=t.demo_K, batch=t.demo_batch, J=p.J, H=p.H or 1, position=p.position, seed=seed)
+    out = data.demos(demo, prompt, policy, n=t.demos, K=t.demo_K, batch=t.demo_batch, J=p.J, H=p.H or 1, position=p.position, seed=seed, gap=bool(p.context))
     return replace(out, prompt=dict(other=of_others, none=emptied).get(t.prompt_from, lambda x: x)(out.prompt))
 
 def by_agent(store, fam):
@@ -127,7 +131,10 @@ def by_agent(store, fam):
     if len(store.task_ids) > 1 or fam.agents < 2: raise PromptnbError(f"prompts for each agent need one task with several agents, but {fam.name} has {len(store.task_ids)} tasks, {fam.agents} agents")
     return data.in_order(store, torch.arange(len(store)) % fam.agents)
 
-def of_others(prompt): return prompt.map(lambda x: x.roll(max(1, len(x) // 2), 0))      # each task is given another's
+def of_others(prompt):
+    "Each task is given another's."
+    if len(prompt) < 2: raise PromptnbError("prompt_from='other' takes another task's prompt, but there is one task")
+    return prompt.map(lambda x: x.roll(len(x) // 2, 0))
 def emptied(prompt): return prompt.map(lambda x: x * 0)
 
 def borrowed(fam, quality, episodes, seed):
@@ -142,11 +149,11 @@ def train_demos(p: rc.Pretrain, t: rc.Tune, policy, seed, device):
     "All trajectories of the train tasks as demonstrations: what a tuner prepares on."
     from promptnb import data
     store = train_store(p)[0]
-    return placed_on(data.demos(store, store, policy, n=0, K=t.demo_K, batch=max(1, t.demo_batch // 2), J=p.J, H=p.H or 1, position=p.position, seed=seed), device)
+    return placed_on(data.demos(store, store, policy, n=0, K=t.demo_K, batch=max(1, t.demo_batch // 2), J=p.J, H=p.H or 1, position=p.position, seed=seed, gap=bool(p.context)), device)
 
 def placed_on(demo, device): return replace(demo, prompt=demo.prompt.to(device), sampler=replace(demo.sampler, device=str(device)))
 
-# %% ../nbs/11_jobs.ipynb #4ea4af63
+# %% ../nbs/11_jobs.ipynb #8141481b
 def policy_folder(p, seed, hashes): return runs_dir()/"policies"/f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_of('pretrain', p.family, context=bool(p.context))])}.s{seed}"
 
 def load_policy(folder, p: rc.Pretrain):
@@ -167,7 +174,7 @@ def pretrain(r: rc.Recipe, scale, seed, device, threads):
         print(f"{saved} is damaged (its hash is not the record's): made again from the last checkpoint", file=sys.stderr, flush=True)
     policy = new_policy(p, stats, seed).to(device); start = time.time()
     write_json(folder/"config.json", dict(recipe=p, seed=seed, data=hashes))
-    sampler = Sampler(store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch or None, p.J, p.H, p.position, contexts, seed=seed_for(seed, "batches"), device=device)
+    sampler = Sampler(store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch or None, p.J, p.H, p.position, contexts, bool(p.context), seed=seed_for(seed, "batches"), device=device)
     every = max(1, p.steps // max(p.curve_points, 1)); known = dict(paper=r.paper, task=p.family, method=r.method, seed=seed, scale=scale, trainable=sum(x.numel() for x in policy.model.parameters()), env_steps=0, run_id=run)
     demo = prompts_for(policy, p, rc.Tune(demos=1, demo_batch=1, **({} if p.H else dict(demo_quality=p.quality, prompt_quality=p.quality))), seed)      # without a prompt nothing of them is read
     def curve(t):

@@ -95,7 +95,7 @@ def moved(a, b): assert a.keys() == b.keys(); return {k: v for k, v in b.items()
 
 # ---- the cases: each tuner as it is, with each of its switches on, and in bf16
 
-CHOICES = dict(context=[*(dict(towards=t) for t in TOWARDS[1:]), *(dict(L=n, towards="return") for n in (1, 10, 20)), dict(begin="encoded"), dict(begin="encoded", towards="shuffled")])
+CHOICES = dict(context=[*(dict(towards=t) for t in TOWARDS[1:]), dict(L=1, towards="return", lr=2e-3), *(dict(L=n, towards="return") for n in (10, 20)), dict(begin="encoded"), dict(begin="encoded", towards="shuffled")])
 CASES = [(n, kw) for n in TUNERS for kw in [{}, *({f.name: True} for f in fields(kind(n)) if f.default is False), *([dict(precision="bf16")] if has(n, "precision") else []), *CHOICES.get(n, [])]]
 each = pytest.mark.parametrize("name, kw", CASES, ids=lambda x: x if isinstance(x, str) else ",".join(k if v is True or k == "precision" else f"{k}={v}" for k, v in x.items()))
 tuners = pytest.mark.parametrize("name", TUNERS)

@@ -122,7 +122,7 @@ class Embed(nn.Module):
         t = self.t(x.t.clamp(0, self.t.num_embeddings - 1))
         return tokens3(*(self.squash(e) + t for e in (self.rtg(x.rtg), self.s(x.s), self.a(x.a))))
 
-# %% ../../nbs/03_models.dt.ipynb #0b03aefc
+# %% ../../nbs/03_models.dt.ipynb #384a9950
 @dataclass
 class Prefix:
     "A computed prompt: each block's keys and values, and the token mask (M, tokens)."
@@ -179,6 +179,10 @@ class PromptDT(nn.Module):
         bias = attention_bias(mask, pm)
         for b, pair in zip(self.blocks[:-1], kv): x, _ = b(x, bias, pair)
         return self.blocks[-1](x, bias[:, :, at], kv[-1], at)[0]
+
+    def tunable(self):
+        "The parameters that full fine-tuning moves."
+        return list(self.parameters())
 
     def loss(self, batch: Batch):
         "The training loss on a batch: mean squared error of actions over real history steps (and prompt steps, if so configured)."

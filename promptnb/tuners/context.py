@@ -13,9 +13,9 @@ from .core import Adapted, PromptTuner, Tuner
 
 # %% auto #0
 __all__ = ['TOWARDS', 'features', 'usual_return', 'advantages', 'weights', 'Windows', 'joined', 'shuffled', 'ContextVectors',
-           'components', 'Encode', 'Collect', 'nothing']
+           'components', 'Reader', 'Encode', 'Collect', 'nothing']
 
-# %% ../../nbs/06c_tuners.context.ipynb #01524c7a
+# %% ../../nbs/06c_tuners.context.ipynb #5ca6badc
 TOWARDS = ("best", "advantage", "return", "shuffled")
 
 def features(h: Steps):
@@ -36,10 +36,10 @@ def advantages(h: Steps, coefficients):
 
 def weights(advantage, beta=1., most=20.):
     "Advantages (G, B) -> exp(A / beta) with A in standard deviations of its task, at most `most`, then mean 1 a task."
-    w = (advantage / advantage.std(1, keepdim=True).clamp(min=1e-6) / beta).exp().clamp(max=most)
+    w = (advantage / advantage.std(1, correction=int(advantage.shape[1] > 1), keepdim=True).clamp(min=1e-6) / beta).exp().clamp(max=most)
     return w / w.mean(1, keepdim=True)
 
-# %% ../../nbs/06c_tuners.context.ipynb #3d994dc2
+# %% ../../nbs/06c_tuners.context.ipynb #fd51696e
 @dataclass
 class Windows:
     "Draws for `fit`: windows (G, B, K, .), with weights (G, B) towards 'advantage'."
@@ -50,15 +50,16 @@ class Windows:
     def __post_init__(self): self.usual = usual_return(joined([self.demos.batch(("usual", self.seed, i)) for i in range(16)])) if self.towards == "advantage" else None
     def batch(self, t):
         h = self.demos.batch((self.seed, t))
-        if self.towards == "shuffled": return replace(h, a=shuffled(h.a, seed_for(self.seed, "shuffled", t)))
+        if self.towards == "shuffled": return replace(h, a=shuffled(h.a, h.mask, seed_for(self.seed, "shuffled", t)))
         return h if self.usual is None else (h, weights(advantages(h, self.usual), self.beta))
 
 def joined(parts): return Steps(*(torch.cat([getattr(p, n) for p in parts], 1) for n in Steps.__dataclass_fields__))
 
-def shuffled(a, seed):
-    "Actions (G, B, K, A), those of each task in another order."
-    order = torch.randperm(a.shape[1] * a.shape[2], generator=torch.Generator().manual_seed(seed)).to(a.device)
-    return a.flatten(1, 2)[:, order].view_as(a)
+def shuffled(a, mask, seed):
+    "Actions (G, B, K, A), those of each task's real steps in another order."
+    pad = 1 - mask.flatten(1); key = torch.rand(pad.shape, generator=torch.Generator().manual_seed(seed)).to(a.device)
+    take, put = (key + 2 * pad).argsort(1), pad.argsort(dim=1, stable=True); wide = lambda i: i[..., None].expand(-1, -1, a.shape[-1])      # real steps come first in both
+    flat = a.flatten(1, 2); return torch.empty_like(flat).scatter(1, wide(put), flat.gather(1, wide(take))).view_as(a)
 
 # %% ../../nbs/06c_tuners.context.ipynb #dc42dba6
 @dataclass
@@ -89,16 +90,22 @@ class ContextVectors(PromptTuner):
         out = super().adapt(policy, demos, rng, score)
         return out if self.steps else replace(out, trainable=0)
 
-# %% ../../nbs/06c_tuners.context.ipynb #97af3c58
+# %% ../../nbs/06c_tuners.context.ipynb #30972f46
 def components(z, n=3):
     "The first n principal components of embeddings z (m, d): coordinates (m, n), largest first."
     z = z.double() - z.double().mean(0); return z @ torch.linalg.svd(z, full_matrices=False).Vh[:n].T
 
 @dataclass
-class Encode(Tuner):
+class Reader(Tuner):
+    "What both have in common."
+    precision: str = "fp32"
+    def check(self, policy):
+        if not hasattr(policy.model, "encode"): raise PromptnbError(f"{type(self).__name__} needs a policy with a context encoder")
+
+@dataclass
+class Encode(Reader):
     "The prompt is what the context encoder writes for the drawn prompt. contexts: how many a task are embedded for the figure."
     contexts: int = 8
-    precision: str = "fp32"
     PREPARES = ("contexts",)
 
     def prepare(self, policy, families, rng, folder=None):
@@ -111,7 +118,7 @@ class Encode(Tuner):
     def look(self, policy, demos):
         "Coordinates (tasks, contexts, 3) of all embedded contexts, train tasks first, after training and before it; the tasks' ids, and how many are unseen."
         parts = [*getattr(self, "trained", ()), self.drawn(demos)]; ids = [i for own, _ in parts for i in own]
-        torch.manual_seed(seed_for("untrained")); blank = type(policy.model)(policy.config).to(policy.mean.device)
+        with torch.random.fork_rng(): torch.manual_seed(seed_for("untrained")); blank = type(policy.model)(policy.config).to(policy.mean.device)
         at = lambda model: components(torch.cat([model.embedding(x.map(lambda v: v.flatten(0, 1)))[0] for _, x in parts])).unflatten(0, (len(ids), -1))
         return dict(embedding=at(policy.model), untrained=at(blank.eval()), embedded=torch.tensor(ids), unseen=torch.tensor(demos.G))
 
@@ -119,16 +126,12 @@ class Encode(Tuner):
         self.check(policy); p = policy.prompted(demos.prompt, demos.task_ids)
         return Adapted([(p, g) for g in range(demos.G)], 0, look=self.look(policy, demos))
 
-    def check(self, policy):
-        if not hasattr(policy.model, "encode"): raise PromptnbError(f"{type(self).__name__} needs a policy with a context encoder")
-
-# %% ../../nbs/06c_tuners.context.ipynb #8b3195d4
+# %% ../../nbs/06c_tuners.context.ipynb #eccf5520
 @dataclass
-class Collect(Encode):
+class Collect(Reader):
     "The context is what the policy itself has seen of the task in `episodes` episodes, the first with the null prompt."
     episodes: int = 4
     replicas: int = 4         # of each task, side by side
-    PREPARES = ()
 
     def adapt(self, policy, demos, rng, score=None):
         if score is None or not hasattr(score, "play"): raise PromptnbError("Collect needs `score.play`: contexts (G, m, P, .) -> returns (G, m) and the episodes as Steps (G, m, T, .)")

@@ -91,7 +91,7 @@ def prompt_loss(policy, prompts: Steps, history: Steps, precision="fp32", rows=4
 
 def same_batch(demos): return demos.batch("held")   # one fixed batch, used for logs and to compare before with after
 
-# %% ../../nbs/06_tuners.core.ipynb #70aff61e
+# %% ../../nbs/06_tuners.core.ipynb #ac230a93
 @dataclass
 class _TaskDraws:
     "A sampler for `fit`: demonstration windows of task g, in front of them its one prompt. All tuners see the same windows."
@@ -136,7 +136,7 @@ class WeightTuner(Tuner):
 @dataclass
 class FullFineTune(WeightTuner):
     "All weights move (Prompt-DT-FT; with a policy that has neither prompt nor returns, MT-BC-FT)."
-    def attach(self, policy, seed): return list(policy.model.parameters())
+    def attach(self, policy, seed): return policy.model.tunable()
 
 # %% ../../nbs/06_tuners.core.ipynb #7a8d1d08
 @dataclass
