@@ -93,7 +93,7 @@ def order(look, family):
     by_chance = [by_distance(z, g, round_) if flat else abs(line(every, g)) for g in (rng.permutation(goals) for _ in range(200))]
     return dict(spearman_all=abs(line(every)), spearman_unseen=np.sign(line(old)) * line(new), distance_all=by_distance(z, goals, round_), distance_unseen=by_distance(z[new], goals[new], round_), by="distance" if flat else "spearman", chance=float(np.quantile(by_chance, 0.95)), tasks=n, unseen=len(z[new]))
 
-# %% ../nbs/10b_contexts.ipynb #a44d9714
+# %% ../nbs/10b_contexts.ipynb #328f8643
 ORDER_COLUMNS = ["family", "seed", "spearman_all", "spearman_unseen", "distance_all", "distance_unseen", "by", "chance", "tasks", "unseen", "before"]
 
 def before(look, family):
@@ -111,7 +111,7 @@ def ranged(x):
 
 def in_numbers(o):
     "Rank correlations of a family as the lines of a title."
-    untrained = "" if o.before.isna().all() else f"; untrained encoder {ranged(o.before)}"
+    untrained = "" if o.before.isna().all() else f"\nuntrained encoder {ranged(o.before)}"
     if o.by.iloc[0] == "distance": return f"distances: rank correlation {ranged(o.distance_all)}{untrained}" + (f"\nunseen alone {ranged(o.distance_unseen)}" if o.unseen.iloc[0] else "\nthe test tasks are the train tasks")
     return f"rank correlation {ranged(o.spearman_all)}{untrained}\nunseen alone {ranged(o.spearman_unseen)}"
 
