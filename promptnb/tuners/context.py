@@ -39,7 +39,7 @@ def weights(advantage, beta=1., most=20.):
     w = (advantage / advantage.std(1, correction=int(advantage.shape[1] > 1), keepdim=True).clamp(min=1e-6) / beta).exp().clamp(max=most)
     return w / w.mean(1, keepdim=True)
 
-# %% ../../nbs/06c_tuners.context.ipynb #fd51696e
+# %% ../../nbs/06c_tuners.context.ipynb #8a29684f
 @dataclass
 class Windows:
     "Draws for `fit`: windows (G, B, K, .), with weights (G, B) towards 'advantage'."
@@ -53,7 +53,7 @@ class Windows:
         if self.towards == "shuffled": return replace(h, a=shuffled(h.a, h.mask, seed_for(self.seed, "shuffled", t)))
         return h if self.usual is None else (h, weights(advantages(h, self.usual), self.beta))
 
-def joined(parts): return Steps(*(torch.cat([getattr(p, n) for p in parts], 1) for n in Steps.__dataclass_fields__))
+def joined(parts, dim=1): return Steps(*(torch.cat([getattr(p, n) for p in parts], dim) for n in Steps.__dataclass_fields__))
 
 def shuffled(a, mask, seed):
     "Actions (G, B, K, A), those of each task's real steps in another order."
@@ -126,7 +126,7 @@ class Encode(Reader):
         self.check(policy); p = policy.prompted(demos.prompt, demos.task_ids)
         return Adapted([(p, g) for g in range(demos.G)], 0, look=self.look(policy, demos))
 
-# %% ../../nbs/06c_tuners.context.ipynb #eccf5520
+# %% ../../nbs/06c_tuners.context.ipynb #3afb5543
 @dataclass
 class Collect(Reader):
     "The context is what the policy itself has seen of the task in `episodes` episodes, the first with the null prompt."
@@ -139,7 +139,7 @@ class Collect(Reader):
         for e in range(self.episodes + 1):
             returns, seen = score.play(context)
             facts += [dict(metric="episode_return", task=g, value=v, step=e) for g, v in enumerate(returns.mean(1).tolist())]
-            if e < self.episodes: context = seen if e == 0 else Steps(*(torch.cat([getattr(x, n) for x in (context, seen)], 2) for n in Steps.__dataclass_fields__))
+            if e < self.episodes: context = seen if e == 0 else joined((context, seen), 2)
         p = policy.with_prompt(context[:, 0])
         return Adapted([(p, g) for g in range(demos.G)], 0, env_steps=score.env_steps - spent, facts=facts)
 
