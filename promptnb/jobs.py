@@ -11,7 +11,7 @@ from . import recipes as rc
 from .core import PromptnbError, Row, check_choice, code_fingerprint, disk_error, fingerprint, plain, read_json, results_dir, root, run_lock, runs_dir, seed_for, sha256_file, write_json
 
 # %% auto #0
-__all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 'record_path', 'code_of', 'code_of_run',
+__all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 'record_path', 'code_of', 'method_of', 'code_of_run',
            'provenance', 'write_record', 'stored', 'train_store', 'train_tasks', 'context_store', 'new_policy',
            'policy_class', 'precision_of', 'evaluate_policy', 'played_tasks', 'prompts_for', 'by_agent', 'of_others',
            'emptied', 'borrowed', 'train_demos', 'placed_on', 'policy_folder', 'load_policy', 'pretrain',
@@ -19,7 +19,7 @@ __all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 're
            'tuned_folder', 'target_of', 'demo_prompt', 'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of',
            'finished', 'film']
 
-# %% ../nbs/11_jobs.ipynb #e4c3f9c9
+# %% ../nbs/11_jobs.ipynb #a4ec5604
 def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
 def recipe_run(r, scale, seed): return run_id(f"{r.family}/{r.key}", scale, seed)
 def pretrain_run(p, scale, seed): return run_id(f"pretrain/{p.family}/{p.name}-{rc.digest(p)}", scale, seed)
@@ -28,7 +28,8 @@ def record_path(paper, run): return results_dir(paper)/f"{run}.json"
 CODE = ("core", "data", "models/dt", "train", "evaluate", "jobs")      # what a pre-trained policy depends on, beside its family and the environments of that kind
 
 def code_of(kind, name, tuners=(), context=False):
-    "Fingerprint of the code and the facts that a result of a job ('pretrain', 'tune', or 'offline' with its learner) on a family depends on, with context vectors or not; other families and tuners may come and go."
+    "Fingerprint of the code and the facts that a result of a job ('pretrain', 'tune', 'offline' with its learner, 'online' with who guides) on a family depends on, with context vectors or not; other families and tuners may come and go."
+    if kind == "online": return code_fingerprint("core", f"tasks/{name}", "online", "stages", *[m for m in ("llm/__init__", "llm/backends", "llm/adapter") if {*tuners} - {"off"}])
     from promptnb import tasks
     fam, own = tasks.family(name), []
     if kind == "offline": own = sorted({"offline", *(m for t in tuners for m in (["models/lm"] + ["models/pixels"] * bool(fam.frames) if "lamo" in t else ["models/value"]))})
@@ -37,7 +38,8 @@ def code_of(kind, name, tuners=(), context=False):
         own = sorted({"tuners/core", *(f"tuners/{TUNERS[t].split(':')[0]}" for t in tuners)})
     return fingerprint([code_fingerprint(*CODE, *own, *["models/context"] * context, *tasks.code_modules(fam)), plain(fam)])
 
-def code_of_run(r, run): return code_of("offline", r.family, [r.offline.learner]) if r.offline else code_of("pretrain" if ".pretrain." in run else "tune", r.family, [r.tune.tuner], bool(r.pretrain.context))
+def method_of(r): return r.online.guide if r.online else r.offline.learner if r.offline else r.tune.tuner
+def code_of_run(r, run): return code_of("online" if r.online else "offline" if r.offline else "pretrain" if ".pretrain." in run else "tune", r.family, [method_of(r)], bool(r.pretrain and r.pretrain.context))
 
 def provenance(device="cpu"):
     "Where a result comes from: commit, versions, device, threads."
@@ -302,7 +304,7 @@ def target_of(r):
 def demo_prompt(p, digits=4): return {n: [[round(v, digits) for v in row] for row in getattr(p, n)[0].tolist()] for n in ("s", "a", "rtg")}
 def placed_prompt(out): return out.placed[0][0].prompt
 
-# %% ../nbs/11_jobs.ipynb #5ce2ddce
+# %% ../nbs/11_jobs.ipynb #ca26dd4c
 def run_job(job, seed=0, scale="laptop", accelerator="auto", threads=1):
     "Run a job's recipes; returns the paths of its records. Finished ones are not run again."
     import torch
@@ -310,6 +312,7 @@ def run_job(job, seed=0, scale="laptop", accelerator="auto", threads=1):
     j, device = find_job(job), pick_device(accelerator)
     torch.set_num_threads(threads); done, work = [], dict(pretrain=pretrain, tune=tune).get(j.kind)
     if j.kind == "offline": from promptnb.offline import train as work
+    if j.kind == "online": from promptnb.stages import train as work
     for r, run in runs_of(j, scale, seed):
         if finished(r, run): done.append(record_path(r.paper, run)); continue
         try: work(r, scale, seed, device, threads)

@@ -16,7 +16,7 @@ from . import recipes as rc
 from .core import PromptnbError, data_dir, figures_dir, read_json, results_dir, write_atomic
 
 # %% auto #0
-__all__ = ['BESIDE', 'ORDER', 'SAME', 'APART', 'DRAW', 'OFFLINE', 'iqm', 'interval', 'summary', 'compare', 'recipe_file',
+__all__ = ['BESIDE', 'ORDER', 'SAME', 'APART', 'DRAW', 'OFFLINE', 'OURS', 'iqm', 'interval', 'summary', 'compare', 'recipe_file',
            'policy_file', 'runs', 'status', 'load', 'reported', 'without_blank', 'matrix', 'tidy_table', 'plus_minus',
            'printed', 'verdicts', 'say', 'main_name', 'style', 'axes_for', 'nothing', 'lines', 'curves', 'pretraining',
            'process', 'bars', 'heat', 'quality', 'paired', 'relative', 'looks', 'nearest', 'entries', 'chain',
@@ -386,7 +386,7 @@ def prompt_change(e, scale, key="ranking", seed=0):
     fig.suptitle(f"{found[0]['recipe'].family}, {found[0]['label']}: normalised entries of the prompt", fontsize=10)
     return fig
 
-# %% ../nbs/10_results.ipynb #9ed7e90d
+# %% ../nbs/10_results.ipynb #3f910a8b
 def save_figure(fig, numbers, paper, scale, name):
     "PDF, PNG and the plotted numbers side by side."
     folder = figures_dir(paper)/scale
@@ -421,9 +421,10 @@ def make(e, scale, seeds=None, partial=False):
     "Draw and save one exhibit: the printed table, or the figure."
     if e.kind == "table":
         t = tidy_table(e, scale, seeds, partial); return save_table(t, e.paper, scale, e.id, caption(e, scale, t))
-    from promptnb import contexts, scores      # which stand on this page
-    shown, numbers = {**DRAW, **scores.DRAW, **contexts.DRAW}[e.kind](e, scale, seeds, partial)
-    if isinstance(shown, pd.DataFrame): return save_table(numbers, e.paper, scale, e.id, (contexts if e.kind in contexts.DRAW else scores).caption(e, scale, numbers), shown)
+    from promptnb import contexts, guidance, scores      # which stand on this page
+    pages = (guidance,) if guidance.mine(e) else (contexts, scores); page = next((p for p in pages if e.kind in p.DRAW), scores)
+    shown, numbers = {**DRAW, **scores.DRAW, **page.DRAW}[e.kind](e, scale, seeds, partial)
+    if isinstance(shown, pd.DataFrame): return save_table(numbers, e.paper, scale, e.id, page.caption(e, scale, numbers), shown)
     save_figure(shown, numbers, e.paper, scale, e.id); return shown
 
 def exhibit(paper, id):
@@ -440,11 +441,13 @@ def overview(paper, scale) -> pd.DataFrame:
         rows.append(dict(exhibit=e.id, title=e.title, claim=e.claim, status=f"cannot be made: {e.unknown}" if e.unknown else "needs no run of its own" if not e.recipes else f"{s['done']} of {s['total']} runs" + (f", {len(s['failed'])} failed" if s["failed"] else "") + lacks(e, scale)))
     return pd.DataFrame(rows).set_index("exhibit")
 
-# %% ../nbs/10_results.ipynb #8a2203d2
+# %% ../nbs/10_results.ipynb #dffc0305
 OFFLINE = dict(offline=("training of policies", "LaMo's code"), pixels=("training of policies, pictures", "LaMo's code"), value=("training of baselines", "CORL (Atari: d3rlpy)"), text=("pre-training on text", "synthetic pre-training's code"))
+OURS = ("points", "last", "preset")      # of online training: how it is measured, and what sizes are called
 
 def parts_of(r):
     "(part, its fields, their source where recipes name none) of a recipe."
+    if x := r.online: return [("guided training", {k: v for k, v in asdict(x).items() if k not in OURS}, "AdaRefiner's code"), ("evaluation of guided agents", dict({k: getattr(x, k) for k in OURS}, eval_episodes=r.eval_episodes, seeds=r.seeds), "ours")]
     if x := r.offline:
         own = {k: v for k, v in asdict(x).items() if k not in ("text", "model")}; kind = "pixels" if "pixel" in x.learner else "offline" if "lamo" in x.learner else "value"
         return [(OFFLINE[kind][0], {**dict(x.model), **own}, OFFLINE[kind][1]), *([(OFFLINE["text"][0], asdict(x.text), OFFLINE["text"][1])] if x.text else []), ("evaluation of policies", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), "LaMo's code")]

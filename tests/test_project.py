@@ -64,12 +64,14 @@ LAYERS = {
     "llm":       ("core", "gymnasium", ""),
     "online":    ("core tasks", "", ""),
     "recipes":   ("", "everything", ""),
-    "results":   ("core recipes scores contexts", "torch gymnasium", ""),      # scores, contexts: inside the functions that make an exhibit
+    "results":   ("core recipes scores contexts guidance", "torch gymnasium", ""),      # scores, contexts, guidance: inside the functions that make an exhibit
     "scores":    ("core recipes results", "torch gymnasium", ""),
     "contexts":  ("core recipes results scores", "torch gymnasium", ""),
-    "jobs":      ("core tasks data experts models train evaluate tuners llm online recipes offline", "", ""),
+    "guidance":  ("core recipes results scores", "torch gymnasium", ""),
+    "jobs":      ("core tasks data experts models train evaluate tuners recipes offline stages", "", ""),
     "offline":   ("core tasks data experts models train evaluate recipes jobs", "", ""),
-    "run":       ("core tasks data experts collect models train evaluate tuners llm online recipes results jobs offline", "", ""),
+    "stages":    ("core tasks llm online train recipes jobs", "", ""),
+    "run":       ("core tasks data experts collect models train evaluate tuners llm online recipes results jobs offline stages", "", ""),
 }
 
 def layers(root):

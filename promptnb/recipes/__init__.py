@@ -8,9 +8,10 @@ import hashlib, json
 from dataclasses import asdict, dataclass, field, replace
 
 # %% auto #0
-__all__ = ['CORPORA', 'SOURCES', 'SINGLE', 'SKIRMISHES', 'SCALES', 'LATER', 'RECIPES', 'EXHIBITS', 'PAPERS', 'Context',
-           'Pretrain', 'Tune', 'Text', 'Offline', 'Recipe', 'scaled', 'resolve_offline', 'resolve', 'digest', 'Exhibit',
-           'registered', 'ids_of', 'exhibits', 'run_at', 'recipes_of', 'Job', 'owners', 'jobs']
+__all__ = ['CORPORA', 'SOURCES', 'SINGLE', 'SKIRMISHES', 'SMALL', 'SMALL_STEPS', 'SCALES', 'LATER', 'RECIPES', 'EXHIBITS',
+           'PAPERS', 'Context', 'Pretrain', 'Tune', 'Text', 'Offline', 'Online', 'Recipe', 'scaled', 'resolve_offline',
+           'resolve', 'digest', 'Exhibit', 'registered', 'ids_of', 'exhibits', 'run_at', 'recipes_of', 'Job', 'owners',
+           'jobs']
 
 # %% ../../nbs/09_recipes.ipynb #a7b44dc1
 @dataclass(frozen=True)
@@ -133,10 +134,56 @@ class Offline:
     seqs: int = 2                 # text a step, where the language loss has weight: 2 x 1024 tokens
     tokens: int = 1024
 
-# %% ../../nbs/09_recipes.ipynb #4456b493
+# %% ../../nbs/09_recipes.ipynb #9f3548e1
+@dataclass(frozen=True)
+class Online:
+    "Guided PPO, and the language models that guide it. Defaults: AdaRefiner's released code."
+    guide: str = "adapter"        # 'adapter': adapter LM, then decision LM; 'decision': without the adapter; 'rules', 'random', 'constant': no language model; 'off': no text head
+    learner: str = "ppo"          # or 'random': random actions
+    steps: int = 5_000_000        # environment steps, over all stages
+    stages: int = 5               # after each but the last the adapter is tuned
+    net: str = "spcnn"            # or 'nature', 'impala': online.NETS
+    envs: int = 1
+    rollout: int = 4096           # steps of each environment between updates
+    batch: int = 128
+    epochs: int = 4
+    lr: float = 1e-4
+    gamma: float = 0.95
+    lam: float = 0.65
+    clip: float = 0.2
+    entropy: float = 0.0
+    value: float = 0.5
+    max_grad: float = 0.5
+    precision: str = "fp32"       # 'auto': the image net in bf16 where the processor has it
+    length: int = 10_000          # an episode's most steps
+    last: float = 0.2             # 'score_last' is of the episodes that end in this last part of training
+    points: int = 20              # of the curves
+    interval: int = 100           # K: steps between two queries, and actions that a query tells of
+    ask_on_reset: bool = True     # ours: a new life gets new advice
+    history: str = "actions"      # what the comprehension score compares with the sub-goals; 'events': achievements instead of names of actions
+    use_score: bool = True        # the adapter is told the score
+    encoder: str = "minilm"       # llm.encoder
+    adapter: str = "meta-llama/Llama-2-7b-chat-hf"   # a folder, a name on the hub, or 'tiny': one that is trained here
+    decision: str = "gpt-4"       # a model of `url`; or as `adapter`
+    url: str = "https://api.openai.com/v1"           # of the decision LM; '': in this process
+    tokens: int = 100             # an analysis has at most so many
+    temperature: float = 1.0
+    budget: tuple = ()            # of the decision LM: llm.backends.Budget's fields, as pairs
+    targets: str = "own"          # what the adapter is tuned on; 'gain', 'gain-weighted', 'achievements': llm.adapter
+    sft: tuple = ()               # llm.adapter.SFT's fields, as pairs
+    tune: bool = True             # False: the adapter is never tuned
+    cumulative: bool = False      # code: True, a stage is tuned on all earlier ones' replies too
+    restart_policy: bool = False  # code: True, each stage trains a new policy
+    reinit_encoder: bool = False  # code: True, the text encoder in the policy has random weights
+    text_after_step: bool = False     # code: True, a step is stored with the text that came after it
+    empty_each_rollout: bool = False  # code: True
+    raw_replies: bool = False     # code: True, the reply itself is the text
+    preset: str = "paper"         # which sizes a scale overrides: SCALES
+
+# %% ../../nbs/09_recipes.ipynb #2dc12cc4
 @dataclass(frozen=True)
 class Recipe:
-    "One method on one family: pre-train (shared by all recipes with the same one), tune, evaluate; or train offline."
+    "One method on one family: pre-train (shared by all recipes with the same one), tune, evaluate; or train offline; or online."
     paper: str
     family: str
     method: str                   # row label as printed
@@ -148,13 +195,15 @@ class Recipe:
     seeds: tuple = (0, 1, 2)      # the papers' number
     offline: Offline | None = None
     only: tuple = ()              # scales at which it is run (none: all)
+    online: Online | None = None
 
     @property
     def id(self): return f"{self.paper}/{self.family}/{self.key}"
     @property
     def brief(self):
         "What it is, in a few words, for a table."
-        x = self.offline
+        x, y = self.offline, self.online
+        if y: return dict(method=self.method, guide=y.guide, net=y.net, steps=y.steps, stages=y.stages, K=y.interval)
         return dict(method=self.method, cell=self.cell, updates=x.steps, **dict(x.model)) if x else dict(policy=self.pretrain.name, updates=self.pretrain.steps, width=self.pretrain.width, tuner=self.tune.tuner, **dict(self.tune.hyper))
     @property
     def cell(self):
@@ -173,8 +222,11 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #341d8b56
+# %% ../../nbs/09_recipes.ipynb #9adaf41e
 SINGLE, SKIRMISHES = ("hopper", "halfcheetah", "walker2d"), ("smax-3m", "smax-2s3z", "smax-3s5z", "smax-5m-vs-6m", "smax-8m")
+
+SMALL = dict(net="nature", envs=8, rollout=128, batch=256, epochs=3, lr=3e-4, entropy=0.01, adapter="tiny", decision="tiny", url="", tokens=32)      # a laptop's agent: short rollouts, as its steps are few; the tiny language models are trained here
+SMALL_STEPS = 100_000
 
 SCALES = {
     "paper": {},
@@ -191,14 +243,16 @@ SCALES = {
                   "pixel-lamo": dict(steps=150, batch=4, lr=1e-3, warmup=20, points=2, last=0.5, precision="auto", tokens=64),
                   "value": dict(steps=2100, batch=64, points=3, last=0.5), "cql": dict(steps=1050, batch=32, points=3, last=0.5),      # its step costs ten times the others'
                   **{k: dict(steps=600, batch=32, points=3, last=0.5) for k in ("discrete-bc", "discrete-cql", "bcq", "nfq")}},
-        Offline={("lamo", "reacher2d"): dict(batch=32), "kitchen": dict(episodes=20), **{f: dict(episodes=4, limit=1000) for f in ("breakout", "qbert", "pong")}}, offline=dict(eval_episodes=4), offline_families={"reacher2d": dict(eval_episodes=20)}),      # short episodes
+        Offline={("lamo", "reacher2d"): dict(batch=32), "kitchen": dict(episodes=20), **{f: dict(episodes=4, limit=1000) for f in ("breakout", "qbert", "pong")}}, offline=dict(eval_episodes=4), offline_families={"reacher2d": dict(eval_episodes=20)},      # short episodes
+        Online={"paper": dict(SMALL, steps=SMALL_STEPS, stages=2)}, online_eval=dict(eval_episodes=32)),
     "smoke": dict(
         Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
         Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),
         hyper=dict(steps=2, prepare_steps=2, m=4, batches=1),
         Text=dict(steps=4, warmup=2, seqs=2, length=96, n=32, vocab=300, files=8), sizes=dict(small=dict(layers=2, heads=1, width=16), medium=dict(layers=2, heads=1, width=32)),
         learners={k: dict(steps=4, batch=2, lr=1e-3, warmup=2, points=2, last=0.5, tokens=16, episodes=4, limit=20) for k in ("lamo", "pixel-lamo", "value")},
-        Offline={f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))}, offline=dict(eval_episodes=1)),
+        Offline={f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))}, offline=dict(eval_episodes=1),
+        Online={p: dict(SMALL, steps=512, stages=2, envs=2, rollout=64, batch=64, epochs=1, encoder="hash", tokens=16, points=4, length=200) for p in ("paper", "million", "medium")}, online_eval=dict(eval_episodes=2)),
 }
 
 def scaled(now, want):
@@ -218,6 +272,7 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     "The recipe at a scale, every field final."
     if scale not in SCALES: raise KeyError(scale)
     o = SCALES[scale]
+    if r.online: return replace(r, online=replace(r.online, **o.get("Online", {}).get(r.online.preset, {})), **{k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"}, **o.get("online_eval", {}))
     if r.offline: return replace(r, offline=resolve_offline(r.offline, r.family, o), **{k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"}, **{**o.get("offline", {}), **o.get("offline_families", {}).get(r.family, {})})
     grid = dict(r.tune.hyper); own = {**o.get("hyper", {}), **(o.get("online", {}) if grid.get("online") else {})}
     own = {k: scaled(grid[k], v) for k, v in own.items() if k in grid}
@@ -226,14 +281,14 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     return replace(r, pretrain=replace(r.pretrain, **{**o.get("Pretrain", {}), **o.get("papers", {}).get(r.paper, {}), **o.get("families", {}).get(r.family, {})}),
                    tune=replace(r.tune, hyper=tuple(hyper.items()), **{k: scaled(getattr(r.tune, k), v) for k, v in o.get("Tune", {}).items()}), **{**o.get("Recipe", {}), **o.get("eval_families", {}).get(r.family, {})})
 
-LATER = dict(ratio=1.0, ratio_seed=0, prompt_from="test", offline=None, only=(), steps_times=1.0, context=None, train=(), activation="relu", mlp_ratio=4, tanh=False, play="test", per_agent=False)   # fields added since results were made, with the value under which they change nothing
+LATER = dict(ratio=1.0, ratio_seed=0, prompt_from="test", offline=None, only=(), steps_times=1.0, context=None, train=(), activation="relu", mlp_ratio=4, tanh=False, play="test", per_agent=False, online=None)   # fields added since results were made, with the value under which they change nothing
 
 def digest(x) -> str:
     "Fingerprint of a recipe, or part of one. A field added later leaves old results valid where it says nothing."
     known = lambda d: {k: known(v) if isinstance(v, dict) else v for k, v in d.items() if k not in LATER or v != LATER[k]}
     return hashlib.sha256(json.dumps(known(asdict(x)), sort_keys=True).encode()).hexdigest()[:10]
 
-# %% ../../nbs/09_recipes.ipynb #85d3b2f2
+# %% ../../nbs/09_recipes.ipynb #a9871bd2
 @dataclass(frozen=True)
 class Exhibit:
     "One table or figure. `recipes` are ids; `unknown` says why it cannot be made, where it cannot."
@@ -249,6 +304,7 @@ class Exhibit:
     reported: str = ""            # which rows of data/reported/<paper>.csv stand beside it
     unknown: str = ""
     only: tuple = ()              # scales at which it is made (none: all)
+    asked: bool = False           # made only when asked for by name: it takes hours
     keep: dict = field(default_factory=dict)     # scale -> the families that it shows there (none: all)
 
 def registered(*groups):
@@ -261,12 +317,12 @@ def registered(*groups):
 
 def ids_of(recipes): return tuple(dict.fromkeys(r.id for r in recipes))
 
-# %% ../../nbs/09_recipes.ipynb #903862c8
-from . import cmt, lamo, prompts
+# %% ../../nbs/09_recipes.ipynb #cc66c329
+from . import cmt, lamo, prompts, rladapter
 
-RECIPES = {**prompts.RECIPES, **lamo.RECIPES, **cmt.RECIPES}
-EXHIBITS = {**prompts.EXHIBITS, **lamo.EXHIBITS, **cmt.EXHIBITS}
-PAPERS = {**prompts.PAPERS, **lamo.PAPERS, **cmt.PAPERS}
+RECIPES = {**prompts.RECIPES, **lamo.RECIPES, **cmt.RECIPES, **rladapter.RECIPES}
+EXHIBITS = {**prompts.EXHIBITS, **lamo.EXHIBITS, **cmt.EXHIBITS, **rladapter.EXHIBITS}
+PAPERS = {**prompts.PAPERS, **lamo.PAPERS, **cmt.PAPERS, **rladapter.PAPERS}
 
 def exhibits(paper): return [e for (p, _), e in EXHIBITS.items() if p == paper]
 def run_at(x, scale): return scale is None or not x.only or scale in x.only      # a recipe or an exhibit
@@ -274,17 +330,18 @@ def recipes_of(e: Exhibit, scale=None):
     "The recipes of an exhibit: all, or those that are run at a scale."
     return [] if not run_at(e, scale) else [r for i in e.recipes if run_at(r := RECIPES[i], scale) and r.family in e.keep.get(scale, e.families)]
 
-# %% ../../nbs/09_recipes.ipynb #64d60bb0
+# %% ../../nbs/09_recipes.ipynb #d30daa80
 @dataclass(frozen=True)
 class Job:
-    "Work for one process: kind 'pretrain', 'tune' or 'offline', and the recipes it makes records for."
+    "Work for one process: kind 'pretrain', 'tune', 'offline' or 'online', and the recipes it makes records for."
     paper: str
     exhibit: str
     family: str
     kind: str
     recipes: tuple                # ids; of a pre-training job: one recipe for each distinct policy
+    part: str = ""                # of online training: the recipe, which has a job to itself
     @property
-    def id(self): return f"{self.paper}/{self.exhibit}/{self.family}/{self.kind}"
+    def id(self): return "/".join([self.paper, self.exhibit, self.family, self.kind] + [self.part] * bool(self.part))
 
 def owners(paper):
     "(recipe id -> its first exhibit, pre-training -> its first exhibit and recipe)."
@@ -302,6 +359,7 @@ def jobs(paper):
         for f in e.families:
             pre = tuple(rid for p, (ex, rid) in policy.items() if ex == e.id and p.family == f)
             own = [RECIPES[i] for i in e.recipes if of[i] == e.id and RECIPES[i].family == f]
-            tune, offline = (ids_of(r for r in own if bool(r.offline) == k) for k in (False, True))
+            tune, offline = (ids_of(r for r in own if not r.online and bool(r.offline) == k) for k in (False, True))
             out += [Job(paper, e.id, f, k, x) for k, x in (("pretrain", pre), ("tune", tune), ("offline", offline)) if x]
+            out += [Job(paper, e.id, f, "online", (r.id,), r.key) for r in own if r.online]
     return {j.id: j for j in out}
