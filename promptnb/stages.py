@@ -16,10 +16,10 @@ from .jobs import code_of, precision_of, recipe_run, write_record
 
 # %% auto #0
 __all__ = ['SENTENCE', 'NEEDS', 'ppo_config', 'language_model', 'decider', 'guidance', 'encoder_of', 'first_adapter', 'tuned',
-           'measured', 'behaviours', 'along', 'examples', 'train', 'random_agent', 'staged', 'use', 'played',
+           'measured', 'behaviours', 'along', 'shown', 'examples', 'train', 'random_agent', 'staged', 'use', 'played',
            'progress', 'out_of_reach', 'step_seconds']
 
-# %% ../nbs/11b_stages.ipynb #a7dcf67e
+# %% ../nbs/11b_stages.ipynb #ba2515e3
 SENTENCE = "play well"      # of the constant guide: outside of the list of sub-goals, so it says nothing
 
 def ppo_config(x: rc.Online, device):
@@ -47,7 +47,7 @@ def guidance(x: rc.Online, seed, folder, device, encode):
     if x.guide == "off": return None
     decision = decider(x, device)
     if x.guide in ("decision", "adapter"): decision = Cassette(Path(folder)/"decision.jsonl", decision)
-    return Guidance(None, decision, encode, K=x.interval, use_score=x.use_score, history=x.history, raw=x.raw_replies or x.guide == "constant", log=Path(folder)/"exchanges.jsonl",
+    return Guidance(decision=decision, encode=encode, K=x.interval, use_score=x.use_score, history=x.history, raw=x.raw_replies or x.guide == "constant", log=Path(folder)/"exchanges.jsonl",
                     budget=Budget(**dict(x.budget)) if x.budget else None, seed=seed, max_tokens=x.tokens, temperature=x.temperature)
 
 def encoder_of(x: rc.Online, seed):
@@ -72,7 +72,7 @@ def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed):
     out = Path(folder)/f"adapter-{k}"
     return out, {**facts, **tune(adapter, rows, out, SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)}))}
 
-# %% ../nbs/11b_stages.ipynb #db5a6f0e
+# %% ../nbs/11b_stages.ipynb #3b51ed17
 def measured(episodes, name=""):
     "Metrics of a list of episodes: {metric: (value, number of episodes)}."
     from promptnb.tasks.crafter import ACHIEVEMENTS, depth, score, success_rates
@@ -101,13 +101,20 @@ def along(x: rc.Online, episodes, said):
         if ls: out.append((int(hi), "comprehension", float(np.mean(ls)), len(ls)))
     return out
 
-def examples(said, most=12):
-    "Exchanges of the last part of training, evenly spread, and what the agent did until the next."
-    late = [e for e in said if e["decision"]][len(said) // 2:]; pick = [late[i] for i in np.unique(np.linspace(0, len(late) - 1, most).astype(int))] if late else []
-    short = lambda s: str(s)[:200]
-    return [dict(step=e["step"], env=e["env"], seen=e["seen"], status=e["status"], goals=e["goals"], reply=short(e["decision"]), analysis=short(e["response"]), l=e["l"], l_after=e["l_after"], unlocked_after=e["unlocked_after"], done=e["did_after"], why=e["why"]) for e in pick]
+def shown(e):
+    "What an exchange's prompt told of the world: {'sees': [...], 'has': {...}}."
+    told = dict(line.split(": ", 1) for line in e["prompt"][1]["content"].splitlines() if ": " in line); part = lambda k: [w for w in told.get(k, "").strip('"').split(", ") if w]
+    return dict(seen=part("sees"), status={k: int(n) for k, _, n in (w.rpartition(" ") for w in part("has")) if n.isdigit()})
 
-# %% ../nbs/11b_stages.ipynb #9d5b608c
+def examples(said, most=12):
+    "Exchanges of the second half of training, evenly spread, and what the agent did most until the next."
+    then, last = {}, {}
+    for e in reversed(said): then[e["query"]] = last.get(e["env"]); last[e["env"]] = e
+    late = [e for e in said[len(said) // 2:] if e["l_after"] is not None]; pick = [late[i] for i in np.unique(np.linspace(0, len(late) - 1, most).astype(int))] if late else []
+    did = lambda e: [[a, n] for a, n in collections.Counter(then[e["query"]]["did"].split(", ")).most_common(5)]
+    return [dict(shown(e), step=e["step"], env=e["env"], goals=e["goals"], reply=e["decision"][:200], analysis=(e["response"] or "")[:200], **{k: e[k] for k in ("l", "l_after", "unlocked_after", "why")}, done=did(e)) for e in pick]
+
+# %% ../nbs/11b_stages.ipynb #694fd7dc
 def train(r: rc.Recipe, scale, seed, device, threads):
     "Train in stages, tune between them, play at the end: one record of a resolved recipe."
     x, run, start = r.online, recipe_run(r, scale, seed), time.time()
@@ -142,7 +149,7 @@ def staged(r, run, seed, folder, device):
         if k and x.restart_policy and t.restarts < k: t.restart()
         if own and t.step < end: use(advise, adapter, folder, k, x, device)
         t.go(end, lambda t: progress(run, t, x, shown))
-    cost = {k: v for k, v in advise.counts.items()} if advise else {}; said = exchanges(advise.log) if advise else []
+    cost = {dict(seconds="llm_seconds").get(k, k): v for k, v in advise.counts.items()} if advise else {}; said = exchanges(advise.log) if advise else []
     judge_final = guidance(x, seed_for(seed, "final"), folder/"final", device, judge and judge.encode)
     if own: use(judge_final, adapter, folder/"final", x.stages - 1, x, device)
     final = played(folder, lambda: play(t.policy, c, r.eval_episodes, seed_for(seed, "final"), judge_final, encode and encode.encode))

@@ -222,7 +222,7 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #9adaf41e
+# %% ../../nbs/09_recipes.ipynb #d230c119
 SINGLE, SKIRMISHES = ("hopper", "halfcheetah", "walker2d"), ("smax-3m", "smax-2s3z", "smax-3s5z", "smax-5m-vs-6m", "smax-8m")
 
 SMALL = dict(net="nature", envs=8, rollout=128, batch=256, epochs=3, lr=3e-4, entropy=0.01, adapter="tiny", decision="tiny", url="", tokens=32)      # a laptop's agent: short rollouts, as its steps are few; the tiny language models are trained here
@@ -252,7 +252,7 @@ SCALES = {
         Text=dict(steps=4, warmup=2, seqs=2, length=96, n=32, vocab=300, files=8), sizes=dict(small=dict(layers=2, heads=1, width=16), medium=dict(layers=2, heads=1, width=32)),
         learners={k: dict(steps=4, batch=2, lr=1e-3, warmup=2, points=2, last=0.5, tokens=16, episodes=4, limit=20) for k in ("lamo", "pixel-lamo", "value")},
         Offline={f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))}, offline=dict(eval_episodes=1),
-        Online={p: dict(SMALL, steps=512, stages=2, envs=2, rollout=64, batch=64, epochs=1, encoder="hash", tokens=16, points=4, length=200) for p in ("paper", "million", "medium")}, online_eval=dict(eval_episodes=2)),
+        Online={p: dict(SMALL, steps=512, stages=2, envs=2, rollout=64, batch=64, epochs=1, encoder="hash", tokens=16, points=4, length=60) for p in ("paper", "million", "medium")}, online_eval=dict(eval_episodes=2)),
 }
 
 def scaled(now, want):
