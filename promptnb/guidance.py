@@ -68,7 +68,7 @@ def notes(e, scale, seeds=None):
         if r["state"] != "ok": lack.setdefault(r["label"], []).append(r["state"])
     return {l: ", ".join(f"{bad.count(b)} {b}" for b in dict.fromkeys(bad)) for l, bad in lack.items()}
 
-# %% ../nbs/10c_guidance.ipynb #b1cdc554
+# %% ../nbs/10c_guidance.ipynb #21c40986
 SCORES = ("score", "score_last", "return", "depth", "eval_score")
 
 def ours(e, scale, seeds=None, partial=False):
@@ -98,7 +98,7 @@ def scoreboard(e, scale, seeds=None, partial=False):
         out[f"ours, {scale} scale", r.method, r.env_steps] = {**{name: pm(r[m], r[f"{m}_std"]) for m, name in COLUMNS.items()}, "IQM [95 %]": iqm, "n, or source": ", ".join(x for x in (n, r.note) if x)}
     for (m, steps), d in b.groupby(["method", "env_steps"], sort=False): out["published", m, steps] = {"score": all_of(d, "score"), "reward": all_of(d, "reward"), "n, or source": "; ".join(dict.fromkeys(d.source))}
     p = pd.DataFrame.from_dict(out, orient="index", columns=None).reindex(columns=["score", "IQM [95 %]", *list(COLUMNS.values())[1:], "reward", "n, or source"]).astype(object).fillna(""); p.index = pd.MultiIndex.from_tuples(p.index, names=["", "method", "env steps"])
-    return p, pd.concat([a.astype(object), b.astype(object)], ignore_index=True)
+    return p, pd.concat([a.astype(object), b.astype(object)], ignore_index=True).infer_objects()
 
 COLUMNS = dict(score="score", score_last="score, last fifth", depth="depth", eval_score="score, final policy", **{"return": "mean return"})
 
@@ -218,7 +218,7 @@ def comprehension(e, scale, seeds=None, partial=False):
     if len(g): axes[0].axhline(0.5, color="k", lw=1, ls=":", label="l = 0.5: cosine of 0.1")
     legend(fig, axes, 3); return fig, pd.concat([g, s.assign(metric="sft")], ignore_index=True)
 
-# %% ../nbs/10c_guidance.ipynb #27f53071
+# %% ../nbs/10c_guidance.ipynb #e122dc0c
 def behaviours(e, scale, seeds=None, partial=False, base=PPO):
     "One row an arm and behaviour: percent (mean and std over seeds), chances of all seeds, comparison with `base`."
     t, w, out = rates(e, scale, seeds, partial, "behaviour"), last(e, scale, seeds, partial), []
@@ -230,8 +230,8 @@ def behaviours(e, scale, seeds=None, partial=False, base=PPO):
 def behaviour(e, scale, seeds=None, partial=False):
     "(printed, tidy) behaviours down, arms across: percent of the chances, and the word of the comparison with plain PPO."
     t, lack = behaviours(e, scale, seeds, partial), notes(e, scale, seeds); arms = arms_of(e, scale); word = lambda r: "" if pd.isna(r.verdict) else "; one seed decides nothing" if pd.isna(r.lo) else f"; {r.verdict}"
-    said = {(r.behaviour, r.method): f"{pm(r.percent, r['std'], 1)} of {r.chances}{word(r)}" if r.chances else "no chance" for _, r in t.iterrows()}; names = list(dict.fromkeys(t.behaviour))
-    p = pd.DataFrame([[said.get((b, l), "") for l in arms] for b in names] + [[lack.get(l, "") for l in arms]] * bool(lack), index=pd.Index(names + ["runs lacking"] * bool(lack), name="behaviour"), columns=arms)
+    said = {(r.behaviour, r.method): f"{pm(r.percent, r['std'], 1)} of {r.chances}{word(r)}" if r.chances else "no chance" for _, r in t.iterrows()}; names, had = list(dict.fromkeys(t.behaviour)), set(t.method)
+    p = pd.DataFrame([[said.get((b, l), "no chance" if l in had else "") for l in arms] for b in names] + [[lack.get(l, "") for l in arms]] * bool(lack), index=pd.Index(names + ["runs lacking"] * bool(lack), name="behaviour"), columns=arms)
     return p, t
 
 # %% ../nbs/10c_guidance.ipynb #40d85158
@@ -255,7 +255,7 @@ def cost(e, scale, seeds=None, partial=False):
                       "n": [", ".join(x for x in (f"{n}" * bool(n), note) if x) for n, note in zip(t.n, t.note)]})
     return p.set_index("method"), t
 
-# %% ../nbs/10c_guidance.ipynb #825a1719
+# %% ../nbs/10c_guidance.ipynb #0248fa36
 def points(v, unit="", digits=2):
     "Difference, seeds and interval of a comparison."
     return f"{v['difference']:+.{digits}f}{unit} ({counted(v['n'])}, " + ("one seed decides nothing" if pd.isna(v["lo"]) else f"95 % interval {v['lo']:+.{digits}f} to {v['hi']:+.{digits}f}") + ")"
@@ -289,6 +289,7 @@ def comprehension_verdict(e, scale, seeds=None, partial=True):
     for (l, stage), d in s.groupby(["label", "stage"], sort=False):
         d = d.set_index("seed")[["loss_before", "loss_after"]].astype(float).dropna(); v = dict(n=len(d), **compare(d[["loss_after"]], d[["loss_before"]])) if len(d) else None
         if v: out.append(f"{l}, tuning after stage {stage}: the adapter's loss goes from {d.loss_before.mean():.2f} to {d.loss_after.mean():.2f}: {dict(better='higher', worse='lower').get(v['verdict'], 'no clear change')}, {points(v)}.")
+    if n := int(s.loss_after.isna().sum()): out.append(f"{counted(n, 'tuning')} not done: too few rows.")
     return "\n".join(out) or "no runs yet"
 
 def behaviour_verdict(e, scale, seeds=None, partial=True, base=PPO):
@@ -299,13 +300,13 @@ def behaviour_verdict(e, scale, seeds=None, partial=True, base=PPO):
         if len(d): out.append(f"{l}, against '{base}', {counted(int(d.n.max()))}: more often: {told(of_word('better'))}; less often: {told(of_word('worse'))}; no clear difference: {len(of_word('no clear difference'))} of {counted(len(d), 'behaviour')}" + ("; one seed decides nothing" if d.lo.isna().any() else "") + ".")
     return "\n".join(out) or "no runs yet"
 
-# %% ../nbs/10c_guidance.ipynb #0dd0c641
+# %% ../nbs/10c_guidance.ipynb #9c17ba5d
 DRAW = dict(scoreboard=scoreboard, success=success, along=along, grid=grid, examples=examples, comprehension=comprehension, behaviour=behaviour, cost=cost)
 READ = dict(scoreboard="Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: mean over episodes of the deepest achievement; final policy: with its live guidance. Published: score ± std and reward ± std as printed there; 'none': no training. Published rewards are of "
             "single episodes, one a run (the benchmark's script), and not mean returns; budgets differ, so rows of different environment steps are not compared. '/' between two numbers: the sources disagree. ",
             success="Percent of all training episodes of all seeds, with Wilson's 95 % interval; hollow: the benchmark's own runs, recomputed (random: 1M steps; humans: 100 episodes). The axis is logarithmic in 1 + percent. ",
             along="Mean and range over seeds. Random, published: recomputed from the benchmark's own runs, whose return counts achievements and a death. ", grid="Mean ± std over seeds; differences of the score, paired by seeds, with their 95 % bootstrap interval. ",
-            examples="l: comprehension score at the query and at the next one. Text of language models is cut, and anything but plain characters is a dot. ", comprehension="Mean and range over seeds. ",
+            examples="step: of that environment; l: comprehension score at the query and at the next one. Text of language models is cut, and anything but plain characters is a dot. ", comprehension="Mean and range over seeds. ",
             behaviour="Percent of the chances, mean ± std over seeds; 'of': chances of all seeds; then the comparison with plain PPO, paired by seeds. ", cost="Means over seeds. Per 1M steps: extrapolated from these runs. ")
 
 def caption(e, scale, t=None):

@@ -81,7 +81,7 @@ class PPOConfig:
     text_after_step: bool = False
     empty_each_rollout: bool = False
 
-# %% ../nbs/08_online.ipynb #4223b916
+# %% ../nbs/08_online.ipynb #52225e81
 class Guided(VecEnv):
     "Crafter environments in lock step; an observation is {image (n, 3, 64, 64) uint8, text (n, 1) int32: the id of a sentence}."
     def __init__(self, c: PPOConfig, seed, advise=None, encode=None, once=False, image=True):
@@ -90,7 +90,7 @@ class Guided(VecEnv):
         space = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), text=gym.spaces.Box(0, 2**24, (1,), np.int32))
         super().__init__(n, space, gym.spaces.Discrete(len(crafter.ACTIONS)))
         self.texts, self.table, self.extractor = {"": 0}, np.zeros((1, 384), np.float32), None
-        self.t = np.zeros(n, int); self.since = np.zeros(n, int); self.total = np.zeros(n); self.episodes, self.over = [], np.zeros(n, bool)
+        self.t = np.zeros(n, int); self.total = np.zeros(n); self.episodes, self.over = [], np.zeros(n, bool)
         self.ids = np.zeros((n, 1), np.int32); self.past = [collections.deque(maxlen=c.interval) for _ in range(n)]; self.events, self.had = [[] for _ in range(n)], [{} for _ in range(n)]
 
     def reset(self):
@@ -105,13 +105,13 @@ class Guided(VecEnv):
         for i in np.flatnonzero(~self.over): rewards[i], dones[i], infos[i] = self.one(i, int(self.actions[i]))
         if not self.c.text_after_step: self.ids = self.ids.copy()      # else the array that the step is stored from is written into
         fresh = dones & self.c.ask_on_reset & ~self.over
-        self.ask(np.flatnonzero((self.since >= self.c.interval) & ~self.over | fresh), dones)
+        self.ask(np.flatnonzero((self.t % self.c.interval == 0) & ~self.over | fresh), dones)
         return self.seen(), rewards, dones, infos
 
     def one(self, i, a):
         "A step of one environment: reward, whether the episode ended, facts for PPO."
         e = self.envs[i]; image, r, dead, cut, info = e.step(a)
-        self.t[i] += 1; self.since[i] += 1; self.total[i] += r; self.past[i].append(crafter.ACTIONS[a])
+        self.t[i] += 1; self.total[i] += r; self.past[i].append(crafter.ACTIONS[a])
         self.events[i] += [k for k, v in info["achievements"].items() if v > self.had[i].get(k, 0)]; self.had[i] = dict(info["achievements"])
         if dead or cut: image, more = self.ended(i, image, cut, info)
         self.images[i] = image.transpose(2, 0, 1)
@@ -134,7 +134,7 @@ class Guided(VecEnv):
         if self.advise is None or not len(due): return
         said = self.advise([self.scene(i, fresh if isinstance(fresh, bool) else fresh[i]) for i in due])
         self.learn(said)
-        for i, s in zip(due, said): self.ids[i], self.since[i], self.events[i] = self.texts[s], 0, []
+        for i, s in zip(due, said): self.ids[i], self.events[i] = self.texts[s], []
 
     def learn(self, sentences):
         new = [s for s in dict.fromkeys(sentences) if s not in self.texts]
@@ -155,16 +155,16 @@ class Guided(VecEnv):
     def env_method(self, name, *a, indices=None, **kw): return [getattr(e, name)(*a, **kw) for e in self.envs]
     def env_is_wrapped(self, wrapper, indices=None): return [False] * self.num_envs
 
-# %% ../nbs/08_online.ipynb #7546f181
+# %% ../nbs/08_online.ipynb #59d0ce93
 def saved(v: Guided):
     "All of `Guided` that later steps depend on, as JSON types."
-    return dict(envs=[e.state() for e in v.envs], texts=list(v.texts), ids=v.ids[:, 0].tolist(), t=v.t.tolist(), since=v.since.tolist(), total=v.total.tolist(), past=[list(p) for p in v.past], events=v.events, had=v.had,
+    return dict(envs=[e.state() for e in v.envs], texts=list(v.texts), ids=v.ids[:, 0].tolist(), t=v.t.tolist(), total=v.total.tolist(), past=[list(p) for p in v.past], events=v.events, had=v.had,
                 episodes=len(v.episodes), advise=v.advise.state() if v.advise is not None else None)
 
 def bring_back(v: Guided, m):
     "Take up a saved state; returns the observation."
     v.images = np.stack([e.restore(s).transpose(2, 0, 1) for e, s in zip(v.envs, m["envs"])])
-    v.learn(m["texts"]); v.ids = np.array(m["ids"], np.int32)[:, None]; v.t, v.since, v.total = np.array(m["t"]), np.array(m["since"]), np.array(m["total"], float)
+    v.learn(m["texts"]); v.ids = np.array(m["ids"], np.int32)[:, None]; v.t, v.total = np.array(m["t"]), np.array(m["total"], float)
     v.past = [collections.deque(p, maxlen=v.c.interval) for p in m["past"]]; v.events, v.had = [list(e) for e in m["events"]], [dict(h) for h in m["had"]]
     if v.advise is not None and m["advise"] is not None: v.advise.load(m["advise"])
     return v.seen()

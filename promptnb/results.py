@@ -16,7 +16,7 @@ from . import recipes as rc
 from .core import PromptnbError, data_dir, figures_dir, read_json, results_dir, write_atomic
 
 # %% auto #0
-__all__ = ['BESIDE', 'ORDER', 'SAME', 'APART', 'DRAW', 'OFFLINE', 'OURS', 'iqm', 'interval', 'summary', 'compare', 'recipe_file',
+__all__ = ['BESIDE', 'ORDER', 'SAME', 'APART', 'DRAW', 'OFFLINE', 'iqm', 'interval', 'summary', 'compare', 'recipe_file',
            'policy_file', 'runs', 'status', 'load', 'reported', 'without_blank', 'matrix', 'tidy_table', 'plus_minus',
            'printed', 'verdicts', 'say', 'main_name', 'style', 'axes_for', 'nothing', 'lines', 'curves', 'pretraining',
            'process', 'bars', 'heat', 'quality', 'paired', 'relative', 'looks', 'nearest', 'entries', 'chain',
@@ -441,13 +441,12 @@ def overview(paper, scale) -> pd.DataFrame:
         rows.append(dict(exhibit=e.id, title=e.title, claim=e.claim, status=f"cannot be made: {e.unknown}" if e.unknown else "needs no run of its own" if not e.recipes else f"{s['done']} of {s['total']} runs" + (f", {len(s['failed'])} failed" if s["failed"] else "") + lacks(e, scale)))
     return pd.DataFrame(rows).set_index("exhibit")
 
-# %% ../nbs/10_results.ipynb #dffc0305
+# %% ../nbs/10_results.ipynb #b416ccab
 OFFLINE = dict(offline=("training of policies", "LaMo's code"), pixels=("training of policies, pictures", "LaMo's code"), value=("training of baselines", "CORL (Atari: d3rlpy)"), text=("pre-training on text", "synthetic pre-training's code"))
-OURS = ("points", "last", "preset")      # of online training: how it is measured, and what sizes are called
 
 def parts_of(r):
     "(part, its fields, their source where recipes name none) of a recipe."
-    if x := r.online: return [("guided training", {k: v for k, v in asdict(x).items() if k not in OURS}, "AdaRefiner's code"), ("evaluation of guided agents", dict({k: getattr(x, k) for k in OURS}, eval_episodes=r.eval_episodes, seeds=r.seeds), "ours")]
+    if x := r.online: return [("guided training", asdict(x), "AdaRefiner's code"), ("evaluation of agents", dict(eval_episodes=r.eval_episodes), "AdaRefiner's code"), ("seeds", dict(seeds=r.seeds), "not known")]
     if x := r.offline:
         own = {k: v for k, v in asdict(x).items() if k not in ("text", "model")}; kind = "pixels" if "pixel" in x.learner else "offline" if "lamo" in x.learner else "value"
         return [(OFFLINE[kind][0], {**dict(x.model), **own}, OFFLINE[kind][1]), *([(OFFLINE["text"][0], asdict(x.text), OFFLINE["text"][1])] if x.text else []), ("evaluation of policies", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), "LaMo's code")]
@@ -455,7 +454,7 @@ def parts_of(r):
 
 def source_of(part, field, given):
     "Where the paper-scale value of a field comes from."
-    if given: return "ours" if field in ("episodes", "limit", "precision", "vocab", "files") else given
+    if given: return "ours" if field in ("episodes", "limit", "precision", "vocab", "files", "preset", "points", "last", "encoder") else given
     return rc.SOURCES.get(f"{part}.{field}", rc.SOURCES.get(field, "ours"))
 
 def deviations(paper, scale) -> pd.DataFrame:

@@ -15,9 +15,9 @@ from .core import PromptnbError, Row, check_choice, fingerprint, read_json, root
 from .jobs import code_of, precision_of, recipe_run, write_record
 
 # %% auto #0
-__all__ = ['SENTENCE', 'NEEDS', 'ppo_config', 'language_model', 'decider', 'guidance', 'encoder_of', 'first_adapter', 'tuned',
-           'measured', 'behaviours', 'along', 'shown', 'examples', 'train', 'random_agent', 'staged', 'use', 'played',
-           'progress', 'out_of_reach', 'step_seconds']
+__all__ = ['SENTENCE', 'FEWEST', 'NEEDS', 'ppo_config', 'language_model', 'decider', 'guidance', 'encoder_of', 'first_adapter',
+           'tuned', 'measured', 'behaviours', 'along', 'shown', 'examples', 'train', 'random_agent', 'staged', 'use',
+           'played', 'progress', 'out_of_reach', 'step_seconds']
 
 # %% ../nbs/11b_stages.ipynb #ba2515e3
 SENTENCE = "play well"      # of the constant guide: outside of the list of sub-goals, so it says nothing
@@ -56,7 +56,9 @@ def encoder_of(x: rc.Online, seed):
     own = llm.encoder(x.encoder)
     return llm.encoder(x.encoder, reinit=seed_for(seed, "encoder")) if x.reinit_encoder else own, own
 
-# %% ../nbs/11b_stages.ipynb #187bbb4f
+# %% ../nbs/11b_stages.ipynb #f06c5757
+FEWEST = 5       # rows that are worth a tuning
+
 def first_adapter(x: rc.Online):
     from promptnb.llm.adapter import tiny
     return tiny("adapter") if x.adapter == "tiny" else x.adapter
@@ -66,11 +68,12 @@ def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed):
     from promptnb.llm import exchanges
     from promptnb.llm.adapter import SFT, sft_rows, tune
     lo, hi = (0 if x.cumulative else bounds[k - 1]), bounds[k]
-    rows = sft_rows([e for e in exchanges(log) if lo <= e["step"] * x.envs < hi], x.targets)
+    rows = sft_rows([e for e in exchanges(log) if lo <= e["step"] * x.envs < hi], x.targets, seed)
     facts = dict(stage=k, targets=x.targets, rows=len(rows))
-    if len(rows) < 10: return adapter, dict(facts, steps=0, note="too few rows")
+    if len(rows) < FEWEST: return adapter, dict(facts, steps=0, note="too few rows")
     out = Path(folder)/f"adapter-{k}"
-    return out, {**facts, **tune(adapter, rows, out, SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)}))}
+    f = tune(adapter, rows, out, SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)}))
+    return out, dict(facts, steps=f["steps"], loss_before=f["eval_before"], loss_after=f["eval_after"], seconds=f["seconds"])
 
 # %% ../nbs/11b_stages.ipynb #3b51ed17
 def measured(episodes, name=""):

@@ -149,6 +149,10 @@ def test_numbers_of_the_tuning(tmp_home):
     fabricate(e := exhibit("comprehension")); fig, t = drawn(e); close(fig); s = t[t.metric == "sft"]
     assert set(s.label) == {ADAPTER} and s.loss_before.tolist() == [2, 2, 2] and s.loss_after.tolist() == pytest.approx([1, 1.1, 1.2]) and PPO not in set(t.label)
 
+def test_a_stage_that_was_not_tuned_is_said(tmp_home):
+    s = said(guidance.comprehension_verdict, "comprehension", sft=lambda seed: (2.0, 1.0) if seed else (None, None)); assert s.endswith("1 tuning not done: too few rows.") and "lower, -1.00 (2 seeds" in s
+    fig, t = drawn(exhibit("comprehension")); fig.canvas.draw(); close(fig)
+
 def test_behaviours(tmp_home):
     made = {ADAPTER: lambda s: (50. + s, 100), GOALS: lambda s: (None, 0), RULES: lambda s: (None, 0) if s == 0 else (30., 50)}
     fabricate(e := exhibit("behaviour"), behave=lambda label, seed: made.get(label, lambda s: (40., 100))(seed), keep=lambda label, seed: (label, seed) != (CONSTANT, 2)); p, t = drawn(e); t = t.set_index("method")
@@ -186,4 +190,4 @@ def test_failed_runs_are_said(tmp_home):
 # ---- what a scale changes
 
 def test_deviations_name_the_code():
-    t = results.deviations("rladapter", "laptop").set_index("field"); assert t.loc["steps", ["paper_scale", "this_scale", "source"]].tolist() == ["5000000", str(STEPS), "AdaRefiner's code"] and "preset" not in t.index and set(t.part) <= {"guided training", "evaluation of guided agents"}
+    t = results.deviations("rladapter", "laptop").set_index("field"); assert t.loc["steps", ["paper_scale", "this_scale", "source"]].tolist() == ["5000000", str(STEPS), "AdaRefiner's code"] and set(t.part) <= {"guided training", "evaluation of agents"} and not {"last", "points"} & set(t.index)

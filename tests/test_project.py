@@ -134,7 +134,7 @@ def render_only(root):
         if f == "papers/run.ipynb": continue
         source = "\n".join(re.sub(r"^[%!]", "#", s, flags=re.M) for s in code(nb))
         out += [f"nbs/{f} defines something: {m[0].strip()}" for m in re.finditer(r"^[ \t]*(async +)?(def|class) .*", source, re.M)]
-        out += [f"nbs/{f} imports {n}" for _, n, _ in imports(source) if n.split(".")[0] not in ok and not re.match(r"promptnb\.(recipes|results|scores|contexts)(\.|$)", n)]
+        out += [f"nbs/{f} imports {n}" for _, n, _ in imports(source) if n.split(".")[0] not in ok and not re.match(r"promptnb\.(recipes|results|scores|contexts|guidance)(\.|$)", n)]
     return out
 
 def sizes(root):

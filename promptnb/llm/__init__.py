@@ -14,12 +14,12 @@ from fastcore.basics import patch
 from ..core import PromptnbError, check_choice, disk_error, plain, seed_for, write_atomic
 
 # %% auto #0
-__all__ = ['GOALS', 'GOAL_OF', 'TOOLS', 'NEEDS', 'SOURCE', 'PARENTS', 'MARKUP', 'ROLES', 'DATA', 'ADAPTER', 'DECISION', 'GOAL',
-           'PARTS', 'NOT', 'READ', 'COUNTS', 'sentence', 'scene', 'clean', 'quoted', 'comprehension', 'said', 'told',
-           'cosine', 'score', 'facts', 'messages', 'adapter_prompt', 'decision_prompt', 'strings', 'parse', 'Request',
-           'Reply', 'Backend', 'failure', 'json_lines', 'add_lines', 'cut_lines', 'unlocked_between', 'exchanges',
-           'Guidance', 'HashEncoder', 'place', 'Cached', 'model_folder', 'from_hub', 'one_thread', 'reinitialise',
-           'SentenceEncoder', 'MiniLM', 'encoder']
+__all__ = ['GOALS', 'GOAL_OF', 'TOOLS', 'NEEDS', 'SOURCE', 'PARENTS', 'MARKUP', 'ROLES', 'LONGEST', 'DATA', 'ADAPTER', 'DECISION',
+           'GOAL', 'PARTS', 'NOT', 'READ', 'COUNTS', 'sentence', 'scene', 'clean', 'quoted', 'comprehension', 'said',
+           'told', 'cosine', 'score', 'facts', 'messages', 'adapter_prompt', 'decision_prompt', 'strings', 'parse',
+           'Request', 'Reply', 'Backend', 'failure', 'json_lines', 'add_lines', 'cut_lines', 'unlocked_between',
+           'exchanges', 'Guidance', 'HashEncoder', 'place', 'Cached', 'model_folder', 'from_hub', 'one_thread',
+           'reinitialise', 'SentenceEncoder', 'MiniLM', 'encoder']
 
 # %% ../../nbs/07_llm.ipynb #efccd161
 GOALS = {    # goal -> achievement. The list: PKU-RL/AdaRefiner utils.py; the mapping is our reading
@@ -58,8 +58,9 @@ def clean(text, limit=200):
 
 def quoted(text, limit=200): return f'"{clean(text, limit)}"'
 
-# %% ../../nbs/07_llm.ipynb #7c80041e
+# %% ../../nbs/07_llm.ipynb #b5a73f27
 def comprehension(cos): return 1 / (1 + math.exp(-10 * (cos - 0.1)))     # float -> (0, 1)
+LONGEST = 4_000    # characters of a trajectory's text: 100 names of the game are at most 1,900
 def said(actions): return ", ".join(map(str, actions))
 def told(events): return sentence(GOAL_OF.get(e, e) for e in events)
 
@@ -182,7 +183,7 @@ def exchanges(path):
         r.update(l_after=after["l"] if after and after["did"] else None, unlocked_after=unlocked_between(r, after) if after else [])
     return rows
 
-# %% ../../nbs/07_llm.ipynb #dae3e42d
+# %% ../../nbs/07_llm.ipynb #7c1791d8
 COUNTS = ("queries", "calls", "tokens_in", "tokens_out", "seconds", "cached", "rejected", "invalid", "failed", "unasked", "kept")
 
 @dataclass
@@ -222,7 +223,7 @@ class Guidance:
     def hear(self, s, g):
         "What the agent did, as text, and the score of that under the goals `g` (None without an encoder)."
         did = said(s["actions"][-self.K:]) if self.history == "actions" else told(s["events"])
-        return did, score(self.encode, did, g) if self.encode else None
+        return did[:LONGEST], score(self.encode, did[:LONGEST], g) if self.encode else None
     def forget(self):
         "No goals are in force any more: the released code does this at the start of each rollout."
         self.envs.clear()

@@ -113,7 +113,7 @@ class Local(Backend):
         each = (time.monotonic() - start) / len(requests)
         return [Reply(self.tokenizer.decode(row, skip_special_tokens=True).strip(), tokens_in=int(n), tokens_out=len(row), seconds=each) for row, n in zip(new, x["attention_mask"].sum(1))]
 
-# %% ../../nbs/07a_llm.backends.ipynb #895af14e
+# %% ../../nbs/07a_llm.backends.ipynb #1eda525e
 class Failed(Exception):
     "An attempt without a reply. again: may the next one fare better? after: seconds the server asks to wait."
     def __init__(self, why, again=True, after=0.0, billed=False): super().__init__(why); self.again, self.after, self.billed = again, after, billed
@@ -131,7 +131,7 @@ def retry_after(headers):
     try: return number(value) or max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError): return 0.0
 
-def http_client(seconds, size=4 * 2**20):
+def http_client(seconds, tls=True, size=4 * 2**20):
     "An HTTP client whose replies end after `seconds` and `size` bytes, however slowly they come; it follows no redirects, which could carry the key away."
     import httpx2, openai
     end = time.monotonic() + seconds
@@ -145,7 +145,7 @@ def http_client(seconds, size=4 * 2**20):
                 yield chunk
         def close(self): self.stream.close()
     def bound(response): response.stream = Bounded(response.stream)
-    return openai.DefaultHttpxClient(event_hooks=dict(response=[bound]), follow_redirects=False, timeout=seconds)
+    return openai.DefaultHttpxClient(event_hooks=dict(response=[bound]), follow_redirects=False, timeout=seconds, verify=tls)     # no certificates to load for plain http
 
 def about_tokens(r): return sum(len(m["content"]) for m in r.messages) // 4      # where the server does not say
 
@@ -211,7 +211,7 @@ class Server(Backend):
         body = dict(model=self.model, messages=request.messages, max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
         body = {k: v for k, v in {**body, **self.extra}.items() if v is not None}
         try:
-            with http_client(seconds) as web: done = openai.OpenAI(base_url=self.url, api_key=self.secret() or "none", max_retries=0, timeout=seconds, http_client=web).chat.completions.create(**body)
+            with http_client(seconds, self.url.startswith("https")) as web: done = openai.OpenAI(base_url=self.url, api_key=self.secret() or "none", max_retries=0, timeout=seconds, http_client=web).chat.completions.create(**body)
             return self.read(done, request)
         except Failed: raise
         except openai.APITimeoutError: raise Failed(f"no reply within {seconds:.3g} s", billed=True) from None

@@ -180,7 +180,7 @@ class Online:
     raw_replies: bool = False     # code: True, the reply itself is the text
     preset: str = "paper"         # which sizes a scale overrides: SCALES
 
-# %% ../../nbs/09_recipes.ipynb #2dc12cc4
+# %% ../../nbs/09_recipes.ipynb #ae78aa32
 @dataclass(frozen=True)
 class Recipe:
     "One method on one family: pre-train (shared by all recipes with the same one), tune, evaluate; or train offline; or online."
@@ -208,6 +208,7 @@ class Recipe:
     @property
     def cell(self):
         "The data set: family, quality and share where policies are trained offline; family and quality for single tasks; else the family."
+        if self.online: return self.family
         if self.offline: return f"{self.family} {self.offline.quality} {100 * self.offline.ratio:g}%"
         return f"{self.family} {self.pretrain.quality}" if self.pretrain.context and self.pretrain.context.encoder == "none" else self.family
 
