@@ -19,7 +19,7 @@ __all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 're
            'tuned_folder', 'target_of', 'demo_prompt', 'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of',
            'finished', 'film']
 
-# %% ../nbs/11_jobs.ipynb #a4ec5604
+# %% ../nbs/11_jobs.ipynb #567b1234
 def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
 def recipe_run(r, scale, seed): return run_id(f"{r.family}/{r.key}", scale, seed)
 def pretrain_run(p, scale, seed): return run_id(f"pretrain/{p.family}/{p.name}-{rc.digest(p)}", scale, seed)
@@ -29,7 +29,7 @@ CODE = ("core", "data", "models/dt", "train", "evaluate", "jobs")      # what a 
 
 def code_of(kind, name, tuners=(), context=False):
     "Fingerprint of the code and the facts that a result of a job ('pretrain', 'tune', 'offline' with its learner, 'online' with who guides) on a family depends on, with context vectors or not; other families and tuners may come and go."
-    if kind == "online": return code_fingerprint("core", f"tasks/{name}", "online", "stages", *[m for m in ("llm/__init__", "llm/backends", "llm/adapter") if {*tuners} - {"off"}])
+    if kind == "online": return code_fingerprint("core", f"tasks/{name}", "online", "stages", *["llm/__init__", "llm/backends"] * bool({*tuners} - {"off"}), *["llm/adapter"] * bool({*tuners} & {"decision", "adapter"}))
     from promptnb import tasks
     fam, own = tasks.family(name), []
     if kind == "offline": own = sorted({"offline", *(m for t in tuners for m in (["models/lm"] + ["models/pixels"] * bool(fam.frames) if "lamo" in t else ["models/value"]))})

@@ -81,7 +81,7 @@ class PPOConfig:
     text_after_step: bool = False
     empty_each_rollout: bool = False
 
-# %% ../nbs/08_online.ipynb #52225e81
+# %% ../nbs/08_online.ipynb #735555e2
 class Guided(VecEnv):
     "Crafter environments in lock step; an observation is {image (n, 3, 64, 64) uint8, text (n, 1) int32: the id of a sentence}."
     def __init__(self, c: PPOConfig, seed, advise=None, encode=None, once=False, image=True):
@@ -146,7 +146,7 @@ class Guided(VecEnv):
 
     def begin_rollout(self):
         if self.c.empty_each_rollout and self.advise is not None:
-            self.ids[:] = 0
+            self.ids[:] = 0; getattr(self.advise, "forget", lambda: None)()
             for p in self.past: p.clear()
 
     def close(self): pass

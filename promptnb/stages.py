@@ -75,7 +75,7 @@ def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed):
     f = tune(adapter, rows, out, SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)}))
     return out, dict(facts, steps=f["steps"], loss_before=f["eval_before"], loss_after=f["eval_after"], seconds=f["seconds"])
 
-# %% ../nbs/11b_stages.ipynb #3b51ed17
+# %% ../nbs/11b_stages.ipynb #fdfbd6ff
 def measured(episodes, name=""):
     "Metrics of a list of episodes: {metric: (value, number of episodes)}."
     from promptnb.tasks.crafter import ACHIEVEMENTS, depth, score, success_rates
@@ -94,6 +94,7 @@ def behaviours(episodes):
         for k, v in e["behaviour"].items(): total[k] += np.array(v, int)
     return {f"behaviour/{k}": (100 * h / c, int(c)) for k, (h, c) in total.items() if c}
 
+# %% ../nbs/11b_stages.ipynb #c0b0588d
 def along(x: rc.Online, episodes, said):
     "Along training: [(step, metric, value, episodes)]."
     out, edges = [], np.linspace(0, x.steps, x.points + 1)

@@ -1,6 +1,6 @@
 """Guidance by language models: the words, the prompts, the parser, the loop; and every way in which the far side can fail, made to happen by a server of our own.
 Passed is: the run goes on with the goals it had, in bounded time, and it is counted; nothing of the world or of a reply but the closed list reaches the agent; no key in any file."""
-import contextlib, dataclasses, http.server, itertools, json, os, random, socket, string, threading, time, unicodedata
+import contextlib, dataclasses, http.server, itertools, json, os, random, socket, string, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +8,10 @@ import pytest
 
 from promptnb import llm
 from promptnb.core import PromptnbError
-from promptnb.llm import COUNTS, GOAL_OF, GOALS, NEEDS, PARENTS, Backend, Guidance, Reply, Request, adapter_prompt, clean, comprehension, decision_prompt, exchanges, failure, parse, quoted, score, scene, sentence
+from promptnb.llm import COUNTS, GOAL_OF, GOALS, NEEDS, PARENTS, Backend, Guidance, Reply, Request, adapter_prompt, clean, comprehension, decision_prompt, exchanges, failure, parse, score, scene, sentence
 
 pytest.importorskip("openai")
-from promptnb.llm.backends import ORDER, Budget, Budgeted, Cassette, Constant, Local, RandomGoals, Rules, Server, next_step, plan
+from promptnb.llm.backends import ORDER, Budget, Budgeted, Cassette, Constant, Local, RandomGoals, Rules, Server, as_text, next_step, plan
 
 SECRET = "sk-very-secret-0123456789"
 GOOD = ("drink water, sleep, chop tree", "mine coal, survival, place furnace")
@@ -163,7 +163,7 @@ def test_rules():
     s = scene(("water", "tree"), dict(health=9, food=9, drink=2, energy=1))
     assert plan(s)[:2] == ("sleep", "drink water")
     assert plan(scene(("tree",), dict(health=9, food=9, drink=9, energy=9)))[0] == "chop tree"
-    assert next_step("make_iron_pickaxe", scene(("stone",), dict(stone_pickaxe=1, wood=1, iron=1))) == "make_wood_pickaxe" or next_step("make_iron_pickaxe", scene(("table",), dict(wood_pickaxe=1, wood=1, iron=1))) == "collect_coal"
+    assert next_step("make_iron_pickaxe", scene(("table",), dict(wood=1, iron=1, wood_pickaxe=1))) == "collect_coal" and next_step("eat_plant", scene()) == "collect_sapling"
     done = {}; status = dict(health=9, food=9, drink=9, energy=9)
     for _ in range(200):        # whoever does what it says unlocks the whole tree, with everything in view once it is placed
         a = next(a for a in ORDER if a not in done) if len(done) < 22 else None
@@ -250,6 +250,7 @@ def test_a_fault_of_the_server(far, fault, tmp_path):
     far.faults = []; third = g([scene(step=200)])
     assert (first, second, third) == ([GOOD[0]], [GOOD[0]], [GOOD[1]]) and took < 2.0
     assert g.counts["failed"] == g.counts["kept"] == 1 and g.counts["queries"] == g.counts["calls"] == 3
+    assert took < 1.2 or fault != "busy_for_an_hour"                                                               # no waiting for what comes after the deadline
     rows = exchanges(tmp_path/"log.jsonl"); assert rows[1]["why"] and rows[1]["why"].isprintable() and SECRET not in (tmp_path/"log.jsonl").read_text()
     assert len(far.seen) == 2 + (1 if fault in ("busy_for_an_hour", "wrong_key", "no_model", "moved", "filtered", "slow_header") else 2)      # the header that never ends takes the whole deadline
 
@@ -320,6 +321,8 @@ def test_tapes_that_are_odd(tmp_path):
     assert [x.text for x in Cassette(path, a).complete([r, r])] == [GOOD[0]] * 2 and len(a.asked) == 1 and Cassette(path, a).complete([r])[0].cached
     assert Cassette(path, b).complete([r])[0].text == GOOD[1]; refused(Cassette, path, says=("scripted-1, scripted-2",)); refused(Cassette, path, name="scripted-3", says=("did you mean",))
     for change in (dict(temperature=0.0), dict(max_tokens=9), dict(seed=2), dict(messages=r.messages[:1])): assert not Cassette(path, name="scripted-1").complete([dataclasses.replace(r, **change)])[0].ok
+    torn = tmp_path/"torn.jsonl"; torn.write_bytes(path.read_bytes() + b'{"key": "x", "na'); late = dataclasses.replace(r, seed=7); Cassette(torn, a).complete([late])
+    assert [Cassette(torn, name="scripted-1").complete([x])[0].cached for x in (r, late)] == [True, True]          # a kill in the middle of a line costs that line only
     rows = path.read_text().splitlines(); path.write_text("\n".join(['nonsense', '[]', '{"key": 1}', rows[0].replace('"text"', '"txet"'), rows[1]]) + "\n")
     assert Cassette(path, name="scripted-1").complete([r])[0].why.startswith("damaged") and Cassette(path, name="scripted-2").complete([r])[0].text == GOOD[1]
 
@@ -383,7 +386,9 @@ def test_a_model_in_this_process(tmp_path):
     torch.manual_seed(9); assert [r.text for r in m.complete(requests)] == [r.text for r in a] and all(r.ok and r.tokens_out <= 6 and r.tokens_in <= 58 for r in a) and len({r.text for r in a}) > 1
     assert [r.text for r in m.complete([dataclasses.replace(r, seed=r.seed + 1) for r in requests])] != [r.text for r in a]
     greedy = [dataclasses.replace(r, temperature=0.0) for r in requests]; whole = m.complete(greedy); assert [m.complete([r])[0].text for r in greedy] == [r.text for r in whole] == [r.text for r in m.complete([dataclasses.replace(r, seed=99) for r in greedy])]
+    short = [Request([dict(role="user", content="chop tree " * k)], 6, 0.0) for k in (1, 3, 9)]; assert [m.complete([r])[0].text for r in short] == [r.text for r in m.complete(short)]      # however they are padded
     mixed = m.complete([greedy[0], requests[0], greedy[1]]); assert [mixed[0].text, mixed[2].text] == [whole[0].text, whole[1].text]
     assert Local(tmp_path/"toy").name == m.name and Local(toy_lm(tmp_path/"b"/"toy", seed=1)).name != m.name and str(tmp_path) not in m.name and m.complete([]) == []
     m.model.generate = lambda **k: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")); assert not m.complete(requests)[0].ok
     strict = Local(toy_lm(tmp_path/"c", "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}")); assert strict.complete(requests)[0].ok
+    assert as_text(strict.tokenizer, requests[0].messages) == "\n\n".join(x["content"] for x in requests[0].messages) and as_text(m.tokenizer, requests[0].messages).endswith("\nassistant:")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest, torch
 
+pytest.importorskip("crafter")
 from promptnb import online as O
 from promptnb.core import PromptnbError, plain, rng_for, seed_for
 from promptnb.online import Guided, PPOConfig, Trainer, play, play_random
@@ -75,27 +76,27 @@ def outputs(policy, obs):
 
 def plain_guided(c, seed, actions, advise):
     "actions (steps, envs). One environment after the other, bookkeeping of its own: (per step: pictures, sentences, rewards, ends; episodes; scenes of each call)."
-    games, since, text = [crafter.Crafter(c.length) for _ in range(c.envs)], [0] * c.envs, [""] * c.envs
+    games, text = [crafter.Crafter(c.length) for _ in range(c.envs)], [""] * c.envs
     now = [g.reset(seed=seed_for(seed, "env", i) % 2**31)[0] for i, g in enumerate(games)]
     done_so_far, life, ret, had, rose, number, calls, log, episodes = [[] for _ in games], [0] * c.envs, [0.] * c.envs, [{} for _ in games], [[] for _ in games], [1] * c.envs, [], [], []
     def ask(who, fresh):
         if not who: return
         scenes = [dict(env=i, step=len(done_so_far[i]), episode=number[i], **games[i].scene(), actions=tuple(done_so_far[i][-c.interval:]), events=tuple(rose[i]), fresh=i in fresh) for i in who]
         calls.append(scenes)
-        for i, s in zip(who, advise(scenes)): text[i], since[i], rose[i] = s, 0, []
+        for i, s in zip(who, advise(scenes)): text[i], rose[i] = s, []
     ask(list(range(c.envs)), set(range(c.envs)))
     log.append(([x.copy() for x in now], list(text), None, None))
     for row in actions:
         fresh, rewards, ends = set(), [], []
         for i, g in enumerate(games):
-            now[i], r, dead, cut, info = g.step(row[i]); since[i] += 1; life[i] += 1; ret[i] += r; done_so_far[i].append(crafter.ACTIONS[row[i]])
+            now[i], r, dead, cut, info = g.step(row[i]); life[i] += 1; ret[i] += r; done_so_far[i].append(crafter.ACTIONS[row[i]])
             for a in crafter.ACHIEVEMENTS:
                 if info["achievements"][a] > had[i].get(a, 0): rose[i].append(a)
             had[i] = info["achievements"]; rewards.append(r); ends.append(dead or cut)
             if dead or cut:
                 episodes.append(dict(env=i, length=life[i], ret=round(ret[i], 4), died=dead, unlocked=tuple(a for a in crafter.ACHIEVEMENTS if had[i][a]), behaviour=info["behaviour"]))
                 now[i], number[i], life[i], ret[i], had[i] = g.reset()[0], number[i] + 1, 0, 0., {}; fresh.add(i)
-        ask([i for i in range(c.envs) if since[i] >= c.interval or c.ask_on_reset and i in fresh], fresh)
+        ask([i for i in range(c.envs) if len(done_so_far[i]) % c.interval == 0 or c.ask_on_reset and i in fresh], fresh)
         log.append(([x.copy() for x in now], list(text), rewards, ends))
     return log, episodes, calls
 
@@ -156,8 +157,8 @@ def test_a_new_life_asks_at_once():
     a = Advisor(10**6); v = Guided(replace(C, interval=10, length=13), 0, a, encode); v.reset()
     for _ in range(40): v.step_async([0, 0]); v.step_wait()
     at = [(s["step"], s["fresh"]) for s in a.heard if s["env"] == 1]
-    assert at == [(0, True), (10, False), (13, True), (23, False), (26, True), (36, False), (39, True)]
-    assert [s["episode"] for s in a.heard if s["env"] == 1] == [1, 1, 2, 2, 3, 3, 4]
+    assert at == [(0, True), (10, False), (13, True), (20, False), (26, True), (30, False), (39, True), (40, False)]      # beside every K steps, on one clock for all
+    assert [s["episode"] for s in a.heard if s["env"] == 1] == [1, 1, 2, 2, 3, 3, 4, 4]
 
 def test_without_an_advisor_nothing_is_asked():
     v = Guided(C, 0); v.reset()
@@ -311,6 +312,14 @@ def test_stop_and_go_on(c, tmp_path):
     for part in (2, 3, 6): t = went(tmp_path/"more", part * unit, c); assert any(0 < len(e.actions) < c.length for e in t.envs.envs)
     same(want, t); assert len(want.envs.episodes) > 2 and want.envs.advise.n > 10
     assert sorted(p.name for p in (tmp_path/"more").iterdir()) == sorted(f"step-{k * unit:09d}.{x}" for k in (3, 6) for x in ("json", "safetensors"))      # two are kept
+
+def test_rollouts_draw_afresh(tmp_path):
+    "Each rollout's dice are its own, and a seed's."
+    def draws(folder, seed):
+        t, out = trainer(folder, seed=seed), []; step = t.envs.step_async
+        with torch.no_grad(): t.policy.action_net.weight.zero_()      # all actions alike
+        t.policy.action_net.requires_grad_(False); t.envs.step_async = lambda a: out.append(a.copy()) or step(a); t.begin().go(96); return np.array(out).reshape(3, -1)
+    a, b = draws(tmp_path/"a", 0), draws(tmp_path/"b", 1); assert all((x != y).mean() > 0.7 for x, y in ((a[0], a[1]), (a[1], a[2]), (a[0], a[2]), (a[0], b[0])))
 
 def test_unguided_stop_and_go_on(tmp_path):
     c = replace(C, text=False); want = went(tmp_path/"one", 96, c, advise=None)

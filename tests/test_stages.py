@@ -1,6 +1,6 @@
 "One guided agent from recipe to record, at smoke scale: arms, metrics, kills in every stage, what is out of reach, keys that must not leak, and a real server that dies and comes back."
-import collections, contextlib, hashlib, http.server, json, math, os, random, shutil, signal, socket, subprocess, sys, tempfile, threading, time, urllib.request
-from dataclasses import asdict, replace
+import contextlib, http.server, json, math, os, signal, socket, subprocess, sys, threading, time, urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest, torch
 
 pytest.importorskip("crafter"); pytest.importorskip("trl"); pytest.importorskip("openai")
 from promptnb import jobs, llm, online, recipes as rc, stages
-from promptnb.core import PromptnbError, Row, fingerprint, read_json, seed_for, sha256_file
+from promptnb.core import PromptnbError, Row, read_json, sha256_file
 from promptnb.llm import Guidance, adapter, exchanges, json_lines
 from promptnb.llm.backends import Cassette, Local, Server
 from promptnb.online import PPOConfig, Trainer
@@ -31,7 +31,7 @@ def shared(tmp_path_factory): return tmp_path_factory.mktemp("shared")
 @pytest.fixture(scope="module")
 def models(shared):
     "Tiny language models, taught for seconds."
-    return {k: adapter.tiny(k, shared/k, rows=200, steps=20, batch=8, held=2) for k in ("adapter", "decision")}
+    return {k: adapter.tiny(k, shared/k, rows=300, steps=100, batch=4, lr=3e-3, layers=1, held=2) for k in ("adapter", "decision")}
 
 @pytest.fixture(autouse=True, scope="module")
 def quick(models):
@@ -88,7 +88,7 @@ GUIDED = [k for k in ALL if k not in ("random-actions", "ppo")]
 @pytest.mark.parametrize("arm", ALL)
 def test_record(arm, arms):
     rec = arms[1][arm]; r = at(arm); x = r.online
-    assert (rec["status"], rec["why"], rec["recipe_digest"], rec["run_id"]) == ("ok", "", rc.digest(r), f"smoke.crafter.{arm}.s0") and jobs.finished.__call__ is not None
+    assert (rec["status"], rec["why"], rec["recipe_digest"], rec["run_id"]) == ("ok", "", rc.digest(r), f"smoke.crafter.{arm}.s0")
     assert rec["rows"] and all(set(w) == set(Row.__dataclass_fields__) and math.isfinite(w["value"]) for w in rec["rows"])
     assert {(w["paper"], w["task"], w["task_id"], w["method"], w["seed"], w["scale"], w["env_steps"], w["run_id"], w["trainable"]) for w in rec["rows"]} == {("rladapter", "crafter", 0, r.method, 0, "smoke", x.steps, rec["run_id"], rec["counts"]["trainable"])}
     assert len({(w["metric"], w["step"]) for w in rec["rows"]}) == len(rec["rows"])
@@ -129,12 +129,12 @@ def test_metrics_follow_from_the_episodes(arm, arms):
 
 @pytest.mark.parametrize("arm", GUIDED)
 def test_queries_are_accounted_for(arm, arms):
-    home, recs = arms; rec, x = recs[arm], at(arm).online; rows, said = last(rec), exchanges(folder(home, rec)/"exchanges.jsonl"); ends = collections.Counter(e["env"] for e in episodes(arms, arm))
+    home, recs = arms; rec, x = recs[arm], at(arm).online; rows, said = last(rec), exchanges(folder(home, rec)/"exchanges.jsonl")
     assert rows["queries"] == len(said) and rec["texts"] == len({e["sentence"] for e in said} - {""}) and rows["failed"] == 0
     for i in range(2):
-        at_ = [e["step"] for e in said if e["env"] == i]
-        if arm == "released": assert at_ == [0, 100, 200]      # whatever dies
-        else: assert len(at_) == 1 + ends[i] + sum(b - a == 100 for a, b in zip(at_, at_[1:]) if b % 60) and all(60 * k in at_ for k in range(1, 256 // 60 + 1)) or any(e["died"] for e in episodes(arms, arm))
+        births = {*np.cumsum([e["length"] for e in episodes(arms, arm) if e["env"] == i]).tolist()}; assert len(births) > 1
+        assert [e["step"] for e in said if e["env"] == i] == [t for t in range(257) if t % x.interval == 0 or x.ask_on_reset and t in births]
+    tapes = [x["reply"]["tokens_out"] for p in folder(home, rec).glob("*.jsonl") if p.stem != "exchanges" for x in json_lines(p)]; assert all(n <= x.tokens for n in tapes)
     two = arm in ("untuned", "adapter", "released", "no-score"); assert rows["calls"] == len(said) * (1 + two) and all(bool(e["response"]) <= two for e in said)
     f = folder(home, rec); assert (f/"decision.jsonl").exists() == (arm == "decision" or two) and (f/"adapter.jsonl").exists() == two
     for hi in (128, 256, 384, 512):
@@ -146,14 +146,14 @@ def test_queries_are_accounted_for(arm, arms):
 def test_arms_differ_where_they_say(arms):
     home, recs = arms; meta = {k: newest(home, recs[k]) for k in ALL if k != "random-actions"}
     assert {k for k, m in meta.items() if m["restarts"]} == {"released"} and all(m["step"] == 512 for m in meta.values())
-    assert len({m["sha256"] for m in meta.values()} | {"x"}) == len({k for k in meta}) + 1 - 1      # untuned and adapter are the same here: too few rows to tune
-    assert meta["untuned"]["sha256"] == meta["adapter"]["sha256"] and recs["adapter"]["sft"][0]["steps"] == 0 and recs["adapter"]["sft"][0]["note"]
+    own = [meta[k]["sha256"] for k in ("ppo", "constant", "random", "rules", "decision", "adapter", "released")]; assert len({*own}) == len(own)
+    one, two = (exchanges(folder(home, recs[k])/"exchanges.jsonl") for k in ("untuned", "adapter")); first = lambda es: [but(e, "seconds", "l_after", "unlocked_after") for e in es if e["step"] * 2 < 256]
+    assert first(one) == first(two) != [] and not recs["untuned"]["sft"] and len(recs["adapter"]["sft"]) == 1      # alike until the first tuning
 
 def test_a_finished_run_is_not_run_again(arms, monkeypatch):
     home, recs = arms; monkeypatch.setenv("PROMPTNB_HOME", str(home)); path = jobs.record_path("rladapter", recs["rules"]["run_id"]); before = path.read_bytes()
-    def never(*a): raise AssertionError("run again")
-    monkeypatch.setattr(stages, "train", never); assert jobs.run_job("rladapter/main/crafter/online/rules", 0, "smoke", "cpu", 1) == [path] and path.read_bytes() == before
-    with pytest.raises((AssertionError, PromptnbError)): jobs.run_job("rladapter/main/crafter/online/rules", 1, "smoke", "cpu", 1)
+    again = []; monkeypatch.setattr(stages, "train", lambda r, scale, seed, *a: again.append(seed))
+    assert [jobs.run_job("rladapter/main/crafter/online/rules", k, "smoke", "cpu", 1) for k in (0, 1)] == [[path], []] and again == [1] and path.read_bytes() == before
 
 def test_the_same_seed_gives_the_same_rows(homes, arms):
     home = homes("again"); path, = jobs.run_job("rladapter/main/crafter/online/untuned", 0, "smoke", "cpu", 1); rec = read_json(path); first = arms[1]["untuned"]
@@ -189,7 +189,7 @@ def test_kill_in_every_part(unbroken, homes):
     r, home = at("adapter", **TUNED), homes("killed"); at_ = lambda: max([read_json(p)["step"] for p in home.rglob("step-*.json")], default=0)
     for where, step in ((lambda: at_step(30), 0), (lambda: at_step(100), 128), (lambda: at_call(adapter, "merged"), 256), (lambda: at_step(30), 256), (lambda: at_step(100), 384), (lambda: at_call(online, "play"), 512)):
         assert forked(lambda: (where(), made(r))) == signal.SIGKILL and at_() == step and not list(home.rglob("results/**/*.json"))
-        if step == 256: assert bool(list(home.glob("data/runs/online/*/adapter-1"))) == (where is not None and bool(list(home.glob("data/runs/online/*/adapter-1/model.safetensors"))))      # whole or not there
+        assert all((p/"facts.json").exists() and (p/"model.safetensors").exists() for p in home.glob("data/runs/online/*/adapter-1"))      # whole or not there
     rec = made(r); same(left(*unbroken), left(home, rec)); total = lambda rec: last(rec)["calls"] + last(rec)["cached"]
     assert total(rec) == total(unbroken[1]) and last(rec)["cached"] > last(unbroken[1])["cached"]
 
@@ -203,19 +203,28 @@ def test_unbroken(unbroken):
     assert newest(home, rec)["restarts"] == 0 and newest(home, rec)["updates"] == 4 and len({e["env"] for e in read_json(f/"final.json")}) == rec["protocol"]["final"] == 2
 
 def test_what_the_tables_read_of_the_tuning(unbroken):
-    from promptnb import guidance
     assert {"stage", "rows", "steps", "seconds", "targets", "loss_before", "loss_after"} <= {*unbroken[1]["sft"][0]}
 
-@pytest.mark.parametrize("targets", ["gain", "achievements"])
-def test_rows_are_the_same_after_a_kill_in_the_next_stage(targets, unbroken, shared):
-    "A stage's rows must not depend on what the log says of the stage after it."
-    home, rec = unbroken; log, x = folder(home, rec)/"exchanges.jsonl", replace(at("adapter").online, targets=targets); seen = []
-    def keep(base, rows, *a): seen.append(rows); return {}
-    then = shared/f"then-{targets}.jsonl"; now = [json.loads(l) for l in log.read_text().splitlines()]; then.write_text("".join(json.dumps(e) + "\n" for e in now if e["step"] * 2 <= 256))      # as the log was when stage 1 ended
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(adapter, "tune", keep); many = dict(sft=(), interval=10)
-        for path in (then, log): stages.tuned(replace(x, **many), 1, "base", path, [0, 256, 512], shared, 0)
-    assert len(seen) in (0, 2) and (not seen or seen[0] == seen[1])
+@pytest.mark.xfail(strict=True, reason="exchanges(log) is taken of the whole log: `l_after` and `unlocked_after` of the stage's last exchanges come from the next stage, so a resumed 'gain' or 'achievements' run has other rows and `once` refuses the adapter's folder")
+def test_rows_are_the_same_after_a_kill_in_the_next_stage(unbroken, tmp_path, monkeypatch):
+    "A stage's exchanges must not depend on what the log says of the stage after it."
+    home, rec = unbroken; log, then, seen = folder(home, rec)/"exchanges.jsonl", tmp_path/"then.jsonl", []
+    then.write_text("".join(l for l in log.read_text().splitlines(True) if json.loads(l)["step"] * 2 <= 256))      # as the log was when stage 1 ended
+    monkeypatch.setattr(adapter, "sft_rows", lambda es, *a: seen.append(es) or [])
+    for path in (then, log): stages.tuned(at("gain", interval=10).online, 1, "base", path, [0, 256, 512], tmp_path, 0)
+    assert len(seen[0]) > 20 and seen[0] == seen[1]
+
+def test_the_rows_of_a_stage(unbroken, tmp_path, monkeypatch):
+    "Exchanges of the stage before, by steps of all environments; with `cumulative` of all stages before."
+    log, seen = folder(*unbroken)/"exchanges.jsonl", []; monkeypatch.setattr(adapter, "sft_rows", lambda es, *a: seen.append([e["step"] for e in es]) or [])
+    for k, cumulative in ((1, False), (2, False), (2, True)): assert stages.tuned(at("adapter", cumulative=cumulative).online, k, "base", log, [0, 200, 400, 512], tmp_path, 0)[0] == "base"
+    assert max(seen[0]) < 100 == min(seen[1]) and max(seen[1]) < 200 and sorted(seen[0] + seen[1]) == sorted(seen[2]) and min(seen[0]) == 0
+
+def test_kill_after_a_new_policy(homes):
+    "With `restart_policy` the second stage's policy begins once, also when the stage is cut."
+    r = at("rules", restart_policy=True, steps=500); a = homes("a"); one = made(r); b = homes("b"); assert forked(lambda: (at_step(100 + 128), made(r))) == signal.SIGKILL
+    two = made(r); same(left(a, one), left(b, two)); meta = newest(b, two)
+    assert meta["restarts"] == 1 and meta["step"] == 512 and two["protocol"]["steps"] == 500      # stages end with whole rollouts
 
 def test_diverged(home, monkeypatch):
     "A loss that is not finite: a record that says so, and it is not tried again."
@@ -224,6 +233,14 @@ def test_diverged(home, monkeypatch):
     assert (rec["status"], rec["why"], rec["rows"]) == ("diverged", "loss is not finite at step 128", [])
 
 # ---- recipes to settings
+
+def test_what_the_guide_is_told(home):
+    "Each field of the recipe reaches the advisor."
+    r = at("adapter", interval=33, use_score=False, history="events", raw_replies=True, budget=(("calls", 7), ("seconds", 9.)), tokens=11, temperature=0.3); g = stages.guidance(r.online, 5, home, CPU, encode)
+    assert (g.K, g.use_score, g.history, g.raw, g.budget.calls, g.budget.seconds, g.max_tokens, g.temperature, g.seed, g.encode, g.adapter) == (33, False, "events", True, 7, 9., 11, 0.3, 5, encode, None) and isinstance(g.decision, Cassette) and isinstance(g.decision.backend, Local)
+    kinds = {k: stages.guidance(at(k).online, 5, home, CPU, encode) for k in ("ppo", "constant", "random", "rules", "decision")}
+    assert {k: g and (type(g.decision).__name__, g.raw) for k, g in kinds.items()} == dict(ppo=None, constant=("Constant", True), random=("RandomGoals", False), rules=("Rules", False), decision=("Cassette", False))
+    far = stages.guidance(at("decision", url="http://127.0.0.1:9/v1", decision="m").online, 5, home, CPU, encode).decision.backend; assert isinstance(far, Server) and (far.url, far.model) == ("http://127.0.0.1:9/v1", "m")
 
 def test_paper_sizes_are_the_released_ones():
     assert stages.ppo_config(rc.resolve(R.ARMS["adapter"], "paper").online, CPU) == PPOConfig() and stages.ppo_config(rc.resolve(R.ARMS["ppo"], "paper").online, CPU) == PPOConfig(text=False)
@@ -327,7 +344,7 @@ class Serve:
             time.sleep(0.25)
         raise AssertionError((self.folder/"log").read_text()[-2000:])
     def kill(self):
-        if self.process and self.process.poll() is None: os.killg if False else os.killpg(self.process.pid, signal.SIGKILL); self.process.wait()
+        if self.process and self.process.poll() is None: os.killpg(self.process.pid, signal.SIGKILL); self.process.wait()
 
 @pytest.fixture(scope="module")
 def served(models, shared):
@@ -346,11 +363,11 @@ def test_a_server_that_dies_and_comes_back(served, tmp_path):
             start = time.monotonic(); out = guide(scenes); seen.append((out, dict(guide.counts), time.monotonic() - start)); return out
     c = PPOConfig(net="nature", envs=2, rollout=16, batch=16, epochs=1, interval=16, length=10_000, ask_on_reset=False)
     t = Trainer(c, 0, tmp_path/"ppo", Advise(), encode, every=10**9).begin(); t.go(11 * 32); said = exchanges(log); assert len(seen) == 12 and len(said) == 24 and t.step == 352
-    alive = [e for k, e in enumerate(said) if k < 6]; assert all(not e["why"] and e["decision"] and e["tokens"] > 0 for e in alive) and len({e["sentence"] for e in alive}) > 1 and seen[2][1]["failed"] == 0
+    answered = lambda es: [bool(e["model"]) for e in es]; alive, dead, back = said[:6], said[6:14], said[14:]; assert all(answered(alive)) and len({e["sentence"] for e in alive}) > 1 and seen[2][1]["failed"] == 0
     for out, counts, seconds in seen[3:7]: assert out == seen[2][0] and seconds < 10      # the last goals stay, and nobody waits long
-    dead = said[6:14]; assert all(e["why"] and not e["decision"] and not e["ok"] and e["sentence"] == e["before"] != "" for e in dead)
-    assert seen[6][1]["failed"] == seen[6][1]["kept"] == 8 and seen[6][1]["queries"] == 14 and 0 < seen[6][1]["unasked"] < 8      # some were asked, then the server was left alone
-    back = said[14:]; first = next(k for k, e in enumerate(back) if not e["why"]); assert first <= 4 and all(not e["why"] and e["decision"] for e in back[first:]) and len(back) - first >= 4 and guide.counts["failed"] == 8 + first
+    assert not any(answered(dead)) and all(e["why"] and not e["decision"] and not e["ok"] and e["sentence"] == e["before"] != "" for e in dead)
+    assert seen[6][1]["failed"] == 8 and seen[6][1]["queries"] == 14 and 0 < seen[6][1]["unasked"] < 8      # some were asked, then the server was left alone
+    first = answered(back).index(True); assert first <= 4 and all(answered(back[first:])) and guide.counts["failed"] == 8 + first
     assert {e["sentence"] for e in back} - {e["sentence"] for e in alive} and all(np.isfinite(list(x.values())).all() for x in t.losses) and len(t.envs.texts) > 4
 
 def test_the_server_answers_as_the_model_does(served):
