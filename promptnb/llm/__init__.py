@@ -183,7 +183,7 @@ def exchanges(path):
         r.update(l_after=after["l"] if after and after["did"] else None, unlocked_after=unlocked_between(r, after) if after else [])
     return rows
 
-# %% ../../nbs/07_llm.ipynb #7c1791d8
+# %% ../../nbs/07_llm.ipynb #64b63acc
 COUNTS = ("queries", "calls", "tokens_in", "tokens_out", "seconds", "cached", "rejected", "invalid", "failed", "unasked", "kept")
 
 @dataclass
@@ -192,6 +192,7 @@ class Guidance:
     adapter: Backend | None = None        # None: no analysis
     decision: Backend | None = None
     encode: object = None                 # texts -> (n, 384), for l; None: no l
+    score_of: tuple = ()                  # environments whose l is taken (none: all); encoding a hundred action names takes longer than playing them
     K: int = 100                          # actions that l is about
     use_score: bool = True                # does the adapter see l?
     history: str = "actions"              # as released; 'events': achievements instead
@@ -223,7 +224,7 @@ class Guidance:
     def hear(self, s, g):
         "What the agent did, as text, and the score of that under the goals `g` (None without an encoder)."
         did = said(s["actions"][-self.K:]) if self.history == "actions" else told(s["events"])
-        return did[:LONGEST], score(self.encode, did[:LONGEST], g) if self.encode else None
+        return did[:LONGEST], score(self.encode, did[:LONGEST], g) if self.encode and (not self.score_of or s["env"] in self.score_of) else None
     def forget(self):
         "No goals are in force any more: the released code does this at the start of each rollout."
         self.envs.clear()
