@@ -208,10 +208,10 @@ def write_seconds(paper):
 
 def many(n, what): return f"{n:,} {what}{'s' * (n != 1)}"
 
-# %% ../nbs/12_run.ipynb #9bc90b8f
+# %% ../nbs/12_run.ipynb #b8e3e389
 def size_of(p):
     "What the time of a training step depends on: state, action, prompt steps, rows a batch, and the net."
-    if isinstance(p, rc.Recipe) and p.online: x = p.online; return x.net, x.envs, x.rollout, x.batch, x.epochs, x.precision
+    if isinstance(p, rc.Recipe) and p.online: x = p.online; return x.net, x.envs, x.rollout, x.batch, x.epochs, x.precision, x.guide, x.interval, x.adapter, x.decision, x.url
     from promptnb import tasks
     fam = tasks.family(p.family); n = len(fam.train)
     if isinstance(p, rc.Recipe): x = p.offline; return fam.state_dim, fam.act_dim, x.K, x.batch, x.learner, x.model, x.text, x.precision

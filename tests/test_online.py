@@ -136,6 +136,14 @@ def test_observations_are_channels_first():
         for i, e in enumerate(v.envs): assert np.array_equal(obs["image"][i].transpose(1, 2, 0), e.render())
     assert np.abs(obs["image"][0].astype(int) - obs["image"][1]).max() > 0      # two environments, two worlds
 
+def test_events_of_a_short_life(monkeypatch):
+    "What a life begins with is new, whatever the life before it had."
+    class Short(crafter.Crafter):      # one step long; each step gives wood
+        def step(self, a): out = super().step(a); out[-1]["achievements"]["collect_wood"] = 1; return out
+    monkeypatch.setattr(crafter, "Crafter", Short); a = Advisor(); v = Guided(replace(C, envs=1, length=1), 0, a, encode); v.reset()
+    for _ in range(3): v.step_async([0]); v.step_wait()
+    assert [s["events"] for s in a.heard] == [()] + 3 * [("collect_wood",)] and [e["unlocked"] for e in v.episodes] == 3 * [("collect_wood",)]
+
 def test_an_earlier_observation_stays_as_it_was():
     "stable-baselines3 stores the observation after the step is done."
     v = Guided(C, 0, Advisor(10**6), encode); obs = v.reset(); kept = {k: x.copy() for k, x in obs.items()}
@@ -356,20 +364,16 @@ def test_the_checkpoint_of_another_run_is_refused(other, tmp_path):
 
 def test_environments_come_back_from_json():
     "Through JSON and into new objects, also where a life has just begun."
-    a = Advisor(); v = Guided(replace(C, length=15), 3, a, encode); v.reset(); rng = np.random.default_rng(0)
-    for t in range(45):
-        acts = rng.integers(17, size=2)
-        if t % 15 in (0, 7):
-            b = Advisor(); w = Guided(v.c, 99, b, encode); obs = O.bring_back(w, json.loads(json.dumps(plain(O.saved(v)))))
-            assert all(np.array_equal(obs[k], v.seen()[k]) for k in obs) and np.array_equal(w.table, v.table)
-            for k in range(20): x = np.random.default_rng(k).integers(17, size=2); w.step_async(x); w.step_wait()
-            last = w.seen(), O.saved(w), b.heard, t
-        v.step_async(acts); v.step_wait()
-    w = Guided(v.c, 3, b := Advisor(), encode); O.bring_back(w, json.loads(json.dumps(plain(O.saved(v))))); a.heard.clear(); b.heard.clear(); v.episodes.clear()
-    for k in range(40):
-        x = rng.integers(17, size=2); outs = []
-        for e in (v, w): e.step_async(x); outs.append(e.step_wait())
-        (o, r, d, _), (p, s, f, _) = outs; assert all(np.array_equal(o[n], p[n]) for n in o) and np.array_equal(r, s) and np.array_equal(d, f)
+    a = Advisor(); v = Guided(replace(C, length=60, interval=50), 3, a, encode); v.reset(); rng = np.random.default_rng(0); busy = [1, 2, 3, 4, 5, 5, 5, 8, 11]; events = 0
+    for t in range(130):
+        if t in (1, 60, 95, 129):
+            w = Guided(v.c, 99, b := Advisor(), encode); obs = O.bring_back(w, json.loads(json.dumps(plain(O.saved(v))))); assert all(np.array_equal(obs[k], v.seen()[k]) for k in obs) and np.array_equal(w.table, v.table)
+            assert w.had == v.had and w.total.tolist() == v.total.tolist() and [w.scene(i, False) for i in range(2)] == [v.scene(i, False) for i in range(2)] and plain(O.saved(w)) == plain(dict(O.saved(v), episodes=0)); events += sum(map(len, v.events))
+        v.step_async(rng.choice(busy, size=2)); v.step_wait()
+    assert events > 1; O.bring_back(w, json.loads(json.dumps(plain(O.saved(v))))); a.heard.clear(); v.episodes.clear()
+    for _ in range(70):
+        x = rng.choice(busy, size=2); (o, r, d, _), (p, s, f, _) = [(e.step_async(x), e.step_wait())[1] for e in (v, w)]
+        assert all(np.array_equal(o[n], p[n]) for n in o) and np.array_equal(r, s) and np.array_equal(d, f)
     assert a.heard == b.heard != [] and v.episodes == w.episodes != [] and plain(O.saved(v)) == plain(O.saved(w))
 
 def test_restart(tmp_path):
@@ -385,14 +389,13 @@ def test_a_stage_boundary_keeps_the_weights(tmp_path):
 
 # ---- what can go wrong
 
-@pytest.mark.parametrize("size", [32, pytest.param(16, marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="the second minibatch of the update meets NaN weights first: torch's ValueError, so no record says 'diverged'"))])
+@pytest.mark.parametrize("size", [32, 16])      # with two minibatches the second one meets NaN weights first
 def test_nan_loss(size, tmp_path, monkeypatch):
     "It raises, with the step; the checkpoint before stays the newest and is sound."
     c = replace(C, batch=size); t = went(tmp_path, 64, c, every=1); kept = whole(t); monkeypatch.setattr(crafter.Crafter, "_advance", lambda self, a, f=crafter.Crafter._advance: f(self, a) * float("nan"))
     with pytest.raises(FloatingPointError, match="not finite at step 96"): t.go(160)
     monkeypatch.undo(); same(kept, begun(tmp_path, c, every=1))
 
-@pytest.mark.xfail(strict=True, reason="only losses are looked at: weights that the last minibatch spoilt are saved as the newest checkpoint")
 def test_a_gradient_that_is_not_finite(tmp_path):
     "The loss of the last minibatch is finite and its gradient is not: such weights must not become the newest checkpoint."
     t = went(tmp_path, 32, every=1); n = [0]
@@ -440,8 +443,7 @@ def test_play_random():
 
 # ---- time
 
-@pytest.mark.parametrize("kw", [dict(), dict(net="nature", envs=8, rollout=128, batch=256), dict(net="nature", envs=8, rollout=512, batch=512), dict(envs=2, rollout=64, batch=64), dict(envs=2, rollout=1000, batch=500), dict(envs=1, rollout=4, batch=4), dict(envs=3, rollout=128, batch=96),
-                                pytest.param(dict(envs=3, rollout=128, batch=128), marks=pytest.mark.xfail(strict=True, reason="a batch that is no multiple of envs: the short rollout is no multiple of the batch"))])
+@pytest.mark.parametrize("kw", [dict(), dict(net="nature", envs=8, rollout=128, batch=256), dict(net="nature", envs=8, rollout=512, batch=512), dict(envs=2, rollout=64, batch=64), dict(envs=2, rollout=1000, batch=500), dict(envs=1, rollout=4, batch=4), dict(envs=3, rollout=128, batch=96), dict(envs=3, rollout=128, batch=128)])
 def test_the_measured_rollout_is_one_that_can_be_trained(kw, monkeypatch):
     c, made = PPOConfig(**kw), []
     class Fake:
@@ -450,6 +452,6 @@ def test_the_measured_rollout_is_one_that_can_be_trained(kw, monkeypatch):
         def begin(self): return self
         def go(self, n): self.step = n
     monkeypatch.setattr(O, "Trainer", Fake); assert O.seconds_a_step(c) > 0
-    assert made[0].envs * made[0].rollout % made[0].batch == 0 and made[0].batch == c.batch and made[0].envs == c.envs and made[0].envs * made[0].rollout <= max(512, c.batch)
+    assert made[0].envs * made[0].rollout % made[0].batch == 0 and made[0].batch == c.batch and made[0].envs == c.envs and made[0].envs * made[0].rollout <= max(512, np.lcm(c.batch, c.envs))
 
 def test_seconds_a_step(): assert 1e-4 < O.seconds_a_step(C) < 1

@@ -31,7 +31,7 @@ def shared(tmp_path_factory): return tmp_path_factory.mktemp("shared")
 @pytest.fixture(scope="module")
 def models(shared):
     "Tiny language models, taught for seconds."
-    return {k: adapter.tiny(k, shared/k, rows=300, steps=100, batch=4, lr=3e-3, layers=1, held=2) for k in ("adapter", "decision")}
+    return {k: adapter.tiny(k, shared/k, rows=300, steps=100, batch=4, lr=3e-3, layers=1, warm=10, held=2) for k in ("adapter", "decision")}
 
 @pytest.fixture(autouse=True, scope="module")
 def quick(models):
@@ -138,7 +138,7 @@ def test_queries_are_accounted_for(arm, arms):
     two = arm in ("untuned", "adapter", "released", "no-score"); assert rows["calls"] == len(said) * (1 + two) and all(bool(e["response"]) <= two for e in said)
     f = folder(home, rec); assert (f/"decision.jsonl").exists() == (arm == "decision" or two) and (f/"adapter.jsonl").exists() == two
     for hi in (128, 256, 384, 512):
-        ls = [e["l"] for e in said if hi - 128 <= 2 * e["step"] < hi]; assert of(rec, "comprehension").get(hi) == (pytest.approx(np.mean(ls)) if ls else None)
+        ls = [e["l"] for e in said if hi - 128 <= 2 * e["step"] < hi and e["l"] is not None]; assert of(rec, "comprehension").get(hi) == (pytest.approx(np.mean(ls)) if ls else None)
     if arm == "constant": assert {e["sentence"] for e in said} == {stages.SENTENCE} and rec["texts"] == 1
     if arm in ("random", "rules"): assert all(len(e["goals"]) == 3 for e in said) and rows["invalid"] == 0
     if two: assert all(("score:" in e["prompt"][1]["content"]) == (arm != "no-score") for e in said)
@@ -205,7 +205,6 @@ def test_unbroken(unbroken):
 def test_what_the_tables_read_of_the_tuning(unbroken):
     assert {"stage", "rows", "steps", "seconds", "targets", "loss_before", "loss_after"} <= {*unbroken[1]["sft"][0]}
 
-@pytest.mark.xfail(strict=True, reason="exchanges(log) is taken of the whole log: `l_after` and `unlocked_after` of the stage's last exchanges come from the next stage, so a resumed 'gain' or 'achievements' run has other rows and `once` refuses the adapter's folder")
 def test_rows_are_the_same_after_a_kill_in_the_next_stage(unbroken, tmp_path, monkeypatch):
     "A stage's exchanges must not depend on what the log says of the stage after it."
     home, rec = unbroken; log, then, seen = folder(home, rec)/"exchanges.jsonl", tmp_path/"then.jsonl", []

@@ -146,7 +146,7 @@ class Backend:
 
 def failure(why, **kw): return Reply(ok=False, why=clean(why), **kw)
 
-# %% ../../nbs/07_llm.ipynb #285ad18e
+# %% ../../nbs/07_llm.ipynb #db068d3d
 def json_lines(path):
     "The dicts in a JSON-lines file; a line that is torn or no dict is passed over."
     out = []
@@ -175,9 +175,9 @@ def unlocked_between(r, after):
     if r["episode"] == after["episode"]: return sorted({*after["unlocked"]} - {*r["unlocked"]})
     return sorted({*after["events"]} - {*r["unlocked"]}) if after["fresh"] else []      # a fresh scene's events are the rest of the episode before
 
-def exchanges(path):
-    "The exchanges of a log. Each gets `l_after`, the score at its environment's next exchange (None: there is none, or nothing was done), and `unlocked_after`, the achievements that came until then in the same episode."
-    rows = json_lines(path); ahead = {}
+def exchanges(path, until=None):
+    "The exchanges of a log; with `until`, as it was when each environment had made so many steps. Each gets `l_after`, the score at its environment's next exchange (None: there is none, or nothing was done), and `unlocked_after`, the achievements that came until then in the same episode."
+    rows = [r for r in json_lines(path) if until is None or r["step"] <= until]; ahead = {}
     for r in reversed(rows):
         after, ahead[r["env"]] = ahead.get(r["env"]), r
         r.update(l_after=after["l"] if after and after["did"] else None, unlocked_after=unlocked_between(r, after) if after else [])
