@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?=
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 LAB_ARGS ?=
-EXTRAS ?= metaworld,kitchen,atari,smax,crafter,llm,qlora
+EXTRAS ?= metaworld,kitchen,atari,smax,crafter,llm
 EXHIBITS ?= --exhibit table1 --exhibit fig3 --exhibit fig5 --exhibit pdt_fig2
 
 PAPER := prompt_tuning_dt

@@ -300,14 +300,14 @@ def behaviour_verdict(e, scale, seeds=None, partial=True, base=PPO):
         if len(d): out.append(f"{l}, against '{base}', {counted(int(d.n.max()))}: more often: {told(of_word('better'))}; less often: {told(of_word('worse'))}; no clear difference: {len(of_word('no clear difference'))} of {counted(len(d), 'behaviour')}" + ("; one seed decides nothing" if d.lo.isna().any() else "") + ".")
     return "\n".join(out) or "no runs yet"
 
-# %% ../nbs/10c_guidance.ipynb #9c17ba5d
+# %% ../nbs/10c_guidance.ipynb #2be8a91d
 DRAW = dict(scoreboard=scoreboard, success=success, along=along, grid=grid, examples=examples, comprehension=comprehension, behaviour=behaviour, cost=cost)
 READ = dict(scoreboard="Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: mean over episodes of the deepest achievement; final policy: with its live guidance. Published: score ± std and reward ± std as printed there; 'none': no training. Published rewards are of "
             "single episodes, one a run (the benchmark's script), and not mean returns; budgets differ, so rows of different environment steps are not compared. '/' between two numbers: the sources disagree. ",
             success="Percent of all training episodes of all seeds, with Wilson's 95 % interval; hollow: the benchmark's own runs, recomputed (random: 1M steps; humans: 100 episodes). The axis is logarithmic in 1 + percent. ",
             along="Mean and range over seeds. Random, published: recomputed from the benchmark's own runs, whose return counts achievements and a death. ", grid="Mean ± std over seeds; differences of the score, paired by seeds, with their 95 % bootstrap interval. ",
             examples="step: of that environment; l: comprehension score at the query and at the next one. Text of language models is cut, and anything but plain characters is a dot. ", comprehension="Mean and range over seeds. ",
-            behaviour="Percent of the chances, mean ± std over seeds; 'of': chances of all seeds; then the comparison with plain PPO, paired by seeds. ", cost="Means over seeds. Per 1M steps: extrapolated from these runs. ")
+            behaviour="Percent of the chances, mean ± std over seeds; 'of': chances of all seeds; then the comparison with plain PPO, paired by seeds. ", cost="Means over seeds. LM seconds: of language models; encoding texts for the comprehension score is not in them. Per 1M steps: extrapolated from these runs. ")
 
 def caption(e, scale, t=None):
     "Protocol, how to read it, what this scale leaves out."
