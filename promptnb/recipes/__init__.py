@@ -223,7 +223,7 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #d230c119
+# %% ../../nbs/09_recipes.ipynb #b215704c
 SINGLE, SKIRMISHES = ("hopper", "halfcheetah", "walker2d"), ("smax-3m", "smax-2s3z", "smax-3s5z", "smax-5m-vs-6m", "smax-8m")
 
 SMALL = dict(net="nature", envs=8, rollout=128, batch=256, epochs=3, lr=3e-4, entropy=0.01, adapter="tiny", decision="tiny", url="", tokens=32)      # a laptop's agent: short rollouts, as its steps are few; the tiny language models are trained here
@@ -245,7 +245,7 @@ SCALES = {
                   "value": dict(steps=2100, batch=64, points=3, last=0.5), "cql": dict(steps=1050, batch=32, points=3, last=0.5),      # its step costs ten times the others'
                   **{k: dict(steps=600, batch=32, points=3, last=0.5) for k in ("discrete-bc", "discrete-cql", "bcq", "nfq")}},
         Offline={("lamo", "reacher2d"): dict(batch=32), "kitchen": dict(episodes=20), **{f: dict(episodes=4, limit=1000) for f in ("breakout", "qbert", "pong")}}, offline=dict(eval_episodes=4), offline_families={"reacher2d": dict(eval_episodes=20)},      # short episodes
-        Online={"paper": dict(SMALL, steps=SMALL_STEPS, stages=2)}, online_eval=dict(eval_episodes=32)),
+        Online={p: dict(SMALL, steps=SMALL_STEPS, stages=2) for p in ("paper", "switch")}, online_eval=dict(eval_episodes=32), online_seeds=dict(switch=(0, 1))),      # two seeds of the ablation's switches: all of it in two hours
     "smoke": dict(
         Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
         Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),
@@ -253,7 +253,7 @@ SCALES = {
         Text=dict(steps=4, warmup=2, seqs=2, length=96, n=32, vocab=300, files=8), sizes=dict(small=dict(layers=2, heads=1, width=16), medium=dict(layers=2, heads=1, width=32)),
         learners={k: dict(steps=4, batch=2, lr=1e-3, warmup=2, points=2, last=0.5, tokens=16, episodes=4, limit=20) for k in ("lamo", "pixel-lamo", "value")},
         Offline={f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))}, offline=dict(eval_episodes=1),
-        Online={p: dict(SMALL, steps=512, stages=2, envs=2, rollout=64, batch=64, epochs=1, encoder="hash", tokens=16, points=4, length=60) for p in ("paper", "million", "medium")}, online_eval=dict(eval_episodes=2)),
+        Online={p: dict(SMALL, steps=512, stages=2, envs=2, rollout=64, batch=64, epochs=1, encoder="hash", tokens=16, points=4, length=60) for p in ("paper", "switch", "million", "medium")}, online_eval=dict(eval_episodes=2)),
 }
 
 def scaled(now, want):
@@ -273,7 +273,7 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     "The recipe at a scale, every field final."
     if scale not in SCALES: raise KeyError(scale)
     o = SCALES[scale]
-    if r.online: return replace(r, online=replace(r.online, **o.get("Online", {}).get(r.online.preset, {})), **{k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"}, **o.get("online_eval", {}))
+    if r.online: return replace(r, online=replace(r.online, **o.get("Online", {}).get(r.online.preset, {})), seeds=o.get("Recipe", {}).get("seeds") or o.get("online_seeds", {}).get(r.online.preset, r.seeds), **o.get("online_eval", {}))
     if r.offline: return replace(r, offline=resolve_offline(r.offline, r.family, o), **{k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"}, **{**o.get("offline", {}), **o.get("offline_families", {}).get(r.family, {})})
     grid = dict(r.tune.hyper); own = {**o.get("hyper", {}), **(o.get("online", {}) if grid.get("online") else {})}
     own = {k: scaled(grid[k], v) for k, v in own.items() if k in grid}

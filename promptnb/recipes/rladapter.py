@@ -12,7 +12,7 @@ from . import Exhibit, Online, Recipe, ids_of, registered
 __all__ = ['RLADAPTER', 'MAIN', 'SWITCHES', 'ARMS', 'MILLION', 'MEDIUM', 'GPT35', 'BIG', 'EXHIBITS', 'RECIPES', 'PAPERS',
            'recipe', 'sized']
 
-# %% ../../nbs/09d_recipes.rladapter.ipynb #bd295c47
+# %% ../../nbs/09d_recipes.rladapter.ipynb #af5e5fe4
 RLADAPTER = "rladapter"
 MAIN = {     # key: label, fields of Online
     "random-actions": ("Random actions", dict(learner="random", guide="off")),
@@ -31,6 +31,7 @@ SWITCHES = {     # of the last arm
     "released": ("as released", dict(reinit_encoder=True, restart_policy=True, cumulative=True, text_after_step=True, empty_each_rollout=True, ask_on_reset=False, raw_replies=True)),
     "K10": ("K = 10", dict(interval=10)), "K50": ("K = 50", dict(interval=50)), "K500": ("K = 500", dict(interval=500)),
 }
+SWITCHES = {k: (l, dict(f, preset="switch")) for k, (l, f) in SWITCHES.items()}
 
 def recipe(key, label, prefix="", **fields): return Recipe(RLADAPTER, "crafter", label, f"{prefix}{key}", None, eval_episodes=20, online=Online(**fields))
 ARMS = {k: recipe(k, l, **f) for k, (l, f) in {**MAIN, **SWITCHES}.items()}
