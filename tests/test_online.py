@@ -278,12 +278,12 @@ def test_text_after_step(tmp_path):
     off = np.abs(new.numpy() - buf.log_probs).max(1) > 1e-5; assert np.flatnonzero(off).tolist() == [6, 13, 20]      # there the ratio of PPO is not 1
 
 def test_empty_each_rollout(tmp_path):
-    "As released, each rollout begins without a sentence and without a past; the counter of steps goes on."
+    "As released, each rollout begins without a sentence and without a past; the counter of steps goes on, and the first query follows the first step."
     c = replace(C, rollout=16, length=10_000, ask_on_reset=False); (a, t), (b, u) = (stored(replace(c, empty_each_rollout=k), tmp_path/str(k), 2) for k in (False, True))
     assert a[16:, 0].tolist() == [5] * 5 + [7] * 7 + [9] * 4      # queries at 14, 21, 28
-    assert b[16:, 0].tolist() == [0] * 5 + [7] * 7 + [9] * 4 and not b[:7].any() and b[7:16, 0].tolist() == a[7:16, 0].tolist()
+    assert b[:, 0].tolist() == [0] + [1] * 7 + [3] * 7 + [5] + [0] * 6 + [7] * 7 + [9] * 3      # queries after the steps 1, 8, 15, 22, 29
     pasts = lambda t: [len(s["actions"]) for s in t.envs.advise.heard if s["env"] == 0]
-    assert pasts(t) == [0, 7, 7, 7, 7] and pasts(u) == [0, 7, 7, 5, 7]
+    assert pasts(t) == [0, 7, 7, 7, 7] and pasts(u) == [1, 7, 7, 6, 7]
 
 def test_time_limit_is_bootstrapped_and_death_is_not(tmp_path, monkeypatch):
     t = begun(tmp_path, replace(C, length=9)); seen, wait = [], Guided.step_wait

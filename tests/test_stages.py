@@ -133,7 +133,7 @@ def test_queries_are_accounted_for(arm, arms):
     assert rows["queries"] == len(said) and rec["texts"] == len({e["sentence"] for e in said} - {""}) and rows["failed"] == 0
     for i in range(2):
         births = {*np.cumsum([e["length"] for e in episodes(arms, arm) if e["env"] == i]).tolist()}; assert len(births) > 1
-        assert [e["step"] for e in said if e["env"] == i] == [t for t in range(257) if t % x.interval == 0 or x.ask_on_reset and t in births]
+        assert [e["step"] for e in said if e["env"] == i] == [t for t in range(257) if t >= x.empty_each_rollout and (t - x.empty_each_rollout) % x.interval == 0 or x.ask_on_reset and t in births]      # as released: after the step
     tapes = [x["reply"]["tokens_out"] for p in folder(home, rec).glob("*.jsonl") if p.stem != "exchanges" for x in json_lines(p)]; assert all(n <= x.tokens for n in tapes)
     two = arm in ("untuned", "adapter", "released", "no-score"); assert rows["calls"] == len(said) * (1 + two) and all(bool(e["response"]) <= two for e in said)
     f = folder(home, rec); assert (f/"decision.jsonl").exists() == (arm == "decision" or two) and (f/"adapter.jsonl").exists() == two
@@ -278,7 +278,7 @@ def test_missing_packages(arm, hidden, want, monkeypatch):
 
 def test_missing_key_and_weights(monkeypatch):
     paper, small = ({k: rc.resolve(R.ARMS[k], s) for k in R.MAIN} for s in ("paper", "smoke")); no = lambda m: False
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False); key = "asks https://api.openai.com/v1 for 'gpt-4', which needs a key in the environment variable OPENAI_API_KEY"
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False); key = "asks https://api.openai.com/v1 for 'gpt-4', which needs a key in the environment variable OPENAI_API_KEY (of a server of your own: any text)"
     assert {k: stages.out_of_reach(r) for k, r in paper.items()} == {k: key if k in ("decision", "untuned", "adapter") else "" for k in R.MAIN}
     monkeypatch.setenv("OPENAI_API_KEY", SECRET); llama = "needs the weights of 'meta-llama/Llama-2-7b-chat-hf', which are not here and cannot be fetched"
     assert {k: stages.out_of_reach(r, no) for k, r in paper.items()} == {k: llama if k in ("untuned", "adapter") else "" for k in R.MAIN} and not any(stages.out_of_reach(r) for r in paper.values())
