@@ -112,10 +112,10 @@ def test_numbers_of_the_curve(tmp_home):
     assert t[(t.label == "Random, published")].set_index("metric")["mean"].to_dict() == dict(score_along=1.55, return_along=1.377)
 
 def test_numbers_of_the_ablation(tmp_home):
-    gain = {"K = 10": lambda s: 3, "as released": lambda s: -2, "K = 50": lambda s: s - 1}
-    fabricate(e := exhibit("ablation"), score=lambda label, seed: 5 + seed ** 2 + gain.get(label, lambda s: 0)(seed), keep=lambda label, seed: label != "K = 500" and (label, seed) != ("K = 10", 0)); p, t = drawn(e); t = t.set_index("method")
-    assert t.loc["K = 10", ["difference, full", "n", "verdict, full", "note"]].tolist() == [3, 2, "better", "1 missing"] and t.loc["as released", ["difference, PPO", "verdict, PPO"]].tolist() == [-2, "worse"] and t.loc["K = 50", "verdict, full"] == "no clear difference"
-    c = f"score minus '{ADAPTER}'"; assert p.loc["K = 10", c] == "+3.00 [+3.00, +3.00] better" and p.loc[ADAPTER, c] == "" and p.loc["K = 500", "n"] == "3 missing" and p.loc["K = 500", "score"] == ""
+    gain = {"K = 10": lambda s: 3, "as released": lambda s: -2, "K = 50": lambda s: 2 * s - 1}      # two seeds at this scale
+    fabricate(e := exhibit("ablation"), score=lambda label, seed: 5 + seed ** 2 + gain.get(label, lambda s: 0)(seed), keep=lambda label, seed: label != "K = 500" and (label, seed) != ("SFT on gains", 0)); p, t = drawn(e); t = t.set_index("method")
+    assert t.loc["K = 10", ["difference, full", "n", "verdict, full", "note"]].tolist() == [3, 2, "better", ""] and t.loc["SFT on gains", ["n", "note"]].tolist() == [1, "1 missing"] and t.loc["as released", ["difference, PPO", "verdict, PPO"]].tolist() == [-2, "worse"] and t.loc["K = 50", "verdict, full"] == "no clear difference"
+    c = f"score minus '{ADAPTER}'"; assert p.loc["K = 10", c] == "+3.00 [+3.00, +3.00] better" and p.loc[ADAPTER, c] == "" and p.loc["K = 500", "n"] == "2 missing" and p.loc["K = 500", "score"] == ""
     s = guidance.ablation_verdict(e, "laptop"); assert "better: 'K = 10' +3.00" in s and "worse: 'as released' -2.00" in s and "'K = 50' +0.00" in s and "'PPO'" not in s
 
 # ---- text of language models is never trusted
@@ -190,4 +190,4 @@ def test_failed_runs_are_said(tmp_home):
 # ---- what a scale changes
 
 def test_deviations_name_the_code():
-    t = results.deviations("rladapter", "laptop").set_index("field"); assert t.loc["steps", ["paper_scale", "this_scale", "source"]].tolist() == ["5000000", str(STEPS), "AdaRefiner's code"] and set(t.part) <= {"guided training", "evaluation of agents"} and not {"last", "points"} & set(t.index)
+    t = results.deviations("rladapter", "laptop").set_index("field"); assert t.loc["steps", ["paper_scale", "this_scale", "source"]].tolist() == ["5000000", str(STEPS), "AdaRefiner's code"] and set(t.part) <= {"guided training", "evaluation of agents", "seeds"} and not {"last", "points"} & set(t.index)
