@@ -515,11 +515,11 @@ ASK = dict(exhibit_ids=["arms"], scale="smoke", families=[FAMILY])
 def test_forecast(home, monkeypatch):
     "Without a measurement: the rate of a step x steps, equal sizes timed once; with one, the measured seconds."
     timed = []; monkeypatch.setattr(offline, "step_seconds", lambda r, *a, **k: timed.append(r.key) or 0.5)
-    stages, sources, total = run.forecast(PAPER, rates=run.Rates("cpu"), **ASK); assert stages == dict(pretrain=[], tune=[], offline=[7 * 4 * 0.5]) and sources == {run.RATE: 7} and total == 7 and len(timed) == 7
+    stages, sources, total = run.forecast(PAPER, rates=run.Rates("cpu"), **ASK); assert stages == dict(pretrain=[], tune=[], offline=[7 * 4 * 0.5], online=[]) and sources == {run.RATE: 7} and total == 7 and len(timed) == 7
     assert run.expected(PAPER, cores=1, **ASK).startswith("expected: at least 14 s on 1 core (7 of 7 runs to do")
     timed.clear(); run.forecast(PAPER, rates=run.Rates("cpu"), seeds=[0, 1, 2], **ASK); assert len(timed) == 7
-    assert run.forecast(PAPER, **ASK)[:2] == (dict(pretrain=[], tune=[], offline=[0.]), {run.UNKNOWN: 7})
-    shutil.copytree(finished_home()/"data"/"results", home/"data"/"results"); assert run.forecast(PAPER, **ASK) == (dict(pretrain=[], tune=[], offline=[]), {}, 7)
+    assert run.forecast(PAPER, **ASK)[:2] == (dict(pretrain=[], tune=[], offline=[0.], online=[]), {run.UNKNOWN: 7})
+    shutil.copytree(finished_home()/"data"/"results", home/"data"/"results"); assert run.forecast(PAPER, **ASK) == (dict(pretrain=[], tune=[], offline=[], online=[]), {}, 7)
     stages, sources, _ = run.forecast(PAPER, rates=run.Rates("cpu"), seeds=[1], **ASK); assert sources == {run.HERE: 7} and stages["offline"] == [pytest.approx(sum(record(a)["seconds"] for a in ARMS))]
 
 def test_rates_are_measured(home):
