@@ -81,7 +81,7 @@ class PPOConfig:
     text_after_step: bool = False
     empty_each_rollout: bool = False
 
-# %% ../nbs/08_online.ipynb #04578439
+# %% ../nbs/08_online.ipynb #ea1c7e3d
 class Guided(VecEnv):
     "Crafter environments in lock step; an observation is {image (n, 3, 64, 64) uint8, text (n, 1) int32: the id of a sentence}."
     def __init__(self, c: PPOConfig, seed, advise=None, encode=None, once=False, image=True):
@@ -121,7 +121,7 @@ class Guided(VecEnv):
     def ended(self, i, image, cut, info):
         "Note an episode and begin the next: its first picture, and what PPO wants to know of the last."
         done = tuple(k for k, v in info["achievements"].items() if v)
-        self.episodes.append(dict(step=int(self.t.sum()), env=int(i), length=int(info.get("steps", 0)) or len(self.envs[i].state()["actions"]), ret=round(float(self.total[i]), 4), died=not cut, unlocked=done, behaviour=info["behaviour"]))
+        self.episodes.append(dict(step=int(self.t.sum()), env=int(i), length=len(self.envs[i].state()["actions"]), ret=round(float(self.total[i]), 4), died=not cut, unlocked=done, behaviour=info["behaviour"]))
         more = {"TimeLimit.truncated": bool(cut), "terminal_observation": dict(image=image.transpose(2, 0, 1), text=self.ids[i].copy())}
         self.total[i], self.had[i] = 0., {}
         if self.once: self.over[i] = True; return image, more
