@@ -19,7 +19,7 @@ __all__ = ['SENTENCE', 'FEWEST', 'NEEDS', 'LIFE', 'ppo_config', 'language_model'
            'first_adapter', 'tuned', 'measured', 'behaviours', 'along', 'shown', 'examples', 'train', 'random_agent',
            'staged', 'use', 'played', 'progress', 'out_of_reach', 'advice_seconds', 'step_seconds']
 
-# %% ../nbs/11b_stages.ipynb #272080d3
+# %% ../nbs/11b_stages.ipynb #7af96b93
 SENTENCE = "play well"      # of the constant guide: outside of the list of sub-goals, so it says nothing
 
 def ppo_config(x: rc.Online, device):
@@ -47,7 +47,7 @@ def guidance(x: rc.Online, seed, folder, device, encode, decision=None):
     if x.guide == "off": return None
     decision = decision or decider(x, device)
     if x.guide in ("decision", "adapter"): decision = Cassette(Path(folder)/"decision.jsonl", decision)
-    return Guidance(decision=decision, encode=encode, score_of=() if x.guide == "adapter" else (0,), K=x.interval, use_score=x.use_score, history=x.history, raw=x.raw_replies or x.guide == "constant", log=Path(folder)/"exchanges.jsonl",
+    return Guidance(decision=decision, encode=encode, score_of=() if x.guide == "adapter" and (x.use_score or x.targets != "own") else (0,), K=x.interval, use_score=x.use_score, history=x.history, raw=x.raw_replies or x.guide == "constant", log=Path(folder)/"exchanges.jsonl",
                     budget=Budget(**dict(x.budget)) if x.budget else None, seed=seed, max_tokens=x.tokens, temperature=x.temperature)
 
 def encoder_of(x: rc.Online, seed):

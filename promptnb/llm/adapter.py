@@ -15,10 +15,10 @@ from . import GOALS, PARENTS, SOURCE, Request, adapter_prompt, decision_prompt, 
 from .backends import LOW, Local, Rules, weights_version
 
 # %% auto #0
-__all__ = ['VITALS', 'GOODS', 'TOOLS', 'SEEN', 'MADE', 'MOVES', 'ROLES', 'TEMPLATE', 'TARGETS', 'pick', 'unlock', 'random_scenes',
-           'evident', 'rules', 'analysis', 'advised', 'teach', 'encoded', 'tiny_tokenizer', 'once', 'own_random',
-           'Tiny', 'new_llama', 'reply_loss', 'parrots', 'learn', 'judged', 'make_tiny', 'tiny', 'gain', 'shares',
-           'sft_rows', 'split', 'SFT', 'load_lm', 'trainer', 'merged', 'fit_lora', 'tune']
+__all__ = ['VITALS', 'GOODS', 'TOOLS', 'SEEN', 'MADE', 'MOVES', 'HABIT', 'ROLES', 'TEMPLATE', 'TARGETS', 'pick', 'unlock',
+           'random_scenes', 'evident', 'rules', 'analysis', 'advised', 'teach', 'encoded', 'tiny_tokenizer', 'once',
+           'own_random', 'Tiny', 'new_llama', 'reply_loss', 'parrots', 'learn', 'judged', 'make_tiny', 'tiny', 'gain',
+           'shares', 'sft_rows', 'split', 'SFT', 'load_lm', 'trainer', 'merged', 'fit_lora', 'tune']
 
 # %% ../../nbs/07b_llm.adapter.ipynb #717927ca
 VITALS = ("health", "food", "drink", "energy")
@@ -47,7 +47,9 @@ def random_scenes(n, seed=0) -> list:
                         actions=tuple(pick(rng, MOVES) for _ in range(4)), events=done[-2:], fresh=not done))
     return out
 
-# %% ../../nbs/07b_llm.adapter.ipynb #581ca8aa
+# %% ../../nbs/07b_llm.adapter.ipynb #e090c4b5
+HABIT = ("survival", "gardening", "wilderness survival")
+
 def evident(scene) -> tuple:
     "The achievements that the things in status and view give away, with all that come before them."
     done = [SOURCE.get(x, f"make_{x}") for x in [*scene["status"], *scene["seen"]] if x in TOOLS or x in GOODS and x in scene["status"] or x in MADE]
@@ -74,8 +76,7 @@ def teach(kind, scenes, seed=0, noise=0.) -> list:
     for i, s in enumerate(scenes):
         before = pick(rng, [(), some(), right[other()]])
         if kind == "adapter":
-            j = other() if rng.random() < noise else i
-            out.append(dict(prompt=adapter_prompt(s, before, float(rng.random())), response=analysis(scenes[j], right[j]), goals=right[i]))
+            out.append(dict(prompt=adapter_prompt(s, before, float(rng.random())), response=analysis(s, HABIT if rng.random() < noise else right[i]), goals=right[i]))
         else:
             told = rng.random() < .5; j = other() if told else i; goals = some() if told and rng.random() < .5 else right[j]
             out.append(dict(prompt=decision_prompt(s, before, analysis(scenes[j], goals) if told else None), response=sentence(goals), goals=goals))
@@ -125,14 +126,14 @@ def own_random(seed):
         try: yield
         finally: random.setstate(python); np.random.set_state(numpy)
 
-# %% ../../nbs/07b_llm.adapter.ipynb #d860a78b
+# %% ../../nbs/07b_llm.adapter.ipynb #a67c60fd
 @dataclass(frozen=True)
 class Tiny:
     "A tiny model and its training; the defaults take about half a minute on one core."
     kind: str             # 'adapter' or 'decision'
     rows: int = 4000      # of the teacher
     steps: int = 500      # on the teacher's rows
-    noise: float = 0.3    # share of wrong analyses that an adapter is taught with
+    noise: float = 0.3    # share of an adapter's rows with the bad habit
     seed: int = 0
     layers: int = 2
     width: int = 128
@@ -141,7 +142,7 @@ class Tiny:
     batch: int = 8        # rows
     warm: int = 160       # steps of copying lists of goals first, for a decision model: without them it learns late to follow an analysis
     lr: float = 1e-3      # falls to zero over the last third
-    held: int = 64        # rows of other scenes, without mistakes, that the facts are measured on
+    held: int = 64        # rows of other scenes, without the habit, that the facts are measured on
 
 def new_llama(c, tok):
     "A Llama of this size with random weights."
@@ -203,7 +204,7 @@ def tiny(kind, folder=None, scenes=None, **settings) -> Path:
     path = Path(folder or runs_dir()/"llm"/f"{kind}-{fingerprint(key)}")
     once(path, key, lambda new: make_tiny(c, rows, held, new)); return path
 
-# %% ../../nbs/07b_llm.adapter.ipynb #0549fbf9
+# %% ../../nbs/07b_llm.adapter.ipynb #08027aa1
 TARGETS = ("own", "gain", "gain-weighted", "achievements")
 
 def gain(x) -> float: return max(0., x["l_after"] - x["l"]) if x["l_after"] is not None and x["l"] is not None else 0.
@@ -222,7 +223,7 @@ def sft_rows(exchanges, targets="own", seed=0) -> list:
 
 def split(rows):
     "The first 90 % to train on, the last 10 % (one at least) to judge by; no shuffling, as in the released code."
-    k = min(int(.9 * len(rows)), len(rows) - 1); return rows[:k], rows[k:]
+    k = int(.9 * len(rows)); return rows[:k], rows[k:]
 
 # %% ../../nbs/07b_llm.adapter.ipynb #838aa23b
 @dataclass(frozen=True)

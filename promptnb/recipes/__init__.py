@@ -223,10 +223,10 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #b215704c
+# %% ../../nbs/09_recipes.ipynb #4d553b32
 SINGLE, SKIRMISHES = ("hopper", "halfcheetah", "walker2d"), ("smax-3m", "smax-2s3z", "smax-3s5z", "smax-5m-vs-6m", "smax-8m")
 
-SMALL = dict(net="nature", envs=8, rollout=128, batch=256, epochs=3, lr=3e-4, entropy=0.01, adapter="tiny", decision="tiny", url="", tokens=32)      # a laptop's agent: short rollouts, as its steps are few; the tiny language models are trained here
+SMALL = dict(net="nature", envs=8, rollout=128, batch=256, epochs=3, lr=3e-4, entropy=0.01, adapter="tiny", decision="tiny", url="", tokens=32, sft=(("lr", 2e-3), ("whole_text", False)))      # a laptop's agent: short rollouts, as its steps are few; the tiny language models are trained here, and the released learning rate, meant for 7 billion weights, leaves them as they are
 SMALL_STEPS = 100_000
 
 SCALES = {
