@@ -98,6 +98,12 @@ def test_recipes_are_those_of_the_game():
     assert {*GOAL_OF} == {*c.achievements} == {*ORDER} == {*PARENTS}
     assert all(p in PARENTS for ps in PARENTS.values() for p in ps)
 
+def test_both_tech_trees_say_the_same():
+    "From recipes and tools (llm), and as the score's depth has it (tasks.crafter): the same achievements come before each."
+    tree = pytest.importorskip("promptnb.tasks.crafter").PARENTS
+    def before(a, t): return {x for p in t[a] for x in (p, *before(p, t))}
+    assert {a: before(a, PARENTS) for a in PARENTS} == {a: before(a, tree) for a in tree}
+
 def test_score():
     xs = np.linspace(-1, 1, 101); ls = [comprehension(x) for x in xs]
     assert comprehension(0.1) == 0.5 and (np.diff(ls) > 0).all() and 0 < min(ls) < max(ls) < 1

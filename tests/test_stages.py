@@ -241,6 +241,12 @@ def test_what_the_guide_is_told(home):
     assert {k: g and (type(g.decision).__name__, g.raw) for k, g in kinds.items()} == dict(ppo=None, constant=("Constant", True), random=("RandomGoals", False), rules=("Rules", False), decision=("Cassette", False))
     far = stages.guidance(at("decision", url="http://127.0.0.1:9/v1", decision="m").online, 5, home, CPU, encode).decision.backend; assert isinstance(far, Server) and (far.url, far.model) == ("http://127.0.0.1:9/v1", "m")
 
+def test_whose_score_is_taken(home):
+    "Of all environments where a prompt or a choice of rows reads it; else of one, for the curve."
+    of = {k: stages.guidance(at(k).online, 5, home, CPU, encode).score_of for k in ("random", "rules", "adapter", "untuned", "gain", "no-score")}
+    assert of == dict(random=(0,), rules=(0,), adapter=(), untuned=(), gain=(), **{"no-score": (0,)})
+    assert stages.guidance(at("no-score", targets="gain").online, 5, home, CPU, encode).score_of == ()
+
 def test_paper_sizes_are_the_released_ones():
     assert stages.ppo_config(rc.resolve(R.ARMS["adapter"], "paper").online, CPU) == PPOConfig() and stages.ppo_config(rc.resolve(R.ARMS["ppo"], "paper").online, CPU) == PPOConfig(text=False)
     c = stages.ppo_config(rc.resolve(R.ARMS["released"], "paper").online, CPU); assert c == PPOConfig(text_after_step=True, empty_each_rollout=True, ask_on_reset=False)
