@@ -12,7 +12,7 @@ from . import SMALL, Exhibit, Online, Recipe, ids_of, registered
 __all__ = ['RLADAPTER', 'MAIN', 'SWITCHES', 'ARMS', 'MILLION', 'MEDIUM', 'GPT35', 'BIG', 'EXHIBITS', 'RECIPES', 'PAPERS',
            'recipe', 'sized']
 
-# %% ../../nbs/09d_recipes.rladapter.ipynb #af5e5fe4
+# %% ../../nbs/09d_recipes.rladapter.ipynb #9866ef8c
 RLADAPTER = "rladapter"
 MAIN = {     # key: label, fields of Online
     "random-actions": ("Random actions", dict(learner="random", guide="off")),
@@ -29,9 +29,9 @@ SWITCHES = {     # of the last arm
     "gain": ("SFT on gains", dict(targets="gain")), "achievements": ("SFT on achievements", dict(targets="achievements")),
     "reinit": ("encoder re-initialised", dict(reinit_encoder=True)),
     "released": ("as released", dict(reinit_encoder=True, restart_policy=True, cumulative=True, text_after_step=True, empty_each_rollout=True, ask_on_reset=False, raw_replies=True)),
-    "K10": ("K = 10", dict(interval=10)), "K50": ("K = 50", dict(interval=50)), "K500": ("K = 500", dict(interval=500)),
+    "K10": ("K = 10", dict(interval=10, preset="often")), "K50": ("K = 50", dict(interval=50)), "K500": ("K = 500", dict(interval=500)),
 }
-SWITCHES = {k: (l, dict(f, preset="switch")) for k, (l, f) in SWITCHES.items()}
+SWITCHES = {k: (l, dict(preset="switch") | f) for k, (l, f) in SWITCHES.items()}
 
 def recipe(key, label, prefix="", **fields): return Recipe(RLADAPTER, "crafter", label, f"{prefix}{key}", None, eval_episodes=20, online=Online(**fields))
 ARMS = {k: recipe(k, l, **f) for k, (l, f) in {**MAIN, **SWITCHES}.items()}
