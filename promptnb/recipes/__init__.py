@@ -8,7 +8,7 @@ import hashlib, json
 from dataclasses import asdict, dataclass, field, replace
 
 # %% auto #0
-__all__ = ['CORPORA', 'SOURCES', 'SINGLE', 'SKIRMISHES', 'SMALL', 'SMALL_STEPS', 'SMALL_RUN', 'FEW', 'SCALES', 'LATER', 'RECIPES',
+__all__ = ['CORPORA', 'SOURCES', 'SINGLE', 'SKIRMISHES', 'SMALL', 'SMALL_STEPS', 'SMALL_RUN', 'SCALES', 'LATER', 'RECIPES',
            'EXHIBITS', 'PAPERS', 'Context', 'Pretrain', 'Tune', 'Text', 'Offline', 'Online', 'Recipe', 'scaled',
            'resolve_offline', 'resolve', 'digest', 'Exhibit', 'registered', 'ids_of', 'exhibits', 'run_at',
            'recipes_of', 'Job', 'owners', 'jobs']
@@ -223,13 +223,12 @@ SOURCES = {
     "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
 }
 
-# %% ../../nbs/09_recipes.ipynb #e27699fb
+# %% ../../nbs/09_recipes.ipynb #03cdbf02
 SINGLE, SKIRMISHES = ("hopper", "halfcheetah", "walker2d"), ("smax-3m", "smax-2s3z", "smax-3s5z", "smax-5m-vs-6m", "smax-8m")
 
 SMALL = dict(net="nature", envs=8, rollout=128, batch=256, epochs=3, lr=3e-4, entropy=0.01, adapter="tiny", decision="tiny", url="", tokens=32, sft=(("lr", 2e-3), ("whole_text", False)))      # a laptop's agent: short rollouts, as its steps are few; the tiny language models are trained here, and the released learning rate, meant for 7 billion weights, leaves them as they are
 SMALL_STEPS = 100_000
-SMALL_RUN = dict(SMALL, steps=SMALL_STEPS, stages=2)
-FEW = SMALL["sft"] + (("max_steps", 180),)      # an agent that asks often leaves ten times the rows: tuned for as many steps as the others
+SMALL_RUN = dict(SMALL, steps=SMALL_STEPS, stages=2)      # who asks often takes the score by events: the names of ten thousand pieces of trajectory take five minutes to encode
 
 SCALES = {
     "paper": {},
@@ -247,7 +246,7 @@ SCALES = {
                   "value": dict(steps=2100, batch=64, points=3, last=0.5), "cql": dict(steps=1050, batch=32, points=3, last=0.5),      # its step costs ten times the others'
                   **{k: dict(steps=600, batch=32, points=3, last=0.5) for k in ("discrete-bc", "discrete-cql", "bcq", "nfq")}},
         Offline={("lamo", "reacher2d"): dict(batch=32), "kitchen": dict(episodes=20), **{f: dict(episodes=4, limit=1000) for f in ("breakout", "qbert", "pong")}}, offline=dict(eval_episodes=4), offline_families={"reacher2d": dict(eval_episodes=20)},      # short episodes
-        Online=dict(paper=SMALL_RUN, switch=SMALL_RUN, often=dict(SMALL_RUN, sft=FEW)), online_eval=dict(eval_episodes=32), online_seeds=dict(switch=(0, 1), often=(0, 1))),      # two seeds of the ablation's switches: all of it in two hours
+        Online=dict(paper=SMALL_RUN, switch=SMALL_RUN, often=dict(SMALL_RUN, history="events")), online_eval=dict(eval_episodes=32), online_seeds=dict(switch=(0, 1), often=(0, 1))),      # two seeds of the ablation's switches: all of it in two hours
     "smoke": dict(
         Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
         Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),

@@ -44,7 +44,7 @@ GPT35 = recipe("gpt-3.5", "GPT-3.5 as decision LM", decision="gpt-3.5-turbo")
 def sized(prefix, sizes, keys=MAIN): return {k: recipe(k, MAIN[k][0], prefix, **{**sizes, **MAIN[k][1]}) for k in keys}
 BIG = {"million": sized("million-", MILLION), "medium": sized("medium-", MEDIUM)}
 
-# %% ../../nbs/09d_recipes.rladapter.ipynb #c3b1d144
+# %% ../../nbs/09d_recipes.rladapter.ipynb #3e216e52
 _P = "Success rates are over all training episodes, as the benchmark scores them; 'last' is the last fifth of training; 'final' is the trained policy with its live guidance. "
 _T = "At laptop scale the language models are tiny ones that were trained here on a rule advisor's replies: the table says what this method does with them, and nothing about large models. "
 
@@ -61,7 +61,7 @@ _made = [
     _exhibit("behaviour", "Common-sense behaviours", "guided agents show more common sense", "behaviour", _main, "Counted in the last fifth of training. "),
     _exhibit("guidance", "Guidance, and what the agent did next", "guidance suits the situation", "examples", [ARMS["adapter"]], "First seed. "),
     _exhibit("cost", "Cost of guidance", "-", "cost", _guided, "Queries, calls and tokens of one run. "),
-    _exhibit("ablation", "Ablation", "adapter, comprehension score and tuning matter; controls are ours", "grid", [*_main, *(ARMS[k] for k in SWITCHES)], _P + _T),
+    _exhibit("ablation", "Ablation", "adapter, comprehension score and tuning matter; controls are ours", "grid", [*_main, *(ARMS[k] for k in SWITCHES)], _P + _T + "At laptop scale K = 10 takes its comprehension score by events, not by the names of actions. "),
     *(_exhibit(n, f"{t}, 1M steps", "-", "scoreboard", BIG[n].values(), _P + _T, reported="scoreboard", asked=True) for n, t in (("million", "Nature CNN"), ("medium", "IMPALA, Achievement Distillation's PPO"))),
     _exhibit("decision_size", "GPT-4 and GPT-3.5 as decision LM", "a larger decision LM is better: 28.2 against 23.4 at 5M steps", "scoreboard", [replace(GPT35, only=("paper",)), ARMS["adapter"]], _P, reported="scoreboard", only=("paper",)),
 ]
