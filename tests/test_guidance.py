@@ -149,6 +149,18 @@ def test_numbers_of_the_tuning(tmp_home):
     fabricate(e := exhibit("comprehension")); fig, t = drawn(e); close(fig); s = t[t.metric == "sft"]
     assert set(s.label) == {ADAPTER} and s.loss_before.tolist() == [2, 2, 2] and s.loss_after.tolist() == pytest.approx([1, 1.1, 1.2]) and PPO not in set(t.label)
 
+def test_words_of_the_logs(tmp_home):
+    "Percent with a goal of the taught habit, and different sentences, in the first and the last stage; arms without a tiny adapter and runs without a log are left out."
+    fabricate(e := exhibit("ablation"), keep=lambda label, seed: label in (ADAPTER, UNTUNED, RULES)); assert guidance.words(e, "laptop", ["survival"]).empty
+    def log(label, seed, *said):
+        path = next(results.recipe_file(x, "laptop", seed) for x in (rc.resolve(r, "laptop") for r in rc.recipes_of(e, "laptop")) if x.method == label); folder = tmp_home/"data"/"runs"/path.stem; folder.mkdir(parents=True)
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), folder=str(folder.relative_to(tmp_home)))))
+        (folder/"exchanges.jsonl").write_text("".join(json.dumps(dict(query=i, env=0, step=step, l=None, did="noop", goals=goals, sentence=", ".join(goals), unlocked=[], episode=0, fresh=False, events=[])) + "\n" for i, (step, goals) in enumerate(said)))
+    late = STEPS // 8 - 9; habit, good = ["survival", "sleep"], ["chop tree"]
+    log(ADAPTER, 0, (0, habit), (9, habit), (50, habit), (99, good), (late, good), (late, good)); log(ADAPTER, 1, (0, good), (9, good), (late, habit), (late, good)); log(RULES, 0, (0, habit), (late, habit)); log(UNTUNED, 0, (0, habit), (late, habit))
+    t = guidance.words(e, "laptop", ["survival"]); assert list(t.index) == [UNTUNED, ADAPTER] and t.seeds.tolist() == [1, 2]
+    assert t.loc[ADAPTER, "habit"].to_dict() == {"first stage": 37.5, "last stage": 25.0} and t.loc[ADAPTER, "different"].to_dict() == {"first stage": 50.0, "last stage": 75.0} and t.loc[UNTUNED, "habit"].to_dict() == {"first stage": 100.0, "last stage": 100.0}
+
 def test_a_stage_that_was_not_tuned_is_said(tmp_home):
     s = said(guidance.comprehension_verdict, "comprehension", sft=lambda seed: (2.0, 1.0) if seed else (None, None)); assert s.endswith("1 tuning not done: too few rows.") and "lower, -1.00 (2 seeds" in s
     fig, t = drawn(exhibit("comprehension")); fig.canvas.draw(); close(fig)
