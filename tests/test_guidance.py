@@ -139,11 +139,18 @@ def test_numbers_of_an_exchange(tmp_home):
 
 # ---- comprehension, behaviour, cost
 
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_interval_is_students(n):
+    from scipy.stats import ttest_rel
+    rng = np.random.default_rng(n); a, b = rng.normal(size=(2, n)); v, want = guidance.compare(a, b), ttest_rel(a, b).confidence_interval()
+    assert (v["lo"], v["hi"], v["difference"]) == pytest.approx((*want, (a - b).mean())) and v["verdict"] == ("better" if want.low > 0 else "worse" if want.high < 0 else "no clear difference")
+    same = [guidance.compare(*rng.normal(size=(2, n)))["verdict"] for _ in range(2_000)]; assert 0.02 < np.mean([x != "no clear difference" for x in same]) < 0.08      # says so wrongly in one of twenty cases
+
 def test_comprehension_in_words(tmp_home):
     assert guidance.comprehension_verdict(exhibit("comprehension"), "laptop") == "no runs yet"
     s = said(guidance.comprehension_verdict, "comprehension", comprehend=lambda label, seed, part: 0.4 + {RULES: 1, GOALS: -1, DECISION: seed - 1}.get(label, 0) * part / 10).split("\n"); find = lambda l: next(x for x in s if x.startswith(l + ":"))
     assert "from 0.425 to 0.500: rises, +0.075 (3 seeds" in find(RULES) and "falls, -0.075" in find(GOALS) and "no clear change" in find(DECISION) and "from 0.400 to 0.400: no clear change" in find(CONSTANT)
-    assert s[-1] == f"{ADAPTER}, tuning after stage 1: the adapter's loss goes from 2.00 to 1.10: lower, -0.90 (3 seeds, 95 % interval -1.00 to -0.80)."
+    assert s[-1] == f"{ADAPTER}, tuning after stage 1: the adapter's loss goes from 2.00 to 1.10: lower, -0.90 (3 seeds, 95 % interval -1.15 to -0.65)."
 
 def test_numbers_of_the_tuning(tmp_home):
     fabricate(e := exhibit("comprehension")); fig, t = drawn(e); close(fig); s = t[t.metric == "sft"]
