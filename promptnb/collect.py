@@ -4,132 +4,290 @@
 
 # %% ../nbs/02b_collect.ipynb #24fcc700
 from __future__ import annotations
-import os, time
+
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 
 from . import experts, tasks
-from .core import (PromptnbError, check_choice, code_fingerprint, disk_error, figures_dir, minari_dataset, minari_dir, progress, read_json, rng_for, run_lock, seed_for, sha256_file,
-                           write_atomic, write_json)
+from promptnb.core import (
+    PromptnbError,
+    check_choice,
+    code_fingerprint,
+    disk_error,
+    figures_dir,
+    minari_dataset,
+    minari_dir,
+    progress,
+    read_json,
+    rng_for,
+    run_lock,
+    seed_for,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 
 # %% auto #0
-__all__ = ['dataset_id', 'trajectories', 'play_chunks', 'spaces_of', 'env_spec', 'write_minari', 'store_of', 'write_dataset',
-           'manifest_path', 'manifest', 'policy_of', 'collect', 'remote_trajectories', 'scores', 'listed', 'strip',
-           'ridges', 'draw_page', 'page']
+__all__ = [
+    "dataset_id",
+    "trajectories",
+    "play_chunks",
+    "spaces_of",
+    "env_spec",
+    "write_minari",
+    "store_of",
+    "write_dataset",
+    "manifest_path",
+    "manifest",
+    "policy_of",
+    "collect",
+    "remote_trajectories",
+    "scores",
+    "listed",
+    "strip",
+    "ridges",
+    "draw_page",
+    "page",
+]
+
 
 # %% ../nbs/02b_collect.ipynb #05a6447f
-def dataset_id(fam, task, quality): return f"promptnb/{tasks.family(fam).task_name(task)}/{quality}-v0"
+def dataset_id(fam, task, quality):
+    return f"promptnb/{tasks.family(fam).task_name(task)}/{quality}-v0"
 
+
+# %% ../nbs/02b_collect.ipynb #a8a36107
 def trajectories(eps):
     "The rows of a `play` as trajectories: dicts of observations (T + 1, ...), actions, rewards, terminated, success, and legal (T + 1, A) where actions have limits."
     for i, n in enumerate(eps["length"]):
-        more = dict(legal=np.concatenate([eps["legal"][i, :n], eps["legal"][i, n - 1:n]])) if "legal" in eps else {}
-        yield dict(observations=eps["s"][i, :n + 1], actions=eps["a"][i, :n], rewards=eps["r"][i, :n], terminated=bool(eps["terminated"][i]), success=bool(eps["success"][i]), **more)
+        more = dict(legal=np.concatenate([eps["legal"][i, :n], eps["legal"][i, n - 1 : n]])) if "legal" in eps else {}
+        yield dict(
+            observations=eps["s"][i, : n + 1],
+            actions=eps["a"][i, :n],
+            rewards=eps["r"][i, :n],
+            terminated=bool(eps["terminated"][i]),
+            success=bool(eps["success"][i]),
+            **more,
+        )
 
+
+# %% ../nbs/02b_collect.ipynb #b562d8e0
 def play_chunks(fam, task, quality, episodes, seed, threads=None, vec=None):
     "Play `episodes` games of one task; yields trajectories, `fam.agents` a game."
     for start in range(0, episodes, fam.chunk):
-        games = range(start, min(start + fam.chunk, episodes)); ids = [task] * (len(games) * fam.agents)
-        if vec is None: vec = tasks.lock_step(fam, ids, threads=threads)
+        games = range(start, min(start + fam.chunk, episodes))
+        ids = [task] * (len(games) * fam.agents)
+        if vec is None:
+            vec = tasks.lock_step(fam, ids, threads=threads)
         vec.set_tasks(ids)
         act = experts.acting(vec, quality, rng_for(seed, "collect", fam.name, task, quality, start))
-        yield from trajectories(experts.play(vec, act, [seed_for(seed, "start", fam.name, task, quality, e) for e in games for _ in range(fam.agents)]))
+        yield from trajectories(
+            experts.play(
+                vec,
+                act,
+                [seed_for(seed, "start", fam.name, task, quality, e) for e in games for _ in range(fam.agents)],
+            )
+        )
+
 
 # %% ../nbs/02b_collect.ipynb #2394bfd8
 def spaces_of(fam):
     "Gymnasium spaces of one stored step."
     from gymnasium.spaces import Box, Discrete
-    s = Box(0, 255, fam.frames[1:], np.uint8) if fam.frames else Box(-np.inf, np.inf, (fam.state_dim,), np.float32)
-    return dict(observation_space=s, action_space=Discrete(fam.act_dim) if fam.discrete else Box(-1., 1., (fam.act_dim,), np.float32))
 
+    s = Box(0, 255, fam.frames[1:], np.uint8) if fam.frames else Box(-np.inf, np.inf, (fam.state_dim,), np.float32)
+    return dict(
+        observation_space=s,
+        action_space=Discrete(fam.act_dim) if fam.discrete else Box(-1.0, 1.0, (fam.act_dim,), np.float32),
+    )
+
+
+# %% ../nbs/02b_collect.ipynb #33b6b912
 def env_spec(fam, task):
     "Gymnasium's spec of one task, which Minari stores: `dataset.recover_environment()` gives the task back."
     import copy
+
     import gymnasium as gym
-    spec = copy.deepcopy(gym.spec(fam.env_id)); spec.kwargs = dict(spec.kwargs, task=task)
+
+    spec = copy.deepcopy(gym.spec(fam.env_id))
+    spec.kwargs = dict(spec.kwargs, task=task)
     return spec
 
+
+# %% ../nbs/02b_collect.ipynb #beae8a94
 def write_minari(id_, trajs, fam, task, folder, description):
     "Write trajectories as a Minari dataset below `folder`."
     import warnings
+
     import minari
     from minari.data_collector import EpisodeBuffer
+
     from promptnb.data import minari_root
+
     bufs = []
     for i, d in enumerate(trajs):
-        n = len(d["rewards"]); last = np.arange(n) == n - 1
-        bufs.append(EpisodeBuffer(id=i, observations=d["observations"], actions=d["actions"], rewards=d["rewards"], terminations=last & d["terminated"], truncations=last & (not d["terminated"]),
-                                  infos=dict(legal=d["legal"]) if "legal" in d else None))
+        n = len(d["rewards"])
+        last = np.arange(n) == n - 1
+        bufs.append(
+            EpisodeBuffer(
+                id=i,
+                observations=d["observations"],
+                actions=d["actions"],
+                rewards=d["rewards"],
+                terminations=last & d["terminated"],
+                truncations=last & (not d["terminated"]),
+                infos=dict(legal=d["legal"]) if "legal" in d else None,
+            )
+        )
     with warnings.catch_warnings(), minari_root(folder):
-        warnings.simplefilter("ignore")      # Minari remarks on what is not given: an evaluation environment, an expert policy
-        minari.create_dataset_from_buffers(id_, bufs, env=env_spec(fam, task), **spaces_of(fam), algorithm_name="promptnb.experts", author="promptnb", author_email="-", code_permalink="-", description=description, data_format="hdf5", **({"jpeg_encoding": False} if fam.frames else {}))
+        warnings.simplefilter(
+            "ignore"
+        )  # Minari remarks on what is not given: an evaluation environment, an expert policy
+        minari.create_dataset_from_buffers(
+            id_,
+            bufs,
+            env=env_spec(fam, task),
+            **spaces_of(fam),
+            algorithm_name="promptnb.experts",
+            author="promptnb",
+            author_email="-",
+            code_permalink="-",
+            description=description,
+            data_format="hdf5",
+            **({"jpeg_encoding": False} if fam.frames else {}),
+        )
 
+
+# %% ../nbs/02b_collect.ipynb #94707598
 def store_of(trajs, fam, task):
     "Trajectories as a Store: discrete actions one-hot."
     from promptnb.data import from_arrays
+
     hot = (lambda a: np.eye(fam.act_dim, dtype=np.float32)[a]) if fam.discrete else (lambda a: a)
     return from_arrays([dict(d, actions=hot(d["actions"])) for d in trajs], [task] * len(trajs))
 
+
+# %% ../nbs/02b_collect.ipynb #660859f3
 def write_dataset(id_, trajs, fam, task, root, description, minari=True):
     "Write a dataset, whole or not at all; returns what the manifest says of it."
-    import shutil, tempfile
+    import shutil
+    import tempfile
+
     from promptnb.data import write_columns
-    final = Path(root)/id_
-    try: final.parent.mkdir(parents=True, exist_ok=True); tmp = Path(tempfile.mkdtemp(prefix=f".collect-{final.parent.name}-", dir=root))
-    except OSError as e: raise disk_error(e, final) from e
+
+    final = Path(root) / id_
     try:
-        new, store = tmp/id_, store_of(trajs, fam, task)
-        (room := tmp/"room").write_bytes(bytes(3 * store.nbytes + 2**18)); room.unlink()      # HDF5 does not survive a full disk: ask first
-        if minari: write_minari(id_, trajs, fam, task, tmp, description)
-        columns = write_columns(new/"columns.safetensors", [store]); hdf5 = new/"data"/"main_data.hdf5"
-        entry = dict(columns=sha256_file(columns), episodes=len(trajs) // fam.agents, steps=int(store.length.sum()), mean_return=float(store.returns.mean()), bytes=sum(f.stat().st_size for f in new.rglob("*") if f.is_file()),
-                     success=float(np.mean([d.get("success", False) for d in trajs])), **(dict(sha256=sha256_file(hdf5)) if minari else {}))
-        if final.exists(): shutil.rmtree(final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(prefix=f".collect-{final.parent.name}-", dir=root))
+    except OSError as e:
+        raise disk_error(e, final) from e
+    try:
+        new, store = tmp / id_, store_of(trajs, fam, task)
+        (room := tmp / "room").write_bytes(bytes(3 * store.nbytes + 2**18))
+        room.unlink()  # HDF5 does not survive a full disk: ask first
+        if minari:
+            write_minari(id_, trajs, fam, task, tmp, description)
+        columns = write_columns(new / "columns.safetensors", [store])
+        hdf5 = new / "data" / "main_data.hdf5"
+        entry = dict(
+            columns=sha256_file(columns),
+            episodes=len(trajs) // fam.agents,
+            steps=int(store.length.sum()),
+            mean_return=float(store.returns.mean()),
+            bytes=sum(f.stat().st_size for f in new.rglob("*") if f.is_file()),
+            success=float(np.mean([d.get("success", False) for d in trajs])),
+            **(dict(sha256=sha256_file(hdf5)) if minari else {}),
+        )
+        if final.exists():
+            shutil.rmtree(final)
         os.replace(new, final)
-    except Exception as e: raise disk_error(e, final) from e      # HDF5 says it in its own words
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    except Exception as e:
+        raise disk_error(e, final) from e  # HDF5 says it in its own words
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return entry
 
+
 # %% ../nbs/02b_collect.ipynb #dc436103
-def manifest_path(fam, root=None): return Path(root or minari_dir())/"promptnb"/f"{tasks.family(fam).name}.json"
+def manifest_path(fam, root=None):
+    return Path(root or minari_dir()) / "promptnb" / f"{tasks.family(fam).name}.json"
+
+
+# %% ../nbs/02b_collect.ipynb #08b87caa
 def manifest(fam, root=None) -> dict:
     "Dataset id -> what is known of it: columns and sha256 (hashes), episodes, seed, steps, mean_return, success, policy, seconds, bytes."
     p = manifest_path(fam, root)
     return read_json(p) if p.exists() else {}
 
+
+# %% ../nbs/02b_collect.ipynb #d67afb8b
 def policy_of(fam, quality):
     "Which behaviour policy acts, as text that changes with it."
     remote = dict(fam.remote)
-    if quality in remote: return f"minari {remote[quality]}"
-    if hasattr(tasks.kind_module(fam), "script"): return f"script {code_fingerprint(f'tasks/{fam.kind}')} {experts.load_card(fam).get('sha256', '')}".strip()
-    if quality == "random": return "uniform"
+    if quality in remote:
+        return f"minari {remote[quality]}"
+    if hasattr(tasks.kind_module(fam), "script"):
+        return f"script {code_fingerprint(f'tasks/{fam.kind}')} {experts.load_card(fam).get('sha256', '')}".strip()
+    if quality == "random":
+        return "uniform"
     return f"{experts.load_card(fam)['sha256']} medium {fam.medium:.3g} noise {experts.NOISE[quality]}"
 
+
+# %% ../nbs/02b_collect.ipynb #70c96b7b
 def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None, threads=None, say=print):
     "Write the datasets of a family and quality (default: its best) that are not there yet; returns the manifest's entries. Resumable."
-    fam = tasks.family(name); quality = check_choice(quality or fam.qualities[0], (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
-    episodes = fam.episodes[1] if episodes is None else episodes; root = Path(root or minari_dir())
-    if episodes < 1: raise PromptnbError(f"episodes is {episodes}, but must be at least 1")
-    tasks.kind_module(fam)      # a missing extra is said before work starts
-    with run_lock(root/"promptnb"/f".{fam.name}"): return _collect(fam, quality, episodes, seed, task_ids or fam.task_ids, root, threads, say)
+    fam = tasks.family(name)
+    quality = check_choice(quality or fam.qualities[0], (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
+    episodes = fam.episodes[1] if episodes is None else episodes
+    root = Path(root or minari_dir())
+    if episodes < 1:
+        raise PromptnbError(f"episodes is {episodes}, but must be at least 1")
+    tasks.kind_module(fam)  # a missing extra is said before work starts
+    with run_lock(root / "promptnb" / f".{fam.name}"):
+        return _collect(fam, quality, episodes, seed, task_ids or fam.task_ids, root, threads, say)
 
+
+# %% ../nbs/02b_collect.ipynb #56c27515
 def _collect(fam, quality, episodes, seed, task_ids, root, threads, say):
     import shutil
-    for old in root.glob(f".collect-{fam.name}-[0-9]*"): shutil.rmtree(old, ignore_errors=True)      # of a killed run
+
+    for old in root.glob(f".collect-{fam.name}-[0-9]*"):
+        shutil.rmtree(old, ignore_errors=True)  # of a killed run
     policy, vec, known = policy_of(fam, quality), None, manifest(fam, root)
-    have = lambda e: "columns" in e and e.get("asked", e["episodes"]) >= episodes and (e["seed"], e["policy"]) == (seed, policy)
+
+    def have(e):
+        return (
+            "columns" in e and e.get("asked", e["episodes"]) >= episodes and (e["seed"], e["policy"]) == (seed, policy)
+        )
+
     want = [i for i in task_ids if not have(known.get(dataset_id(fam, i, quality), {}))]
-    if want and quality in fam.qualities: vec = tasks.lock_step(fam, [want[0]] * (min(episodes, fam.chunk) * fam.agents), threads=threads)
+    if want and quality in fam.qualities:
+        vec = tasks.lock_step(fam, [want[0]] * (min(episodes, fam.chunk) * fam.agents), threads=threads)
     for i in progress(want, f"collect {fam.name} {quality}"):
         start, id_ = time.time(), dataset_id(fam, i, quality)
-        trajs = list(play_chunks(fam, i, quality, episodes, seed, threads, vec)) if vec else remote_trajectories(fam, quality, episodes)
-        entry = write_dataset(id_, trajs, fam, i, root, f"{fam.name}, goal {fam.goals[i]}, {quality}", minari=vec is not None)
-        entry |= dict(seed=seed, policy=policy, seconds=round(time.time() - start, 2), asked=episodes)      # others' data may hold fewer
+        trajs = (
+            list(play_chunks(fam, i, quality, episodes, seed, threads, vec))
+            if vec
+            else remote_trajectories(fam, quality, episodes)
+        )
+        entry = write_dataset(
+            id_, trajs, fam, i, root, f"{fam.name}, goal {fam.goals[i]}, {quality}", minari=vec is not None
+        )
+        entry |= dict(
+            seed=seed, policy=policy, seconds=round(time.time() - start, 2), asked=episodes
+        )  # others' data may hold fewer
         write_json(manifest_path(fam, root), dict(manifest(fam, root), **{id_: entry}))
-    if vec: vec.close()
-    say(f"{fam.name} {quality}: {len(want)} of {len(task_ids)} datasets written" + (", the others were there" if len(want) < len(task_ids) else ""))
+    if vec:
+        vec.close()
+    say(
+        f"{fam.name} {quality}: {len(want)} of {len(task_ids)} datasets written"
+        + (", the others were there" if len(want) < len(task_ids) else "")
+    )
     return {k: v for k, v in manifest(fam, root).items() if k.endswith(f"/{quality}-v0")}
+
 
 # %% ../nbs/02b_collect.ipynb #f83ab53d
 def remote_trajectories(fam, quality, episodes):
@@ -137,18 +295,37 @@ def remote_trajectories(fam, quality, episodes):
     id_, kind = dict(fam.remote)[quality], tasks.kind_module(fam)
     dataset = minari_dataset(id_, download=True)
     try:
-        if hasattr(kind, "imported"): return kind.imported(dataset, episodes)
-        return [dict(observations=e.observations, actions=e.actions, rewards=e.rewards, terminated=bool(e.terminations[-1])) for e in dataset.iterate_episodes(range(min(episodes, dataset.total_episodes)))]
-    except (OSError, KeyError, ValueError) as e: raise PromptnbError(f"Minari dataset '{id_}' cannot be read ({(str(e) or type(e).__name__).splitlines()[0]}): delete its folder and fetch it again") from None
+        if hasattr(kind, "imported"):
+            return kind.imported(dataset, episodes)
+        return [
+            dict(observations=e.observations, actions=e.actions, rewards=e.rewards, terminated=bool(e.terminations[-1]))
+            for e in dataset.iterate_episodes(range(min(episodes, dataset.total_episodes)))
+        ]
+    except (OSError, KeyError, ValueError) as e:
+        raise PromptnbError(
+            f"Minari dataset '{id_}' cannot be read ({(str(e) or type(e).__name__).splitlines()[0]}): delete its folder and fetch it again"
+        ) from None
+
 
 # %% ../nbs/02b_collect.ipynb #cf648d74
 def scores(fam, value):
     "(score by published references or None, score by the returns on our card or None)."
-    card = experts.load_card(fam) if experts.expert_path(fam.expert if fam.expert not in ("", "script") else fam.name).with_suffix(".json").exists() else {}
+    card = (
+        experts.load_card(fam)
+        if experts.expert_path(fam.expert if fam.expert not in ("", "script") else fam.name)
+        .with_suffix(".json")
+        .exists()
+        else {}
+    )
     own = (card.get("random_mean_return"), card.get("expert_mean_return"))
-    one = lambda refs: None if not refs or None in refs else round(float(tasks.normalised(value, refs)), 1)
+
+    def one(refs):
+        return None if not refs or None in refs else round(float(tasks.normalised(value, refs)), 1)
+
     return one(fam.references), one(own)
 
+
+# %% ../nbs/02b_collect.ipynb #ce046871
 def listed(names=None, root=None):
     "A row per family and quality that is here, or a row that says how to get it: a list of dicts."
     rows = []
@@ -156,56 +333,141 @@ def listed(names=None, root=None):
         m = manifest(fam, root)
         for q in (*fam.qualities, *dict(fam.remote)):
             es = [e for k, e in m.items() if k.endswith(f"/{q}-v0") and "columns" in e]
-            if not es: continue
-            mean = np.mean([e["mean_return"] for e in es]); published, own = scores(fam, mean)
-            rows.append({"family": fam.name, "quality": q, "datasets": len(es), "trajectories": sum(e["episodes"] for e in es) * fam.agents, "steps": sum(e["steps"] for e in es), "mean return": round(float(mean), 1),
-                         "success": round(float(np.mean([e["success"] for e in es])), 2) if any(e["success"] for e in es) else None, "score, published references": published, "score, our references": own,
-                         "MB": round(sum(e["bytes"] for e in es) / 1e6, 1), "seconds to make": round(sum(e["seconds"] for e in es), 1)})
-        if not any(r["family"] == fam.name for r in rows): rows.append({"family": fam.name, "quality": "-", "note": f"promptnb collect --family {fam.name}" + ("" if tasks.installed(fam) else f", after pip install 'promptnb[{fam.extra}]'")})
+            if not es:
+                continue
+            mean = np.mean([e["mean_return"] for e in es])
+            published, own = scores(fam, mean)
+            rows.append(
+                {
+                    "family": fam.name,
+                    "quality": q,
+                    "datasets": len(es),
+                    "trajectories": sum(e["episodes"] for e in es) * fam.agents,
+                    "steps": sum(e["steps"] for e in es),
+                    "mean return": round(float(mean), 1),
+                    "success": round(float(np.mean([e["success"] for e in es])), 2)
+                    if any(e["success"] for e in es)
+                    else None,
+                    "score, published references": published,
+                    "score, our references": own,
+                    "MB": round(sum(e["bytes"] for e in es) / 1e6, 1),
+                    "seconds to make": round(sum(e["seconds"] for e in es), 1),
+                }
+            )
+        if not any(r["family"] == fam.name for r in rows):
+            rows.append(
+                {
+                    "family": fam.name,
+                    "quality": "-",
+                    "note": f"promptnb collect --family {fam.name}"
+                    + ("" if tasks.installed(fam) else f", after pip install 'promptnb[{fam.extra}]'"),
+                }
+            )
     return rows
+
 
 # %% ../nbs/02b_collect.ipynb #21b4496d
 def strip(fam, task, quality, n=6):
     "(n pictures, their timesteps) of the first episode of a dataset, played again from its seed and actions; None where nothing renders on this machine."
     from promptnb.data import load
-    store = load(fam, quality, [task], 1); T = int(store.length[0]); at = np.linspace(0, T - 1, n).astype(int)
-    if fam.frames: return store.s[at].numpy(), at
-    if fam.renders_with_gl and not tasks.gl_backend(): return None
-    a = store.a[:T * fam.agents].numpy(); seed = seed_for(manifest(fam)[dataset_id(fam, task, quality)]["seed"], "start", fam.name, task, quality, 0)
-    if fam.agents > 1: shots = tasks.kind_module(fam).frames(fam, a.argmax(-1).reshape(fam.agents, T).T, seed, every=1)[at]
-    else: shots = tasks.film(fam, task, a.argmax(-1) if fam.discrete else a, seed, every=1, at=set(at.tolist()))
-    return shots, at[:len(shots)]
 
+    store = load(fam, quality, [task], 1)
+    T = int(store.length[0])
+    at = np.linspace(0, T - 1, n).astype(int)
+    if fam.frames:
+        return store.s[at].numpy(), at
+    if fam.renders_with_gl and not tasks.gl_backend():
+        return None
+    a = store.a[: T * fam.agents].numpy()
+    seed = seed_for(manifest(fam)[dataset_id(fam, task, quality)]["seed"], "start", fam.name, task, quality, 0)
+    if fam.agents > 1:
+        shots = tasks.kind_module(fam).frames(fam, a.argmax(-1).reshape(fam.agents, T).T, seed, every=1)[at]
+    else:
+        shots = tasks.film(fam, task, a.argmax(-1) if fam.discrete else a, seed, every=1, at=set(at.tolist()))
+    return shots, at[: len(shots)]
+
+
+# %% ../nbs/02b_collect.ipynb #88201d01
 def ridges(ax, returns):
     "One histogram a row: {quality: returns}, each scaled to its own highest bar."
     import seaborn as sns
-    every = np.concatenate(list(returns.values())); bins = np.linspace(every.min(), every.max() + 1e-6, 61)
-    for k, ((q, r), color) in enumerate(zip(returns.items(), sns.color_palette("colorblind"))):
-        h, _ = np.histogram(r, bins); ax.fill_between(bins, -k, -k + 0.85 * np.append(h, h[-1]) / h.max(), step="post", color=color, lw=0); ax.plot(r.mean(), -k - 0.06, "^", color="black", ms=4, clip_on=False)
-    ax.set(yticks=-np.arange(len(returns)), ylim=(-len(returns) + 0.85, 1), xlabel="return of an episode (triangle: mean)"); ax.set_yticklabels([f"{q} (n = {len(r)})" for q, r in returns.items()]); sns.despine(ax=ax, left=True)
 
+    every = np.concatenate(list(returns.values()))
+    bins = np.linspace(every.min(), every.max() + 1e-6, 61)
+    for k, ((q, r), color) in enumerate(zip(returns.items(), sns.color_palette("colorblind"))):
+        h, _ = np.histogram(r, bins)
+        ax.fill_between(bins, -k, -k + 0.85 * np.append(h, h[-1]) / h.max(), step="post", color=color, lw=0)
+        ax.plot(r.mean(), -k - 0.06, "^", color="black", ms=4, clip_on=False)
+    ax.set(
+        yticks=-np.arange(len(returns)), ylim=(-len(returns) + 0.85, 1), xlabel="return of an episode (triangle: mean)"
+    )
+    ax.set_yticklabels([f"{q} (n = {len(r)})" for q, r in returns.items()])
+    sns.despine(ax=ax, left=True)
+
+
+# %% ../nbs/02b_collect.ipynb #e2eb83a8
 def draw_page(fam, qualities, path):
     "Histograms of returns by quality, and a strip of frames of the best."
     import matplotlib.pyplot as plt
-    from promptnb.data import load
-    shots = strip(fam, fam.test[0], qualities[0]); n = len(shots[0]) if shots else 1; tall = 0.45 * len(qualities) + 0.7
-    fig = plt.figure(figsize=(9, tall + (1.9 if shots else 0)), constrained_layout=True); grid = fig.add_gridspec(2 if shots else 1, n, height_ratios=[tall, 1.7][:2 if shots else 1])
-    ax = fig.add_subplot(grid[0, :]); ridges(ax, {q: load(fam, q).returns[::fam.agents].numpy() for q in qualities}); ax.set_title(f"{fam.name}: returns by quality")
-    for k, (frame, t) in enumerate(zip(*(shots or ((), ())))):
-        ax = fig.add_subplot(grid[1, k]); ax.imshow(frame, cmap="gray" if frame.ndim == 2 else None); ax.set(xticks=[], yticks=[]); ax.set_title(f"t = {t}", fontsize=9)
-        if k == 0: ax.set_ylabel(qualities[0])
-    path.parent.mkdir(parents=True, exist_ok=True); fig.savefig(path, dpi=80); plt.close(fig)
 
+    from promptnb.data import load
+
+    shots = strip(fam, fam.test[0], qualities[0])
+    n = len(shots[0]) if shots else 1
+    tall = 0.45 * len(qualities) + 0.7
+    fig = plt.figure(figsize=(9, tall + (1.9 if shots else 0)), constrained_layout=True)
+    grid = fig.add_gridspec(2 if shots else 1, n, height_ratios=[tall, 1.7][: 2 if shots else 1])
+    ax = fig.add_subplot(grid[0, :])
+    ridges(ax, {q: load(fam, q).returns[:: fam.agents].numpy() for q in qualities})
+    ax.set_title(f"{fam.name}: returns by quality")
+    for k, (frame, t) in enumerate(zip(*(shots or ((), ())))):
+        ax = fig.add_subplot(grid[1, k])
+        ax.imshow(frame, cmap="gray" if frame.ndim == 2 else None)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f"t = {t}", fontsize=9)
+        if k == 0:
+            ax.set_ylabel(qualities[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=80)
+    plt.close(fig)
+
+
+# %% ../nbs/02b_collect.ipynb #fe347b04
 def page(name):
     "Write figures/datasets/<family>.md and .png from what has been collected; returns the Markdown's path."
-    fam = tasks.family(name); rows = [r for r in listed([fam.name]) if r["quality"] != "-"]
-    if not rows: raise PromptnbError(f"no dataset of {fam.name} is here: promptnb collect --family {fam.name}")
-    card = experts.load_card(fam); folder = figures_dir("datasets"); png = folder/f"{fam.name}.png"
+    fam = tasks.family(name)
+    rows = [r for r in listed([fam.name]) if r["quality"] != "-"]
+    if not rows:
+        raise PromptnbError(f"no dataset of {fam.name} is here: promptnb collect --family {fam.name}")
+    card = experts.load_card(fam)
+    folder = figures_dir("datasets")
+    png = folder / f"{fam.name}.png"
     draw_page(fam, [r["quality"] for r in rows], png)
-    head = [k for k in rows[0] if k != "family"]; cell = lambda v: "" if v is None else f"{v:,}" if isinstance(v, (int, float)) else str(v)
-    table = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(cell(r.get(k)) for k in head) for r in rows)]
-    facts = [f"{fam.n_tasks} task{'s' * (fam.n_tasks > 1)} ({len(fam.train)} to train on, {len(fam.test)} to test), observations {'x'.join(map(str, fam.frames)) or fam.state_dim}, {fam.act_dim} {'discrete actions' if fam.discrete else 'action dimensions'}, at most {fam.horizon:,} steps an episode",
-             f"behaviour: {card['command']}; measured: random {card['random_mean_return']:.1f}, best {card['expert_mean_return']:.1f}",
-             *([f"published references of the score: {fam.references[0]:,} (random), {fam.references[1]:,} (expert)"] if fam.references else []), *([fam.note] if fam.note else [])]
-    text = f"# {fam.name}\n\n" + "\n".join(f"* {f}" for f in facts) + "\n\n" + "\n".join(f"| {r} |" for r in table) + f"\n\n![returns and frames]({png.name})\n\nMake it again: `promptnb collect --family {fam.name}`\n"
-    return write_atomic(folder/f"{fam.name}.md", text.encode())
+    head = [k for k in rows[0] if k != "family"]
+
+    def cell(v):
+        return "" if v is None else f"{v:,}" if isinstance(v, (int, float)) else str(v)
+
+    table = [
+        " | ".join(head),
+        " | ".join("---" for _ in head),
+        *(" | ".join(cell(r.get(k)) for k in head) for r in rows),
+    ]
+    facts = [
+        f"{fam.n_tasks} task{'s' * (fam.n_tasks > 1)} ({len(fam.train)} to train on, {len(fam.test)} to test), observations {'x'.join(map(str, fam.frames)) or fam.state_dim}, {fam.act_dim} {'discrete actions' if fam.discrete else 'action dimensions'}, at most {fam.horizon:,} steps an episode",
+        f"behaviour: {card['command']}; measured: random {card['random_mean_return']:.1f}, best {card['expert_mean_return']:.1f}",
+        *(
+            [f"published references of the score: {fam.references[0]:,} (random), {fam.references[1]:,} (expert)"]
+            if fam.references
+            else []
+        ),
+        *([fam.note] if fam.note else []),
+    ]
+    text = (
+        f"# {fam.name}\n\n"
+        + "\n".join(f"* {f}" for f in facts)
+        + "\n\n"
+        + "\n".join(f"| {r} |" for r in table)
+        + f"\n\n![returns and frames]({png.name})\n\nMake it again: `promptnb collect --family {fam.name}`\n"
+    )
+    return write_atomic(folder / f"{fam.name}.md", text.encode())

@@ -4,45 +4,150 @@
 
 # %% ../nbs/10b_contexts.ipynb #e0e9d5c6
 from __future__ import annotations
+
 import re
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from . import recipes as rc, results, scores
+from . import recipes as rc
+from . import results, scores
 from .core import read_json, results_dir
 from .results import axes_for, compare, load, looks, nothing, paired, runs
 from .scores import counted, grid_of, label_of, legend
 
 # %% auto #0
-__all__ = ['GIVEN', 'NULL', 'COLLECTED', 'WRONG', 'BOUND', 'LOOK', 'ORDER_COLUMNS', 'WINS', 'QUESTIONS', 'DRAW', 'READ',
-           'by_length', 'style', 'in_order', 'over_seeds', 'lines', 'adaptation', 'circular', 'correlation', 'apart',
-           'by_distance', 'order', 'before', 'orders', 'ranged', 'in_numbers', 'map_of', 'scatter', 'embedding',
-           'goals_of', 'trained_on', 'along_goals', 'along', 'parts', 'lengths', 'length', 'floors', 'won', 'pm',
-           'in_words', 'wins', 'over_random', 'said_of', 'beats_random', 'bounds', 'against', 'answer', 'meta_verdict',
-           'adaptation_verdict', 'embedding_verdict', 'pairs', 'single_verdict', 'skirmish_verdict', 'caption', 'show']
+__all__ = [
+    "GIVEN",
+    "NULL",
+    "COLLECTED",
+    "WRONG",
+    "BOUND",
+    "LOOK",
+    "ORDER_COLUMNS",
+    "WINS",
+    "QUESTIONS",
+    "DRAW",
+    "READ",
+    "by_length",
+    "style",
+    "in_order",
+    "over_seeds",
+    "lines",
+    "adaptation",
+    "circular",
+    "correlation",
+    "apart",
+    "by_distance",
+    "order",
+    "before",
+    "orders",
+    "ranged",
+    "in_numbers",
+    "map_of",
+    "scatter",
+    "embedding",
+    "goals_of",
+    "trained_on",
+    "along_goals",
+    "along",
+    "parts",
+    "lengths",
+    "length",
+    "floors",
+    "won",
+    "pm",
+    "in_words",
+    "wins",
+    "over_random",
+    "said_of",
+    "beats_random",
+    "bounds",
+    "against",
+    "answer",
+    "meta_verdict",
+    "adaptation_verdict",
+    "embedding_verdict",
+    "pairs",
+    "single_verdict",
+    "skirmish_verdict",
+    "caption",
+    "show",
+]
 
 # %% ../nbs/10b_contexts.ipynb #635c9eab
-GIVEN, NULL, COLLECTED, WRONG, BOUND = "CMT, context given", "CMT, null prompt", "CMT, context collected", "CMT, context of a wrong task", "CMT, one-hot task (upper bound)"
-LOOK = {     # label: colour of seaborn's colour-blind palette (10: black), marker, line; labels of the other papers look as in their figures
-    GIVEN: (0, "D", "-"), COLLECTED: (4, "o", "-"), NULL: (7, "s", "--"), WRONG: (3, "X", "--"), BOUND: (10, "^", ":"),
-    "CMT, random frozen prompt": (5, "v", "--"), "CMT, tuned context vectors": (1, "P", "-"), "CMT, tuned from a random start": (9, "P", "--"), "CMT, tuned on shuffled trajectories": (3, "v", "--"), "CMT, full fine-tuning": (2, "h", "-"), "CMT, LoRA": (8, "d", "-"),
-    "MT-ORL (no prompt)": (0, "o", "-"), "MT-BC-FT": (1, "s", "-"), "Prompt-DT": (2, "D", "-"), "Soft Prompt": (5, "P", "-"), "Prompt-DT-FT": (4, "v", "-"), "Adaptor": (6, "*", "-"), "LoRA": (7, "X", "-"), "Prompt-Tuning DT": (8, "<", "-"), "Prompt Diffuser": (0, "s", "-"),
-    "CMT, context given, middle goals": (9, "d", "--"), "Prompt-DT, middle goals": (5, "<", "--"),
-    "CMT": (0, "D", "-"), "action loss alone": (7, "s", "--"), "no state or return loss": (5, "v", "--"), "state and return loss, weight 1": (1, "^", "--"), "no InfoNCE": (4, "o", "--"), "classification, no InfoNCE": (6, "d", "--"), "InfoNCE and classification": (3, "P", "--"),
-    "transformer encoder": (2, "h", "--"), "contexts of experts only": (8, "<", "--"), "5 transitions": (9, ">", "--"), "never without context": (10, "X", "--"),
-    "No prompt": (10, "s", "-"), "Random frozen prompt": (7, "v", "--"), "Prompt towards the best 10 %": (1, "o", "-"), "Prompt by advantage": (2, "P", "-"), "Prompt by returns": (4, "^", "-"), "Prompt on shuffled trajectories": (3, "X", "--"), "Full fine-tuning": (5, "h", "-"),
-    "Prompt a map, the best 10 %": (1, "D", "-"), "Prompt an agent, the best 10 %": (9, "d", "-")}
+GIVEN, NULL, COLLECTED, WRONG, BOUND = (
+    "CMT, context given",
+    "CMT, null prompt",
+    "CMT, context collected",
+    "CMT, context of a wrong task",
+    "CMT, one-hot task (upper bound)",
+)
+LOOK = {  # label: colour of seaborn's colour-blind palette (10: black), marker, line; labels of the other papers look as in their figures
+    GIVEN: (0, "D", "-"),
+    COLLECTED: (4, "o", "-"),
+    NULL: (7, "s", "--"),
+    WRONG: (3, "X", "--"),
+    BOUND: (10, "^", ":"),
+    "CMT, random frozen prompt": (5, "v", "--"),
+    "CMT, tuned context vectors": (1, "P", "-"),
+    "CMT, tuned from a random start": (9, "P", "--"),
+    "CMT, tuned on shuffled trajectories": (3, "v", "--"),
+    "CMT, full fine-tuning": (2, "h", "-"),
+    "CMT, LoRA": (8, "d", "-"),
+    "MT-ORL (no prompt)": (0, "o", "-"),
+    "MT-BC-FT": (1, "s", "-"),
+    "Prompt-DT": (2, "D", "-"),
+    "Soft Prompt": (5, "P", "-"),
+    "Prompt-DT-FT": (4, "v", "-"),
+    "Adaptor": (6, "*", "-"),
+    "LoRA": (7, "X", "-"),
+    "Prompt-Tuning DT": (8, "<", "-"),
+    "Prompt Diffuser": (0, "s", "-"),
+    "CMT, context given, middle goals": (9, "d", "--"),
+    "Prompt-DT, middle goals": (5, "<", "--"),
+    "CMT": (0, "D", "-"),
+    "action loss alone": (7, "s", "--"),
+    "no state or return loss": (5, "v", "--"),
+    "state and return loss, weight 1": (1, "^", "--"),
+    "no InfoNCE": (4, "o", "--"),
+    "classification, no InfoNCE": (6, "d", "--"),
+    "InfoNCE and classification": (3, "P", "--"),
+    "transformer encoder": (2, "h", "--"),
+    "contexts of experts only": (8, "<", "--"),
+    "5 transitions": (9, ">", "--"),
+    "never without context": (10, "X", "--"),
+    "No prompt": (10, "s", "-"),
+    "Random frozen prompt": (7, "v", "--"),
+    "Prompt towards the best 10 %": (1, "o", "-"),
+    "Prompt by advantage": (2, "P", "-"),
+    "Prompt by returns": (4, "^", "-"),
+    "Prompt on shuffled trajectories": (3, "X", "--"),
+    "Full fine-tuning": (5, "h", "-"),
+    "Prompt a map, the best 10 %": (1, "D", "-"),
+    "Prompt an agent, the best 10 %": (9, "d", "-"),
+}
 
-def by_length(label): return re.sub(r", L = \d+$", "", label)      # the same method with another number of vectors
 
+# %% ../nbs/10b_contexts.ipynb #076c4509
+def by_length(label):
+    return re.sub(r", L = \d+$", "", label)  # the same method with another number of vectors
+
+
+# %% ../nbs/10b_contexts.ipynb #eb7a2a44
 def style(label):
     "Colour, marker and line of a label: the same in every figure."
-    if (label := by_length(label)) not in LOOK: return results.style(label)
-    c, marker, line = LOOK[label]; return dict(color=[*sns.color_palette("colorblind"), (0.1, 0.1, 0.1)][c], marker=marker, linestyle=line)
+    if (label := by_length(label)) not in LOOK:
+        return results.style(label)
+    c, marker, line = LOOK[label]
+    return dict(color=[*sns.color_palette("colorblind"), (0.1, 0.1, 0.1)][c], marker=marker, linestyle=line)
 
-def in_order(labels): return sorted(set(labels), key=lambda l: list(LOOK).index(by_length(l)) if by_length(l) in LOOK else 99)
+
+# %% ../nbs/10b_contexts.ipynb #fd89b7cb
+def in_order(labels):
+    return sorted(set(labels), key=lambda l: list(LOOK).index(by_length(l)) if by_length(l) in LOOK else 99)
+
 
 # %% ../nbs/10b_contexts.ipynb #4d5344aa
 def over_seeds(d, by):
@@ -50,272 +155,689 @@ def over_seeds(d, by):
     per = d.groupby(["label", *by, "seed"]).value.mean().reset_index()
     return per.groupby(["label", *by]).value.agg(["mean", "min", "max", "count"]).reset_index()
 
+
+# %% ../nbs/10b_contexts.ipynb #32fd6e1d
 def lines(ax, g, x, ms=4):
     "Mean (line) and range over seeds (shade) of each label."
     for label in in_order(g.label):
         d, s = g[g.label == label].sort_values(x), style(label)
-        ax.plot(d[x], d["mean"], ms=ms, lw=1.4, label=label, **s); ax.fill_between(d[x].astype(float), d["min"].astype(float), d["max"].astype(float), color=s["color"], alpha=0.15, lw=0)
+        ax.plot(d[x], d["mean"], ms=ms, lw=1.4, label=label, **s)
+        ax.fill_between(
+            d[x].astype(float), d["min"].astype(float), d["max"].astype(float), color=s["color"], alpha=0.15, lw=0
+        )
 
+
+# %% ../nbs/10b_contexts.ipynb #341d8221
 def adaptation(e, scale, seeds=None, partial=False):
     "Return on the test tasks against the episode, a panel a family; across: the same policy with other prompts."
-    df, out = load(e, scale, seeds, partial), []; grown = {label_of(e, r) for r in rc.recipes_of(e) if r.key == "collect"}
-    along, across = over_seeds(df[df.metric == "episode_return"], ["task", "step"]), over_seeds(df[(df.metric == "return") & ~df.label.isin(grown)], ["task"])
+    df, out = load(e, scale, seeds, partial), []
+    grown = {label_of(e, r) for r in rc.recipes_of(e) if r.key == "collect"}
+    along, across = (
+        over_seeds(df[df.metric == "episode_return"], ["task", "step"]),
+        over_seeds(df[(df.metric == "return") & ~df.label.isin(grown)], ["task"]),
+    )
     fig, axes = axes_for(e.families, width=3.4)
     for ax, fam in zip(axes, e.families):
-        a, b = along[along.task == fam], across[across.task == fam]; lines(ax, a, "step"); out += [a, b]
-        for label in in_order(b.label): s = style(label); ax.axhline(b[b.label == label]["mean"].iloc[0], color=s["color"], ls=s["linestyle"], lw=1.4, label=label)
-        ax.set(title=fam, xlabel="episode"); ax.set_xticks(sorted(a.step.unique()))
-        if not len(a) + len(b): nothing(ax)
-    axes[0].set_ylabel("return"); legend(fig, axes, 3)
-    return fig, pd.concat(out, ignore_index=True).reindex(columns=["task", "label", "step", "mean", "min", "max", "count"])
+        a, b = along[along.task == fam], across[across.task == fam]
+        lines(ax, a, "step")
+        out += [a, b]
+        for label in in_order(b.label):
+            s = style(label)
+            ax.axhline(b[b.label == label]["mean"].iloc[0], color=s["color"], ls=s["linestyle"], lw=1.4, label=label)
+        ax.set(title=fam, xlabel="episode")
+        ax.set_xticks(sorted(a.step.unique()))
+        if not len(a) + len(b):
+            nothing(ax)
+    axes[0].set_ylabel("return")
+    legend(fig, axes, 3)
+    return fig, pd.concat(out, ignore_index=True).reindex(
+        columns=["task", "label", "step", "mean", "min", "max", "count"]
+    )
+
 
 # %% ../nbs/10b_contexts.ipynb #631c829a
-def circular(family): return family.startswith("ant-dir")      # its goals are angles
+def circular(family):
+    return family.startswith("ant-dir")  # its goals are angles
 
+
+# %% ../nbs/10b_contexts.ipynb #7a9da0bf
 def correlation(a, b, least=3):
     "Spearman's rank correlation; NaN where either has fewer than `least` different values."
     from scipy.stats import rankdata
-    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]) if min(len(np.unique(a)), len(np.unique(b))) >= least else np.nan
 
+    return (
+        float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+        if min(len(np.unique(a)), len(np.unique(b))) >= least
+        else np.nan
+    )
+
+
+# %% ../nbs/10b_contexts.ipynb #df650036
 def apart(goals, round_):
     "Distances (n, n) between goals, on a circle or on a line."
-    d = np.abs(goals[:, None] - goals); return np.minimum(d % (2 * np.pi), -d % (2 * np.pi)) if round_ else d
+    d = np.abs(goals[:, None] - goals)
+    return np.minimum(d % (2 * np.pi), -d % (2 * np.pi)) if round_ else d
 
+
+# %% ../nbs/10b_contexts.ipynb #d518ddac
 def by_distance(z, goals, round_):
     "Rank correlation of the distances between points z (n, 3) and between their goals."
-    i, j = np.triu_indices(len(z), 1); return correlation(np.linalg.norm(z[i] - z[j], axis=-1), apart(goals, round_)[i, j], 2)
+    i, j = np.triu_indices(len(z), 1)
+    return correlation(np.linalg.norm(z[i] - z[j], axis=-1), apart(goals, round_)[i, j], 2)
 
+
+# %% ../nbs/10b_contexts.ipynb #b5743299
 def order(look, family):
     "One row: rank correlations of embedded contexts with their goals, over all tasks, over the unseen alone, and what 95 of 100 random orders stay below."
-    z, goals, ids, k = np.array(look["embedding"]).mean(1), np.array(look["goals"], float), look["embedded"], int(look["unseen"]); n, round_ = len(z), circular(family)
-    flat = round_ or len(np.unique(goals)) < 3; old, new = slice(0, n - k), slice(n - k, n) if not set(ids[n - k:]) & set(ids[:n - k]) else slice(0, 0)
-    line, rng = (lambda w, g=goals: np.nan if flat else correlation(z[w, 0], g[w])), np.random.default_rng(0); every = slice(0, n)
-    by_chance = [by_distance(z, g, round_) if flat else abs(line(every, g)) for g in (rng.permutation(goals) for _ in range(200))]
-    return dict(spearman_all=abs(line(every)), spearman_unseen=np.sign(line(old)) * line(new), distance_all=by_distance(z, goals, round_), distance_unseen=by_distance(z[new], goals[new], round_), by="distance" if flat else "spearman", chance=float(np.quantile(by_chance, 0.95)), tasks=n, unseen=len(z[new]))
+    z, goals, ids, k = (
+        np.array(look["embedding"]).mean(1),
+        np.array(look["goals"], float),
+        look["embedded"],
+        int(look["unseen"]),
+    )
+    n, round_ = len(z), circular(family)
+    flat = round_ or len(np.unique(goals)) < 3
+    old, new = slice(0, n - k), slice(n - k, n) if not set(ids[n - k :]) & set(ids[: n - k]) else slice(0, 0)
+    line, rng = (lambda w, g=goals: np.nan if flat else correlation(z[w, 0], g[w])), np.random.default_rng(0)
+    every = slice(0, n)
+    by_chance = [
+        by_distance(z, g, round_) if flat else abs(line(every, g)) for g in (rng.permutation(goals) for _ in range(200))
+    ]
+    return dict(
+        spearman_all=abs(line(every)),
+        spearman_unseen=np.sign(line(old)) * line(new),
+        distance_all=by_distance(z, goals, round_),
+        distance_unseen=by_distance(z[new], goals[new], round_),
+        by="distance" if flat else "spearman",
+        chance=float(np.quantile(by_chance, 0.95)),
+        tasks=n,
+        unseen=len(z[new]),
+    )
+
 
 # %% ../nbs/10b_contexts.ipynb #328f8643
-ORDER_COLUMNS = ["family", "seed", "spearman_all", "spearman_unseen", "distance_all", "distance_unseen", "by", "chance", "tasks", "unseen", "before"]
+ORDER_COLUMNS = [
+    "family",
+    "seed",
+    "spearman_all",
+    "spearman_unseen",
+    "distance_all",
+    "distance_unseen",
+    "by",
+    "chance",
+    "tasks",
+    "unseen",
+    "before",
+]
 
+
+# %% ../nbs/10b_contexts.ipynb #7482141a
 def before(look, family):
     "The rank correlation of the encoder before training; NaN in a record without."
     o = order(dict(look, embedding=look["untrained"]), family) if "untrained" in look else None
     return o[f"{o['by']}_all"] if o else np.nan
 
+
+# %% ../nbs/10b_contexts.ipynb #fe552496
 def orders(e, scale, seeds=None):
     "Rank correlations of an exhibit's records: one row a family and seed."
-    return pd.DataFrame([dict(family=r["recipe"].family, seed=r["seed"], **order(r["record"]["look"], r["recipe"].family), before=before(r["record"]["look"], r["recipe"].family)) for r in looks(e, scale, seeds) if "embedded" in r["record"]["look"]], columns=ORDER_COLUMNS)
+    return pd.DataFrame(
+        [
+            dict(
+                family=r["recipe"].family,
+                seed=r["seed"],
+                **order(r["record"]["look"], r["recipe"].family),
+                before=before(r["record"]["look"], r["recipe"].family),
+            )
+            for r in looks(e, scale, seeds)
+            if "embedded" in r["record"]["look"]
+        ],
+        columns=ORDER_COLUMNS,
+    )
 
+
+# %% ../nbs/10b_contexts.ipynb #17440b92
 def ranged(x):
     "Values of seeds: their mean and range."
-    x = x.dropna(); return "-" if not len(x) else f"{x.mean():.2f}" + (f" ({x.min():.2f} to {x.max():.2f})" if len(x) > 1 else "")
+    x = x.dropna()
+    return "-" if not len(x) else f"{x.mean():.2f}" + (f" ({x.min():.2f} to {x.max():.2f})" if len(x) > 1 else "")
 
+
+# %% ../nbs/10b_contexts.ipynb #d081be8e
 def in_numbers(o):
     "Rank correlations of a family as the lines of a title."
     untrained = "" if o.before.isna().all() else f"\nuntrained encoder {ranged(o.before)}"
-    if o.by.iloc[0] == "distance": return f"distances: rank correlation {ranged(o.distance_all)}{untrained}" + (f"\nunseen alone {ranged(o.distance_unseen)}" if o.unseen.iloc[0] else "\nthe test tasks are the train tasks")
+    if o.by.iloc[0] == "distance":
+        return f"distances: rank correlation {ranged(o.distance_all)}{untrained}" + (
+            f"\nunseen alone {ranged(o.distance_unseen)}"
+            if o.unseen.iloc[0]
+            else "\nthe test tasks are the train tasks"
+        )
     return f"rank correlation {ranged(o.spearman_all)}{untrained}\nunseen alone {ranged(o.spearman_unseen)}"
 
+
+# %% ../nbs/10b_contexts.ipynb #fa8f3534
 def map_of(family, goals):
     "(colour map, its range, its ticks) of a family's goals: two colours, a circle, or a line."
     from matplotlib.colors import ListedColormap
-    if len(set(goals)) == 2: a, b = sorted(set(goals)); c = sns.color_palette("colorblind"); return ListedColormap([c[1], c[0]]), (a - (b - a) / 2, b + (b - a) / 2), {a: f"{a:g}", b: f"{b:g}"}
-    if circular(family): return sns.color_palette("twilight", as_cmap=True), (0, 2 * np.pi), {np.pi * k / 2: f"{90 * k}°" for k in range(5)}
+
+    if len(set(goals)) == 2:
+        a, b = sorted(set(goals))
+        c = sns.color_palette("colorblind")
+        return ListedColormap([c[1], c[0]]), (a - (b - a) / 2, b + (b - a) / 2), {a: f"{a:g}", b: f"{b:g}"}
+    if circular(family):
+        return (
+            sns.color_palette("twilight", as_cmap=True),
+            (0, 2 * np.pi),
+            {np.pi * k / 2: f"{90 * k}°" for k in range(5)},
+        )
     return sns.color_palette("viridis", as_cmap=True), (min(goals), max(goals)), None
 
+
+# %% ../nbs/10b_contexts.ipynb #2fa152a9
 def scatter(fig, ax, look, family):
     "Contexts (small) and their task's mean (large) in the first two components; test tasks ringed."
-    x, goals, k = np.array(look["embedding"]), np.array(look["goals"], float), int(look["unseen"]); cmap, (lo, hi), ticks = map_of(family, goals.tolist()); how = dict(cmap=cmap, vmin=lo, vmax=hi); m = x.mean(1)
-    ax.scatter(*x[..., :2].reshape(-1, 2).T, c=goals.repeat(x.shape[1]), s=7, alpha=0.45, lw=0, **how); dots = ax.scatter(m[:, 0], m[:, 1], c=goals, s=34, lw=0.4, edgecolors="0.45", **how)
+    x, goals, k = np.array(look["embedding"]), np.array(look["goals"], float), int(look["unseen"])
+    cmap, (lo, hi), ticks = map_of(family, goals.tolist())
+    how = dict(cmap=cmap, vmin=lo, vmax=hi)
+    m = x.mean(1)
+    ax.scatter(*x[..., :2].reshape(-1, 2).T, c=goals.repeat(x.shape[1]), s=7, alpha=0.45, lw=0, **how)
+    dots = ax.scatter(m[:, 0], m[:, 1], c=goals, s=34, lw=0.4, edgecolors="0.45", **how)
     ax.scatter(m[-k:, 0], m[-k:, 1], s=95, lw=1.6, facecolors="none", edgecolors="k", label="test task")
-    bar = fig.colorbar(dots, ax=ax, ticks=list(ticks) if ticks else None); bar.ax.set_title("goal", fontsize=8)
-    if ticks: bar.set_ticklabels(list(ticks.values()))
+    bar = fig.colorbar(dots, ax=ax, ticks=list(ticks) if ticks else None)
+    bar.ax.set_title("goal", fontsize=8)
+    if ticks:
+        bar.set_ticklabels(list(ticks.values()))
 
+
+# %% ../nbs/10b_contexts.ipynb #595268b1
 def embedding(e, scale, seeds=None, partial=False):
     "Embedded contexts of the first seed, a panel a family; in the titles: rank correlations, mean and range over seeds."
-    load(e, scale, seeds, partial); t, found = orders(e, scale, seeds), {}
-    for r in looks(e, scale, seeds): found.setdefault(r["recipe"].family, r)
+    load(e, scale, seeds, partial)
+    t, found = orders(e, scale, seeds), {}
+    for r in looks(e, scale, seeds):
+        found.setdefault(r["recipe"].family, r)
     fig, axes = axes_for(e.families, width=3.7, height=3.2)
     for ax, fam in zip(axes, e.families):
         ax.set_title(fam)
-        if fam not in found: nothing(ax); continue
-        scatter(fig, ax, found[fam]["record"]["look"], fam); o = t[t.family == fam]
-        ax.set_title(f"{fam}, seed {found[fam]['seed']} (of {counted(len(o))})\n{in_numbers(o)}", fontsize=8); ax.set(xlabel="first component")
-    axes[0].set_ylabel("second component"); legend(fig, axes)
+        if fam not in found:
+            nothing(ax)
+            continue
+        scatter(fig, ax, found[fam]["record"]["look"], fam)
+        o = t[t.family == fam]
+        ax.set_title(f"{fam}, seed {found[fam]['seed']} (of {counted(len(o))})\n{in_numbers(o)}", fontsize=8)
+        ax.set(xlabel="first component")
+    axes[0].set_ylabel("second component")
+    legend(fig, axes)
     return fig, t
+
 
 # %% ../nbs/10b_contexts.ipynb #fff62c62
 def goals_of(paper, family):
     "({task id: goal}, ids of the test tasks) as any record with embedded contexts has them; empty where there is none."
     for p in sorted(results_dir(paper).glob(f"*.{family}.*.json")):
-        if "embedded" in (look := read_json(p).get("look") or {}): ids = [int(i) for i in look["embedded"]]; return dict(zip(ids, look["goals"])), ids[-int(look["unseen"]):]
+        if "embedded" in (look := read_json(p).get("look") or {}):
+            ids = [int(i) for i in look["embedded"]]
+            return dict(zip(ids, look["goals"])), ids[-int(look["unseen"]) :]
     return {}, []
 
+
+# %% ../nbs/10b_contexts.ipynb #f3dfecc3
 def trained_on(r, goals, test):
     "Ids of the tasks that a recipe's policy was trained on; none where no record names the goals."
     return list(r.pretrain.train) or [i for i in goals if i not in test]
 
+
+# %% ../nbs/10b_contexts.ipynb #e4ae5a41
 def along_goals(e, scale, seeds=None, partial=False):
     "Returns by label, seed and goal, and what the goal was to that policy: 'trained', 'between', 'outside' or '' (not known)."
-    df, (goals, test) = load(e, scale, seeds, partial), goals_of(e.paper, e.families[0]); df = df[df.metric == "return"][["label", "seed", "task_id", "value"]]; at = lambda i: goals.get(i, i)
-    seen = {label_of(e, r): trained_on(r, goals, test) for r in rc.recipes_of(e)}; ends = {l: (min(map(at, ids)), max(map(at, ids))) if ids else (np.nan, np.nan) for l, ids in seen.items()}
-    part = lambda l, i: "" if not seen[l] or not goals else "trained" if i in seen[l] else "between" if ends[l][0] < at(i) < ends[l][1] else "outside"
-    return df.assign(goal=[at(i) for i in df.task_id], part=[part(l, i) for l, i in zip(df.label, df.task_id)]), goals, [at(i) for i in test], ends
+    df, (goals, test) = load(e, scale, seeds, partial), goals_of(e.paper, e.families[0])
+    df = df[df.metric == "return"][["label", "seed", "task_id", "value"]]
 
+    def at(i):
+        return goals.get(i, i)
+
+    seen = {label_of(e, r): trained_on(r, goals, test) for r in rc.recipes_of(e)}
+    ends = {l: (min(map(at, ids)), max(map(at, ids))) if ids else (np.nan, np.nan) for l, ids in seen.items()}
+
+    def part(l, i):
+        return (
+            ""
+            if not seen[l] or not goals
+            else "trained"
+            if i in seen[l]
+            else "between"
+            if ends[l][0] < at(i) < ends[l][1]
+            else "outside"
+        )
+
+    return (
+        df.assign(goal=[at(i) for i in df.task_id], part=[part(l, i) for l, i in zip(df.label, df.task_id)]),
+        goals,
+        [at(i) for i in test],
+        ends,
+    )
+
+
+# %% ../nbs/10b_contexts.ipynb #b24aeb8f
 def along(e, scale, seeds=None, partial=False):
     "Return against the goal, a line a method; dotted: test tasks; shaded: what the policies of the middle goals were trained on."
-    df, goals, test, ends = along_goals(e, scale, seeds, partial); g = over_seeds(df, ["task_id", "goal", "part"]); fig, (ax,) = axes_for(e.families, width=7.2, height=3.4)
-    for i, x in enumerate(test if len(g) else ()): ax.axvline(x, color="k", lw=0.8, ls=":", label=None if i else "test task, never trained on")
-    if len(g) and goals and (narrow := next((v for l, v in ends.items() if "middle" in l), None)): ax.axvspan(*narrow, color="k", alpha=0.06, lw=0, label="train range of 'middle goals'")
-    lines(ax, g, "goal", ms=2.5); ax.set(title=e.families[0], xlabel="goal velocity" if goals else "task id (no record names the goals yet)", ylabel="return")
-    if not len(g): nothing(ax)
-    legend(fig, [ax], 3); return fig, g
+    df, goals, test, ends = along_goals(e, scale, seeds, partial)
+    g = over_seeds(df, ["task_id", "goal", "part"])
+    fig, (ax,) = axes_for(e.families, width=7.2, height=3.4)
+    for i, x in enumerate(test if len(g) else ()):
+        ax.axvline(x, color="k", lw=0.8, ls=":", label=None if i else "test task, never trained on")
+    if len(g) and goals and (narrow := next((v for l, v in ends.items() if "middle" in l), None)):
+        ax.axvspan(*narrow, color="k", alpha=0.06, lw=0, label="train range of 'middle goals'")
+    lines(ax, g, "goal", ms=2.5)
+    ax.set(
+        title=e.families[0],
+        xlabel="goal velocity" if goals else "task id (no record names the goals yet)",
+        ylabel="return",
+    )
+    if not len(g):
+        nothing(ax)
+    legend(fig, [ax], 3)
+    return fig, g
 
+
+# %% ../nbs/10b_contexts.ipynb #db2a2aeb
 def parts(e, scale, seeds=None, partial=False):
     "A method's return on goals that it was trained on, on unseen ones between them, and outside of them: mean ± std over seeds, and how many goals."
-    df = along_goals(e, scale, seeds, partial)[0]; per = df.groupby(["label", "part", "seed"]).value.mean().groupby(["label", "part"]).agg(["mean", "std", "count"]); tasks = df.groupby(["label", "part"]).task_id.nunique()
-    cell = lambda l, p: f"{results.plus_minus(*per.loc[l, p][['mean', 'std']])} ({counted(tasks[l, p], 'goal')}, n={per.loc[l, p]['count']:.0f})" if (l, p) in per.index else ""
-    return pd.DataFrame([dict(method=l, **{name: cell(l, p) for p, name in (("trained", "trained on"), ("between", "unseen, between"), ("outside", "unseen, outside"), ("", "goals not known")) if (df.part == p).any()}) for l in in_order(df.label)], columns=None if len(df) else ["method"]).set_index("method")
+    df = along_goals(e, scale, seeds, partial)[0]
+    per = df.groupby(["label", "part", "seed"]).value.mean().groupby(["label", "part"]).agg(["mean", "std", "count"])
+    tasks = df.groupby(["label", "part"]).task_id.nunique()
+
+    def cell(l, p):
+        return (
+            f"{results.plus_minus(*per.loc[l, p][['mean', 'std']])} ({counted(tasks[l, p], 'goal')}, n={per.loc[l, p]['count']:.0f})"
+            if (l, p) in per.index
+            else ""
+        )
+
+    return pd.DataFrame(
+        [
+            dict(
+                method=l,
+                **{
+                    name: cell(l, p)
+                    for p, name in (
+                        ("trained", "trained on"),
+                        ("between", "unseen, between"),
+                        ("outside", "unseen, outside"),
+                        ("", "goals not known"),
+                    )
+                    if (df.part == p).any()
+                },
+            )
+            for l in in_order(df.label)
+        ],
+        columns=None if len(df) else ["method"],
+    ).set_index("method")
+
 
 # %% ../nbs/10b_contexts.ipynb #5ba504e7
 def lengths(e, scale, seeds=None, partial=False):
     "Score (single tasks) or return by the number of context vectors: one row a cell, method, number and seed."
-    load(e, scale, seeds, partial); out = []
+    load(e, scale, seeds, partial)
+    out = []
     for r in (r for r in runs(e, scale, seeds) if r["state"] == "ok"):
-        x, metric = r["recipe"], "score" if r["recipe"].pretrain.context.encoder == "none" else "return"; values = [w["value"] for w in r["record"]["rows"] if w["metric"] == metric]
-        out.append(dict(cell=x.cell, metric=metric, label=by_length(r["label"]), L=dict(x.tune.hyper).get("L") or x.pretrain.context.L, seed=r["seed"], value=np.mean(values)))
+        x, metric = r["recipe"], "score" if r["recipe"].pretrain.context.encoder == "none" else "return"
+        values = [w["value"] for w in r["record"]["rows"] if w["metric"] == metric]
+        out.append(
+            dict(
+                cell=x.cell,
+                metric=metric,
+                label=by_length(r["label"]),
+                L=dict(x.tune.hyper).get("L") or x.pretrain.context.L,
+                seed=r["seed"],
+                value=np.mean(values),
+            )
+        )
     return pd.DataFrame(out, columns=["cell", "metric", "label", "L", "seed", "value"])
 
+
+# %% ../nbs/10b_contexts.ipynb #61826de7
 def length(e, scale, seeds=None, partial=False):
     "Score or return against the number of context vectors: mean over seeds (line), each seed (dot)."
-    t, cells = lengths(e, scale, seeds, partial), scores.cells_of(e); fig, axes = axes_for(cells, width=3.7)
+    t, cells = lengths(e, scale, seeds, partial), scores.cells_of(e)
+    fig, axes = axes_for(cells, width=3.7)
     for ax, cell in zip(axes, cells):
         for label in in_order(t[t.cell == cell].label):
-            d, s = t[(t.cell == cell) & (t.label == label)], style(label); m = d.groupby("L").value.mean(); ax.plot(m.index, m, lw=1.4, ms=5, label=label, **s); ax.plot(d.L, d.value, ".", ms=4, color=s["color"], alpha=0.7)
-        d = t[t.cell == cell]; ax.set(title=cell, xlabel="context vectors L", ylabel=d.metric.iloc[0] if len(d) else ""); ax.set_xticks(sorted(d.L.unique()))
-        if not len(d): nothing(ax)
-    legend(fig, axes, 3); return fig, t
+            d, s = t[(t.cell == cell) & (t.label == label)], style(label)
+            m = d.groupby("L").value.mean()
+            ax.plot(m.index, m, lw=1.4, ms=5, label=label, **s)
+            ax.plot(d.L, d.value, ".", ms=4, color=s["color"], alpha=0.7)
+        d = t[t.cell == cell]
+        ax.set(title=cell, xlabel="context vectors L", ylabel=d.metric.iloc[0] if len(d) else "")
+        ax.set_xticks(sorted(d.L.unique()))
+        if not len(d):
+            nothing(ax)
+    legend(fig, axes, 3)
+    return fig, t
+
 
 # %% ../nbs/10b_contexts.ipynb #aa2ba035
-WINS = ["cell", "method", "mean", "std", "n", "iqm", "lo", "hi", "return", "return_std", "length", "length_std", "random", "behaviour", "trainable", "total", "note", "source"]
+WINS = [
+    "cell",
+    "method",
+    "mean",
+    "std",
+    "n",
+    "iqm",
+    "lo",
+    "hi",
+    "return",
+    "return_std",
+    "length",
+    "length_std",
+    "random",
+    "behaviour",
+    "trainable",
+    "total",
+    "note",
+    "source",
+]
 
+
+# %% ../nbs/10b_contexts.ipynb #7cba0558
 def floors(e, scale, seeds=None):
     "{cell: share of games won (%) by random actions and by the data's behaviour}, as far as records name them."
-    return {r["recipe"].cell: r["record"]["floor"] for r in runs(e, scale, seeds) if r["state"] == "ok" and r["record"].get("floor")}
+    return {
+        r["recipe"].cell: r["record"]["floor"]
+        for r in runs(e, scale, seeds)
+        if r["state"] == "ok" and r["record"].get("floor")
+    }
 
+
+# %% ../nbs/10b_contexts.ipynb #4af011ff
 def won(e, scale, seeds=None, partial=False):
     "One row a cell and method, every number: share of games won (mean, std, IQM, interval), return, length, the two shares beside it; then the means over the shared cells."
-    t, w, floor = scores.tidy(e, scale, seeds, partial), scores.last(scores.frame(e, scale, seeds, partial)), floors(e, scale, seeds); more = lambda t, k, i: t.assign(**{k: [i(r) for _, r in t.iterrows()]})
+    t, w, floor = (
+        scores.tidy(e, scale, seeds, partial),
+        scores.last(scores.frame(e, scale, seeds, partial)),
+        floors(e, scale, seeds),
+    )
+
+    def more(t, k, i):
+        return t.assign(**{k: [i(r) for _, r in t.iterrows()]})
+
     for m in ("return", "length"):
         g = w[m].groupby(level=["label", "cell"]).agg(["mean", "std"]).to_dict("index") if m in w else {}
-        for k, s in ((m, "mean"), (f"{m}_std", "std")): t = more(t, k, lambda r: g.get((r.method, r.cell), {}).get(s, np.nan))
-    for k in ("random", "behaviour"): t = more(t, k, lambda r: floor.get(r.cell, {}).get(k, np.nan))
+        for k, s in ((m, "mean"), (f"{m}_std", "std")):
+            t = more(t, k, lambda r: g.get((r.method, r.cell), {}).get(s, np.nan))
+    for k in ("random", "behaviour"):
+        t = more(t, k, lambda r: floor.get(r.cell, {}).get(k, np.nan))
     return t[WINS]
 
-def pm(m, s, digits): return "" if pd.isna(m) else f"{m:.{digits}f}" + ("" if pd.isna(s) else f" ± {s:.{digits}f}")
 
+# %% ../nbs/10b_contexts.ipynb #899fd455
+def pm(m, s, digits):
+    return "" if pd.isna(m) else f"{m:.{digits}f}" + ("" if pd.isna(s) else f" ± {s:.{digits}f}")
+
+
+# %% ../nbs/10b_contexts.ipynb #434d8867
 def in_words(r):
     "A row of it as four lines of text."
-    said = scores.in_words(r); return {"won, %": said["ours"], "IQM [95 %]": said["IQM [95 %]"], "return": pm(r["return"], r.return_std, 2), "length": pm(r.length, r.length_std, 0)}
+    said = scores.in_words(r)
+    return {
+        "won, %": said["ours"],
+        "IQM [95 %]": said["IQM [95 %]"],
+        "return": pm(r["return"], r.return_std, 2),
+        "length": pm(r.length, r.length_std, 0),
+    }
 
+
+# %% ../nbs/10b_contexts.ipynb #af812f87
 def wins(e, scale, seeds=None, partial=False):
     "(printed, tidy) table of games won: cells down, methods across, then random actions and the data's behaviour."
-    t = won(e, scale, seeds, partial); cells = {}
+    t = won(e, scale, seeds, partial)
+    cells = {}
     for _, r in t.iterrows():
-        for line, text in in_words(r).items(): cells.setdefault((r.cell, line), {})[r.method] = text
+        for line, text in in_words(r).items():
+            cells.setdefault((r.cell, line), {})[r.method] = text
         cells[r.cell, "won, %"] |= {"random actions": pm(r.random, np.nan, 1), "behaviour": pm(r.behaviour, np.nan, 1)}
-    out = pd.DataFrame.from_dict(cells, orient="index").reindex(columns=[*t.method.unique(), "random actions", "behaviour"]).fillna(""); out.index = pd.MultiIndex.from_tuples(out.index, names=["cell", ""])
+    out = (
+        pd.DataFrame.from_dict(cells, orient="index")
+        .reindex(columns=[*t.method.unique(), "random actions", "behaviour"])
+        .fillna("")
+    )
+    out.index = pd.MultiIndex.from_tuples(out.index, names=["cell", ""])
     return out[(out != "").any(axis=1)], t
+
 
 # %% ../nbs/10b_contexts.ipynb #f9baa213
 def over_random(w, floor, cell, method):
     "A method's share of games won on a cell against that of random actions; None without a run."
     x = scores.grid_of(w, method).get(cell, pd.Series(dtype=float)).dropna().to_numpy()[:, None]
-    return dict(cell=cell, method=method, n=len(x), **compare(x, np.full_like(x, floor[cell]["random"]))) if len(x) and cell in floor else None
+    return (
+        dict(cell=cell, method=method, n=len(x), **compare(x, np.full_like(x, floor[cell]["random"])))
+        if len(x) and cell in floor
+        else None
+    )
 
+
+# %% ../nbs/10b_contexts.ipynb #140ba14e
 def said_of(rows):
     "Comparisons with random actions in words: on which maps they are better, on which not."
-    rows = [r for r in rows if r]; of = lambda word: ", ".join(r["cell"].rsplit(" ", 1)[0] for r in rows if r["verdict"] == word)
-    told = [f"{word} on {on}" for word, on in (("better", of("better")), ("no clear difference", of("no clear difference")), ("worse", of("worse"))) if on]
-    return "; ".join(told) + (f" ({counted(ns[0]) if len(ns := sorted({r['n'] for r in rows})) == 1 else f'{ns[0]} to {ns[-1]} seeds'}" + (": one seed decides nothing" if ns == [1] else "") + ")") if rows else "no runs yet"
+    rows = [r for r in rows if r]
 
+    def of(word):
+        return ", ".join(r["cell"].rsplit(" ", 1)[0] for r in rows if r["verdict"] == word)
+
+    told = [
+        f"{word} on {on}"
+        for word, on in (
+            ("better", of("better")),
+            ("no clear difference", of("no clear difference")),
+            ("worse", of("worse")),
+        )
+        if on
+    ]
+    return (
+        "; ".join(told)
+        + (
+            f" ({counted(ns[0]) if len(ns := sorted({r['n'] for r in rows})) == 1 else f'{ns[0]} to {ns[-1]} seeds'}"
+            + (": one seed decides nothing" if ns == [1] else "")
+            + ")"
+        )
+        if rows
+        else "no runs yet"
+    )
+
+
+# %% ../nbs/10b_contexts.ipynb #5b9f7aa8
 def beats_random(e, scale, seeds=None, partial=True, base="No prompt"):
     "One sentence a quality of the data: where does `base`, and the best method of each map, win more games than random actions?"
     w, floor, groups, out = scores.last(scores.frame(e, scale, seeds, partial)), floors(e, scale, seeds), {}, []
-    for c in scores.cells_of(e, scale): groups.setdefault(c.rsplit(" ", 1)[-1], []).append(c)
+    for c in scores.cells_of(e, scale):
+        groups.setdefault(c.rsplit(" ", 1)[-1], []).append(c)
     for quality, cells in groups.items():
-        best = {c: max(has, key=has.get) for c in cells if (has := {l: x[c].mean() for l in scores.labels_of(e, scale) for x in [grid_of(w, l)] if c in x})}
-        out.append(f"Against random actions, trained on {quality} data: '{base}': {said_of([over_random(w, floor, c, base) for c in cells])}; the best method of each map: {said_of([over_random(w, floor, c, l) for c, l in best.items()])}.")
+        best = {
+            c: max(has, key=has.get)
+            for c in cells
+            if (has := {l: x[c].mean() for l in scores.labels_of(e, scale) for x in [grid_of(w, l)] if c in x})
+        }
+        out.append(
+            f"Against random actions, trained on {quality} data: '{base}': {said_of([over_random(w, floor, c, base) for c in cells])}; the best method of each map: {said_of([over_random(w, floor, c, l) for c, l in best.items()])}."
+        )
     return "\n".join(out)
+
 
 # %% ../nbs/10b_contexts.ipynb #af74e405
 def bounds(v):
     "Seeds and interval of a comparison."
-    return f"{counted(v['n'])}, " + ("one seed decides nothing" if pd.isna(v["lo"]) else f"95 % interval {v['lo']:+.1f} to {v['hi']:+.1f}")
+    return f"{counted(v['n'])}, " + (
+        "one seed decides nothing" if pd.isna(v["lo"]) else f"95 % interval {v['lo']:+.1f} to {v['hi']:+.1f}"
+    )
 
+
+# %% ../nbs/10b_contexts.ipynb #e1bd1a87
 def against(df, a, b, families):
     "Method a minus method b on each family, for the seeds that both have; one dict each."
     for fam in families:
         x, y = paired(df, a, b, fam)
-        if x.size and x.shape == y.shape: yield dict(family=fam, method=a, against=b, n=len(x), **compare(x, y))
+        if x.size and x.shape == y.shape:
+            yield dict(family=fam, method=a, against=b, n=len(x), **compare(x, y))
 
+
+# %% ../nbs/10b_contexts.ipynb #b0c3cd73
 def answer(question, rows):
     "Comparisons on families as one sentence."
-    word = dict(better="yes", worse="no, the opposite"); rows = list(rows)
-    return f"{question} " + ("; ".join(f"{r['family']}: {word.get(r['verdict'], 'no clear difference')}, {r['difference']:+.1f} ({bounds(r)})" for r in rows) or "no runs yet") + "."
+    word = dict(better="yes", worse="no, the opposite")
+    rows = list(rows)
+    return (
+        f"{question} "
+        + (
+            "; ".join(
+                f"{r['family']}: {word.get(r['verdict'], 'no clear difference')}, {r['difference']:+.1f} ({bounds(r)})"
+                for r in rows
+            )
+            or "no runs yet"
+        )
+        + "."
+    )
 
-QUESTIONS = (     # question, method, against
-    ("Does a given context help, against the null prompt?", GIVEN, NULL), ("Does it matter whose context it is (against a wrong task's)?", GIVEN, WRONG), ("Does a collected context help, against the null prompt?", COLLECTED, NULL),
-    ("Is a given context above the one-hot upper bound?", GIVEN, BOUND), ("Is a given context above Prompt-DT?", GIVEN, "Prompt-DT"), ("Does tuning add to a given context?", "CMT, tuned context vectors", GIVEN),
-    ("Are tuned vectors above random frozen ones?", "CMT, tuned context vectors", "CMT, random frozen prompt"), ("And above vectors tuned on shuffled trajectories?", "CMT, tuned context vectors", "CMT, tuned on shuffled trajectories"))
+
+# %% ../nbs/10b_contexts.ipynb #f56c1133
+QUESTIONS = (  # question, method, against
+    ("Does a given context help, against the null prompt?", GIVEN, NULL),
+    ("Does it matter whose context it is (against a wrong task's)?", GIVEN, WRONG),
+    ("Does a collected context help, against the null prompt?", COLLECTED, NULL),
+    ("Is a given context above the one-hot upper bound?", GIVEN, BOUND),
+    ("Is a given context above Prompt-DT?", GIVEN, "Prompt-DT"),
+    ("Does tuning add to a given context?", "CMT, tuned context vectors", GIVEN),
+    ("Are tuned vectors above random frozen ones?", "CMT, tuned context vectors", "CMT, random frozen prompt"),
+    (
+        "And above vectors tuned on shuffled trajectories?",
+        "CMT, tuned context vectors",
+        "CMT, tuned on shuffled trajectories",
+    ),
+)
+
 
 def meta_verdict(e, scale, seeds=None, partial=True):
     "One sentence a question about unseen tasks, with every family."
-    df = load(e, scale, seeds, partial); return "\n".join(answer(q, against(df, a, b, e.families)) for q, a, b in QUESTIONS)
+    df = load(e, scale, seeds, partial)
+    return "\n".join(answer(q, against(df, a, b, e.families)) for q, a, b in QUESTIONS)
 
+
+# %% ../nbs/10b_contexts.ipynb #72fa0bf3
 def adaptation_verdict(e, scale, seeds=None, partial=True):
     "Does the last episode bring more than the first, which has no context? One sentence."
-    df = load(e, scale, seeds, partial); df = df[df.metric == "episode_return"]; rows = []
+    df = load(e, scale, seeds, partial)
+    df = df[df.metric == "episode_return"]
+    rows = []
     for fam, d in df.groupby("task", sort=False):
-        first, last = (d[d.step == k].pivot_table(index="seed", columns="task_id", values="value") for k in (d.step.min(), d.step.max())); rows.append(dict(family=fam, n=len(first), **compare(last, first)))
+        first, last = (
+            d[d.step == k].pivot_table(index="seed", columns="task_id", values="value")
+            for k in (d.step.min(), d.step.max())
+        )
+        rows.append(dict(family=fam, n=len(first), **compare(last, first)))
     return answer("Is the last episode above episode 0?", rows)
 
+
+# %% ../nbs/10b_contexts.ipynb #e8d508b6
 def embedding_verdict(e, scale, seeds=None, partial=True):
     "Do contexts lie in the order of the goals? One sentence a family."
-    load(e, scale, seeds, partial); out = []
+    load(e, scale, seeds, partial)
+    out = []
     for fam, o in orders(e, scale, seeds).groupby("family", sort=False):
-        kind = o.by.iloc[0]; x = o[f"{kind}_all"]; word = "too few tasks to tell" if o.tasks.iloc[0] < 6 else "more than by chance" if (x > o.chance).all() else "no more than by chance" if (x <= o.chance).all() else "more than by chance in some seeds only"
-        what = "distances between tasks and between goals" if kind == "distance" else "first component and goal"; alone = f", {ranged(o[f'{kind}_unseen'])} over the {o.unseen.iloc[0]} unseen alone" if o.unseen.iloc[0] else ", and no task is unseen"
-        out.append(f"{fam}: {what} have a rank correlation of {ranged(x)} over {o.tasks.iloc[0]} tasks{alone}, {counted(len(o))}" + (", one seed decides nothing" if len(o) == 1 else "") + ("" if o.before.isna().all() else f"; an untrained encoder has {ranged(o.before)}") + f"; 95 of 100 random orders stay below {o.chance.max():.2f}: {word}.")
+        kind = o.by.iloc[0]
+        x = o[f"{kind}_all"]
+        word = (
+            "too few tasks to tell"
+            if o.tasks.iloc[0] < 6
+            else "more than by chance"
+            if (x > o.chance).all()
+            else "no more than by chance"
+            if (x <= o.chance).all()
+            else "more than by chance in some seeds only"
+        )
+        what = "distances between tasks and between goals" if kind == "distance" else "first component and goal"
+        alone = (
+            f", {ranged(o[f'{kind}_unseen'])} over the {o.unseen.iloc[0]} unseen alone"
+            if o.unseen.iloc[0]
+            else ", and no task is unseen"
+        )
+        out.append(
+            f"{fam}: {what} have a rank correlation of {ranged(x)} over {o.tasks.iloc[0]} tasks{alone}, {counted(len(o))}"
+            + (", one seed decides nothing" if len(o) == 1 else "")
+            + ("" if o.before.isna().all() else f"; an untrained encoder has {ranged(o.before)}")
+            + f"; 95 of 100 random orders stay below {o.chance.max():.2f}: {word}."
+        )
     return "\n".join(out) or "no runs yet"
 
+
+# %% ../nbs/10b_contexts.ipynb #3ea7dcee
 def pairs(w, methods, bases):
     "One sentence a method and base, over all cells of single tasks or games."
-    return "\n".join(scores.answer(f"Is '{a}' above '{b}'?", pd.DataFrame(list(scores.against(w, a, b)), columns=scores.VERDICT)) for a in methods for b in bases)
+    return "\n".join(
+        scores.answer(f"Is '{a}' above '{b}'?", pd.DataFrame(list(scores.against(w, a, b)), columns=scores.VERDICT))
+        for a in methods
+        for b in bases
+    )
 
+
+# %% ../nbs/10b_contexts.ipynb #f4ca847a
 def single_verdict(e, scale, seeds=None, partial=True):
     "One sentence a want and a control."
-    return pairs(scores.last(scores.frame(e, scale, seeds, partial)), ("Prompt towards the best 10 %", "Prompt by advantage", "Prompt by returns"), ("Random frozen prompt", "No prompt", "Prompt on shuffled trajectories", "Full fine-tuning", "LoRA"))
+    return pairs(
+        scores.last(scores.frame(e, scale, seeds, partial)),
+        ("Prompt towards the best 10 %", "Prompt by advantage", "Prompt by returns"),
+        ("Random frozen prompt", "No prompt", "Prompt on shuffled trajectories", "Full fine-tuning", "LoRA"),
+    )
 
+
+# %% ../nbs/10b_contexts.ipynb #53993a1b
 def skirmish_verdict(e, scale, seeds=None, partial=True):
     "Against random actions, and one sentence a prompt and a control."
-    w = scores.last(scores.frame(e, scale, seeds, partial)); return beats_random(e, scale, seeds, partial) + "\n" + pairs(w, ("Prompt a map, the best 10 %", "Prompt an agent, the best 10 %"), ("No prompt", "Random frozen prompt", "Prompt on shuffled trajectories"))
+    w = scores.last(scores.frame(e, scale, seeds, partial))
+    return (
+        beats_random(e, scale, seeds, partial)
+        + "\n"
+        + pairs(
+            w,
+            ("Prompt a map, the best 10 %", "Prompt an agent, the best 10 %"),
+            ("No prompt", "Random frozen prompt", "Prompt on shuffled trajectories"),
+        )
+    )
+
 
 # %% ../nbs/10b_contexts.ipynb #d8c53624
 DRAW = dict(adaptation=adaptation, embedding=embedding, range=along, length=length, wins=wins)
-READ = dict(adaptation="Mean over test tasks, then mean and range over seeds. ", embedding="Small: a context; large: the mean of a task. Titles: mean and range over seeds. ", range="Mean and range over seeds. ", length="Lines: means; dots: seeds. ", bars="Dots: seeds. ",
-            wins="Games won: mean ± std over seeds, n where not all seeds are there; IQM over seeds with its 95 % bootstrap interval. The last columns: random legal actions, and the policy that made the data. ")
+READ = dict(
+    adaptation="Mean over test tasks, then mean and range over seeds. ",
+    embedding="Small: a context; large: the mean of a task. Titles: mean and range over seeds. ",
+    range="Mean and range over seeds. ",
+    length="Lines: means; dots: seeds. ",
+    bars="Dots: seeds. ",
+    wins="Games won: mean ± std over seeds, n where not all seeds are there; IQM over seeds with its 95 % bootstrap interval. The last columns: random legal actions, and the policy that made the data. ",
+)
+
 
 def caption(e, scale, t=None):
     "Protocol, how to read it, what the mean is over, what this scale leaves out."
-    if e.kind == "table": return results.caption(e, scale, t)
-    over = "" if t is None or "source" not in t else next((f"Mean {s}. " for s in t[t.cell.str.startswith("mean of")].source), "")
+    if e.kind == "table":
+        return results.caption(e, scale, t)
+    over = (
+        ""
+        if t is None or "source" not in t
+        else next((f"Mean {s}. " for s in t[t.cell.str.startswith("mean of")].source), "")
+    )
     return f"{e.title}, {scale} scale. {e.protocol.strip()} {READ.get(e.kind, scores.READ.get(e.kind, ''))}{over}{scores.left_out(e, scale)}".strip()
 
+
+# %% ../nbs/10b_contexts.ipynb #ae4319c4
 def show(e, scale, wanted, partial=False):
     "In a notebook: an exhibit, made and saved, and its caption."
     from IPython.display import Markdown, display
     from matplotlib.pyplot import close
-    if e.id not in wanted: return print(f"{e.id}: not asked for")
+
+    if e.id not in wanted:
+        return print(f"{e.id}: not asked for")
     t = scores.tidy(e, scale, partial=partial) if e.kind in ("scores", "wins") else None
-    shown = results.make(e, scale, partial=partial); display(shown, Markdown(caption(e, scale, t)))
-    if not isinstance(shown, pd.DataFrame): close(shown)
+    shown = results.make(e, scale, partial=partial)
+    display(shown, Markdown(caption(e, scale, t)))
+    if not isinstance(shown, pd.DataFrame):
+        close(shown)

@@ -4,267 +4,480 @@
 
 # %% ../nbs/00_core.ipynb #e0674bab
 from __future__ import annotations
-import contextlib, difflib, errno, hashlib, json, math, os, sys, time
-from dataclasses import dataclass, asdict, fields, is_dataclass
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'PromptnbError', 'check_choice', 'root', 'data_dir', 'minari_dir', 'runs_dir', 'results_dir', 'figures_dir',
-           'seed_for', 'rng_for', 'Steps', 'Batch', 'action_loss', 'choice_loss', 'over_steps', 'Row', 'plain',
-           'fingerprint', 'sha256_file', 'code_fingerprint', 'write_atomic', 'disk_error', 'write_json', 'read_json',
-           'save_tensors', 'load_tensors', 'differing', 'Checkpoints', 'server_answers', 'minari_dataset', 'run_lock',
-           'progress']
+__all__ = [
+    "FORMAT",
+    "PromptnbError",
+    "check_choice",
+    "root",
+    "data_dir",
+    "minari_dir",
+    "runs_dir",
+    "results_dir",
+    "figures_dir",
+    "seed_for",
+    "rng_for",
+    "Steps",
+    "Batch",
+    "action_loss",
+    "choice_loss",
+    "over_steps",
+    "Row",
+    "plain",
+    "fingerprint",
+    "sha256_file",
+    "code_fingerprint",
+    "write_atomic",
+    "disk_error",
+    "write_json",
+    "read_json",
+    "save_tensors",
+    "load_tensors",
+    "differing",
+    "Checkpoints",
+    "server_answers",
+    "minari_dataset",
+    "run_lock",
+    "progress",
+]
+
 
 # %% ../nbs/00_core.ipynb #de71b579
 class PromptnbError(Exception):
     "Something the user can mend; the message is one line that says what and how."
 
+
+# %% ../nbs/00_core.ipynb #5ec7321f
 def check_choice(name, options, what="name"):
     "Return `name` if it is one of `options`, else raise with the nearest valid one."
     options = [str(o) for o in options]
-    if str(name) in options: return name
+    if str(name) in options:
+        return name
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'?" if near else "there are none." if not options else f"choose one of: {', '.join(options[:12])}"
+    hint = (
+        f"did you mean '{near[0]}'?"
+        if near
+        else "there are none."
+        if not options
+        else f"choose one of: {', '.join(options[:12])}"
+    )
     raise PromptnbError(f"unknown {what} '{name}': {hint}")
+
 
 # %% ../nbs/00_core.ipynb #9270879a
 def root() -> Path:
     "The workbook's root folder."
-    if home := os.environ.get("PROMPTNB_HOME"): return Path(home).resolve()
+    if home := os.environ.get("PROMPTNB_HOME"):
+        return Path(home).resolve()
     here = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
-    return next((p for p in (here, *Path.cwd().parents, Path.cwd()) if (p/"settings.ini").exists()), Path.cwd())
+    return next((p for p in (here, *Path.cwd().parents, Path.cwd()) if (p / "settings.ini").exists()), Path.cwd())
 
-def data_dir() -> Path: return root()/"data"
-def minari_dir() -> Path: return Path(os.environ.get("MINARI_DATASETS_PATH") or data_dir()/"minari")
-def runs_dir() -> Path: return data_dir()/"runs"
-def results_dir(paper) -> Path: return data_dir()/"results"/paper
-def figures_dir(paper) -> Path: return root()/"figures"/paper
+
+# %% ../nbs/00_core.ipynb #a110db6b
+def data_dir() -> Path:
+    return root() / "data"
+
+
+# %% ../nbs/00_core.ipynb #ac5deee6
+def minari_dir() -> Path:
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or data_dir() / "minari")
+
+
+# %% ../nbs/00_core.ipynb #70423043
+def runs_dir() -> Path:
+    return data_dir() / "runs"
+
+
+# %% ../nbs/00_core.ipynb #a70ac8dc
+def results_dir(paper) -> Path:
+    return data_dir() / "results" / paper
+
+
+# %% ../nbs/00_core.ipynb #518edc45
+def figures_dir(paper) -> Path:
+    return root() / "figures" / paper
+
 
 # %% ../nbs/00_core.ipynb #364475e8
 def seed_for(*parts) -> int:
     "A 63-bit seed, the same on every machine and Python version, from the parts' names."
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
+
+# %% ../nbs/00_core.ipynb #6547580a
 def rng_for(*parts) -> np.random.Generator:
     "A NumPy generator that belongs to these parts alone."
     return np.random.default_rng(seed_for(*parts))
+
 
 # %% ../nbs/00_core.ipynb #bfec114f
 @dataclass(frozen=True)
 class Steps:
     "Left-padded windows of steps. Leading dimensions are free: (B, K) in training, (G, m, K) when m prompts of G tasks are tried."
-    s: "torch.Tensor"     # (..., K, S) float32, normalised
-    a: "torch.Tensor"     # (..., K, A) float32
-    rtg: "torch.Tensor"   # (..., K, 1) float32, scaled
-    t: "torch.Tensor"     # (..., K)    int64
-    mask: "torch.Tensor"  # (..., K)    float32, 1 on real steps
 
-    def map(self, f): return Steps(*(f(getattr(self, n.name)) for n in fields(self)))
-    def to(self, device): return self.map(lambda x: x.to(device))
-    def __getitem__(self, i): return self.map(lambda x: x[i])
-    def __len__(self): return len(self.t)
-    def __repr__(self): return f"Steps(s={tuple(self.s.shape)}, a={tuple(self.a.shape)}, real={self.mask.mean().item():.0%})"
+    s: torch.Tensor  # (..., K, S) float32, normalised
+    a: torch.Tensor  # (..., K, A) float32
+    rtg: torch.Tensor  # (..., K, 1) float32, scaled
+    t: torch.Tensor  # (..., K)    int64
+    mask: torch.Tensor  # (..., K)    float32, 1 on real steps
 
+    def map(self, f):
+        return Steps(*(f(getattr(self, n.name)) for n in fields(self)))
+
+    def to(self, device):
+        return self.map(lambda x: x.to(device))
+
+    def __getitem__(self, i):
+        return self.map(lambda x: x[i])
+
+    def __len__(self):
+        return len(self.t)
+
+    def __repr__(self):
+        return f"Steps(s={tuple(self.s.shape)}, a={tuple(self.a.shape)}, real={self.mask.mean().item():.0%})"
+
+
+# %% ../nbs/00_core.ipynb #d1c62863
 @dataclass(frozen=True)
 class Batch:
     "What a model is trained on: windows of history and, where the method has them, one prompt a row."
-    history: Steps              # (B, K, .)
-    prompt: Steps | None = None # (B, P, .)
-    task: "torch.Tensor | None" = None   # (B,) int64: which of the sampler's tasks, counted from 0
-    def to(self, device): return Batch(self.history.to(device), self.prompt and self.prompt.to(device), None if self.task is None else self.task.to(device))
-    def __len__(self): return len(self.history)
+
+    history: Steps  # (B, K, .)
+    prompt: Steps | None = None  # (B, P, .)
+    task: torch.Tensor | None = None  # (B,) int64: which of the sampler's tasks, counted from 0
+
+    def to(self, device):
+        return Batch(
+            self.history.to(device),
+            self.prompt and self.prompt.to(device),
+            None if self.task is None else self.task.to(device),
+        )
+
+    def __len__(self):
+        return len(self.history)
+
 
 # %% ../nbs/00_core.ipynb #32b498d9
 def action_loss(pred, target, mask, reduction="mean"):
     "MSE over real steps: pred, target (..., K, A), mask (..., K). 'mean' over all real steps, or 'none': one value per row (...)."
     return over_steps(((pred - target) ** 2).mean(-1), mask, reduction)
 
+
+# %% ../nbs/00_core.ipynb #8029ddb3
 def choice_loss(scores, target, mask, reduction="mean"):
     "Cross-entropy in nats over real steps: scores and one-hot target (..., K, A), mask (..., K)."
     return over_steps(-(scores.log_softmax(-1) * target).sum(-1), mask, reduction)
 
+
+# %% ../nbs/00_core.ipynb #0131fb88
 def over_steps(err, mask, reduction="mean"):
     "Errors (..., K) averaged over real steps: of all rows, or 'none': of each row (...)."
-    if reduction == "none": return (err * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    if reduction == "none":
+        return (err * mask).sum(-1) / mask.sum(-1).clamp(min=1)
     return (err * mask).sum() / mask.sum()
+
 
 # %% ../nbs/00_core.ipynb #4357d9c9
 @dataclass(frozen=True)
 class Row:
     "One metric of one method on one task at one step."
+
     paper: str
-    task: str             # family
+    task: str  # family
     task_id: int
     method: str
     seed: int
     scale: str
-    step: int             # training or tuning step
-    metric: str           # 'return', 'length', 'loss', ...
+    step: int  # training or tuning step
+    metric: str  # 'return', 'length', 'loss', ...
     value: float
     n_episodes: int
-    trainable: int        # parameters that tuning moved
-    env_steps: int        # environment steps that tuning spent (0: offline)
+    trainable: int  # parameters that tuning moved
+    env_steps: int  # environment steps that tuning spent (0: offline)
     run_id: str
+
 
 # %% ../nbs/00_core.ipynb #f934d70e
 def plain(x):
     "Dataclasses, tuples, arrays and paths as JSON types; a NaN or infinity becomes a string, so files stay valid JSON."
-    if is_dataclass(x): return {k: plain(v) for k, v in asdict(x).items()}
-    if isinstance(x, dict): return {str(k): plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [plain(v) for v in x]
-    if isinstance(x, np.ndarray): return plain(x.tolist())
-    if isinstance(x, np.generic): return plain(x.item())
-    if isinstance(x, float) and not math.isfinite(x): return str(x)
+    if is_dataclass(x):
+        return {k: plain(v) for k, v in asdict(x).items()}
+    if isinstance(x, dict):
+        return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(v) for v in x]
+    if isinstance(x, np.ndarray):
+        return plain(x.tolist())
+    if isinstance(x, np.generic):
+        return plain(x.item())
+    if isinstance(x, float) and not math.isfinite(x):
+        return str(x)
     return x if isinstance(x, (str, int, float, bool, type(None))) else str(x)
 
+
+# %% ../nbs/00_core.ipynb #19abf008
 def fingerprint(x, n=12) -> str:
     "First `n` hex digits of the SHA-256 of `x` as canonical JSON."
     return hashlib.sha256(json.dumps(plain(x), sort_keys=True).encode()).hexdigest()[:n]
 
+
+# %% ../nbs/00_core.ipynb #3a9d69c4
 def sha256_file(path) -> str:
     "SHA-256 of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
+
+# %% ../nbs/00_core.ipynb #fff24634
 def code_fingerprint(*modules) -> str:
     "Fingerprint of the exported modules' source (all of promptnb by default): what makes a cached result stale."
-    base = Path(__file__).parent if "__file__" in globals() else root()/"promptnb"
-    files = [base/f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
-    code = lambda text: [l for l in text.splitlines() if l.strip() and not l.startswith("# ")]      # cell marks and blank lines say nothing
+    base = Path(__file__).parent if "__file__" in globals() else root() / "promptnb"
+    files = [base / f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
+
+    def code(text):
+        return [
+            l for l in text.splitlines() if l.strip() and not l.startswith("# ")
+        ]  # cell marks and blank lines say nothing
+
     return fingerprint([code(f.read_text()) for f in files if f.name != "_modidx.py"])
+
 
 # %% ../nbs/00_core.ipynb #8d4fb03a
 def write_atomic(path, data: bytes):
     "Replace `path` by `data`, all or nothing; a full disk is one clear line and the old file stays."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as f:
-            for part in [data] if isinstance(data, bytes) else data: f.write(part)
-            f.flush(); os.fsync(f.fileno())
+            for part in [data] if isinstance(data, bytes) else data:
+                f.write(part)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-        fd = os.open(path.parent, os.O_RDONLY); os.fsync(fd); os.close(fd)
+        fd = os.open(path.parent, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
     except OSError as e:
-        with contextlib.suppress(OSError): tmp.unlink()
+        with contextlib.suppress(OSError):
+            tmp.unlink()
         raise disk_error(e, path) from e
     return path
 
+
+# %% ../nbs/00_core.ipynb #61153399
 def disk_error(e: Exception, path):
     "The one line for a full or read-only disk, whichever library met it; other errors come back as they are."
     code = getattr(e, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e): return PromptnbError(f"no space left on the disk for {path}: free some and run the same command again, nothing finished is lost")
-    if code in (errno.EROFS, errno.EACCES): return PromptnbError(f"cannot write {path}: {os.strerror(code).lower()}")
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
+        return PromptnbError(
+            f"no space left on the disk for {path}: free some and run the same command again, nothing finished is lost"
+        )
+    if code in (errno.EROFS, errno.EACCES):
+        return PromptnbError(f"cannot write {path}: {os.strerror(code).lower()}")
     return e
 
-def write_json(path, x): return write_atomic(path, (json.dumps(plain(x), indent=1, allow_nan=False) + "\n").encode())
 
+# %% ../nbs/00_core.ipynb #5dccd80d
+def write_json(path, x):
+    return write_atomic(path, (json.dumps(plain(x), indent=1, allow_nan=False) + "\n").encode())
+
+
+# %% ../nbs/00_core.ipynb #54996874
 def read_json(path):
     "Read a JSON file; a damaged one is refused by name."
-    try: return json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise PromptnbError(f"{path} is damaged (not JSON: {e})") from None
+    try:
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise PromptnbError(f"{path} is damaged (not JSON: {e})") from None
+
 
 # %% ../nbs/00_core.ipynb #aab68186
-FORMAT = 1   # of checkpoints; a newer one is refused by name
+FORMAT = 1  # of checkpoints; a newer one is refused by name
+
 
 def save_tensors(path, tensors: dict, meta: dict):
     "Write tensors (torch) as safetensors and `meta` beside them; the JSON, written last, makes it valid."
     from safetensors.torch import save
+
     path = Path(path)
     write_atomic(path, data := save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
     meta = plain(dict(meta, format=FORMAT, sha256=hashlib.sha256(data).hexdigest()))
     write_json(path.with_suffix(".json"), dict(meta, own=fingerprint(meta, 64)))
     return path
 
+
+# %% ../nbs/00_core.ipynb #b99732a6
 def load_tensors(path, config=None):
     "Read (tensors, meta) after checking existence, format, hash and, where given, the configuration; refusals name the file."
     from safetensors import SafetensorError
     from safetensors.torch import load
-    path = Path(path)
-    if path.suffix != ".safetensors": raise PromptnbError(f"{path} is not a .safetensors file: nothing else is opened")
-    if not path.with_suffix(".json").exists(): raise PromptnbError(f"{path} has no {path.stem}.json beside it: it is not a finished checkpoint")
-    meta = read_json(path.with_suffix(".json"))
-    if not isinstance(meta, dict) or meta.pop("own", None) != fingerprint(meta, 64): raise PromptnbError(f"{path.with_suffix('.json')} is damaged (its hash is not its own)")
-    if meta["format"] > FORMAT: raise PromptnbError(f"{path} has format {meta['format']}, newer than this promptnb reads ({FORMAT}): update promptnb")
-    if config is not None and (diff := differing(meta.get("config", {}), plain(config))): raise PromptnbError(f"{path} is of another run: {diff}; go on as it began, or delete {path.parent}")
-    data = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(data).hexdigest() != meta["sha256"]: raise PromptnbError(f"{path} is damaged ({len(data)} bytes, its hash is not the one recorded)")
-    try: return load(data), meta
-    except SafetensorError as e: raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
 
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise PromptnbError(f"{path} is not a .safetensors file: nothing else is opened")
+    if not path.with_suffix(".json").exists():
+        raise PromptnbError(f"{path} has no {path.stem}.json beside it: it is not a finished checkpoint")
+    meta = read_json(path.with_suffix(".json"))
+    if not isinstance(meta, dict) or meta.pop("own", None) != fingerprint(meta, 64):
+        raise PromptnbError(f"{path.with_suffix('.json')} is damaged (its hash is not its own)")
+    if meta["format"] > FORMAT:
+        raise PromptnbError(
+            f"{path} has format {meta['format']}, newer than this promptnb reads ({FORMAT}): update promptnb"
+        )
+    if config is not None and (diff := differing(meta.get("config", {}), plain(config))):
+        raise PromptnbError(f"{path} is of another run: {diff}; go on as it began, or delete {path.parent}")
+    data = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(data).hexdigest() != meta["sha256"]:
+        raise PromptnbError(f"{path} is damaged ({len(data)} bytes, its hash is not the one recorded)")
+    try:
+        return load(data), meta
+    except SafetensorError as e:
+        raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
+
+
+# %% ../nbs/00_core.ipynb #52afc78c
 def differing(a: dict, b: dict, at="") -> str:
     "The keys in which two configurations differ, with both values; empty if none. Nested ones are named 'fit.lr'."
     both = [(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
-    return ", ".join(differing(x, y, f"{at}{k}.") if isinstance(x, dict) and isinstance(y, dict) else f"{at}{k}: {x!r} there, {y!r} here" for k, x, y in both)
+    return ", ".join(
+        differing(x, y, f"{at}{k}.")
+        if isinstance(x, dict) and isinstance(y, dict)
+        else f"{at}{k}: {x!r} there, {y!r} here"
+        for k, x, y in both
+    )
+
 
 # %% ../nbs/00_core.ipynb #8d749570
 @dataclass
 class Checkpoints:
     "The checkpoints of one run folder; the two newest are kept."
+
     folder: Path
-    config: dict          # what must agree to resume
+    config: dict  # what must agree to resume
     keep: int = 2
 
-    def paths(self): return sorted(Path(self.folder).glob("step-*.json"), reverse=True)
+    def paths(self):
+        return sorted(Path(self.folder).glob("step-*.json"), reverse=True)
+
     def save(self, step, tensors, **meta):
-        save_tensors(Path(self.folder)/f"step-{step:09d}.safetensors", tensors, dict(meta, step=step, config=self.config))
-        keep = {p.stem for p in self.paths()[:self.keep]}
-        for old in sorted(Path(self.folder).glob("*step-*")):      # JSON before tensors; also what a killed run left half written
-            if old.stem not in keep: old.unlink()
+        save_tensors(
+            Path(self.folder) / f"step-{step:09d}.safetensors", tensors, dict(meta, step=step, config=self.config)
+        )
+        keep = {p.stem for p in self.paths()[: self.keep]}
+        for old in sorted(
+            Path(self.folder).glob("*step-*")
+        ):  # JSON before tensors; also what a killed run left half written
+            if old.stem not in keep:
+                old.unlink()
+
     def latest(self):
         "The newest sound checkpoint as (tensors, meta), or None. Each damaged one is named and passed over; another run's is an error."
         for p in self.paths():
-            try: return load_tensors(p.with_suffix(".safetensors"), self.config)
+            try:
+                return load_tensors(p.with_suffix(".safetensors"), self.config)
             except PromptnbError as e:
-                if "another run" in str(e) or "newer than" in str(e): raise
+                if "another run" in str(e) or "newer than" in str(e):
+                    raise
                 print(f"{e}; using the one before", file=sys.stderr)
+
 
 # %% ../nbs/00_core.ipynb #3f11c0d0
 def server_answers(seconds=3):
     "Does the host of Minari's data answer?"
-    import urllib.error, urllib.request
-    if not os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"): return True
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"): return False
-    try: urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds).close()
-    except urllib.error.HTTPError: return True      # it answered, if not to our liking
-    except OSError: return False
+    import urllib.error
+    import urllib.request
+
+    if not os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
+        return True
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True  # it answered, if not to our liking
+    except OSError:
+        return False
     return True
 
+
+# %% ../nbs/00_core.ipynb #3d06d909
 def minari_dataset(id_, download=False):
     "A Minari dataset from Minari's folder, or from its server with `download`."
     import minari
     from minari.storage import get_dataset_path
-    if not (local := get_dataset_path(id_)/"data").exists() and not (download and server_answers()):
-        raise PromptnbError(f"Minari dataset '{id_}' is not in {os.environ.get('MINARI_DATASETS_PATH', '~/.minari/datasets')}" + (", and its server does not answer" if download else "") +
-                            f": run `minari download {id_}` on a machine with a network, and set MINARI_DATASETS_PATH to the folder it is in")
-    try: return minari.load_dataset(id_, download=download and not local.exists())
-    except Exception as e: raise PromptnbError(f"cannot load Minari dataset '{id_}': {(str(e) or type(e).__name__).splitlines()[0]}") from None
+
+    if not (local := get_dataset_path(id_) / "data").exists() and not (download and server_answers()):
+        raise PromptnbError(
+            f"Minari dataset '{id_}' is not in {os.environ.get('MINARI_DATASETS_PATH', '~/.minari/datasets')}"
+            + (", and its server does not answer" if download else "")
+            + f": run `minari download {id_}` on a machine with a network, and set MINARI_DATASETS_PATH to the folder it is in"
+        )
+    try:
+        return minari.load_dataset(id_, download=download and not local.exists())
+    except Exception as e:
+        raise PromptnbError(
+            f"cannot load Minari dataset '{id_}': {(str(e) or type(e).__name__).splitlines()[0]}"
+        ) from None
+
 
 # %% ../nbs/00_core.ipynb #89b0c934
 @contextlib.contextmanager
 def run_lock(folder, wait=0):
     "Hold a run folder; a second holder is refused and told who holds it, after `wait` seconds (-1: it waits as long as it takes)."
     from filelock import FileLock, Timeout
+
     folder = Path(folder)
-    lock, who = FileLock(folder/".lock"), folder/".holder"
-    try: folder.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=wait); who.write_text(str(os.getpid()))
-    except Timeout: raise PromptnbError(f"{folder} is in use by process {who.read_text() if who.exists() else '?'}") from None
-    except OSError as e: lock.release(); raise disk_error(e, folder) from e
-    try: yield folder
-    finally: who.unlink(missing_ok=True); lock.release()
+    lock, who = FileLock(folder / ".lock"), folder / ".holder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=wait)
+        who.write_text(str(os.getpid()))
+    except Timeout:
+        raise PromptnbError(f"{folder} is in use by process {who.read_text() if who.exists() else '?'}") from None
+    except OSError as e:
+        lock.release()
+        raise disk_error(e, folder) from e
+    try:
+        yield folder
+    finally:
+        who.unlink(missing_ok=True)
+        lock.release()
+
 
 # %% ../nbs/00_core.ipynb #ebaf278a
 def progress(it, desc="", total=None, every=0.05, seconds=10.0, out=None):
     "Iterate with progress that suits the place: a bar when live, few plain lines otherwise; none without a `desc`."
-    if not desc: yield from it; return
+    if not desc:
+        yield from it
+        return
     total = total if total is not None else len(it)
     if sys.stderr.isatty():
         from tqdm.auto import tqdm
-        yield from tqdm(it, desc=desc, total=total); return
-    start = last = time.monotonic(); shown = 0
+
+        yield from tqdm(it, desc=desc, total=total)
+        return
+    start = last = time.monotonic()
+    shown = 0
     for i, x in enumerate(it, 1):
         yield x
         now = time.monotonic()
         if i - shown >= every * total and now - last >= seconds:
             left = (now - start) / i * (total - i)
-            print(f"{desc}: {i}/{total} ({i / total:.0%}), {left:.0f} s left", file=out or sys.stdout, flush=True); last, shown = now, i
+            print(f"{desc}: {i}/{total} ({i / total:.0%}), {left:.0f} s left", file=out or sys.stdout, flush=True)
+            last, shown = now, i

@@ -4,7 +4,11 @@
 
 # %% ../nbs/02_data.ipynb #09febf6f
 from __future__ import annotations
-import contextlib, itertools, json, os
+
+import contextlib
+import itertools
+import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,117 +16,244 @@ import numpy as np
 import torch
 
 from . import tasks
-from .core import Batch, PromptnbError, Steps, check_choice, fingerprint, minari_dataset, minari_dir, read_json, seed_for, sha256_file, write_atomic
+from promptnb.core import (
+    Batch,
+    PromptnbError,
+    Steps,
+    check_choice,
+    fingerprint,
+    minari_dataset,
+    minari_dir,
+    read_json,
+    seed_for,
+    sha256_file,
+    write_atomic,
+)
 
 # %% auto #0
-__all__ = ['COLUMNS', 'KINDS', 'Store', 'check_trajectory', 'check_legal', 'check_family', 'sizes', 'from_arrays',
-           'write_columns', 'open_columns', 'cut', 'memory_left', 'join', 'from_minari', 'minari_root', 'load',
-           'subset', 'in_order', 'of_tasks', 'share', 'state_stats', 'Table', 'prompt_rows', 'joined', 'prompt_steps',
-           'pick', 'Sampler', 'Demos', 'demos']
+__all__ = [
+    "COLUMNS",
+    "KINDS",
+    "Store",
+    "check_trajectory",
+    "check_legal",
+    "check_family",
+    "sizes",
+    "from_arrays",
+    "write_columns",
+    "open_columns",
+    "cut",
+    "memory_left",
+    "join",
+    "from_minari",
+    "minari_root",
+    "load",
+    "subset",
+    "in_order",
+    "of_tasks",
+    "share",
+    "state_stats",
+    "Table",
+    "prompt_rows",
+    "joined",
+    "prompt_steps",
+    "pick",
+    "Sampler",
+    "Demos",
+    "demos",
+]
 
 # %% ../nbs/02_data.ipynb #e3c0414a
-COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")   # in the order of their files: widest numbers first
+COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")  # in the order of their files: widest numbers first
+
 
 @dataclass(frozen=True)
 class Store:
     "Trajectories end to end. N steps, M trajectories, sorted by task."
-    s: torch.Tensor       # (N, S) float32, raw observations; of pictures (N, H, W) uint8, the newest frame only
-    a: torch.Tensor       # (N, A) float32; discrete ones one-hot
-    r: torch.Tensor       # (N,)   float32
-    rtg: torch.Tensor     # (N,)   float32, undiscounted sum from this step to the end, own reward included
-    length: torch.Tensor  # (M,)   int64
-    task: torch.Tensor    # (M,)   int64, task id
-    legal: torch.Tensor | None = None   # (N, A) bool, which actions were allowed, where that varies
-    hashes: tuple = ()    # of the files it came from
 
-    def __post_init__(self): object.__setattr__(self, "first", self.length.cumsum(0) - self.length)    # (M,) first row of each trajectory
+    s: torch.Tensor  # (N, S) float32, raw observations; of pictures (N, H, W) uint8, the newest frame only
+    a: torch.Tensor  # (N, A) float32; discrete ones one-hot
+    r: torch.Tensor  # (N,)   float32
+    rtg: torch.Tensor  # (N,)   float32, undiscounted sum from this step to the end, own reward included
+    length: torch.Tensor  # (M,)   int64
+    task: torch.Tensor  # (M,)   int64, task id
+    legal: torch.Tensor | None = None  # (N, A) bool, which actions were allowed, where that varies
+    hashes: tuple = ()  # of the files it came from
+
+    def __post_init__(self):
+        object.__setattr__(self, "first", self.length.cumsum(0) - self.length)  # (M,) first row of each trajectory
+
     @property
-    def columns(self): return {k: v for k in COLUMNS if (v := getattr(self, k)) is not None}
+    def columns(self):
+        return {k: v for k in COLUMNS if (v := getattr(self, k)) is not None}
+
     @property
-    def nbytes(self): return sum(x.numel() * x.element_size() for x in self.columns.values())
+    def nbytes(self):
+        return sum(x.numel() * x.element_size() for x in self.columns.values())
+
     @property
-    def returns(self): return self.rtg[self.first]
+    def returns(self):
+        return self.rtg[self.first]
+
     @property
-    def task_ids(self): return tuple(self.task.unique().tolist())
-    def to(self, device): return replace(self, **{k: v.to(device) for k, v in self.columns.items()})
-    def __len__(self): return len(self.length)
-    def __repr__(self): return f"Store({len(self)} trajectories, {len(self.s):,} steps, {len(self.task_ids)} tasks, return {self.returns.mean():.1f} ± {self.returns.std():.1f})"
+    def task_ids(self):
+        return tuple(self.task.unique().tolist())
+
+    def to(self, device):
+        return replace(self, **{k: v.to(device) for k, v in self.columns.items()})
+
+    def __len__(self):
+        return len(self.length)
+
+    def __repr__(self):
+        return f"Store({len(self)} trajectories, {len(self.s):,} steps, {len(self.task_ids)} tasks, return {self.returns.mean():.1f} ± {self.returns.std():.1f})"
+
 
 # %% ../nbs/02_data.ipynb #36b548df
 def check_trajectory(d, i, S=None, A=None):
     "One trajectory as float32 arrays (s, a, r); what is wrong with it is one line with its index."
     for k in ("observations", "actions", "rewards"):
-        if k not in d: raise PromptnbError(f"trajectory {i} has no '{k}' (it has {', '.join(map(str, d)) or 'nothing'})")
-    try: s, a, r = (np.asarray(d[k]) for k in ("observations", "actions", "rewards")); T = len(r)
-    except (TypeError, ValueError): raise PromptnbError(f"trajectory {i} holds no arrays: rows of unequal length, or a single number") from None
-    if T == 0: raise PromptnbError(f"trajectory {i} has no steps")
-    if any(x.dtype.kind not in "biuf" for x in (s, a, r)): raise PromptnbError(f"trajectory {i} holds Python objects or text, not numbers")
+        if k not in d:
+            raise PromptnbError(f"trajectory {i} has no '{k}' (it has {', '.join(map(str, d)) or 'nothing'})")
+    try:
+        s, a, r = (np.asarray(d[k]) for k in ("observations", "actions", "rewards"))
+        T = len(r)
+    except (TypeError, ValueError):
+        raise PromptnbError(f"trajectory {i} holds no arrays: rows of unequal length, or a single number") from None
+    if T == 0:
+        raise PromptnbError(f"trajectory {i} has no steps")
+    if any(x.dtype.kind not in "biuf" for x in (s, a, r)):
+        raise PromptnbError(f"trajectory {i} holds Python objects or text, not numbers")
     picture = s.dtype == np.uint8 and s.ndim == 3
     if (s.ndim != 2 and not picture) or a.ndim != 2 or r.ndim != 1 or len(a) != T or len(s) not in (T, T + 1):
-        raise PromptnbError(f"trajectory {i}: {T} rewards, but observations {s.shape} and actions {a.shape}; wanted (T, S) or (T+1, S), and (T, A)")
-    if (S is not None and s.shape[1:] != tuple(S)) or (A is not None and a.shape[1] != A): raise PromptnbError(f"trajectory {i}: state and action sizes {sizes(s)}, {a.shape[1]}, but {sizes(S)}, {A} are wanted")
+        raise PromptnbError(
+            f"trajectory {i}: {T} rewards, but observations {s.shape} and actions {a.shape}; wanted (T, S) or (T+1, S), and (T, A)"
+        )
+    if (S is not None and s.shape[1:] != tuple(S)) or (A is not None and a.shape[1] != A):
+        raise PromptnbError(
+            f"trajectory {i}: state and action sizes {sizes(s)}, {a.shape[1]}, but {sizes(S)}, {A} are wanted"
+        )
     s, a, r = (x[:T] if picture and x is s else x[:T].astype(np.float32, copy=False) for x in (s, a, r))
     for n, x in (("observations", s), ("actions", a), ("rewards", r)):
-        if not np.isfinite(x).all(): raise PromptnbError(f"trajectory {i}: '{n}' has NaN or infinity at step {int(np.argwhere(~np.isfinite(x))[0][0])}")
+        if not np.isfinite(x).all():
+            raise PromptnbError(
+                f"trajectory {i}: '{n}' has NaN or infinity at step {int(np.argwhere(~np.isfinite(x))[0][0])}"
+            )
     return s, a, r
 
+
+# %% ../nbs/02_data.ipynb #59025957
 def check_legal(d, i, T, A):
     "A trajectory's 'legal' as (T, A) bool."
-    if "legal" not in d: raise PromptnbError(f"trajectory {i} has no 'legal', but others have")
-    try: x = np.asarray(d["legal"], bool)[:T]
-    except (TypeError, ValueError): x = np.zeros(0)
-    if x.shape != (T, A): raise PromptnbError(f"trajectory {i}: 'legal' is {x.shape or 'no array'}, but {(T, A)} is wanted")
+    if "legal" not in d:
+        raise PromptnbError(f"trajectory {i} has no 'legal', but others have")
+    try:
+        x = np.asarray(d["legal"], bool)[:T]
+    except (TypeError, ValueError):
+        x = np.zeros(0)
+    if x.shape != (T, A):
+        raise PromptnbError(f"trajectory {i}: 'legal' is {x.shape or 'no array'}, but {(T, A)} is wanted")
     return x
 
+
+# %% ../nbs/02_data.ipynb #bf80a51e
 def check_family(fam, s, a, trajectories, task_ids):
     "Do arrays belong to the family? Its sizes, its tasks, actions in [-1, 1]."
-    if s.shape[1:] != (fam.frames[1:] or (fam.state_dim,)) or a.shape[1] != fam.act_dim: raise PromptnbError(f"trajectories have states and actions of sizes {sizes(s)}, {a.shape[1]}, but {fam.name} has {sizes(fam.frames[1:] or (fam.state_dim,))}, {fam.act_dim}")
-    if (bad := [i for i in task_ids if i not in fam.task_ids]): raise PromptnbError(f"trajectory {list(task_ids).index(bad[0])} is of task {bad[0]}, but {fam.name} has tasks {', '.join(map(str, fam.task_ids[:8]))}{', ...' * (fam.n_tasks > 8)}")
+    if s.shape[1:] != (fam.frames[1:] or (fam.state_dim,)) or a.shape[1] != fam.act_dim:
+        raise PromptnbError(
+            f"trajectories have states and actions of sizes {sizes(s)}, {a.shape[1]}, but {fam.name} has {sizes(fam.frames[1:] or (fam.state_dim,))}, {fam.act_dim}"
+        )
+    if bad := [i for i in task_ids if i not in fam.task_ids]:
+        raise PromptnbError(
+            f"trajectory {list(task_ids).index(bad[0])} is of task {bad[0]}, but {fam.name} has tasks {', '.join(map(str, fam.task_ids[:8]))}{', ...' * (fam.n_tasks > 8)}"
+        )
     for i, d in enumerate(trajectories):
-        if (top := np.abs(d["actions"]).max()) > 1 + 1e-5: raise PromptnbError(f"trajectory {i}: an action is {top:.3g}, but policies act in [-1, 1]: divide by the environment's bounds")
+        if (top := np.abs(d["actions"]).max()) > 1 + 1e-5:
+            raise PromptnbError(
+                f"trajectory {i}: an action is {top:.3g}, but policies act in [-1, 1]: divide by the environment's bounds"
+            )
 
+
+# %% ../nbs/02_data.ipynb #a648c127
 def sizes(x):
     "A state's size as text: 39, or 84 x 84."
     return " x ".join(map(str, x.shape[1:] if hasattr(x, "shape") else x))
 
+
+# %% ../nbs/02_data.ipynb #fa78e500
 def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
     "A Store from trajectories (dicts of arrays), in order of task; `task_ids`, one each, default 0. With `family`, sizes, actions and tasks must be that family's."
-    if isinstance(trajectories, dict) or not len(trajectories): raise PromptnbError("no trajectories were given: wanted a list of dicts")
+    if isinstance(trajectories, dict) or not len(trajectories):
+        raise PromptnbError("no trajectories were given: wanted a list of dicts")
     task_ids = np.zeros(len(trajectories), int) if task_ids is None else np.asarray(task_ids)
     order = np.argsort(task_ids, kind="stable")
-    if task_ids.dtype.kind not in "iu": raise PromptnbError(f"task ids are {task_ids.dtype}, but whole numbers are wanted")
-    if len(task_ids) != len(trajectories): raise PromptnbError(f"{len(trajectories)} trajectories, but {len(task_ids)} task ids")
+    if task_ids.dtype.kind not in "iu":
+        raise PromptnbError(f"task ids are {task_ids.dtype}, but whole numbers are wanted")
+    if len(task_ids) != len(trajectories):
+        raise PromptnbError(f"{len(trajectories)} trajectories, but {len(task_ids)} task ids")
     s0, a0, _ = check_trajectory(trajectories[0], 0)
     parts = [check_trajectory(trajectories[i], i, s0.shape[1:], a0.shape[1]) for i in order]
-    if family is not None: check_family(tasks.family(family), s0, a0, trajectories, task_ids)
+    if family is not None:
+        check_family(tasks.family(family), s0, a0, trajectories, task_ids)
     rtg = [np.cumsum(r[::-1].astype(np.float64))[::-1].astype(np.float32) for _, _, r in parts]
-    flat = lambda xs: torch.from_numpy(np.concatenate(xs))
-    legal = flat([check_legal(trajectories[i], i, len(r), a0.shape[1]) for i, (_, _, r) in zip(order, parts)]) if any("legal" in d for d in trajectories) else None
-    return Store(flat([p[0] for p in parts]), flat([p[1] for p in parts]), flat([p[2] for p in parts]), flat(rtg), torch.tensor([len(r) for _, _, r in parts]),
-                 torch.from_numpy(task_ids[order].astype(np.int64)), legal, tuple(hashes))
+
+    def flat(xs):
+        return torch.from_numpy(np.concatenate(xs))
+
+    legal = (
+        flat([check_legal(trajectories[i], i, len(r), a0.shape[1]) for i, (_, _, r) in zip(order, parts)])
+        if any("legal" in d for d in trajectories)
+        else None
+    )
+    return Store(
+        flat([p[0] for p in parts]),
+        flat([p[1] for p in parts]),
+        flat([p[2] for p in parts]),
+        flat(rtg),
+        torch.tensor([len(r) for _, _, r in parts]),
+        torch.from_numpy(task_ids[order].astype(np.int64)),
+        legal,
+        tuple(hashes),
+    )
+
 
 # %% ../nbs/02_data.ipynb #03bf5ea0
-KINDS = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8", torch.bool: "BOOL"}    # safetensors' names
+KINDS = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
+
 
 def write_columns(path, stores):
     "Write Stores one after the other as one file of columns, a column at a time: never more than one part of one in memory."
-    stores = list(stores); names = stores[0].columns; head, at = {}, 0
+    stores = list(stores)
+    names = stores[0].columns
+    head, at = {}, 0
     for k, x in names.items():
-        n = sum(len(getattr(s, k)) for s in stores); size = n * x[:1].numel() * x.element_size()
-        head[k] = dict(dtype=KINDS[x.dtype], shape=[n, *x.shape[1:]], data_offsets=[at, at + size]); at += size
-    text = json.dumps(head).encode(); text += b" " * (-len(text) % 8)
+        n = sum(len(getattr(s, k)) for s in stores)
+        size = n * x[:1].numel() * x.element_size()
+        head[k] = dict(dtype=KINDS[x.dtype], shape=[n, *x.shape[1:]], data_offsets=[at, at + size])
+        at += size
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+
     def parts():
         yield len(text).to_bytes(8, "little") + text
         for k in names:
-            for s in stores: yield memoryview(np.ascontiguousarray(getattr(s, k).numpy())).cast("B") if len(getattr(s, k)) else b""
+            for s in stores:
+                yield memoryview(np.ascontiguousarray(getattr(s, k).numpy())).cast("B") if len(getattr(s, k)) else b""
+
     return write_atomic(path, parts())
 
+
+# %% ../nbs/02_data.ipynb #bc0a6010
 def open_columns(path, hashes=()) -> Store:
     "A Store that lies in the file: nothing is read until it is used."
     from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(str(path), "pt") as f: return Store(**{k: f.get_tensor(k) for k in f.keys()}, hashes=tuple(hashes))
-    except (SafetensorError, FileNotFoundError, TypeError) as e: raise PromptnbError(f"{path} is damaged (not columns of a dataset: {e})") from None
+        with safe_open(str(path), "pt") as f:
+            return Store(**{k: f.get_tensor(k) for k in f.keys()}, hashes=tuple(hashes))
+    except (SafetensorError, FileNotFoundError, TypeError) as e:
+        raise PromptnbError(f"{path} is damaged (not columns of a dataset: {e})") from None
+
 
 # %% ../nbs/02_data.ipynb #7929f6d8
 def cut(store, episodes) -> Store:
@@ -130,99 +261,175 @@ def cut(store, episodes) -> Store:
     n = int(store.length[:episodes].sum())
     return replace(store, **{k: x[:episodes] if k in ("length", "task") else x[:n] for k, x in store.columns.items()})
 
-def memory_left(): return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
+# %% ../nbs/02_data.ipynb #6e895c1f
+def memory_left():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# %% ../nbs/02_data.ipynb #9595a362
 def join(stores, folder, mapped=None) -> Store:
     "Stores of one task each as one. Mapped (default: when they would fill half of the free memory): written once to `folder`, and opened there."
-    if len(stores) == 1: return stores[0]
+    if len(stores) == 1:
+        return stores[0]
     stores = sorted(stores, key=lambda s: int(s.task[0]))
     hashes = tuple(h for s in stores for h in s.hashes)
     if not (sum(s.nbytes for s in stores) > memory_left() / 2 if mapped is None else mapped):
         return Store(**{k: torch.cat([getattr(s, k) for s in stores]) for k in stores[0].columns}, hashes=hashes)
-    path = Path(folder)/f"{fingerprint([hashes, [len(s) for s in stores], [int(s.task[0]) for s in stores]])}.safetensors"
+    path = (
+        Path(folder)
+        / f"{fingerprint([hashes, [len(s) for s in stores], [int(s.task[0]) for s in stores]])}.safetensors"
+    )
     return open_columns(path if path.exists() else write_columns(path, stores), hashes)
+
 
 # %% ../nbs/02_data.ipynb #d62a22bc
 def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) -> Store:
     "A Store from Minari datasets, one a task (ids in order); at most `episodes` of each. Discrete actions become one-hot."
     from gymnasium.spaces import Discrete
+
     ids = [ids] if isinstance(ids, str) else list(ids)
     trajs, of = [], []
     with minari_root(root or (minari_dir() if str(ids[0]).startswith("promptnb/") else None)):
         for k, i in enumerate(ids):
             try:
-                ds = minari_dataset(i, download); n = ds.action_space.n if isinstance(ds.action_space, Discrete) else None
+                ds = minari_dataset(i, download)
+                n = ds.action_space.n if isinstance(ds.action_space, Discrete) else None
                 for ep in ds.iterate_episodes(range(min(episodes or ds.total_episodes, ds.total_episodes))):
                     a = np.eye(n, dtype=np.float32)[ep.actions] if n else ep.actions
-                    trajs.append(dict(observations=ep.observations, actions=a, rewards=ep.rewards, **({"legal": ep.infos["legal"]} if "legal" in (ep.infos or {}) else {}))); of.append(task_ids[k] if task_ids is not None else k)
-            except PromptnbError: raise
-            except Exception as e: raise PromptnbError(f"cannot load Minari dataset '{i}': {(str(e) or type(e).__name__).splitlines()[0]}") from None
+                    trajs.append(
+                        dict(
+                            observations=ep.observations,
+                            actions=a,
+                            rewards=ep.rewards,
+                            **({"legal": ep.infos["legal"]} if "legal" in (ep.infos or {}) else {}),
+                        )
+                    )
+                    of.append(task_ids[k] if task_ids is not None else k)
+            except PromptnbError:
+                raise
+            except Exception as e:
+                raise PromptnbError(
+                    f"cannot load Minari dataset '{i}': {(str(e) or type(e).__name__).splitlines()[0]}"
+                ) from None
     return from_arrays(trajs, of)
 
+
+# %% ../nbs/02_data.ipynb #90d7289a
 @contextlib.contextmanager
 def minari_root(root):
     "Minari's folder for a while (None: as it is)."
     before = os.environ.get("MINARI_DATASETS_PATH")
-    if root: os.environ["MINARI_DATASETS_PATH"] = str(root)
-    try: yield
-    finally: os.environ.pop("MINARI_DATASETS_PATH", None) if before is None else os.environ.__setitem__("MINARI_DATASETS_PATH", before)
+    if root:
+        os.environ["MINARI_DATASETS_PATH"] = str(root)
+    try:
+        yield
+    finally:
+        os.environ.pop("MINARI_DATASETS_PATH", None) if before is None else os.environ.__setitem__(
+            "MINARI_DATASETS_PATH", before
+        )
 
+
+# %% ../nbs/02_data.ipynb #e4f971a9
 def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=True, mapped=None) -> Store:
     "The collected data of a family, all tasks or some; hashes are checked against the manifest first."
     fam, root = tasks.family(name), Path(root or minari_dir())
-    path = root/"promptnb"/f"{fam.name}.json"; known, stores = read_json(path) if path.exists() else {}, []
+    path = root / "promptnb" / f"{fam.name}.json"
+    known, stores = read_json(path) if path.exists() else {}, []
     for i in task_ids if task_ids is not None else fam.task_ids:
-        id_ = f"promptnb/{fam.task_name(i)}/{quality}-v0"; e = known.get(id_, {}); file = root/id_/"columns.safetensors"
-        if e.get("episodes", 0) < (episodes or 1) or "columns" not in e: raise PromptnbError(f"dataset {id_} with {episodes or 1} episodes is not here: promptnb collect --family {fam.name} --quality {quality}" + (f" --episodes {episodes}" if episodes else ""))
-        if check and (not file.exists() or sha256_file(file) != e["columns"]): raise PromptnbError(f"{file} is damaged (its hash is not the manifest's): delete the folder {file.parent} and its line in {path}, then collect again")
+        id_ = f"promptnb/{fam.task_name(i)}/{quality}-v0"
+        e = known.get(id_, {})
+        file = root / id_ / "columns.safetensors"
+        if e.get("episodes", 0) < (episodes or 1) or "columns" not in e:
+            raise PromptnbError(
+                f"dataset {id_} with {episodes or 1} episodes is not here: promptnb collect --family {fam.name} --quality {quality}"
+                + (f" --episodes {episodes}" if episodes else "")
+            )
+        if check and (not file.exists() or sha256_file(file) != e["columns"]):
+            raise PromptnbError(
+                f"{file} is damaged (its hash is not the manifest's): delete the folder {file.parent} and its line in {path}, then collect again"
+            )
         stores.append(cut(open_columns(file, [e["columns"]]), (episodes or e["episodes"]) * fam.agents))
-        size = (stores[-1].s.shape[1:], stores[-1].a.shape[1]); want = (fam.frames[1:] or (fam.state_dim,), fam.act_dim)
-        if size != want: raise PromptnbError(f"the {quality} data of {fam.name} have states and actions of sizes {sizes(size[0])}, {size[1]}, but {sizes(want[0])}, {want[1]} are wanted: {root}")
-    return join(stores, root/"promptnb"/".joined", mapped)
+        size = (stores[-1].s.shape[1:], stores[-1].a.shape[1])
+        want = (fam.frames[1:] or (fam.state_dim,), fam.act_dim)
+        if size != want:
+            raise PromptnbError(
+                f"the {quality} data of {fam.name} have states and actions of sizes {sizes(size[0])}, {size[1]}, but {sizes(want[0])}, {want[1]} are wanted: {root}"
+            )
+    return join(stores, root / "promptnb" / ".joined", mapped)
+
 
 # %% ../nbs/02_data.ipynb #a42d5ac3
 def subset(store, trajs) -> Store:
     "A Store of these trajectories only (indices into the Store, which is in order of task)."
-    if not len(trajs): raise PromptnbError("none of the trajectories was chosen")
-    trajs = torch.as_tensor(trajs); rows = torch.cat([torch.arange(f, f + n) for f, n in zip(store.first[trajs].tolist(), store.length[trajs].tolist())])
+    if not len(trajs):
+        raise PromptnbError("none of the trajectories was chosen")
+    trajs = torch.as_tensor(trajs)
+    rows = torch.cat(
+        [torch.arange(f, f + n) for f, n in zip(store.first[trajs].tolist(), store.length[trajs].tolist())]
+    )
     return replace(store, **{k: x[trajs if k in ("length", "task") else rows] for k, x in store.columns.items()})
 
+
+# %% ../nbs/02_data.ipynb #294a67bc
 def in_order(store, task) -> Store:
     "The same trajectories as those of other tasks (one id a trajectory), in order of these."
     return subset(replace(store, task=torch.as_tensor(task)), torch.as_tensor(task).argsort(stable=True))
 
+
+# %% ../nbs/02_data.ipynb #81884bd4
 def of_tasks(store, task_ids) -> Store:
     "A Store of these tasks only."
     return subset(store, torch.isin(store.task, torch.tensor(list(task_ids))).nonzero()[:, 0])
 
+
+# %% ../nbs/02_data.ipynb #cd605413
 def share(store, ratio, seed=0):
     "(a Store of this part of each task's trajectories, their indices)."
-    if not 0 < ratio <= 1: raise PromptnbError(f"ratio is {ratio}, but must be above 0 and at most 1")
-    if ratio == 1: return store, list(range(len(store)))
-    gen = torch.Generator().manual_seed(seed_for(seed, "share")); ids = []
+    if not 0 < ratio <= 1:
+        raise PromptnbError(f"ratio is {ratio}, but must be above 0 and at most 1")
+    if ratio == 1:
+        return store, list(range(len(store)))
+    gen = torch.Generator().manual_seed(seed_for(seed, "share"))
+    ids = []
     for i in store.task_ids:
         t = (store.task == i).nonzero()[:, 0]
-        ids += t[torch.randperm(len(t), generator=gen)[:max(1, round(ratio * len(t)))]].sort().values.tolist()
+        ids += t[torch.randperm(len(t), generator=gen)[: max(1, round(ratio * len(t)))]].sort().values.tolist()
     return subset(store, ids), ids
+
 
 # %% ../nbs/02_data.ipynb #37aa55e5
 def state_stats(stores, task_ids=None, chunk=65_536):
     "Mean (S,) and std (S,) + 1e-6 over the steps of these tasks (default: all) of one Store or several; of pictures 0 and 1. Read in chunks: a mapped Store stays on disk."
     stores = [stores] if isinstance(stores, Store) else stores
-    if stores[0].s.dtype == torch.uint8: return torch.zeros(1), torch.ones(1)
+    if stores[0].s.dtype == torch.uint8:
+        return torch.zeros(1), torch.ones(1)
+
     def over(f):
         total = n = 0
         for st in stores:
-            keep = None if task_ids is None else torch.isin(st.task, torch.tensor(list(task_ids))).repeat_interleave(st.length)
-            for x, k in zip(st.s.split(chunk), keep.split(chunk) if keep is not None else itertools.repeat(slice(None))): x = x[k].double(); total, n = total + f(x).sum(0), n + len(x)
+            keep = (
+                None
+                if task_ids is None
+                else torch.isin(st.task, torch.tensor(list(task_ids))).repeat_interleave(st.length)
+            )
+            for x, k in zip(
+                st.s.split(chunk), keep.split(chunk) if keep is not None else itertools.repeat(slice(None))
+            ):
+                x = x[k].double()
+                total, n = total + f(x).sum(0), n + len(x)
         return total / n
-    mean = over(lambda x: x); std = over(lambda x: (x - mean) ** 2).sqrt()
+
+    mean = over(lambda x: x)
+    std = over(lambda x: (x - mean) ** 2).sqrt()
     return mean.float(), std.float() + 1e-6
+
 
 # %% ../nbs/02_data.ipynb #56b61f14
 @dataclass(frozen=True)
 class Table:
     "A Store ready to be read: states normalised by mean and std (S,), returns-to-go divided by `scale`, pictures stacked."
+
     store: Store
     mean: torch.Tensor
     std: torch.Tensor
@@ -231,7 +438,9 @@ class Table:
 
     def span(self, rows, K):
         "The rows (B, K) from each row (B,) on, left padded with it; which of them are real; and the first row of its trajectory (B,)."
-        st = self.store; j = torch.searchsorted(st.first, rows, right=True) - 1; first = st.first[j]      # each row's trajectory
+        st = self.store
+        j = torch.searchsorted(st.first, rows, right=True) - 1
+        first = st.first[j]  # each row's trajectory
         n = (first + st.length[j] - rows).clamp(max=K)
         at = rows[:, None] + torch.arange(K, device=rows.device) - (K - n)[:, None]
         mask = at >= rows[:, None]
@@ -239,61 +448,94 @@ class Table:
 
     def windows(self, rows, K) -> Steps:
         "From each row (B,) take up to K steps of its trajectory, left padded: Steps (B, K, .)."
-        st = self.store; at, mask, first = self.span(rows, K)
-        take = lambda x, at=at: x.index_select(0, at.flatten()).unflatten(0, at.shape)
+        st = self.store
+        at, mask, first = self.span(rows, K)
+
+        def take(x, at=at):
+            return x.index_select(0, at.flatten()).unflatten(0, at.shape)
+
         s = take(st.s, self.stacked(at, first)) if st.s.dtype == torch.uint8 else (take(st.s) - self.mean) / self.std
-        zero = lambda x: x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
-        return Steps(zero(s), zero(take(st.a)), zero(take(st.rtg)[..., None] / self.scale), zero(at - first[:, None]), mask.float())
+
+        def zero(x):
+            return x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
+
+        return Steps(
+            zero(s),
+            zero(take(st.a)),
+            zero(take(st.rtg)[..., None] / self.scale),
+            zero(at - first[:, None]),
+            mask.float(),
+        )
 
     def rewards(self, rows, K):
         "The rewards of the same windows, in the units of returns-to-go: (B, K, 1)."
         at, mask, _ = self.span(rows, K)
         return self.store.r[at].mul(mask).unsqueeze(-1) / self.scale
 
-    def stacked(self, at, first): return torch.maximum(at[..., None] - torch.arange(self.stack - 1, -1, -1, device=at.device), first[:, None, None])
+    def stacked(self, at, first):
+        return torch.maximum(
+            at[..., None] - torch.arange(self.stack - 1, -1, -1, device=at.device), first[:, None, None]
+        )
+
 
 # %% ../nbs/02_data.ipynb #c072e08a
 def prompt_rows(tab, traj, H, position="tail", gen=None):
     "Where segments of H steps begin in trajectories `traj` (B, J): rows (B, J). position: 'tail' (released code) or 'random' (paper)."
-    store = tab.store; room = (store.length[traj] - H).clamp(min=0)
-    start = (room - 1).clamp(min=0) if position == "tail" else (torch.rand(traj.shape, generator=gen).to(room.device) * (room + 1)).long()
+    store = tab.store
+    room = (store.length[traj] - H).clamp(min=0)
+    start = (
+        (room - 1).clamp(min=0)
+        if position == "tail"
+        else (torch.rand(traj.shape, generator=gen).to(room.device) * (room + 1)).long()
+    )
     return store.first[traj] + start
 
+
+# %% ../nbs/02_data.ipynb #49c86075
 def joined(x, shape, gap=False):
     "Segments (B*J, H, .) side by side: (B, J*H, .); with `gap`, after each one step of zeros: (B, J*(H + 1), .)."
-    if gap: x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+    if gap:
+        x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
     return x.unflatten(0, shape).flatten(1, 2)
 
+
+# %% ../nbs/02_data.ipynb #5ad68bf5
 def prompt_steps(tab, traj, H, position="tail", gen=None, gap=False) -> Steps:
     "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .); with `gap`, an empty step after each."
     return tab.windows(prompt_rows(tab, traj, H, position, gen).flatten(), H).map(lambda x: joined(x, traj.shape, gap))
 
+
+# %% ../nbs/02_data.ipynb #61039b1c
 def pick(store, task_ids, n, gen, which="any", pool=5, least=1):
     "Trajectories (len(task_ids), n) of at least `least` steps drawn per task: of 'any', or of the `pool` of the 'best' or 'worst' by return."
     out = []
     for i in task_ids:
         t = ((store.task == i) & (store.length >= least)).nonzero()[:, 0]
-        if not len(t): raise PromptnbError(f"there is no trajectory of task {i} with {least} steps")
-        if which != "any": t = t[store.returns[t].argsort(descending=which == "best")[:pool]]
+        if not len(t):
+            raise PromptnbError(f"there is no trajectory of task {i} with {least} steps")
+        if which != "any":
+            t = t[store.returns[t].argsort(descending=which == "best")[:pool]]
         out.append(t[torch.randint(len(t), (n,), generator=gen)])
     return torch.stack(out)
+
 
 # %% ../nbs/02_data.ipynb #fb19d3c7
 @dataclass
 class Sampler:
     "Draws Batch t from Generator(seed, t). Prompts come from `prompts` (default: the same store), any trajectory of the task."
+
     store: Store
     mean: torch.Tensor
     std: torch.Tensor
     scale: float
     K: int = 20
-    per_task: int = 16             # released code; the paper says 8
+    per_task: int = 16  # released code; the paper says 8
     tasks_per_batch: int | None = None
-    J: int = 1                     # prompt segments
-    H: int = 5                     # steps a segment; 0: no prompt
+    J: int = 1  # prompt segments
+    H: int = 5  # steps a segment; 0: no prompt
     position: str = "tail"
     prompts: Store | None = None
-    gap: bool = False              # an empty step after each segment, which tells where trajectories meet
+    gap: bool = False  # an empty step after each segment, which tells where trajectories meet
     seed: int = 0
     device: str = "cpu"
 
@@ -309,9 +551,14 @@ class Sampler:
 
     def _spans(self, store, steps):
         "First (G,) and number (G,) of each task's rows or trajectories: they are contiguous."
-        count = torch.stack([(store.length[store.task == i].sum() if steps else (store.task == i).sum()) for i in self.ids.tolist()]).cpu()
-        if (count == 0).any(): raise PromptnbError(f"there is no trajectory of task {self.ids[count == 0][0].item()} to take prompts from")
-        before = torch.stack([(store.length[store.task < i].sum() if steps else (store.task < i).sum()) for i in self.ids.tolist()]).cpu()
+        count = torch.stack(
+            [(store.length[store.task == i].sum() if steps else (store.task == i).sum()) for i in self.ids.tolist()]
+        ).cpu()
+        if (count == 0).any():
+            raise PromptnbError(f"there is no trajectory of task {self.ids[count == 0][0].item()} to take prompts from")
+        before = torch.stack(
+            [(store.length[store.task < i].sum() if steps else (store.task < i).sum()) for i in self.ids.tolist()]
+        ).cpu()
         return before, count
 
     def draw(self, spans, g, shape, gen):
@@ -321,56 +568,93 @@ class Sampler:
 
     def batch(self, t) -> Batch:
         gen = torch.Generator().manual_seed(seed_for(self.seed, "batch", t))
-        G = len(self.ids); n = min(self.tasks_per_batch or G, G)
+        G = len(self.ids)
+        n = min(self.tasks_per_batch or G, G)
         g = torch.randperm(G, generator=gen)[:n] if n < G else torch.arange(G)
         rows = self.draw(self._rows, g, (n, self.per_task), gen).flatten().to(self.device)
         history = self.table.windows(rows, self.K)
         task = g.repeat_interleave(self.per_task).to(self.device)
-        if not self.H: return Batch(history, None, task)
+        if not self.H:
+            return Batch(history, None, task)
         traj = self.draw(self._trajs, g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
         return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen, self.gap), task)
+
 
 # %% ../nbs/02_data.ipynb #89864d61
 @dataclass
 class Demos:
     "Few-shot data of G tasks: the initial prompts (G, P, .), draws of demonstration windows and of more prompts."
-    sampler: Sampler               # over the demonstrations, all tasks in each batch
-    prompt: Steps                  # (G, P, .)
-    J: int = 1                     # how prompts are cut: as in `Sampler`
+
+    sampler: Sampler  # over the demonstrations, all tasks in each batch
+    prompt: Steps  # (G, P, .)
+    J: int = 1  # how prompts are cut: as in `Sampler`
     H: int = 5
     position: str = "tail"
     gap: bool = False
+
     @property
-    def G(self): return len(self.sampler.ids)
+    def G(self):
+        return len(self.sampler.ids)
+
     @property
-    def task_ids(self): return self.sampler.ids.tolist()
+    def task_ids(self):
+        return self.sampler.ids.tolist()
+
     def batch(self, t) -> Steps:
         "Windows (G, B, K, .) of the demonstrations, B = the sampler's per_task."
         return self.sampler.batch(t).history.map(lambda x: x.unflatten(0, (self.G, -1)))
+
     def best(self, share=0.1):
         "The same of the best trajectories by return only: this share of each task's, at least one."
-        st = self.sampler.store; of = [(st.task == i).nonzero()[:, 0] for i in self.task_ids]
-        keep = [t[st.returns[t].argsort(descending=True, stable=True)[:max(1, round(share * len(t)))]].sort().values for t in of]
+        st = self.sampler.store
+        of = [(st.task == i).nonzero()[:, 0] for i in self.task_ids]
+        keep = [
+            t[st.returns[t].argsort(descending=True, stable=True)[: max(1, round(share * len(t)))]].sort().values
+            for t in of
+        ]
         return replace(self, sampler=replace(self.sampler, store=subset(st, torch.cat(keep)), prompts=None))
+
     def segments(self, m, P, gen) -> Steps:
         "m segments of P steps a task, from anywhere in those of its demonstrations that are long enough: Steps (G, m, P, .)."
-        s = self.sampler; traj = pick(s.store, self.task_ids, m, gen, least=P)
-        return prompt_steps(s.table, traj.flatten()[:, None], P, "random", gen).map(lambda x: x.unflatten(0, traj.shape))
+        s = self.sampler
+        traj = pick(s.store, self.task_ids, m, gen, least=P)
+        return prompt_steps(s.table, traj.flatten()[:, None], P, "random", gen).map(
+            lambda x: x.unflatten(0, traj.shape)
+        )
 
     def draw(self, t, m, tasks=None, seed=0):
         "Draw t of a tuner that learns to write prompts: m demonstrations' prompts a task as Steps (n, m, P, .), their rewards (n, m, P, 1) and windows (n, B, K, .) of n tasks (default: all)."
         s, gen = self.sampler, torch.Generator().manual_seed(seed_for(self.sampler.seed, "draw", seed, t))
-        n = min(tasks or self.G, self.G); g = torch.randperm(self.G, generator=gen)[:n] if n < self.G else torch.arange(n)
+        n = min(tasks or self.G, self.G)
+        g = torch.randperm(self.G, generator=gen)[:n] if n < self.G else torch.arange(n)
         rows = s.draw(s._rows, g, (n, s.per_task), gen).flatten().to(s.device)
         traj = s.draw(s._trajs, g, (n, m, self.J), gen).flatten(0, 1).to(s.device)
-        at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten(); cut = lambda x: joined(x, traj.shape, self.gap).unflatten(0, (n, m))
-        return s.table.windows(at, self.H).map(cut), cut(s.table.rewards(at, self.H)), s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1)))
+        at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten()
 
-def demos(store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", which="any", seed=0, gap=False) -> Demos:
+        def cut(x):
+            return joined(x, traj.shape, self.gap).unflatten(0, (n, m))
+
+        return (
+            s.table.windows(at, self.H).map(cut),
+            cut(s.table.rewards(at, self.H)),
+            s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1))),
+        )
+
+
+# %% ../nbs/02_data.ipynb #4866e07c
+def demos(
+    store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", which="any", seed=0, gap=False
+) -> Demos:
     "Draw `n` demonstrations a task and one prompt a task; everything follows from the seed."
     gen = torch.Generator().manual_seed(seed_for(seed, "demos"))
     mean, std, scale = policy.mean.cpu(), policy.std.cpu(), policy.rtg_scale
     chosen = pick(store, store.task_ids, n, gen).unique().tolist() if n else list(range(len(store)))
     traj = pick(prompt_store, store.task_ids, J, gen, which)
-    return Demos(Sampler(subset(store, chosen), mean, std, scale, K=K, per_task=batch, H=0, seed=seed_for(seed, "demo-batches")),
-                 prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen, gap), J, H, position, gap)
+    return Demos(
+        Sampler(subset(store, chosen), mean, std, scale, K=K, per_task=batch, H=0, seed=seed_for(seed, "demo-batches")),
+        prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen, gap),
+        J,
+        H,
+        position,
+        gap,
+    )

@@ -4,6 +4,7 @@
 
 # %% ../nbs/05_evaluate.ipynb #08663a60
 from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,109 +14,199 @@ from . import tasks
 from .core import PromptnbError, Row, Steps, seed_for
 
 # %% auto #0
-__all__ = ['Seat', 'seats', 'Played', 'Buffers', 'PictureBuffers', 'groups_of', 'chosen', 'rollout', 'to_rows']
+__all__ = ["Seat", "seats", "Played", "Buffers", "PictureBuffers", "groups_of", "chosen", "rollout", "to_rows"]
+
 
 # %% ../nbs/05_evaluate.ipynb #6e95c47d
 @dataclass(frozen=True)
 class Seat:
     "One thing to evaluate. `policy` has begin(rows) and act(history, state); `row` is its prompt's row, or one row for each agent of a game."
+
     policy: object
     task: int
     row: int | tuple = 0
 
+
+# %% ../nbs/05_evaluate.ipynb #3521ec9a
 def seats(policy, task_ids, rows=None):
     "One seat a task; prompt rows in order by default."
     return [Seat(policy, int(i), r if rows is None else rows[r]) for r, i in enumerate(task_ids)]
 
+
+# %% ../nbs/05_evaluate.ipynb #eaf0d56d
 @dataclass
 class Played:
     "Returns and lengths (n_seats, n_episodes); `failed` marks episodes whose physics or policy gave NaN (their return is NaN)."
+
     returns: np.ndarray
     lengths: np.ndarray
     failed: np.ndarray
-    trace: dict = field(default_factory=dict)   # with keep=True: s (not of pictures), a, r of every row
-    success: np.ndarray | None = None           # where the environments report it
+    trace: dict = field(default_factory=dict)  # with keep=True: s (not of pictures), a, r of every row
+    success: np.ndarray | None = None  # where the environments report it
+
 
 # %% ../nbs/05_evaluate.ipynb #8273ff10
 class Buffers:
     "The last steps of N episodes on the device; `window(t)` is a view of the last K, left padded."
+
     def __init__(self, n, T, K, S, A, target, device):
-        z = lambda *d: torch.zeros(n, K - 1 + T + 1, *d, device=device)
+        def z(*d):
+            return torch.zeros(n, K - 1 + T + 1, *d, device=device)
+
         self.K, self.s, self.a, self.rtg = K, z(S), z(A), z(1)
         self.t = (torch.arange(K - 1 + T + 1, device=device) - (K - 1)).clamp(min=0).expand(n, -1)
         self.mask = (torch.arange(K - 1 + T + 1, device=device) >= K - 1).float().expand(n, -1)
         self.rtg[:, K - 1, 0] = torch.as_tensor(target, dtype=torch.float32, device=device)
-    def observe(self, t, obs): self.s[:, self.K - 1 + t] = torch.as_tensor(obs, device=self.s.device)
+
+    def observe(self, t, obs):
+        self.s[:, self.K - 1 + t] = torch.as_tensor(obs, device=self.s.device)
+
     def acted(self, t, a, r):
         j = self.K - 1 + t
-        self.a[:, j] = a; self.rtg[:, j + 1, 0] = self.rtg[:, j, 0] - torch.as_tensor(r, dtype=torch.float32, device=a.device)
+        self.a[:, j] = a
+        self.rtg[:, j + 1, 0] = self.rtg[:, j, 0] - torch.as_tensor(r, dtype=torch.float32, device=a.device)
+
     def window(self, t, rows=slice(None)):
         w = slice(t, t + self.K)
         return Steps(self.s[rows, w], self.a[rows, w], self.rtg[rows, w], self.t[rows, w], self.mask[rows, w])
 
+
 # %% ../nbs/05_evaluate.ipynb #61925882
 class PictureBuffers(Buffers):
     "Buffers of pictures: of each episode the last K, uint8, in a ring (N, 2K, C, H, W). A window's pictures are overwritten by later steps."
+
     def __init__(self, n, T, K, frames, A, target, device):
-        super().__init__(n, T, K, 0, A, target, device); self.s = torch.zeros(n, 2 * K, *frames, dtype=torch.uint8, device=device)
-    def observe(self, t, obs): self.s[:, t % self.K::self.K] = torch.as_tensor(obs, device=self.s.device).reshape(len(self.s), 1, *self.s.shape[2:])
+        super().__init__(n, T, K, 0, A, target, device)
+        self.s = torch.zeros(n, 2 * K, *frames, dtype=torch.uint8, device=device)
+
+    def observe(self, t, obs):
+        self.s[:, t % self.K :: self.K] = torch.as_tensor(obs, device=self.s.device).reshape(
+            len(self.s), 1, *self.s.shape[2:]
+        )
+
     def window(self, t, rows=slice(None)):
         i = t % self.K + 1
-        return replace(super().window(t, rows), s=self.s[rows, i:i + self.K])
+        return replace(super().window(t, rows), s=self.s[rows, i : i + self.K])
+
 
 # %% ../nbs/05_evaluate.ipynb #258fa4da
 def groups_of(all_seats, episodes):
     "Rows (seat-major) grouped by model: [(policy, rows, prompt rows)]. Policies that share a model object but not prompts keep their own group."
     by = {}
-    for i, s in enumerate(all_seats): by.setdefault(id(s.policy), (s.policy, []))[1].append(i)
-    return [(p, np.concatenate([np.arange(i * episodes, (i + 1) * episodes) for i in idx]), np.concatenate([np.resize(all_seats[i].row, episodes) for i in idx])) for p, idx in by.values()]
+    for i, s in enumerate(all_seats):
+        by.setdefault(id(s.policy), (s.policy, []))[1].append(i)
+    return [
+        (
+            p,
+            np.concatenate([np.arange(i * episodes, (i + 1) * episodes) for i in idx]),
+            np.concatenate([np.resize(all_seats[i].row, episodes) for i in idx]),
+        )
+        for p, idx in by.values()
+    ]
 
+
+# %% ../nbs/05_evaluate.ipynb #120981d0
 def chosen(scores, legal=None):
     "Scores of discrete actions (N, A) -> the best legal one, one-hot."
-    if legal is not None: scores = scores.masked_fill(~torch.as_tensor(legal, device=scores.device), -torch.inf)
+    if legal is not None:
+        scores = scores.masked_fill(~torch.as_tensor(legal, device=scores.device), -torch.inf)
     return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
 
+
+# %% ../nbs/05_evaluate.ipynb #1ed3cbdc
 @torch.no_grad()
-def rollout(all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep=False, device="cpu", limit=None) -> Played:
+def rollout(
+    all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep=False, device="cpu", limit=None
+) -> Played:
     "Run every seat for `episodes` episodes of at most `limit` steps (default: the family's horizon), all at once. `seed`: a number, or one a seat. `target`: initial return-to-go, a number or one a row (default: the family's)."
     seeds = [seed] * len(all_seats) if np.isscalar(seed) else list(seed)
-    fam = tasks.family(fam); E = episodes * fam.agents; N = len(all_seats) * E      # a row is an agent of an episode
+    fam = tasks.family(fam)
+    E = episodes * fam.agents
+    N = len(all_seats) * E  # a row is an agent of an episode
     T = fam.horizon if limit is None else min(limit, fam.horizon)
-    if fam.frames and not all(getattr(s.policy, "pictures", False) for s in all_seats): raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
+    if fam.frames and not all(getattr(s.policy, "pictures", False) for s in all_seats):
+        raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
     task_rows = np.repeat([s.task for s in all_seats], E)
     vec = tasks.lock_step(fam, task_rows, threads=threads)
-    obs, _ = vec.reset(seed=[seed_for(own, "episode", fam.name, s.task, e) for s, own in zip(all_seats, seeds) for e in range(episodes) for _ in range(fam.agents)])
-    groups = groups_of(all_seats, E); states = [p.begin(rows) for p, _, rows in groups]
+    obs, _ = vec.reset(
+        seed=[
+            seed_for(own, "episode", fam.name, s.task, e)
+            for s, own in zip(all_seats, seeds)
+            for e in range(episodes)
+            for _ in range(fam.agents)
+        ]
+    )
+    groups = groups_of(all_seats, E)
+    states = [p.begin(rows) for p, _, rows in groups]
     K = max(getattr(p, "K", 1) for p, _, _ in groups)
-    buf = (PictureBuffers if fam.frames else Buffers)(N, T, K, fam.frames or fam.state_dim, fam.act_dim, fam.target_return if target is None else target, device)
-    ret, length, alive, bad, a = np.zeros(N), np.zeros(N, int), np.ones(N, bool), np.zeros(N, bool), torch.zeros(N, fam.act_dim, device=device)
-    rewards = np.zeros((N, T)) if keep else None; won, told = np.zeros(N, bool), False
+    buf = (PictureBuffers if fam.frames else Buffers)(
+        N, T, K, fam.frames or fam.state_dim, fam.act_dim, fam.target_return if target is None else target, device
+    )
+    ret, length, alive, bad, a = (
+        np.zeros(N),
+        np.zeros(N, int),
+        np.ones(N, bool),
+        np.zeros(N, bool),
+        torch.zeros(N, fam.act_dim, device=device),
+    )
+    rewards = np.zeros((N, T)) if keep else None
+    won, told = np.zeros(N, bool), False
     for t in range(T):
         buf.observe(t, obs)
         for (p, rows, _), st in zip(groups, states):
-            if st is None: rows = rows[alive[rows]]      # a policy without a state of its rows need not act in finished episodes
+            if st is None:
+                rows = rows[alive[rows]]  # a policy without a state of its rows need not act in finished episodes
             at = slice(None) if len(rows) == N else torch.as_tensor(rows)
-            if len(rows): a[at] = p.act(buf.window(t, at), st)
+            if len(rows):
+                a[at] = p.act(buf.window(t, at), st)
         bad |= alive & ~torch.isfinite(a).all(-1).cpu().numpy()
-        if fam.discrete: a = chosen(a, getattr(vec, "legal", None))
+        if fam.discrete:
+            a = chosen(a, getattr(vec, "legal", None))
         obs, r, term, trunc, info = vec.step(torch.nan_to_num(a).clamp(-1, 1).cpu().numpy())
-        won |= alive & info.get("success", False); told |= "success" in info
-        bad |= alive & ~(np.isfinite(r) & np.isfinite(obs).reshape(N, -1).all(-1)); r, obs = np.nan_to_num(r), np.nan_to_num(obs)
-        ret += r * alive; length += alive
-        if keep: rewards[:, t] = r * alive
+        won |= alive & info.get("success", False)
+        told |= "success" in info
+        bad |= alive & ~(np.isfinite(r) & np.isfinite(obs).reshape(N, -1).all(-1))
+        r, obs = np.nan_to_num(r), np.nan_to_num(obs)
+        ret += r * alive
+        length += alive
+        if keep:
+            rewards[:, t] = r * alive
         buf.acted(t, a, r)
         alive &= ~(term | trunc)
-        if not alive.any(): break
-    vec.close(); ret[bad] = np.nan
-    whole = lambda x, f: f(x.reshape(len(all_seats), episodes, fam.agents), -1)     # an episode is its agents': they share reward and end
-    trace = dict(**{} if fam.frames else dict(s=buf.s[:, K - 1:].cpu().numpy()), a=buf.a[:, K - 1:-1].cpu().numpy(), r=rewards, tasks=task_rows) if keep else {}
-    return Played(whole(ret, np.mean), whole(length, np.max), whole(bad, np.any), trace, whole(won, np.any) if told else None)
+        if not alive.any():
+            break
+    vec.close()
+    ret[bad] = np.nan
+
+    def whole(x, f):
+        return f(
+            x.reshape(len(all_seats), episodes, fam.agents), -1
+        )  # an episode is its agents': they share reward and end
+
+    trace = (
+        dict(
+            **{} if fam.frames else dict(s=buf.s[:, K - 1 :].cpu().numpy()),
+            a=buf.a[:, K - 1 : -1].cpu().numpy(),
+            r=rewards,
+            tasks=task_rows,
+        )
+        if keep
+        else {}
+    )
+    return Played(
+        whole(ret, np.mean), whole(length, np.max), whole(bad, np.any), trace, whole(won, np.any) if told else None
+    )
+
 
 # %% ../nbs/05_evaluate.ipynb #58f30665
 def to_rows(played: Played, all_seats, **known) -> list:
     "Rows of the mean return and length of each seat; `known` fills the other fields (paper, task, method, seed, scale, step, trainable, env_steps, run_id)."
     out = []
     for i, s in enumerate(all_seats):
-        for metric, x in (("return", played.returns[i]), ("length", played.lengths[i]), *([("success", played.success[i])] if played.success is not None else [])):
+        for metric, x in (
+            ("return", played.returns[i]),
+            ("length", played.lengths[i]),
+            *([("success", played.success[i])] if played.success is not None else []),
+        ):
             out.append(Row(task_id=s.task, metric=metric, value=float(x.mean()), n_episodes=len(x), **known))
     return out

@@ -4,7 +4,9 @@
 
 # %% ../nbs/02a_experts.ipynb #fcc1f016
 from __future__ import annotations
-import json, time
+
+import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,149 +16,283 @@ from . import tasks
 from .core import PromptnbError, data_dir, read_json, rng_for, sha256_file, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['NOISE', 'LADDER', 'goal_features', 'Behaviour', 'expert_path', 'load_card', 'load_expert', 'save_expert', 'act_with',
-           'act_random', 'play', 'measured_episodes', 'returns_per_task', 'acting', 'measure_script', 'PPOSettings',
-           'sb3_env', 'fold', 'choose', 'train_expert', 'command_of', 'finish']
+__all__ = [
+    "NOISE",
+    "LADDER",
+    "goal_features",
+    "Behaviour",
+    "expert_path",
+    "load_card",
+    "load_expert",
+    "save_expert",
+    "act_with",
+    "act_random",
+    "play",
+    "measured_episodes",
+    "returns_per_task",
+    "acting",
+    "measure_script",
+    "PPOSettings",
+    "sb3_env",
+    "fold",
+    "choose",
+    "train_expert",
+    "command_of",
+    "finish",
+]
+
 
 # %% ../nbs/02a_experts.ipynb #b23552c5
 def goal_features(fam, task_ids):
     "(N,) task ids -> (N, G) float32; G is 0 where the family has one goal."
-    if fam.n_tasks == 1: return np.zeros((len(task_ids), 0), np.float32)
+    if fam.n_tasks == 1:
+        return np.zeros((len(task_ids), 0), np.float32)
     g = np.array([fam.goals[i] for i in task_ids])
     return (np.stack([np.cos(g), np.sin(g)], -1) if fam.body == "ant" else g[:, None]).astype(np.float32)
+
 
 # %% ../nbs/02a_experts.ipynb #ed3cd9eb
 @dataclass
 class Behaviour:
     "Goal-conditioned snapshots of one training run: `layers` [(C, in, out), (C, out)] x 3, and a card that says how they were made."
+
     family: str
     layers: list
     card: dict
 
     @property
-    def snapshots(self): return self.card["snapshots"]
+    def snapshots(self):
+        return self.card["snapshots"]
+
     def snapshot(self, quality):
         "Index of the snapshot that acts for a quality: 'expert' is the last, 'medium' the one nearest the family's part of the way (a half; D4RL's: a third) from random's return to the expert's."
-        if quality == "expert": return len(self.snapshots) - 1
+        if quality == "expert":
+            return len(self.snapshots) - 1
         r = np.array([s["mean_return"] for s in self.snapshots])
         low = self.card.get("random_mean_return", r[0])
         return int(np.abs(r - (low + tasks.family(self.family).medium * (r[-1] - low))).argmin())
+
     def __call__(self, x, c=-1):
         "(N, S + G) -> mean action (N, A), for snapshot `c`: an index, or one a row."
         for i, (w, b) in enumerate(self.layers):
             x = x @ w[c] + b[c] if np.isscalar(c) else np.einsum("ni,nio->no", x, w[c]) + b[c]
-            if i < len(self.layers) - 1: x = np.tanh(x)
+            if i < len(self.layers) - 1:
+                x = np.tanh(x)
         return np.clip(x, -1, 1)
-    def __repr__(self): return f"Behaviour({self.family}: {len(self.snapshots)} snapshots, returns {[round(s['mean_return'], 1) for s in self.snapshots]})"
+
+    def __repr__(self):
+        return f"Behaviour({self.family}: {len(self.snapshots)} snapshots, returns {[round(s['mean_return'], 1) for s in self.snapshots]})"
+
 
 # %% ../nbs/02a_experts.ipynb #57eb856a
-def expert_path(name): return data_dir()/"experts"/f"{name}.safetensors"
+def expert_path(name):
+    return data_dir() / "experts" / f"{name}.safetensors"
 
+
+# %% ../nbs/02a_experts.ipynb #5603ccac
 def load_card(name) -> dict:
     "What is known of a family's behaviour policy, measured: how it was made, returns of expert and random, and the margin between them that a test asks for."
-    fam = tasks.family(name); path = expert_path(fam.expert if fam.expert not in ("", "script") else fam.name).with_suffix(".json")
-    if not path.exists(): raise PromptnbError(f"no card {path}: promptnb.experts.measure_script('{fam.name}') writes one" if fam.expert == "script" else f"no card {path}")
+    fam = tasks.family(name)
+    path = expert_path(fam.expert if fam.expert not in ("", "script") else fam.name).with_suffix(".json")
+    if not path.exists():
+        raise PromptnbError(
+            f"no card {path}: promptnb.experts.measure_script('{fam.name}') writes one"
+            if fam.expert == "script"
+            else f"no card {path}"
+        )
     return read_json(path)
 
+
+# %% ../nbs/02a_experts.ipynb #0029471c
 def load_expert(name, path=None) -> Behaviour:
     "The shipped policies of a family (shape, hash and card checked)."
     from safetensors import SafetensorError
     from safetensors.numpy import load
-    fam = tasks.family(name); name = fam.expert or fam.name
+
+    fam = tasks.family(name)
+    name = fam.expert or fam.name
     path = Path(path or expert_path(name))
-    if not path.exists(): raise PromptnbError(f"no policy {path}: train it with promptnb.experts.train_expert('{name}')")
+    if not path.exists():
+        raise PromptnbError(f"no policy {path}: train it with promptnb.experts.train_expert('{name}')")
     card = read_json(path.with_suffix(".json"))
-    if sha256_file(path) != card["sha256"]: raise PromptnbError(f"{path} is damaged (its hash is not the one on its card)")
-    try: t = {k: v.astype(np.float32) for k, v in load(path.read_bytes()).items()}
-    except SafetensorError as e: raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
+    if sha256_file(path) != card["sha256"]:
+        raise PromptnbError(f"{path} is damaged (its hash is not the one on its card)")
+    try:
+        t = {k: v.astype(np.float32) for k, v in load(path.read_bytes()).items()}
+    except SafetensorError as e:
+        raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
     return Behaviour(name, [(t[f"w{i}"], t[f"b{i}"]) for i in range(3)], card)
 
+
+# %% ../nbs/02a_experts.ipynb #af093770
 def save_expert(b: Behaviour, path=None):
     "Write weights (float16 safetensors) and card. safetensors writes memory as it lies, so arrays are made contiguous first."
     from safetensors.numpy import save
+
     path = Path(path or expert_path(b.family))
-    write_atomic(path, save({f"{n}{i}": np.ascontiguousarray(x, np.float16) for i, wb in enumerate(b.layers) for n, x in zip("wb", wb)}))
+    write_atomic(
+        path,
+        save(
+            {f"{n}{i}": np.ascontiguousarray(x, np.float16) for i, wb in enumerate(b.layers) for n, x in zip("wb", wb)}
+        ),
+    )
     write_json(path.with_suffix(".json"), dict(b.card, sha256=sha256_file(path), bytes=path.stat().st_size))
     return path
+
 
 # %% ../nbs/02a_experts.ipynb #10dc9aee
 def act_with(b: Behaviour, fam, task_ids, c=-1, noise=0.0, rng=None, rows=0):
     "A function obs (N, S) -> actions (N, A): snapshot `c` (one, or one a row), plus Gaussian noise. Works on at least `rows` rows, so that the last bits of a row, and its noise, do not depend on N."
-    g, n = goal_features(fam, task_ids), len(task_ids); x = np.zeros((max(rows, n), fam.state_dim + g.shape[1]), np.float32); x[:n, fam.state_dim:] = g
+    g, n = goal_features(fam, task_ids), len(task_ids)
+    x = np.zeros((max(rows, n), fam.state_dim + g.shape[1]), np.float32)
+    x[:n, fam.state_dim :] = g
+
     def act(obs):
-        x[:n, :fam.state_dim] = obs
+        x[:n, : fam.state_dim] = obs
         a = b(x, c)[:n] if np.isscalar(c) else b(x[:n], c)
-        return np.clip(a + noise * rng.standard_normal((len(x), fam.act_dim))[:n], -1, 1).astype(np.float32) if noise else a.astype(np.float32)
+        return (
+            np.clip(a + noise * rng.standard_normal((len(x), fam.act_dim))[:n], -1, 1).astype(np.float32)
+            if noise
+            else a.astype(np.float32)
+        )
+
     return act
 
+
+# %% ../nbs/02a_experts.ipynb #9d36e66e
 def act_random(fam, n, rng, rows=0):
     "Uniform actions of n rows; drawn for at least `rows`."
     m = max(rows, n)
-    return lambda obs: rng.integers(fam.act_dim, size=m)[:n] if fam.discrete else rng.uniform(-1, 1, (m, fam.act_dim))[:n].astype(np.float32)
+    return lambda obs: (
+        rng.integers(fam.act_dim, size=m)[:n]
+        if fam.discrete
+        else rng.uniform(-1, 1, (m, fam.act_dim))[:n].astype(np.float32)
+    )
 
+
+# %% ../nbs/02a_experts.ipynb #33af03fa
 def play(vec, act, seed):
     "One episode a row. Arrays (N, T, ...), T the longest: s (T + 1 of them; of pictures the newest frame), a, r, legal where actions have limits; and length, terminated, success (N,)."
     fam, N = vec.family, vec.num_envs
     alive, length, fell, won = np.ones(N, bool), np.zeros(N, int), np.zeros(N, bool), np.zeros(N, bool)
-    newest = lambda obs: obs[:, -1].copy() if fam.frames else obs
-    obs, _ = vec.reset(seed=seed); kept = dict(s=[newest(obs)], a=[], r=[], legal=[])
+
+    def newest(obs):
+        return obs[:, -1].copy() if fam.frames else obs
+
+    obs, _ = vec.reset(seed=seed)
+    kept = dict(s=[newest(obs)], a=[], r=[], legal=[])
     for t in range(fam.horizon):
         a = act(obs)
-        if hasattr(vec, "legal"): kept["legal"].append(vec.legal.copy())
+        if hasattr(vec, "legal"):
+            kept["legal"].append(vec.legal.copy())
         obs, rew, term, trunc, info = vec.step(a)
-        for k, x in (("s", newest(obs)), ("a", a), ("r", rew * alive)): kept[k].append(x)
-        length += alive; fell |= alive & term; won |= alive & info.get("success", False); alive &= ~(term | trunc)
-        if not alive.any(): break
+        for k, x in (("s", newest(obs)), ("a", a), ("r", rew * alive)):
+            kept[k].append(x)
+        length += alive
+        fell |= alive & term
+        won |= alive & info.get("success", False)
+        alive &= ~(term | trunc)
+        if not alive.any():
+            break
     return dict({k: np.stack(v, 1) for k, v in kept.items() if v}, length=length, terminated=fell, success=won)
 
-def measured_episodes(fam): return max(2, 40 // len(fam.task_ids))
 
+# %% ../nbs/02a_experts.ipynb #cda90a81
+def measured_episodes(fam):
+    return max(2, 40 // len(fam.task_ids))
+
+
+# %% ../nbs/02a_experts.ipynb #92fb3b2a
 def returns_per_task(b, fam, c=-1, episodes=None, seed=10_000, threads=None):
     "(n_tasks,) mean undiscounted return of a snapshot, without noise; at least 2 episodes a task and 40 in all."
     episodes = episodes or measured_episodes(fam)
     ids = np.repeat(fam.task_ids, episodes)
-    return play(tasks.lock_step(fam, ids, threads=threads), act_with(b, fam, ids, c), seed)["r"].sum(-1).reshape(-1, episodes).mean(-1)
+    return (
+        play(tasks.lock_step(fam, ids, threads=threads), act_with(b, fam, ids, c), seed)["r"]
+        .sum(-1)
+        .reshape(-1, episodes)
+        .mean(-1)
+    )
+
 
 # %% ../nbs/02a_experts.ipynb #b68856a2
-NOISE = {"expert": 0.1, "medium": 0.1, "medium-expert": 0.1, "replay": 0.3, "medium-replay": 0.3}   # std of the action noise
+NOISE = {
+    "expert": 0.1,
+    "medium": 0.1,
+    "medium-expert": 0.1,
+    "replay": 0.3,
+    "medium-replay": 0.3,
+}  # std of the action noise
+
 
 def acting(vec, quality, rng, expert=None):
     "The function obs -> actions by which a dataset of this quality is played. What a row does is the same whether it plays alone or in a full chunk."
-    fam, n = vec.family, vec.num_envs; kind, rows = tasks.kind_module(fam), max(n, fam.chunk)
-    if hasattr(kind, "script"): return kind.script(vec, quality, rng)
-    if quality == "random": return act_random(fam, n, rng, rows)
-    b = expert or load_expert(fam); medium = b.snapshot("medium")
-    c = {"replay": lambda: rng.integers(len(b.snapshots), size=rows)[:n], "medium-replay": lambda: rng.integers(medium + 1, size=rows)[:n],
-         "medium-expert": lambda: np.where(np.arange(n) % 2, len(b.snapshots) - 1, medium)}.get(quality, lambda: b.snapshot(quality))()
+    fam, n = vec.family, vec.num_envs
+    kind, rows = tasks.kind_module(fam), max(n, fam.chunk)
+    if hasattr(kind, "script"):
+        return kind.script(vec, quality, rng)
+    if quality == "random":
+        return act_random(fam, n, rng, rows)
+    b = expert or load_expert(fam)
+    medium = b.snapshot("medium")
+    c = {
+        "replay": lambda: rng.integers(len(b.snapshots), size=rows)[:n],
+        "medium-replay": lambda: rng.integers(medium + 1, size=rows)[:n],
+        "medium-expert": lambda: np.where(np.arange(n) % 2, len(b.snapshots) - 1, medium),
+    }.get(quality, lambda: b.snapshot(quality))()
     return act_with(b, fam, vec.task_ids, c, NOISE[quality], rng, rows)
+
 
 # %% ../nbs/02a_experts.ipynb #6793822a
 def measure_script(name, episodes=None, best=None, out=None):
     "Play and write the card of a family with scripted behaviour; returns it. `episodes` a task: at least 2 and 40 in all."
-    fam, start = tasks.family(name), time.time(); best = best or fam.qualities[0]; n = episodes or measured_episodes(fam)
+    fam, start = tasks.family(name), time.time()
+    best = best or fam.qualities[0]
+    n = episodes or measured_episodes(fam)
+
     def returns(quality):
-        ids = np.repeat(fam.task_ids, n * fam.agents); vec = tasks.lock_step(fam, ids)
-        p = play(vec, acting(vec, quality, rng_for("card", fam.name, quality)), [10_000 + i // fam.agents for i in range(len(ids))]); vec.close()
+        ids = np.repeat(fam.task_ids, n * fam.agents)
+        vec = tasks.lock_step(fam, ids)
+        p = play(
+            vec,
+            acting(vec, quality, rng_for("card", fam.name, quality)),
+            [10_000 + i // fam.agents for i in range(len(ids))],
+        )
+        vec.close()
         return p["r"].sum(-1).reshape(len(fam.task_ids), -1).mean(-1), p["success"].mean()
-    seen = {q: returns(q) for q in dict.fromkeys((*fam.qualities, "random"))}; expert, random = seen[best][0], seen["random"][0]
+
+    seen = {q: returns(q) for q in dict.fromkeys((*fam.qualities, "random"))}
+    expert, random = seen[best][0], seen["random"][0]
     given = f", episodes={n}" if n != measured_episodes(fam) else ""
-    card = dict(family=fam.name, command=f"promptnb.experts.measure_script('{fam.name}'{given})", seconds=round(time.time() - start), episodes_per_task=n, best=best,
-                random_mean_return=random.mean(), expert_mean_return=expert.mean(), expert_worst_return=expert.min(), margin=(expert.mean() - random.mean()) / 2,
-                returns={q: r.mean() for q, (r, _) in seen.items()}, success={q: s for q, (_, s) in seen.items()})
+    card = dict(
+        family=fam.name,
+        command=f"promptnb.experts.measure_script('{fam.name}'{given})",
+        seconds=round(time.time() - start),
+        episodes_per_task=n,
+        best=best,
+        random_mean_return=random.mean(),
+        expert_mean_return=expert.mean(),
+        expert_worst_return=expert.min(),
+        margin=(expert.mean() - random.mean()) / 2,
+        returns={q: r.mean() for q, (r, _) in seen.items()},
+        success={q: s for q, (_, s) in seen.items()},
+    )
     write_json(out or expert_path(fam.name).with_suffix(".json"), card)
     return card
+
 
 # %% ../nbs/02a_experts.ipynb #7a727cd0
 @dataclass(frozen=True)
 class PPOSettings:
     "PPO for a family of goals. Found by three trials on cheetah-vel (a smaller initial noise and more, smaller minibatches halved the steps needed); nothing here comes from the papers, which used SAC and TD3."
+
     steps: int = 3_200_000
     seed: int = 0
     envs: int = 64
-    n_steps: int = 200            # one episode an iteration
+    n_steps: int = 200  # one episode an iteration
     batch_size: int = 800
     n_epochs: int = 6
-    learning_rate: float = 5e-4   # decays linearly to 5 %
+    learning_rate: float = 5e-4  # decays linearly to 5 %
     gamma: float = 0.98
     gae_lambda: float = 0.95
     clip_range: float = 0.2
@@ -165,8 +301,9 @@ class PPOSettings:
     width: int = 256
     target_kl: float | None = None
     threads: int = 1
-    every: float = 0.02           # of the steps, between snapshots
-    until: float | None = None    # stop at the first snapshot whose mean return reaches it
+    every: float = 0.02  # of the steps, between snapshots
+    until: float | None = None  # stop at the first snapshot whose mean return reaches it
+
 
 # %% ../nbs/02a_experts.ipynb #3bf704d4
 def sb3_env(fam, settings):
@@ -181,39 +318,73 @@ def sb3_env(fam, settings):
             d = fam.state_dim + goal_features(fam, [0]).shape[1]
             super().__init__(settings.envs, Box(-np.inf, np.inf, (d,), np.float32), self.vec.single_action_space)
             self.infos = [{} for _ in range(settings.envs)]
-        def _draw(self, n): return self.rng.choice(fam.task_ids, n)
-        def _see(self, obs): return np.concatenate([obs, goal_features(fam, self.vec.task_ids)], -1)
-        def reset(self): return self._see(self.vec.reset(seed=int(self.rng.integers(2**31)))[0])
-        def step_async(self, actions): self.actions = actions
+
+        def _draw(self, n):
+            return self.rng.choice(fam.task_ids, n)
+
+        def _see(self, obs):
+            return np.concatenate([obs, goal_features(fam, self.vec.task_ids)], -1)
+
+        def reset(self):
+            return self._see(self.vec.reset(seed=int(self.rng.integers(2**31)))[0])
+
+        def step_async(self, actions):
+            self.actions = actions
+
         def step_wait(self):
             obs, r, term, trunc, _ = self.vec.step(self.actions)
             done, seen, infos = term | trunc, self._see(obs), self.infos
             if done.any():
-                infos = [dict(terminal_observation=seen[i], **{"TimeLimit.truncated": bool(trunc[i] and not term[i])}) if done[i] else {} for i in range(self.num_envs)]
+                infos = [
+                    dict(terminal_observation=seen[i], **{"TimeLimit.truncated": bool(trunc[i] and not term[i])})
+                    if done[i]
+                    else {}
+                    for i in range(self.num_envs)
+                ]
                 self.vec.set_tasks(np.where(done, self._draw(self.num_envs), self.vec.task_ids))
                 seen = self._see(self.vec.reset(options=dict(reset_mask=done))[0])
             return seen, r.astype(np.float32), done, infos
-        def close(self): self.vec.close()
-        def get_attr(self, name, indices=None): return [None] * self.num_envs
-        def set_attr(self, name, value, indices=None): raise NotImplementedError(name)
-        def env_method(self, name, *a, indices=None, **k): raise NotImplementedError(name)
-        def env_is_wrapped(self, wrapper, indices=None): return [False] * self.num_envs
+
+        def close(self):
+            self.vec.close()
+
+        def get_attr(self, name, indices=None):
+            return [None] * self.num_envs
+
+        def set_attr(self, name, value, indices=None):
+            raise NotImplementedError(name)
+
+        def env_method(self, name, *a, indices=None, **k):
+            raise NotImplementedError(name)
+
+        def env_is_wrapped(self, wrapper, indices=None):
+            return [False] * self.num_envs
+
     return GoalEnv()
+
 
 # %% ../nbs/02a_experts.ipynb #b9076d8d
 def fold(actor, rms):
     "The actor's three layers as [(in, out), (out,)], with (x - mean) / std folded into the first. Clipping at 10 std is dropped."
-    ls = [(m.weight.detach().cpu().numpy().T.astype(np.float64), m.bias.detach().cpu().numpy().astype(np.float64)) for m in actor]
-    std = np.sqrt(rms.var + 1e-8); w, b = ls[0]
+    ls = [
+        (m.weight.detach().cpu().numpy().T.astype(np.float64), m.bias.detach().cpu().numpy().astype(np.float64))
+        for m in actor
+    ]
+    std = np.sqrt(rms.var + 1e-8)
+    w, b = ls[0]
     ls[0] = (w / std[:, None], b - (rms.mean / std) @ w)
     return [(w.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32)) for w, b in ls]
 
-LADDER = (0, 1 / 6, 0.3, 1 / 2, 3 / 4, 1)   # of the way from the first return to the best
+
+# %% ../nbs/02a_experts.ipynb #016fde62
+LADDER = (0, 1 / 6, 0.3, 1 / 2, 3 / 4, 1)  # of the way from the first return to the best
+
 
 def choose(returns):
     "Indices of the snapshots, up to the best, whose mean returns are nearest to the rungs of the ladder."
-    r = np.array(returns[:int(np.argmax(returns)) + 1])
+    r = np.array(returns[: int(np.argmax(returns)) + 1])
     return sorted({0, len(r) - 1, *(int(np.abs(r - (r[0] + x * (r[-1] - r[0]))).argmin()) for x in LADDER)})
+
 
 # %% ../nbs/02a_experts.ipynb #0e0f247b
 def train_expert(name, settings: PPOSettings = PPOSettings(), out=None):
@@ -222,34 +393,61 @@ def train_expert(name, settings: PPOSettings = PPOSettings(), out=None):
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.vec_env import VecNormalize
+
     fam, st, shots, start = tasks.family(name), settings, [], time.time()
     torch.set_num_threads(st.threads)
     env = VecNormalize(sb3_env(fam, st), gamma=st.gamma)
-    ppo = PPO("MlpPolicy", env, n_steps=st.n_steps, batch_size=st.batch_size, n_epochs=st.n_epochs, learning_rate=lambda left: st.learning_rate * max(left, 0.05),
-              gamma=st.gamma, gae_lambda=st.gae_lambda, clip_range=st.clip_range, ent_coef=st.ent_coef, target_kl=st.target_kl, seed=st.seed, device="cpu",
-              policy_kwargs=dict(net_arch=[st.width] * 2, log_std_init=st.log_std_init))
+    ppo = PPO(
+        "MlpPolicy",
+        env,
+        n_steps=st.n_steps,
+        batch_size=st.batch_size,
+        n_epochs=st.n_epochs,
+        learning_rate=lambda left: st.learning_rate * max(left, 0.05),
+        gamma=st.gamma,
+        gae_lambda=st.gae_lambda,
+        clip_range=st.clip_range,
+        ent_coef=st.ent_coef,
+        target_kl=st.target_kl,
+        seed=st.seed,
+        device="cpu",
+        policy_kwargs=dict(net_arch=[st.width] * 2, log_std_init=st.log_std_init),
+    )
 
     class Snapshots(BaseCallback):
-        def _on_step(self): return st.until is None or not shots or shots[-1]["returns"].mean() < st.until
+        def _on_step(self):
+            return st.until is None or not shots or shots[-1]["returns"].mean() < st.until
+
         def _on_rollout_start(self):
-            if self.num_timesteps >= st.every * st.steps * len(shots): self.take()
+            if self.num_timesteps >= st.every * st.steps * len(shots):
+                self.take()
+
         def take(self):
             mlp, head = self.model.policy.mlp_extractor.policy_net, self.model.policy.action_net
             layers = fold([mlp[0], mlp[2], head], env.obs_rms)
             one = Behaviour(fam.name, [(w[None], b[None]) for w, b in layers], {})
             r = returns_per_task(one, fam, threads=st.threads)
             shots.append(dict(layers=layers, steps=self.num_timesteps, returns=r, seconds=time.time() - start))
-            print(f"{fam.name}: {self.num_timesteps / 1e6:.2f}M steps, {time.time() - start:.0f} s, return mean {r.mean():.1f}, worst goal {r.min():.1f}, std {self.model.policy.log_std.exp().mean().item():.2f}", flush=True)
+            print(
+                f"{fam.name}: {self.num_timesteps / 1e6:.2f}M steps, {time.time() - start:.0f} s, return mean {r.mean():.1f}, worst goal {r.min():.1f}, std {self.model.policy.log_std.exp().mean().item():.2f}",
+                flush=True,
+            )
 
-    snap = Snapshots(); ppo.learn(st.steps, callback=snap)
-    if snap._on_step(): snap.take()
+    snap = Snapshots()
+    ppo.learn(st.steps, callback=snap)
+    if snap._on_step():
+        snap.take()
     return finish(fam, st, shots, time.time() - start, out)
 
+
+# %% ../nbs/02a_experts.ipynb #8c45ec31
 def command_of(name, st):
     "The call that trains this policy again: settings other than the defaults are spelt out."
     own = ", ".join(f"{k}={v!r}" for k, v in asdict(st).items() if v != getattr(PPOSettings(), k))
     return f"promptnb.experts.train_expert('{name}', PPOSettings({own}))"
 
+
+# %% ../nbs/02a_experts.ipynb #07c29a3e
 def finish(fam, st, shots, seconds, out=None):
     "Keep a ladder of snapshots, measure them on episodes that did not choose them, write the card."
     keep = choose([s["returns"].mean() for s in shots])
@@ -257,11 +455,26 @@ def finish(fam, st, shots, seconds, out=None):
     fresh = [returns_per_task(Behaviour(fam.name, layers, {}), fam, c, seed=20_000) for c in range(len(keep))]
     ids = np.repeat(fam.task_ids, measured_episodes(fam))
     rnd = play(tasks.lock_step(fam, ids), act_random(fam, len(ids), rng_for("random", fam.name)), 10_000)["r"].sum(-1)
-    best = fresh[-1].mean(); card = dict(family=fam.name, command=command_of(fam.name, st), settings=asdict(st),
-                seconds=round(seconds), env_steps=shots[-1]["steps"], episodes_per_goal=measured_episodes(fam), random_mean_return=rnd.mean(), expert_mean_return=best, margin=(best - rnd.mean()) / 2,
-                snapshots=[dict(steps=shots[k]["steps"], mean_return=r.mean(), worst_return=r.min()) for k, r in zip(keep, fresh)],
-                expert_return_per_goal=dict(zip(map(str, fam.task_ids), fresh[-1].round(2).tolist())),
-                learning_curve=[(s["steps"], round(s["seconds"]), round(float(s["returns"].mean()), 1), round(float(s["returns"].min()), 1)) for s in shots])
+    best = fresh[-1].mean()
+    card = dict(
+        family=fam.name,
+        command=command_of(fam.name, st),
+        settings=asdict(st),
+        seconds=round(seconds),
+        env_steps=shots[-1]["steps"],
+        episodes_per_goal=measured_episodes(fam),
+        random_mean_return=rnd.mean(),
+        expert_mean_return=best,
+        margin=(best - rnd.mean()) / 2,
+        snapshots=[
+            dict(steps=shots[k]["steps"], mean_return=r.mean(), worst_return=r.min()) for k, r in zip(keep, fresh)
+        ],
+        expert_return_per_goal=dict(zip(map(str, fam.task_ids), fresh[-1].round(2).tolist())),
+        learning_curve=[
+            (s["steps"], round(s["seconds"]), round(float(s["returns"].mean()), 1), round(float(s["returns"].min()), 1))
+            for s in shots
+        ],
+    )
     b = Behaviour(fam.name, layers, json.loads(json.dumps(card, default=float)))
     save_expert(b, out)
     return b

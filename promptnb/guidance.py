@@ -9,221 +9,571 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from . import recipes as rc, results
+from . import recipes as rc
+from . import results
 from .core import root
 from .results import axes_for, load, nothing, reported, runs, summary
 from .scores import counted, label_of, legend
 
 # %% auto #0
-__all__ = ['RANDOM', 'PPO', 'CONSTANT', 'GOALS', 'RULES', 'DECISION', 'ADAPTER', 'UNTUNED', 'LOOK', 'SCORES', 'COLUMNS', 'PANELS',
-           'ALONG', 'PLAIN', 'COUNTS', 'PER', 'QUESTIONS', 'DRAW', 'READ', 'style', 'in_order', 'arms_of', 'mine',
-           'last', 'of', 'stats', 'compare', 'against', 'notes', 'ours', 'published', 'pm', 'as_printed', 'all_of',
-           'scoreboard', 'wilson', 'rates', 'published_rates', 'success', 'over_seeds', 'lines', 'along', 'differs',
-           'grid', 'plain', 'listed', 'exchange', 'examples', 'tunings', 'tuned', 'comprehension', 'words',
-           'behaviours', 'behaviour', 'costs', 'cost', 'points', 'answer', 'main_verdict', 'ablation_verdict',
-           'comprehension_verdict', 'behaviour_verdict', 'caption', 'show']
+__all__ = [
+    "RANDOM",
+    "PPO",
+    "CONSTANT",
+    "GOALS",
+    "RULES",
+    "DECISION",
+    "ADAPTER",
+    "UNTUNED",
+    "LOOK",
+    "SCORES",
+    "COLUMNS",
+    "PANELS",
+    "ALONG",
+    "PLAIN",
+    "COUNTS",
+    "PER",
+    "QUESTIONS",
+    "DRAW",
+    "READ",
+    "style",
+    "in_order",
+    "arms_of",
+    "mine",
+    "last",
+    "of",
+    "stats",
+    "compare",
+    "against",
+    "notes",
+    "ours",
+    "published",
+    "pm",
+    "as_printed",
+    "all_of",
+    "scoreboard",
+    "wilson",
+    "rates",
+    "published_rates",
+    "success",
+    "over_seeds",
+    "lines",
+    "along",
+    "differs",
+    "grid",
+    "plain",
+    "listed",
+    "exchange",
+    "examples",
+    "tunings",
+    "tuned",
+    "comprehension",
+    "words",
+    "behaviours",
+    "behaviour",
+    "costs",
+    "cost",
+    "points",
+    "answer",
+    "main_verdict",
+    "ablation_verdict",
+    "comprehension_verdict",
+    "behaviour_verdict",
+    "caption",
+    "show",
+]
 
 # %% ../nbs/10c_guidance.ipynb #3286a538
-RANDOM, PPO, CONSTANT, GOALS, RULES, DECISION = "Random actions", "PPO", "PPO + constant sentence", "PPO + random goals", "PPO + rule advisor", "PPO + decision LM"
+RANDOM, PPO, CONSTANT, GOALS, RULES, DECISION = (
+    "Random actions",
+    "PPO",
+    "PPO + constant sentence",
+    "PPO + random goals",
+    "PPO + rule advisor",
+    "PPO + decision LM",
+)
 ADAPTER, UNTUNED = "PPO + adapter + decision LM", "PPO + adapter + decision LM, no SFT"
-LOOK = {     # arm: colour of seaborn's colour-blind palette (10: black), marker, line
-    RANDOM: (7, "X", ":"), PPO: (10, "s", "-"), CONSTANT: (5, "v", "--"), GOALS: (3, "P", "--"), RULES: (2, "^", "-"), DECISION: (1, "D", "-"), UNTUNED: (9, "o", "--"), ADAPTER: (0, "o", "-"),
-    "no SFT": (9, "o", "--"), "no comprehension score": (4, "<", "--"), "SFT on gains": (8, ">", "--"), "SFT on achievements": (6, "h", "--"), "encoder re-initialised": (3, "d", ":"), "as released": (7, "p", ":"),
-    "K = 10": (1, "1", ":"), "K = 50": (2, "2", ":"), "K = 500": (4, "3", ":"), "GPT-3.5 as decision LM": (5, "*", "-")}
+LOOK = {  # arm: colour of seaborn's colour-blind palette (10: black), marker, line
+    RANDOM: (7, "X", ":"),
+    PPO: (10, "s", "-"),
+    CONSTANT: (5, "v", "--"),
+    GOALS: (3, "P", "--"),
+    RULES: (2, "^", "-"),
+    DECISION: (1, "D", "-"),
+    UNTUNED: (9, "o", "--"),
+    ADAPTER: (0, "o", "-"),
+    "no SFT": (9, "o", "--"),
+    "no comprehension score": (4, "<", "--"),
+    "SFT on gains": (8, ">", "--"),
+    "SFT on achievements": (6, "h", "--"),
+    "encoder re-initialised": (3, "d", ":"),
+    "as released": (7, "p", ":"),
+    "K = 10": (1, "1", ":"),
+    "K = 50": (2, "2", ":"),
+    "K = 500": (4, "3", ":"),
+    "GPT-3.5 as decision LM": (5, "*", "-"),
+}
+
 
 def style(label):
     "Colour, marker and line of an arm: the same in every figure."
-    if label not in LOOK: return results.style(label)
-    c, marker, line = LOOK[label]; return dict(color=[*sns.color_palette("colorblind"), (0.1, 0.1, 0.1)][c], marker=marker, linestyle=line)
+    if label not in LOOK:
+        return results.style(label)
+    c, marker, line = LOOK[label]
+    return dict(color=[*sns.color_palette("colorblind"), (0.1, 0.1, 0.1)][c], marker=marker, linestyle=line)
 
-def in_order(labels): return sorted(set(labels), key=lambda l: list(LOOK).index(l) if l in LOOK else 99)
-def arms_of(e, scale=None): return in_order(label_of(e, r) for r in rc.recipes_of(e, scale))
-def mine(e): return bool(e.recipes) and all(rc.RECIPES[i].online for i in e.recipes)      # an exhibit of online training: drawn on this page
+
+# %% ../nbs/10c_guidance.ipynb #a1878070
+def in_order(labels):
+    return sorted(set(labels), key=lambda l: list(LOOK).index(l) if l in LOOK else 99)
+
+
+# %% ../nbs/10c_guidance.ipynb #032478d3
+def arms_of(e, scale=None):
+    return in_order(label_of(e, r) for r in rc.recipes_of(e, scale))
+
+
+# %% ../nbs/10c_guidance.ipynb #f1acea84
+def mine(e):
+    return bool(e.recipes) and all(
+        rc.RECIPES[i].online for i in e.recipes
+    )  # an exhibit of online training: drawn on this page
+
 
 # %% ../nbs/10c_guidance.ipynb #660166e1
 def last(e, scale, seeds=None, partial=False):
     "The last value of each metric: a row a label and seed."
     df = load(e, scale, seeds, partial)
-    if not len(df): return pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["label", "seed"]))
+    if not len(df):
+        return pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["label", "seed"]))
     df = df.assign(value=df.value.astype(float))
-    return df[df.step == df.groupby(["run_id", "metric"]).step.transform("max")].pivot_table(index=["label", "seed"], columns="metric", values="value", sort=False)
+    return df[df.step == df.groupby(["run_id", "metric"]).step.transform("max")].pivot_table(
+        index=["label", "seed"], columns="metric", values="value", sort=False
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #997b8f50
 def of(w, label, metric="score"):
     "Values (seeds) of one arm; empty without a run."
-    if metric not in w or label not in w.index.unique("label"): return pd.Series(dtype=float)
+    if metric not in w or label not in w.index.unique("label"):
+        return pd.Series(dtype=float)
     return w[metric].xs(label, level="label").dropna().sort_index()
 
+
+# %% ../nbs/10c_guidance.ipynb #0efdab98
 def stats(x):
     "Values (seeds) -> mean, std, n, IQM and its interval; nothing of no seed."
     return summary(x.to_numpy()[:, None]) if len(x) else {}
 
+
+# %% ../nbs/10c_guidance.ipynb #870dc775
 def compare(a, b):
     "Are the values a (seeds) above b? Mean paired difference, Student's 95 % interval of it, and a word: 'better', 'worse' or 'no clear difference'."
     from scipy.special import stdtrit
-    d = np.asarray(a, float) - np.asarray(b, float); n = len(d); half = stdtrit(n - 1, 0.975) * d.std(ddof=1) / n**0.5 if n > 1 else np.nan     # one seed decides nothing
-    lo, hi = d.mean() - half, d.mean() + half; return dict(difference=d.mean(), lo=lo, hi=hi, verdict="better" if lo > 0 else "worse" if hi < 0 else "no clear difference")
 
+    d = np.asarray(a, float) - np.asarray(b, float)
+    n = len(d)
+    half = stdtrit(n - 1, 0.975) * d.std(ddof=1) / n**0.5 if n > 1 else np.nan  # one seed decides nothing
+    lo, hi = d.mean() - half, d.mean() + half
+    return dict(
+        difference=d.mean(), lo=lo, hi=hi, verdict="better" if lo > 0 else "worse" if hi < 0 else "no clear difference"
+    )
+
+
+# %% ../nbs/10c_guidance.ipynb #38b4c0e5
 def against(w, a, b, metric="score"):
     "Arm a minus arm b over the seeds that both have: one dict; None without a common seed."
-    x, y = of(w, a, metric), of(w, b, metric); seeds = x.index.intersection(y.index)
+    x, y = of(w, a, metric), of(w, b, metric)
+    seeds = x.index.intersection(y.index)
     return dict(method=a, against=b, n=len(seeds), **compare(x[seeds], y[seeds])) if len(seeds) else None
 
+
+# %% ../nbs/10c_guidance.ipynb #691f688a
 def notes(e, scale, seeds=None):
     "{label: '2 missing, 1 failed'} of the runs that an exhibit lacks."
     lack = {}
     for r in runs(e, scale, seeds):
-        if r["state"] != "ok": lack.setdefault(r["label"], []).append(r["state"])
+        if r["state"] != "ok":
+            lack.setdefault(r["label"], []).append(r["state"])
     return {l: ", ".join(f"{bad.count(b)} {b}" for b in dict.fromkeys(bad)) for l, bad in lack.items()}
+
 
 # %% ../nbs/10c_guidance.ipynb #21c40986
 SCORES = ("score", "score_last", "return", "depth", "eval_score")
 
+
 def ours(e, scale, seeds=None, partial=False):
     "One row an arm: mean and std over seeds of each metric; of the score also n, IQM and interval."
-    w, lack, out = last(e, scale, seeds, partial), notes(e, scale, seeds), []; steps = {r["label"]: r["recipe"].online.steps for r in runs(e, scale, seeds)}
+    w, lack, out = last(e, scale, seeds, partial), notes(e, scale, seeds), []
+    steps = {r["label"]: r["recipe"].online.steps for r in runs(e, scale, seeds)}
     for l in arms_of(e, scale):
-        s = {m: stats(of(w, l, m)) for m in SCORES}; row = dict(kind="ours", method=l, env_steps=results.short(steps[l]) if l in steps else "", note=lack.get(l, ""), **{k: s["score"].get(k, np.nan) for k in ("n", "iqm", "lo", "hi")})
+        s = {m: stats(of(w, l, m)) for m in SCORES}
+        row = dict(
+            kind="ours",
+            method=l,
+            env_steps=results.short(steps[l]) if l in steps else "",
+            note=lack.get(l, ""),
+            **{k: s["score"].get(k, np.nan) for k in ("n", "iqm", "lo", "hi")},
+        )
         out.append(row | {k: v.get(x, np.nan) for m, v in s.items() for k, x in ((m, "mean"), (f"{m}_std", "std"))})
-    return pd.DataFrame(out, columns=["kind", "method", "env_steps", "n", "iqm", "lo", "hi", *(c for m in SCORES for c in (m, f"{m}_std")), "note"])
+    return pd.DataFrame(
+        out,
+        columns=[
+            "kind",
+            "method",
+            "env_steps",
+            "n",
+            "iqm",
+            "lo",
+            "hi",
+            *(c for m in SCORES for c in (m, f"{m}_std")),
+            "note",
+        ],
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #0e6a20d4
 def published(paper):
     "One row a method, budget and source: score and reward with their std, as printed there."
-    rep = reported(paper); a, b = (rep[rep.exhibit == x].drop(columns=["exhibit", "family", "n_seeds"]) for x in ("scoreboard", "scoreboard_reward"))
-    t = a.merge(b, on=["method", "steps", "source"], how="outer", suffixes=("", "_b"), sort=False).rename(columns=dict(value="score", std="score_std", value_b="reward", std_b="reward_std", steps="env_steps"))
+    rep = reported(paper)
+    a, b = (
+        rep[rep.exhibit == x].drop(columns=["exhibit", "family", "n_seeds"])
+        for x in ("scoreboard", "scoreboard_reward")
+    )
+    t = a.merge(b, on=["method", "steps", "source"], how="outer", suffixes=("", "_b"), sort=False).rename(
+        columns=dict(value="score", std="score_std", value_b="reward", std_b="reward_std", steps="env_steps")
+    )
     rank = {k: i for i, k in enumerate(dict.fromkeys([*zip(a.method, a.steps), *zip(b.method, b.steps)]))}
-    return t.assign(kind="published", at=[rank[k] for k in zip(t.method, t.env_steps)]).sort_values("at", kind="stable", ignore_index=True).drop(columns="at")
+    return (
+        t.assign(kind="published", at=[rank[k] for k in zip(t.method, t.env_steps)])
+        .sort_values("at", kind="stable", ignore_index=True)
+        .drop(columns="at")
+    )
 
-def pm(m, s, digits=2): return "" if pd.isna(m) else f"{m:.{digits}f}" + ("" if pd.isna(s) else f" ± {s:.{digits}f}")
-def as_printed(x): return f"{x:.1f}" if round(x, 1) == x else f"{x:g}"
-def all_of(d, m): return " / ".join(dict.fromkeys(as_printed(v) + ("" if pd.isna(s) else f" ± {as_printed(s)}") for v, s in zip(d[m], d[f"{m}_std"]) if not pd.isna(v)))
 
+# %% ../nbs/10c_guidance.ipynb #cc38be90
+def pm(m, s, digits=2):
+    return "" if pd.isna(m) else f"{m:.{digits}f}" + ("" if pd.isna(s) else f" ± {s:.{digits}f}")
+
+
+# %% ../nbs/10c_guidance.ipynb #1de82bff
+def as_printed(x):
+    return f"{x:.1f}" if round(x, 1) == x else f"{x:g}"
+
+
+# %% ../nbs/10c_guidance.ipynb #6b9ed290
+def all_of(d, m):
+    return " / ".join(
+        dict.fromkeys(
+            as_printed(v) + ("" if pd.isna(s) else f" ± {as_printed(s)}")
+            for v, s in zip(d[m], d[f"{m}_std"])
+            if not pd.isna(v)
+        )
+    )
+
+
+# %% ../nbs/10c_guidance.ipynb #89d40b00
 def scoreboard(e, scale, seeds=None, partial=False):
     "(printed, tidy) scoreboard: our arms, then the published methods."
     a, b, out = ours(e, scale, seeds, partial), published(e.paper), {}
     for _, r in a.iterrows():
-        iqm = "" if pd.isna(r.iqm) or r.n < 2 else f"{r.iqm:.2f} [{r.lo:.2f}, {r.hi:.2f}]"; n = "" if pd.isna(r.n) else f"{counted(int(r.n))}"
-        out[f"ours, {scale} scale", r.method, r.env_steps] = {**{name: pm(r[m], r[f"{m}_std"]) for m, name in COLUMNS.items()}, "IQM [95 %]": iqm, "n, or source": ", ".join(x for x in (n, r.note) if x)}
-    for (m, steps), d in b.groupby(["method", "env_steps"], sort=False): out["published", m, steps] = {"score": all_of(d, "score"), "reward": all_of(d, "reward"), "n, or source": "; ".join(dict.fromkeys(d.source))}
-    p = pd.DataFrame.from_dict(out, orient="index", columns=None).reindex(columns=["score", "IQM [95 %]", *list(COLUMNS.values())[1:], "reward", "n, or source"]).astype(object).fillna(""); p.index = pd.MultiIndex.from_tuples(p.index, names=["", "method", "env steps"])
+        iqm = "" if pd.isna(r.iqm) or r.n < 2 else f"{r.iqm:.2f} [{r.lo:.2f}, {r.hi:.2f}]"
+        n = "" if pd.isna(r.n) else f"{counted(int(r.n))}"
+        out[f"ours, {scale} scale", r.method, r.env_steps] = {
+            **{name: pm(r[m], r[f"{m}_std"]) for m, name in COLUMNS.items()},
+            "IQM [95 %]": iqm,
+            "n, or source": ", ".join(x for x in (n, r.note) if x),
+        }
+    for (m, steps), d in b.groupby(["method", "env_steps"], sort=False):
+        out["published", m, steps] = {
+            "score": all_of(d, "score"),
+            "reward": all_of(d, "reward"),
+            "n, or source": "; ".join(dict.fromkeys(d.source)),
+        }
+    p = (
+        pd.DataFrame.from_dict(out, orient="index", columns=None)
+        .reindex(columns=["score", "IQM [95 %]", *list(COLUMNS.values())[1:], "reward", "n, or source"])
+        .astype(object)
+        .fillna("")
+    )
+    p.index = pd.MultiIndex.from_tuples(p.index, names=["", "method", "env steps"])
     return p, pd.concat([a.astype(object), b.astype(object)], ignore_index=True).infer_objects()
 
-COLUMNS = dict(score="score", score_last="score, last fifth", depth="depth", eval_score="score, final policy", **{"return": "mean return"})
+
+# %% ../nbs/10c_guidance.ipynb #90b703f9
+COLUMNS = dict(
+    score="score",
+    score_last="score, last fifth",
+    depth="depth",
+    eval_score="score, final policy",
+    **{"return": "mean return"},
+)
+
 
 # %% ../nbs/10c_guidance.ipynb #7b174348
 def wilson(k, n, z=1.96):
     "95 % interval in percent of a rate of k out of n; (nan, nan) where n is 0."
-    k, n = np.asarray(k, float), np.where(np.asarray(n) > 0, n, np.nan).astype(float); p = k / n
+    k, n = np.asarray(k, float), np.where(np.asarray(n) > 0, n, np.nan).astype(float)
+    p = k / n
     mid, half = (p + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return 100 * np.clip(mid - half, 0, 1), 100 * np.clip(mid + half, 0, 1)
 
+
+# %% ../nbs/10c_guidance.ipynb #94f220ed
 def rates(e, scale, seeds=None, partial=False, prefix="success"):
     "One row a label and name: percent, Wilson interval, n pooled over seeds, and how many seeds."
-    df = load(e, scale, seeds, partial); df = df[df.metric.str.startswith(f"{prefix}/")]; df = df.assign(name=df.metric.str.split("/", n=1).str[1], n_episodes=df.n_episodes.astype(float), hits=df.value.astype(float).fillna(0) * df.n_episodes.astype(float) / 100)      # a seed without a chance has no value
-    g = df.groupby(["label", "name"]).agg(hits=("hits", "sum"), n=("n_episodes", "sum"), seeds=("seed", "nunique")).reset_index(); lo, hi = wilson(g.hits, g.n)
-    return g.assign(percent=100 * g.hits / g.n.where(g.n > 0), lo=lo, hi=hi)[["label", "name", "percent", "lo", "hi", "n", "seeds"]]
+    df = load(e, scale, seeds, partial)
+    df = df[df.metric.str.startswith(f"{prefix}/")]
+    df = df.assign(
+        name=df.metric.str.split("/", n=1).str[1],
+        n_episodes=df.n_episodes.astype(float),
+        hits=df.value.astype(float).fillna(0) * df.n_episodes.astype(float) / 100,
+    )  # a seed without a chance has no value
+    g = (
+        df.groupby(["label", "name"])
+        .agg(hits=("hits", "sum"), n=("n_episodes", "sum"), seeds=("seed", "nunique"))
+        .reset_index()
+    )
+    lo, hi = wilson(g.hits, g.n)
+    return g.assign(percent=100 * g.hits / g.n.where(g.n > 0), lo=lo, hi=hi)[
+        ["label", "name", "percent", "lo", "hi", "n", "seeds"]
+    ]
+
 
 # %% ../nbs/10c_guidance.ipynb #657a31ec
-PANELS = (("collect", "wake"), ("make",), ("place", "defeat", "eat"))      # achievements by their first word
+PANELS = (("collect", "wake"), ("make",), ("place", "defeat", "eat"))  # achievements by their first word
 
+
+# %% ../nbs/10c_guidance.ipynb #30e89d88
 def published_rates(paper):
     "Rows of the benchmark's own runs: label, name, percent."
-    rep = reported(paper); rep = rep[rep.exhibit == "success"]
+    rep = reported(paper)
+    rep = rep[rep.exhibit == "success"]
     return pd.DataFrame(dict(label=rep.method + ", published", name=rep.family, percent=rep.value, seeds=rep.n_seeds))
 
+
+# %% ../nbs/10c_guidance.ipynb #08742bd4
 def success(e, scale, seeds=None, partial=False):
     "Success rates of the achievements, a row each, an arm a marker with its Wilson interval; hollow: the benchmark's own runs."
-    t, pub = rates(e, scale, seeds, partial), published_rates(e.paper); names = sorted({*t.name, *pub.name}); labels = in_order(t.label); fig, axes = axes_for(PANELS, width=3.7, height=6.4)
+    t, pub = rates(e, scale, seeds, partial), published_rates(e.paper)
+    names = sorted({*t.name, *pub.name})
+    labels = in_order(t.label)
+    fig, axes = axes_for(PANELS, width=3.7, height=6.4)
     for ax, words in zip(axes, PANELS):
         here = [n for n in names if n.split("_")[0] in words]
         for k, l in enumerate(labels):
-            d, s = t[(t.label == l) & t.name.isin(here)], style(l); y = np.array([here.index(n) for n in d.name]) + 0.8 * ((k + 0.5) / len(labels) - 0.5)
-            ax.errorbar(d.percent, y, xerr=[(d.percent - d.lo).clip(lower=0), (d.hi - d.percent).clip(lower=0)], fmt=s["marker"], color=s["color"], ms=4, lw=1, label=l)
-        for l, m in zip(sorted(set(pub.label)), "*o"): d = pub[(pub.label == l) & pub.name.isin(here)]; ax.plot(d.percent, [here.index(n) for n in d.name], m, mfc="none", mec="0.3", ms=8, mew=1, label=l, zorder=3)
-        ax.set_xscale("function", functions=(lambda x: np.log1p(np.maximum(x, -0.5)), np.expm1)); ax.set(xlim=(-0.2, 120), xlabel="episodes with success, %", ylim=(len(here) - 0.5, -0.5)); ax.grid(axis="y", visible=False)
-        ax.set_xticks(at := [0, 1, 3, 10, 30, 100], [str(x) for x in at]); ax.set_yticks(range(len(here)), [n.replace("_", " ") for n in here])
-        for y in range(len(here) - 1): ax.axhline(y + 0.5, color="0.85", lw=0.8)
-    legend(fig, axes, 3); return fig, pd.concat([t, pub], ignore_index=True)
+            d, s = t[(t.label == l) & t.name.isin(here)], style(l)
+            y = np.array([here.index(n) for n in d.name]) + 0.8 * ((k + 0.5) / len(labels) - 0.5)
+            ax.errorbar(
+                d.percent,
+                y,
+                xerr=[(d.percent - d.lo).clip(lower=0), (d.hi - d.percent).clip(lower=0)],
+                fmt=s["marker"],
+                color=s["color"],
+                ms=4,
+                lw=1,
+                label=l,
+            )
+        for l, m in zip(sorted(set(pub.label)), "*o"):
+            d = pub[(pub.label == l) & pub.name.isin(here)]
+            ax.plot(
+                d.percent, [here.index(n) for n in d.name], m, mfc="none", mec="0.3", ms=8, mew=1, label=l, zorder=3
+            )
+        ax.set_xscale("function", functions=(lambda x: np.log1p(np.maximum(x, -0.5)), np.expm1))
+        ax.set(xlim=(-0.2, 120), xlabel="episodes with success, %", ylim=(len(here) - 0.5, -0.5))
+        ax.grid(axis="y", visible=False)
+        ax.set_xticks(at := [0, 1, 3, 10, 30, 100], [str(x) for x in at])
+        ax.set_yticks(range(len(here)), [n.replace("_", " ") for n in here])
+        for y in range(len(here) - 1):
+            ax.axhline(y + 0.5, color="0.85", lw=0.8)
+    legend(fig, axes, 3)
+    return fig, pd.concat([t, pub], ignore_index=True)
+
 
 # %% ../nbs/10c_guidance.ipynb #52f06182
 def over_seeds(df, metric):
     "A metric along training: mean, min, max and count over seeds, by label and step."
-    return df[df.metric == metric].groupby(["label", "step"]).value.agg(["mean", "min", "max", "count"]).reset_index().assign(metric=metric)
+    return (
+        df[df.metric == metric]
+        .groupby(["label", "step"])
+        .value.agg(["mean", "min", "max", "count"])
+        .reset_index()
+        .assign(metric=metric)
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #02708029
 def lines(ax, g):
     "Mean (line) and range over seeds (shade) of each arm."
     for label in in_order(g.label):
         d, s = g[g.label == label].sort_values("step"), style(label)
-        ax.plot(d.step, d["mean"], ms=3.5, lw=1.4, label=label, **s); ax.fill_between(d.step, d["min"], d["max"], color=s["color"], alpha=0.12, lw=0)
-    ax.set_xlabel("environment steps"); ax.xaxis.set_major_formatter(lambda x, _: results.short(x))
-    if not len(g): nothing(ax)
+        ax.plot(d.step, d["mean"], ms=3.5, lw=1.4, label=label, **s)
+        ax.fill_between(d.step, d["min"], d["max"], color=s["color"], alpha=0.12, lw=0)
+    ax.set_xlabel("environment steps")
+    ax.xaxis.set_major_formatter(lambda x, _: results.short(x))
+    if not len(g):
+        nothing(ax)
 
+
+# %% ../nbs/10c_guidance.ipynb #fb41accd
 ALONG = dict(score_along="score, all episodes so far", return_along="mean return, episodes of this part")
+
 
 def along(e, scale, seeds=None, partial=False):
     "Score and mean return over environment steps; dotted: random actions, from the benchmark's own runs."
-    df, rep, out = load(e, scale, seeds, partial), reported(e.paper), []; rep = rep[rep.method == "Random"].set_index("exhibit").value; fig, axes = axes_for(ALONG, width=4.6, height=3.4)
+    df, rep, out = load(e, scale, seeds, partial), reported(e.paper), []
+    rep = rep[rep.method == "Random"].set_index("exhibit").value
+    fig, axes = axes_for(ALONG, width=4.6, height=3.4)
     for (ax, (metric, name)), floor in zip(zip(axes, ALONG.items()), ("recomputed_score", "recomputed_reward")):
-        out.append(g := over_seeds(df, metric)); lines(ax, g); ax.set_ylabel(name)
-        if len(g): ax.axhline(rep[floor], color="k", lw=1, ls=":", label="random actions, published runs"); out.append(pd.DataFrame([dict(label="Random, published", metric=metric, mean=rep[floor])]))
-    legend(fig, axes, 3); return fig, pd.concat(out, ignore_index=True)
+        out.append(g := over_seeds(df, metric))
+        lines(ax, g)
+        ax.set_ylabel(name)
+        if len(g):
+            ax.axhline(rep[floor], color="k", lw=1, ls=":", label="random actions, published runs")
+            out.append(pd.DataFrame([dict(label="Random, published", metric=metric, mean=rep[floor])]))
+    legend(fig, axes, 3)
+    return fig, pd.concat(out, ignore_index=True)
+
 
 # %% ../nbs/10c_guidance.ipynb #8b69594d
 def differs(v):
     "A comparison in a cell: difference, interval, word."
-    if v is None: return ""
-    return f"{v['difference']:+.2f}" + (" (one seed decides nothing)" if pd.isna(v["lo"]) else f" [{v['lo']:+.2f}, {v['hi']:+.2f}] {v['verdict']}")
+    if v is None:
+        return ""
+    return f"{v['difference']:+.2f}" + (
+        " (one seed decides nothing)" if pd.isna(v["lo"]) else f" [{v['lo']:+.2f}, {v['hi']:+.2f}] {v['verdict']}"
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #07fc3600
 def grid(e, scale, seeds=None, partial=False, bases=(ADAPTER, PPO)):
     "(printed, tidy) arms against the bases."
-    t, w = ours(e, scale, seeds, partial), last(e, scale, seeds, partial); cells = {m: COLUMNS[m] for m in ("score", "score_last", "eval_score")}; p, tidy = [], t
+    t, w = ours(e, scale, seeds, partial), last(e, scale, seeds, partial)
+    cells = {m: COLUMNS[m] for m in ("score", "score_last", "eval_score")}
+    p, tidy = [], t
     for b in bases:
-        v = [against(w, l, b) if l != b else None for l in t.method]; short = "full" if b == ADAPTER else b
-        tidy = tidy.assign(**{f"{k}, {short}": [x[k] if x else np.nan for x in v] for k in ("difference", "lo", "hi", "verdict")}); p.append([differs(x) for x in v])
-    out = pd.DataFrame({"method": t.method, **{name: [pm(*x) for x in zip(t[m], t[f"{m}_std"])] for m, name in cells.items()}, **{f"score minus '{b}'": x for b, x in zip(bases, p)}, "n": [", ".join(x for x in ("" if pd.isna(n) else f"{n:.0f}", note) if x) for n, note in zip(t.n, t.note)]})
+        v = [against(w, l, b) if l != b else None for l in t.method]
+        short = "full" if b == ADAPTER else b
+        tidy = tidy.assign(
+            **{f"{k}, {short}": [x[k] if x else np.nan for x in v] for k in ("difference", "lo", "hi", "verdict")}
+        )
+        p.append([differs(x) for x in v])
+    out = pd.DataFrame(
+        {
+            "method": t.method,
+            **{name: [pm(*x) for x in zip(t[m], t[f"{m}_std"])] for m, name in cells.items()},
+            **{f"score minus '{b}'": x for b, x in zip(bases, p)},
+            "n": [", ".join(x for x in ("" if pd.isna(n) else f"{n:.0f}", note) if x) for n, note in zip(t.n, t.note)],
+        }
+    )
     return out.set_index("method"), tidy
+
 
 # %% ../nbs/10c_guidance.ipynb #36b02146
 PLAIN = " .,;:'()-?%"
 
+
 def plain(text, most=120):
     "Text of a language model or the world, made safe for a table: one line of plain characters, cut."
-    s = " ".join("".join(c if c.isascii() and (c.isalnum() or c in PLAIN) else " " if c.isspace() or c == "_" else "·" for c in str(text)[:4 * most]).split())
-    return s if len(s) <= most else s[:most - 3].rstrip() + "..."
+    s = " ".join(
+        "".join(
+            c if c.isascii() and (c.isalnum() or c in PLAIN) else " " if c.isspace() or c == "_" else "·"
+            for c in str(text)[: 4 * most]
+        ).split()
+    )
+    return s if len(s) <= most else s[: most - 3].rstrip() + "..."
 
-def listed(x): return ", ".join(f"{k} {v}" for k, v in (x.items() if isinstance(x, dict) else x))
 
+# %% ../nbs/10c_guidance.ipynb #57a77798
+def listed(x):
+    return ", ".join(f"{k} {v}" for k, v in (x.items() if isinstance(x, dict) else x))
+
+
+# %% ../nbs/10c_guidance.ipynb #d486c8e2
 def exchange(g, seed):
     "One entry of a record's `guides` as a row of text."
     l = " to ".join(f"{x:.2f}" for x in (g.get("l"), g.get("l_after")) if x is not None)
-    row = dict(seen=", ".join(g.get("seen", ())), status=listed(g.get("status", {})), analysis=g.get("analysis", ""), goals=", ".join(g.get("goals", ())) or f"none ({g.get('why') or 'no reason kept'})", done=listed(g.get("done", ())), unlocked=", ".join(g.get("unlocked_after", ())) or "nothing")
+    row = dict(
+        seen=", ".join(g.get("seen", ())),
+        status=listed(g.get("status", {})),
+        analysis=g.get("analysis", ""),
+        goals=", ".join(g.get("goals", ())) or f"none ({g.get('why') or 'no reason kept'})",
+        done=listed(g.get("done", ())),
+        unlocked=", ".join(g.get("unlocked_after", ())) or "nothing",
+    )
     return {"step": int(g["step"]), "seed": seed, **{k: plain(v) for k, v in row.items()}, "l": l}
 
+
+# %% ../nbs/10c_guidance.ipynb #bbd39a76
 def examples(e, scale, seeds=None, partial=False):
     "(printed, tidy) exchanges of the first seed that has any: what was seen and said, what the agent did until the next query, what it unlocked."
-    load(e, scale, seeds, partial); found = [r for r in runs(e, scale, seeds) if r["state"] == "ok" and r["record"].get("guides")]; r = min(found, key=lambda r: (r["label"] != ADAPTER, r["seed"]), default=None)
-    t = pd.DataFrame([exchange(g, r["seed"]) for g in r["record"]["guides"]] if r else [], columns=["step", "seed", "seen", "status", "analysis", "goals", "done", "unlocked", "l"])
-    return t.drop(columns="seed").rename(columns=dict(seen="in view", analysis="adapter's analysis", goals="sub-goals", done="then did", unlocked="unlocked", l="l, before to after")).set_index("step"), t
+    load(e, scale, seeds, partial)
+    found = [r for r in runs(e, scale, seeds) if r["state"] == "ok" and r["record"].get("guides")]
+    r = min(found, key=lambda r: (r["label"] != ADAPTER, r["seed"]), default=None)
+    t = pd.DataFrame(
+        [exchange(g, r["seed"]) for g in r["record"]["guides"]] if r else [],
+        columns=["step", "seed", "seen", "status", "analysis", "goals", "done", "unlocked", "l"],
+    )
+    return t.drop(columns="seed").rename(
+        columns=dict(
+            seen="in view",
+            analysis="adapter's analysis",
+            goals="sub-goals",
+            done="then did",
+            unlocked="unlocked",
+            l="l, before to after",
+        )
+    ).set_index("step"), t
+
 
 # %% ../nbs/10c_guidance.ipynb #e3c0fbbf
 def tunings(e, scale, seeds=None):
     "Rows of the adapter's tuning: label, seed, stage, rows, steps, loss_before, loss_after, seconds, targets."
-    out = [dict(s, label=r["label"], seed=r["seed"]) for r in runs(e, scale, seeds) if r["state"] == "ok" for s in r["record"].get("sft") or ()]
-    return pd.DataFrame(out, columns=["label", "seed", "stage", "rows", "steps", "loss_before", "loss_after", "seconds", "targets"])
+    out = [
+        dict(s, label=r["label"], seed=r["seed"])
+        for r in runs(e, scale, seeds)
+        if r["state"] == "ok"
+        for s in r["record"].get("sft") or ()
+    ]
+    return pd.DataFrame(
+        out, columns=["label", "seed", "stage", "rows", "steps", "loss_before", "loss_after", "seconds", "targets"]
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #04c89032
 def tuned(ax, s):
     "Loss before (hollow) and after (filled) each stage's tuning; a line a seed."
     labels, stages = in_order(s.label), sorted(s.stage.unique())
     for k, l in enumerate(labels):
-        d, look = s[s.label == l], style(l); x = np.array([stages.index(i) for i in d.stage]) + 0.12 * (k - (len(labels) - 1) / 2) + 0.03 * (d.seed.to_numpy() - d.seed.mean())
-        ax.vlines(x, d.loss_after.astype(float), d.loss_before.astype(float), color=look["color"], lw=1, alpha=0.6); ax.plot(x, d.loss_before, look["marker"], mfc="none", mec=look["color"], ms=5); ax.plot(x, d.loss_after, look["marker"], color=look["color"], ms=5, label=l)
-    ax.set(xlabel="stage", ylabel="adapter's loss", xlim=(-0.6, max(len(stages), 1) - 0.4)); ax.set_xticks(range(len(stages)), [str(i) for i in stages])
-    if not len(s): nothing(ax, "no adapter tuned yet")
+        d, look = s[s.label == l], style(l)
+        x = (
+            np.array([stages.index(i) for i in d.stage])
+            + 0.12 * (k - (len(labels) - 1) / 2)
+            + 0.03 * (d.seed.to_numpy() - d.seed.mean())
+        )
+        ax.vlines(x, d.loss_after.astype(float), d.loss_before.astype(float), color=look["color"], lw=1, alpha=0.6)
+        ax.plot(x, d.loss_before, look["marker"], mfc="none", mec=look["color"], ms=5)
+        ax.plot(x, d.loss_after, look["marker"], color=look["color"], ms=5, label=l)
+    ax.set(xlabel="stage", ylabel="adapter's loss", xlim=(-0.6, max(len(stages), 1) - 0.4))
+    ax.set_xticks(range(len(stages)), [str(i) for i in stages])
+    if not len(s):
+        nothing(ax, "no adapter tuned yet")
 
+
+# %% ../nbs/10c_guidance.ipynb #646dc4a2
 def comprehension(e, scale, seeds=None, partial=False):
     "Comprehension score over environment steps, and the adapter's loss before and after its tuning."
-    g, s = over_seeds(load(e, scale, seeds, partial), "comprehension"), tunings(e, scale, seeds); fig, axes = axes_for((0, 1), width=4.6, height=3.4); lines(axes[0], g); tuned(axes[1], s); axes[0].set_ylabel("comprehension score l"); axes[1].set_title("tuning: hollow before, filled after")
-    if len(g): axes[0].axhline(0.5, color="k", lw=1, ls=":", label="l = 0.5: cosine of 0.1")
-    legend(fig, axes, 3); return fig, pd.concat([g, s.assign(metric="sft")], ignore_index=True)
+    g, s = over_seeds(load(e, scale, seeds, partial), "comprehension"), tunings(e, scale, seeds)
+    fig, axes = axes_for((0, 1), width=4.6, height=3.4)
+    lines(axes[0], g)
+    tuned(axes[1], s)
+    axes[0].set_ylabel("comprehension score l")
+    axes[1].set_title("tuning: hollow before, filled after")
+    if len(g):
+        axes[0].axhline(0.5, color="k", lw=1, ls=":", label="l = 0.5: cosine of 0.1")
+    legend(fig, axes, 3)
+    return fig, pd.concat([g, s.assign(metric="sft")], ignore_index=True)
+
 
 # %% ../nbs/10c_guidance.ipynb #2b738386
 def words(e, scale, habit, seeds=None):
@@ -231,115 +581,311 @@ def words(e, scale, habit, seeds=None):
     out = []
     for r in runs(e, scale, seeds):
         x = r["recipe"].online
-        if r["state"] != "ok" or x.guide != "adapter" or x.adapter != "tiny": continue
-        path, stage = root()/r["record"].get("folder", "nowhere")/"exchanges.jsonl", x.steps / x.stages; log = pd.read_json(path, lines=True).to_dict("records") if path.exists() else []
-        for name, lo, hi in (("first stage", 0, stage), ("last stage", x.steps - stage + x.envs * x.rollout, np.inf)):      # a stage ends with a rollout
+        if r["state"] != "ok" or x.guide != "adapter" or x.adapter != "tiny":
+            continue
+        path, stage = root() / r["record"].get("folder", "nowhere") / "exchanges.jsonl", x.steps / x.stages
+        log = pd.read_json(path, lines=True).to_dict("records") if path.exists() else []
+        for name, lo, hi in (
+            ("first stage", 0, stage),
+            ("last stage", x.steps - stage + x.envs * x.rollout, np.inf),
+        ):  # a stage ends with a rollout
             part = [s for s in log if lo <= s["step"] * x.envs < hi]
-            if part: out.append(dict(method=label_of(e, r["recipe"]), seed=r["seed"], stage=name, habit=100 * np.mean([bool({*habit} & {*s["goals"]}) for s in part]), different=100 * len({s["sentence"] for s in part}) / len(part)))
-    if not out: return pd.DataFrame(columns=["habit", "different", "seeds"])
-    df = pd.DataFrame(out); t = df.pivot_table(index="method", columns="stage", values=["habit", "different"]); t[("seeds", "")] = df.groupby("method").seed.nunique(); return t.loc[in_order(t.index)]
+            if part:
+                out.append(
+                    dict(
+                        method=label_of(e, r["recipe"]),
+                        seed=r["seed"],
+                        stage=name,
+                        habit=100 * np.mean([bool({*habit} & {*s["goals"]}) for s in part]),
+                        different=100 * len({s["sentence"] for s in part}) / len(part),
+                    )
+                )
+    if not out:
+        return pd.DataFrame(columns=["habit", "different", "seeds"])
+    df = pd.DataFrame(out)
+    t = df.pivot_table(index="method", columns="stage", values=["habit", "different"])
+    t[("seeds", "")] = df.groupby("method").seed.nunique()
+    return t.loc[in_order(t.index)]
+
 
 # %% ../nbs/10c_guidance.ipynb #e122dc0c
 def behaviours(e, scale, seeds=None, partial=False, base=PPO):
     "One row an arm and behaviour: percent (mean and std over seeds), chances of all seeds, comparison with `base`."
     t, w, out = rates(e, scale, seeds, partial, "behaviour"), last(e, scale, seeds, partial), []
     for _, r in t.iterrows():
-        m = f"behaviour/{r['name']}"; s, v = stats(of(w, r.label, m)), against(w, r.label, base, m) if r.label != base else None
-        out.append(dict(behaviour=r["name"], method=r.label, percent=s.get("mean", np.nan), std=s.get("std", np.nan), chances=int(r.n), n=s.get("n", 0), **{k: v[k] if v else np.nan for k in ("difference", "lo", "hi", "verdict")}))
-    return pd.DataFrame(out, columns=["behaviour", "method", "percent", "std", "chances", "n", "difference", "lo", "hi", "verdict"])
+        m = f"behaviour/{r['name']}"
+        s, v = stats(of(w, r.label, m)), against(w, r.label, base, m) if r.label != base else None
+        out.append(
+            dict(
+                behaviour=r["name"],
+                method=r.label,
+                percent=s.get("mean", np.nan),
+                std=s.get("std", np.nan),
+                chances=int(r.n),
+                n=s.get("n", 0),
+                **{k: v[k] if v else np.nan for k in ("difference", "lo", "hi", "verdict")},
+            )
+        )
+    return pd.DataFrame(
+        out, columns=["behaviour", "method", "percent", "std", "chances", "n", "difference", "lo", "hi", "verdict"]
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #32f1f5da
 def behaviour(e, scale, seeds=None, partial=False):
     "(printed, tidy) behaviours down, arms across: percent of the chances, and the word of the comparison with plain PPO."
-    t, lack = behaviours(e, scale, seeds, partial), notes(e, scale, seeds); arms = arms_of(e, scale); word = lambda r: "" if pd.isna(r.verdict) else "; one seed decides nothing" if pd.isna(r.lo) else f"; {r.verdict}"
-    said = {(r.behaviour, r.method): f"{pm(r.percent, r['std'], 1)} of {r.chances}{word(r)}" if r.chances else "no chance" for _, r in t.iterrows()}; names, had = list(dict.fromkeys(t.behaviour)), set(t.method)
-    p = pd.DataFrame([[said.get((b, l), "no chance" if l in had else "") for l in arms] for b in names] + [[lack.get(l, "") for l in arms]] * bool(lack), index=pd.Index(names + ["runs lacking"] * bool(lack), name="behaviour"), columns=arms)
+    t, lack = behaviours(e, scale, seeds, partial), notes(e, scale, seeds)
+    arms = arms_of(e, scale)
+
+    def word(r):
+        return "" if pd.isna(r.verdict) else "; one seed decides nothing" if pd.isna(r.lo) else f"; {r.verdict}"
+
+    said = {
+        (r.behaviour, r.method): f"{pm(r.percent, r['std'], 1)} of {r.chances}{word(r)}" if r.chances else "no chance"
+        for _, r in t.iterrows()
+    }
+    names, had = list(dict.fromkeys(t.behaviour)), set(t.method)
+    p = pd.DataFrame(
+        [[said.get((b, l), "no chance" if l in had else "") for l in arms] for b in names]
+        + [[lack.get(l, "") for l in arms]] * bool(lack),
+        index=pd.Index(names + ["runs lacking"] * bool(lack), name="behaviour"),
+        columns=arms,
+    )
     return p, t
 
+
 # %% ../nbs/10c_guidance.ipynb #40d85158
-COUNTS = ("queries", "calls", "cached", "tokens_in", "tokens_out", "llm_seconds", "seconds", "invalid", "rejected", "failed", "kept")
+COUNTS = (
+    "queries",
+    "calls",
+    "cached",
+    "tokens_in",
+    "tokens_out",
+    "llm_seconds",
+    "seconds",
+    "invalid",
+    "rejected",
+    "failed",
+    "kept",
+)
 PER = ("calls", "tokens_in", "tokens_out", "llm_seconds")
+
 
 def costs(e, scale, seeds=None, partial=False):
     "One row an arm: means over seeds of all counts, the language models' share of the wall time (%), and counts per 1M environment steps."
-    w, lack, out = last(e, scale, seeds, partial), notes(e, scale, seeds), []; steps = {r["label"]: r["recipe"].online.steps for r in runs(e, scale, seeds)}
+    w, lack, out = last(e, scale, seeds, partial), notes(e, scale, seeds), []
+    steps = {r["label"]: r["recipe"].online.steps for r in runs(e, scale, seeds)}
     for l in arms_of(e, scale):
-        x = {m: of(w, l, m).mean() for m in COUNTS}; k = 1e6 / steps[l] if l in steps else np.nan
-        out.append(dict(method=l, n=len(of(w, l, "queries")), steps=steps.get(l), **x, share=100 * x["llm_seconds"] / x["seconds"] if x["seconds"] else np.nan, **{f"{m}_per_million": k * x[m] for m in PER}, note=lack.get(l, "")))
-    return pd.DataFrame(out, columns=["method", "n", "steps", *COUNTS, "share", *(f"{m}_per_million" for m in PER), "note"])
+        x = {m: of(w, l, m).mean() for m in COUNTS}
+        k = 1e6 / steps[l] if l in steps else np.nan
+        out.append(
+            dict(
+                method=l,
+                n=len(of(w, l, "queries")),
+                steps=steps.get(l),
+                **x,
+                share=100 * x["llm_seconds"] / x["seconds"] if x["seconds"] else np.nan,
+                **{f"{m}_per_million": k * x[m] for m in PER},
+                note=lack.get(l, ""),
+            )
+        )
+    return pd.DataFrame(
+        out, columns=["method", "n", "steps", *COUNTS, "share", *(f"{m}_per_million" for m in PER), "note"]
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #9d6759dd
 def cost(e, scale, seeds=None, partial=False):
     "(printed, tidy) cost of guidance."
-    t = costs(e, scale, seeds, partial); N = lambda c, form="{:,.0f}": ["" if pd.isna(v) else form.format(v) for v in t[c]]
-    both = lambda a, b: [f"{x} / {y}" if x else "" for x, y in zip(N(a), N(b))]; hours = ["" if pd.isna(v) else f"{v / 3600:.2f}" for v in t.llm_seconds_per_million]
-    p = pd.DataFrame({"method": t.method, "queries": N("queries"), "calls": N("calls"), "from the cache": N("cached"), "tokens in / out": both("tokens_in", "tokens_out"), "LM seconds": N("llm_seconds", "{:,.1f}"), "of the time": N("share", "{:.1f} %"),
-                      "invalid": N("invalid"), "rejected": N("rejected"), "failed": N("failed"), "goals kept": N("kept"), "calls per 1M steps": N("calls_per_million"), "tokens per 1M steps, in / out": both("tokens_in_per_million", "tokens_out_per_million"), "LM hours per 1M steps": hours,
-                      "n": [", ".join(x for x in (f"{n}" * bool(n), note) if x) for n, note in zip(t.n, t.note)]})
+    t = costs(e, scale, seeds, partial)
+
+    def N(c, form="{:,.0f}"):
+        return ["" if pd.isna(v) else form.format(v) for v in t[c]]
+
+    def both(a, b):
+        return [f"{x} / {y}" if x else "" for x, y in zip(N(a), N(b))]
+
+    hours = ["" if pd.isna(v) else f"{v / 3600:.2f}" for v in t.llm_seconds_per_million]
+    p = pd.DataFrame(
+        {
+            "method": t.method,
+            "queries": N("queries"),
+            "calls": N("calls"),
+            "from the cache": N("cached"),
+            "tokens in / out": both("tokens_in", "tokens_out"),
+            "LM seconds": N("llm_seconds", "{:,.1f}"),
+            "of the time": N("share", "{:.1f} %"),
+            "invalid": N("invalid"),
+            "rejected": N("rejected"),
+            "failed": N("failed"),
+            "goals kept": N("kept"),
+            "calls per 1M steps": N("calls_per_million"),
+            "tokens per 1M steps, in / out": both("tokens_in_per_million", "tokens_out_per_million"),
+            "LM hours per 1M steps": hours,
+            "n": [", ".join(x for x in (f"{n}" * bool(n), note) if x) for n, note in zip(t.n, t.note)],
+        }
+    )
     return p.set_index("method"), t
+
 
 # %% ../nbs/10c_guidance.ipynb #bc6642fe
 def points(v, unit="", digits=2):
     "Difference, seeds and interval of a comparison."
-    return f"{v['difference']:+.{digits}f}{unit} ({counted(v['n'])}, " + ("one seed decides nothing" if pd.isna(v["lo"]) else f"95 % interval {v['lo']:+.{digits}f} to {v['hi']:+.{digits}f}") + ")"
+    return (
+        f"{v['difference']:+.{digits}f}{unit} ({counted(v['n'])}, "
+        + (
+            "one seed decides nothing"
+            if pd.isna(v["lo"])
+            else f"95 % interval {v['lo']:+.{digits}f} to {v['hi']:+.{digits}f}"
+        )
+        + ")"
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #6132647c
 def answer(question, v, **kw):
     "A comparison as a sentence."
-    return f"{question} " + ("no runs yet" if v is None else f"{dict(better='yes', worse='no, the opposite').get(v['verdict'], 'no clear difference')}, {points(v, **kw)}") + "."
+    return (
+        f"{question} "
+        + (
+            "no runs yet"
+            if v is None
+            else f"{dict(better='yes', worse='no, the opposite').get(v['verdict'], 'no clear difference')}, {points(v, **kw)}"
+        )
+        + "."
+    )
 
-QUESTIONS = (     # what is asked, arm, against
-    ("Does PPO learn", PPO, RANDOM), ("Does a text head alone help", CONSTANT, PPO), ("Do random goals help", GOALS, PPO), ("Does the rule advisor help", RULES, PPO), ("Does the decision LM help", DECISION, PPO), ("Does the full method help", ADAPTER, PPO),
-    ("Do the rule advisor's words matter", RULES, GOALS), ("Do the full method's words matter", ADAPTER, GOALS), ("Is it more than a constant sentence", ADAPTER, CONSTANT), ("Is it above the rule advisor", ADAPTER, RULES),
-    ("Does the adapter add to the decision LM", ADAPTER, DECISION), ("Does tuning the adapter help", ADAPTER, UNTUNED))
+
+# %% ../nbs/10c_guidance.ipynb #42287256
+QUESTIONS = (  # what is asked, arm, against
+    ("Does PPO learn", PPO, RANDOM),
+    ("Does a text head alone help", CONSTANT, PPO),
+    ("Do random goals help", GOALS, PPO),
+    ("Does the rule advisor help", RULES, PPO),
+    ("Does the decision LM help", DECISION, PPO),
+    ("Does the full method help", ADAPTER, PPO),
+    ("Do the rule advisor's words matter", RULES, GOALS),
+    ("Do the full method's words matter", ADAPTER, GOALS),
+    ("Is it more than a constant sentence", ADAPTER, CONSTANT),
+    ("Is it above the rule advisor", ADAPTER, RULES),
+    ("Does the adapter add to the decision LM", ADAPTER, DECISION),
+    ("Does tuning the adapter help", ADAPTER, UNTUNED),
+)
+
 
 def main_verdict(e, scale, seeds=None, partial=True, metric="score"):
     "One sentence a question about an exhibit's arms."
-    w = last(e, scale, seeds, partial); return "\n".join(answer(f"{q} ('{a}' above '{b}')?", against(w, a, b, metric)) for q, a, b in QUESTIONS)
+    w = last(e, scale, seeds, partial)
+    return "\n".join(answer(f"{q} ('{a}' above '{b}')?", against(w, a, b, metric)) for q, a, b in QUESTIONS)
 
+
+# %% ../nbs/10c_guidance.ipynb #1f5df1a2
 def ablation_verdict(e, scale, seeds=None, partial=True, base=ADAPTER, metric="score"):
     "Which switches of the full method are better or worse than it: one sentence."
-    w, told = last(e, scale, seeds, partial), {}; main = {a for q in QUESTIONS for a in q[1:]} - {UNTUNED}
+    w, told = last(e, scale, seeds, partial), {}
+    main = {a for q in QUESTIONS for a in q[1:]} - {UNTUNED}
     for l in arms_of(e, scale):
-        if l not in main and (v := against(w, l, base, metric)): told.setdefault("one seed decides nothing" if pd.isna(v["lo"]) else v["verdict"], []).append(f"'{l}' {v['difference']:+.2f}")
-    return f"Against '{base}': " + ("; ".join(f"{word}: {', '.join(ls)}" for word, ls in told.items()) or "no runs yet") + "."
+        if l not in main and (v := against(w, l, base, metric)):
+            told.setdefault("one seed decides nothing" if pd.isna(v["lo"]) else v["verdict"], []).append(
+                f"'{l}' {v['difference']:+.2f}"
+            )
+    return (
+        f"Against '{base}': "
+        + ("; ".join(f"{word}: {', '.join(ls)}" for word, ls in told.items()) or "no runs yet")
+        + "."
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #58ac0d43
 def comprehension_verdict(e, scale, seeds=None, partial=True):
     "Does the comprehension score rise from the first part of training to the last, and does tuning lower the adapter's loss? One sentence an arm."
-    df, s, out = load(e, scale, seeds, partial), tunings(e, scale, seeds), []; df = df[df.metric == "comprehension"].dropna(subset="value")
+    df, s, out = load(e, scale, seeds, partial), tunings(e, scale, seeds), []
+    df = df[df.metric == "comprehension"].dropna(subset="value")
     for l in in_order(df.label):
-        x = df[df.label == l].sort_values("step").groupby("seed").value.agg(["first", "last"]); v = dict(n=len(x), **compare(x["last"], x["first"])); word = dict(better="rises", worse="falls").get(v["verdict"], "no clear change")
-        out.append(f"{l}: the comprehension score goes from {x['first'].mean():.3f} to {x['last'].mean():.3f}: {word}, {points(v, digits=3)}.")
+        x = df[df.label == l].sort_values("step").groupby("seed").value.agg(["first", "last"])
+        v = dict(n=len(x), **compare(x["last"], x["first"]))
+        word = dict(better="rises", worse="falls").get(v["verdict"], "no clear change")
+        out.append(
+            f"{l}: the comprehension score goes from {x['first'].mean():.3f} to {x['last'].mean():.3f}: {word}, {points(v, digits=3)}."
+        )
     for (l, stage), d in s.groupby(["label", "stage"], sort=False):
-        d = d.set_index("seed")[["loss_before", "loss_after"]].astype(float).dropna(); v = dict(n=len(d), **compare(d["loss_after"], d["loss_before"])) if len(d) else None
-        if v: out.append(f"{l}, tuning after stage {stage}: the adapter's loss goes from {d.loss_before.mean():.2f} to {d.loss_after.mean():.2f}: {dict(better='higher', worse='lower').get(v['verdict'], 'no clear change')}, {points(v)}.")
-    if n := int(s.loss_after.isna().sum()): out.append(f"{counted(n, 'tuning')} not done: too few rows.")
+        d = d.set_index("seed")[["loss_before", "loss_after"]].astype(float).dropna()
+        v = dict(n=len(d), **compare(d["loss_after"], d["loss_before"])) if len(d) else None
+        if v:
+            out.append(
+                f"{l}, tuning after stage {stage}: the adapter's loss goes from {d.loss_before.mean():.2f} to {d.loss_after.mean():.2f}: {dict(better='higher', worse='lower').get(v['verdict'], 'no clear change')}, {points(v)}."
+            )
+    if n := int(s.loss_after.isna().sum()):
+        out.append(f"{counted(n, 'tuning')} not done: too few rows.")
     return "\n".join(out) or "no runs yet"
 
+
+# %% ../nbs/10c_guidance.ipynb #9017a6f9
 def behaviour_verdict(e, scale, seeds=None, partial=True, base=PPO):
     "In which behaviours an arm is above or below plain PPO: one sentence an arm."
     t, out = behaviours(e, scale, seeds, partial, base), []
     for l in in_order(t.method):
-        d = t[(t.method == l) & t.verdict.notna()]; told = lambda rows: ", ".join(f"{r.behaviour} ({r.difference:+.1f})" for _, r in rows.iterrows()) or "none"; of_word = lambda word: d[(d.verdict == word) & d.lo.notna()]
-        if len(d): out.append(f"{l}, against '{base}', {counted(int(d.n.max()))}: more often: {told(of_word('better'))}; less often: {told(of_word('worse'))}; no clear difference: {len(of_word('no clear difference'))} of {counted(len(d), 'behaviour')}" + ("; one seed decides nothing" if d.lo.isna().any() else "") + ".")
+        d = t[(t.method == l) & t.verdict.notna()]
+
+        def told(rows):
+            return ", ".join(f"{r.behaviour} ({r.difference:+.1f})" for _, r in rows.iterrows()) or "none"
+
+        def of_word(word):
+            return d[(d.verdict == word) & d.lo.notna()]
+
+        if len(d):
+            out.append(
+                f"{l}, against '{base}', {counted(int(d.n.max()))}: more often: {told(of_word('better'))}; less often: {told(of_word('worse'))}; no clear difference: {len(of_word('no clear difference'))} of {counted(len(d), 'behaviour')}"
+                + ("; one seed decides nothing" if d.lo.isna().any() else "")
+                + "."
+            )
     return "\n".join(out) or "no runs yet"
 
+
 # %% ../nbs/10c_guidance.ipynb #600a9e2d
-DRAW = dict(scoreboard=scoreboard, success=success, along=along, grid=grid, examples=examples, comprehension=comprehension, behaviour=behaviour, cost=cost)
-READ = dict(scoreboard="Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: mean over episodes of the deepest achievement; final policy: with its live guidance. Published: score ± std and reward ± std as printed there; 'none': no training. Published rewards are of "
-            "single episodes, one a run (the benchmark's script), and not mean returns; budgets differ, so rows of different environment steps are not compared. '/' between two numbers: the sources disagree. ",
-            success="Percent of all training episodes of all seeds, with Wilson's 95 % interval; hollow: the benchmark's own runs, recomputed (random: 1M steps; humans: 100 episodes). The axis is logarithmic in 1 + percent. ",
-            along="Mean and range over seeds. Random, published: recomputed from the benchmark's own runs, whose return counts achievements and a death. ", grid="Mean ± std over seeds; differences of the score, paired by seeds, with Student's 95 % interval. ",
-            examples="step: of that environment; l: comprehension score at the query and at the next one. Text of language models is cut, and anything but plain characters is a dot. ", comprehension="Mean and range over seeds. ",
-            behaviour="Percent of the chances, mean ± std over seeds; 'of': chances of all seeds; then the comparison with plain PPO, paired by seeds, by Student's 95 % interval. ", cost="Means over seeds. LM seconds: of language models; encoding texts for the comprehension score is not in them. Per 1M steps: extrapolated from these runs. ")
+DRAW = dict(
+    scoreboard=scoreboard,
+    success=success,
+    along=along,
+    grid=grid,
+    examples=examples,
+    comprehension=comprehension,
+    behaviour=behaviour,
+    cost=cost,
+)
+READ = dict(
+    scoreboard="Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: mean over episodes of the deepest achievement; final policy: with its live guidance. Published: score ± std and reward ± std as printed there; 'none': no training. Published rewards are of "
+    "single episodes, one a run (the benchmark's script), and not mean returns; budgets differ, so rows of different environment steps are not compared. '/' between two numbers: the sources disagree. ",
+    success="Percent of all training episodes of all seeds, with Wilson's 95 % interval; hollow: the benchmark's own runs, recomputed (random: 1M steps; humans: 100 episodes). The axis is logarithmic in 1 + percent. ",
+    along="Mean and range over seeds. Random, published: recomputed from the benchmark's own runs, whose return counts achievements and a death. ",
+    grid="Mean ± std over seeds; differences of the score, paired by seeds, with Student's 95 % interval. ",
+    examples="step: of that environment; l: comprehension score at the query and at the next one. Text of language models is cut, and anything but plain characters is a dot. ",
+    comprehension="Mean and range over seeds. ",
+    behaviour="Percent of the chances, mean ± std over seeds; 'of': chances of all seeds; then the comparison with plain PPO, paired by seeds, by Student's 95 % interval. ",
+    cost="Means over seeds. LM seconds: of language models; encoding texts for the comprehension score is not in them. Per 1M steps: extrapolated from these runs. ",
+)
+
 
 def caption(e, scale, t=None):
     "Protocol, how to read it, what this scale leaves out."
-    here = arms_of(e, scale); left = [l for l in arms_of(e) if l not in here]
-    return f"{e.title}, {scale} scale. {e.protocol.strip()} {READ.get(e.kind, '')}" .strip() + (f" Not at this scale: {', '.join(left)}." if left else "")
+    here = arms_of(e, scale)
+    left = [l for l in arms_of(e) if l not in here]
+    return f"{e.title}, {scale} scale. {e.protocol.strip()} {READ.get(e.kind, '')}".strip() + (
+        f" Not at this scale: {', '.join(left)}." if left else ""
+    )
 
+
+# %% ../nbs/10c_guidance.ipynb #6b834bc1
 def show(e, scale, wanted, partial=False):
     "In a notebook: an exhibit, made and saved, and its caption."
     from IPython.display import Markdown, display
     from matplotlib.pyplot import close
-    if e.id not in wanted: return print(f"{e.id}: not asked for")
-    if e.asked and not results.status(e, scale)["done"]: return print(f"{e.id}: no runs, as it takes hours: promptnb run {e.paper} --exhibit {e.id} --scale {scale}")
-    shown = results.make(e, scale, partial=partial); display(shown, Markdown(caption(e, scale)))
-    if not isinstance(shown, pd.DataFrame): close(shown)
+
+    if e.id not in wanted:
+        return print(f"{e.id}: not asked for")
+    if e.asked and not results.status(e, scale)["done"]:
+        return print(f"{e.id}: no runs, as it takes hours: promptnb run {e.paper} --exhibit {e.id} --scale {scale}")
+    shown = results.make(e, scale, partial=partial)
+    display(shown, Markdown(caption(e, scale)))
+    if not isinstance(shown, pd.DataFrame):
+        close(shown)

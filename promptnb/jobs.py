@@ -4,214 +4,575 @@
 
 # %% ../nbs/11_jobs.ipynb #05ceeaa2
 from __future__ import annotations
-import contextlib, dataclasses, functools, json, subprocess, sys, time
+
+import contextlib
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 
 from . import recipes as rc
-from .core import PromptnbError, Row, check_choice, code_fingerprint, disk_error, fingerprint, plain, read_json, results_dir, root, run_lock, runs_dir, seed_for, sha256_file, write_json
+from promptnb.core import (
+    PromptnbError,
+    Row,
+    check_choice,
+    code_fingerprint,
+    disk_error,
+    fingerprint,
+    plain,
+    read_json,
+    results_dir,
+    root,
+    run_lock,
+    runs_dir,
+    seed_for,
+    sha256_file,
+    write_json,
+)
 
 # %% auto #0
-__all__ = ['CODE', 'PROMPT_ENTRIES', 'run_id', 'recipe_run', 'pretrain_run', 'record_path', 'code_of', 'method_of', 'code_of_run',
-           'provenance', 'write_record', 'stored', 'train_store', 'train_tasks', 'context_store', 'new_policy',
-           'policy_class', 'precision_of', 'evaluate_policy', 'played_tasks', 'prompts_for', 'by_agent', 'of_others',
-           'emptied', 'borrowed', 'train_demos', 'placed_on', 'policy_folder', 'load_policy', 'pretrain',
-           'append_jsonl', 'read_jsonl', 'EnvScore', 'prepare', 'tune', 'score_rows', 'floor_of', 'goals_of',
-           'tuned_folder', 'target_of', 'demo_prompt', 'placed_prompt', 'run_job', 'find_job', 'job_recipes', 'runs_of',
-           'finished', 'film']
+__all__ = [
+    "CODE",
+    "PROMPT_ENTRIES",
+    "run_id",
+    "recipe_run",
+    "pretrain_run",
+    "record_path",
+    "code_of",
+    "method_of",
+    "code_of_run",
+    "provenance",
+    "write_record",
+    "stored",
+    "train_store",
+    "train_tasks",
+    "context_store",
+    "new_policy",
+    "policy_class",
+    "precision_of",
+    "evaluate_policy",
+    "played_tasks",
+    "prompts_for",
+    "by_agent",
+    "of_others",
+    "emptied",
+    "borrowed",
+    "train_demos",
+    "placed_on",
+    "policy_folder",
+    "load_policy",
+    "pretrain",
+    "append_jsonl",
+    "read_jsonl",
+    "EnvScore",
+    "prepare",
+    "tune",
+    "score_rows",
+    "floor_of",
+    "goals_of",
+    "tuned_folder",
+    "target_of",
+    "demo_prompt",
+    "placed_prompt",
+    "run_job",
+    "find_job",
+    "job_recipes",
+    "runs_of",
+    "finished",
+    "film",
+]
+
 
 # %% ../nbs/11_jobs.ipynb #567b1234
-def run_id(name, scale, seed): return f"{scale}.{name.replace('/', '.')}.s{seed}"
-def recipe_run(r, scale, seed): return run_id(f"{r.family}/{r.key}", scale, seed)
-def pretrain_run(p, scale, seed): return run_id(f"pretrain/{p.family}/{p.name}-{rc.digest(p)}", scale, seed)
-def record_path(paper, run): return results_dir(paper)/f"{run}.json"
+def run_id(name, scale, seed):
+    return f"{scale}.{name.replace('/', '.')}.s{seed}"
 
-CODE = ("core", "data", "models/dt", "train", "evaluate", "jobs")      # what a pre-trained policy depends on, beside its family and the environments of that kind
+
+# %% ../nbs/11_jobs.ipynb #5c037f44
+def recipe_run(r, scale, seed):
+    return run_id(f"{r.family}/{r.key}", scale, seed)
+
+
+# %% ../nbs/11_jobs.ipynb #294e92d8
+def pretrain_run(p, scale, seed):
+    return run_id(f"pretrain/{p.family}/{p.name}-{rc.digest(p)}", scale, seed)
+
+
+# %% ../nbs/11_jobs.ipynb #ae0cb20a
+def record_path(paper, run):
+    return results_dir(paper) / f"{run}.json"
+
+
+# %% ../nbs/11_jobs.ipynb #6a133869
+CODE = (
+    "core",
+    "data",
+    "models/dt",
+    "train",
+    "evaluate",
+    "jobs",
+)  # what a pre-trained policy depends on, beside its family and the environments of that kind
+
 
 def code_of(kind, name, tuners=(), context=False):
     "Fingerprint of the code and the facts that a result of a job ('pretrain', 'tune', 'offline' with its learner, 'online' with who guides) on a family depends on, with context vectors or not; other families and tuners may come and go."
-    if kind == "online": return code_fingerprint("core", f"tasks/{name}", "online", "stages", *["llm/__init__", "llm/backends"] * bool({*tuners} - {"off"}), *["llm/adapter"] * bool({*tuners} & {"decision", "adapter"}))
+    if kind == "online":
+        return code_fingerprint(
+            "core",
+            f"tasks/{name}",
+            "online",
+            "stages",
+            *["llm/__init__", "llm/backends"] * bool({*tuners} - {"off"}),
+            *["llm/adapter"] * bool({*tuners} & {"decision", "adapter"}),
+        )
     from promptnb import tasks
+
     fam, own = tasks.family(name), []
-    if kind == "offline": own = sorted({"offline", *(m for t in tuners for m in (["models/lm"] + ["models/pixels"] * bool(fam.frames) if "lamo" in t else ["models/value"]))})
+    if kind == "offline":
+        own = sorted(
+            {
+                "offline",
+                *(
+                    m
+                    for t in tuners
+                    for m in (["models/lm"] + ["models/pixels"] * bool(fam.frames) if "lamo" in t else ["models/value"])
+                ),
+            }
+        )
     if kind == "tune":
         from promptnb.tuners.core import TUNERS
+
         own = sorted({"tuners/core", *(f"tuners/{TUNERS[t].split(':')[0]}" for t in tuners)})
-    return fingerprint([code_fingerprint(*CODE, *own, *["models/context"] * context, *tasks.code_modules(fam)), plain(fam)])
+    return fingerprint(
+        [code_fingerprint(*CODE, *own, *["models/context"] * context, *tasks.code_modules(fam)), plain(fam)]
+    )
 
-def method_of(r): return r.online.guide if r.online else r.offline.learner if r.offline else r.tune.tuner
-def code_of_run(r, run): return code_of("online" if r.online else "offline" if r.offline else "pretrain" if ".pretrain." in run else "tune", r.family, [method_of(r)], bool(r.pretrain and r.pretrain.context))
 
+# %% ../nbs/11_jobs.ipynb #371ca423
+def method_of(r):
+    return r.online.guide if r.online else r.offline.learner if r.offline else r.tune.tuner
+
+
+# %% ../nbs/11_jobs.ipynb #df42a4cb
+def code_of_run(r, run):
+    return code_of(
+        "online" if r.online else "offline" if r.offline else "pretrain" if ".pretrain." in run else "tune",
+        r.family,
+        [method_of(r)],
+        bool(r.pretrain and r.pretrain.context),
+    )
+
+
+# %% ../nbs/11_jobs.ipynb #b4d9dcea
 def provenance(device="cpu"):
     "Where a result comes from: commit, versions, device, threads."
     from importlib.metadata import version
-    from promptnb.train import where
-    git = lambda *a: subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True).stdout.strip()
-    return dict(where(device), commit=git("rev-parse", "HEAD")[:12], dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
-                **{p: version(p) for p in ("gymnasium", "mujoco", "minari")})
 
-def write_record(paper, run, recipe, status, rows=(), why="", seconds=0., device="cpu", **more):
+    from promptnb.train import where
+
+    def git(*a):
+        return subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True).stdout.strip()
+
+    return dict(
+        where(device),
+        commit=git("rev-parse", "HEAD")[:12],
+        dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+        **{p: version(p) for p in ("gymnasium", "mujoco", "minari")},
+    )
+
+
+# %% ../nbs/11_jobs.ipynb #d027d1c5
+def write_record(paper, run, recipe, status, rows=(), why="", seconds=0.0, device="cpu", **more):
     "One small JSON a run. A failed run is a record too: beside the place of the good one, as <run>.failed.json."
     path = record_path(paper, run if status != "failed" else f"{run}.failed")
-    write_json(path, dict(run_id=run, status=status, why=why, recipe=recipe, recipe_digest=rc.digest(recipe), code=code_of_run(recipe, run), rows=[plain(r) for r in rows], seconds=round(seconds, 1), where=provenance(device), **more))
-    if status != "failed": record_path(paper, f"{run}.failed").unlink(missing_ok=True)
+    write_json(
+        path,
+        dict(
+            run_id=run,
+            status=status,
+            why=why,
+            recipe=recipe,
+            recipe_digest=rc.digest(recipe),
+            code=code_of_run(recipe, run),
+            rows=[plain(r) for r in rows],
+            seconds=round(seconds, 1),
+            where=provenance(device),
+            **more,
+        ),
+    )
+    if status != "failed":
+        record_path(paper, f"{run}.failed").unlink(missing_ok=True)
     return path
+
 
 # %% ../nbs/11_jobs.ipynb #363b9d27
 @functools.lru_cache(maxsize=4)
 def stored(family, quality, task_ids, episodes):
     "Collected data, read once for all recipes of a job."
     from promptnb import data
+
     return data.load(family, quality, task_ids, episodes)
 
+
+# %% ../nbs/11_jobs.ipynb #90ca95cf
 def train_store(p: rc.Pretrain):
     "Data to train on, the statistics that normalise states, the hashes of the data, and which trajectories were drawn (None: all)."
     from promptnb import data, tasks
-    check_choice(p.normalise, ("train", "train+test"), "normalise"); fam = tasks.family(p.family); ids = train_tasks(p)
+
+    check_choice(p.normalise, ("train", "train+test"), "normalise")
+    fam = tasks.family(p.family)
+    ids = train_tasks(p)
     train, drawn = data.share(stored(fam.name, p.quality, ids, p.episodes), p.ratio, p.ratio_seed)
     more = [i for i in fam.test if i not in ids] if p.normalise == "train+test" else []
     every = [train, *([stored(fam.name, p.quality, tuple(more), p.episodes)] if more else [])]
     return train, data.state_stats(every), tuple(h for s in every for h in s.hashes), drawn if p.ratio < 1 else None
 
+
+# %% ../nbs/11_jobs.ipynb #f970e90b
 def train_tasks(p: rc.Pretrain):
     from promptnb import tasks
+
     return tuple(sorted(p.train)) or tasks.family(p.family).train
 
+
+# %% ../nbs/11_jobs.ipynb #ce64c5f8
 def context_store(p: rc.Pretrain):
     "The train tasks' trajectories of all qualities that contexts are cut from; None where prompts come from the training data."
     from promptnb import data, tasks
-    if not (p.context and p.H): return None
-    fam = tasks.family(p.family); every = data.join([stored(fam.name, q, train_tasks(p), p.episodes) for q in p.context.qualities], None, mapped=False)
+
+    if not (p.context and p.H):
+        return None
+    fam = tasks.family(p.family)
+    every = data.join(
+        [stored(fam.name, q, train_tasks(p), p.episodes) for q in p.context.qualities], None, mapped=False
+    )
     return data.in_order(every, every.task)
 
+
+# %% ../nbs/11_jobs.ipynb #c28fda7a
 def new_policy(p: rc.Pretrain, stats, seed):
     "The untrained policy of a recipe; its initial weights follow from the seed."
     import torch
+
     from promptnb import tasks
     from promptnb.models.dt import DTConfig
-    fam = tasks.family(p.family); torch.manual_seed(seed_for(seed, "init", p.name))
-    own = {k: getattr(p, k) for k in {f.name for f in dataclasses.fields(DTConfig)} & {f.name for f in dataclasses.fields(p)}}; own["discrete"] = fam.discrete
-    if x := p.context: own |= dict({k: v for k, v in asdict(x).items() if k != "qualities"}, reward_scale=fam.rtg_scale, tasks=train_tasks(p), **({} if x.encoder in ("mean", "transformer") else dict(w_nce=0., w_class=0.)))      # those compare contexts
-    kind = policy_class(p); policy = kind(asdict(kind.CONFIG(fam.state_dim, fam.act_dim, **own)), K=p.K, rtg_scale=fam.rtg_scale)
+
+    fam = tasks.family(p.family)
+    torch.manual_seed(seed_for(seed, "init", p.name))
+    own = {
+        k: getattr(p, k)
+        for k in {f.name for f in dataclasses.fields(DTConfig)} & {f.name for f in dataclasses.fields(p)}
+    }
+    own["discrete"] = fam.discrete
+    if x := p.context:
+        own |= dict(
+            {k: v for k, v in asdict(x).items() if k != "qualities"},
+            reward_scale=fam.rtg_scale,
+            tasks=train_tasks(p),
+            **({} if x.encoder in ("mean", "transformer") else dict(w_nce=0.0, w_class=0.0)),
+        )  # those compare contexts
+    kind = policy_class(p)
+    policy = kind(asdict(kind.CONFIG(fam.state_dim, fam.act_dim, **own)), K=p.K, rtg_scale=fam.rtg_scale)
     policy.mean, policy.std = stats
     return policy
 
+
+# %% ../nbs/11_jobs.ipynb #07ded62c
 def policy_class(p: rc.Pretrain):
     from promptnb.models import context, dt
+
     return context.ContextPolicy if p.context else dt.Policy
+
 
 # %% ../nbs/11_jobs.ipynb #61a88d7e
 def precision_of(p, device):
     "'auto' -> bf16 where it is fast: a GPU, or a processor with bf16 instructions."
     import torch
-    if p.precision != "auto": return p.precision
-    return "bf16" if device.type == "cuda" or (hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported()) else "fp32"
 
+    if p.precision != "auto":
+        return p.precision
+    return (
+        "bf16"
+        if device.type == "cuda"
+        or (hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported())
+        else "fp32"
+    )
+
+
+# %% ../nbs/11_jobs.ipynb #669661e4
 def evaluate_policy(placed, r: rc.Recipe, episodes, seed, threads, device):
     "Play the tasks of a recipe with placed = [(policy, prompt row)] a task; returns (seats, Played)."
     from promptnb import tasks
     from promptnb.evaluate import Seat, rollout
-    fam = tasks.family(r.family); at = [Seat(pol, i, row) for (pol, row), i in zip(placed, played_tasks(fam, r.tune))]
+
+    fam = tasks.family(r.family)
+    at = [Seat(pol, i, row) for (pol, row), i in zip(placed, played_tasks(fam, r.tune))]
     return at, rollout(at, fam, episodes, seed=seed, target=r.target, threads=threads, device=device)
 
-def played_tasks(fam, t: rc.Tune): return fam.test if check_choice(t.play, ("test", "all"), "play") == "test" else fam.task_ids
 
+# %% ../nbs/11_jobs.ipynb #b4ddbb2d
+def played_tasks(fam, t: rc.Tune):
+    return fam.test if check_choice(t.play, ("test", "all"), "play") == "test" else fam.task_ids
+
+
+# %% ../nbs/11_jobs.ipynb #5b1c3f56
 def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
     "Demonstrations and initial prompts of the tasks that are played; with `per_agent`, of the agents of a game."
     from promptnb import data, tasks
-    fam = tasks.family(p.family); ids = played_tasks(fam, t)
+
+    fam = tasks.family(p.family)
+    ids = played_tasks(fam, t)
     demo = stored(fam.name, t.demo_quality, ids, p.episodes)
-    if t.per_agent: demo = by_agent(demo, fam)
+    if t.per_agent:
+        demo = by_agent(demo, fam)
     prompt = demo if t.prompt_quality == t.demo_quality else stored(fam.name, t.prompt_quality, ids, p.episodes)
-    if check_choice(t.prompt_from, ("test", "train", "other", "none"), "prompt_from") == "train": prompt = borrowed(fam, t.prompt_quality, p.episodes, seed)
-    out = data.demos(demo, prompt, policy, n=t.demos, K=t.demo_K, batch=t.demo_batch, J=p.J, H=p.H or 1, position=p.position, seed=seed, gap=bool(p.context))
+    if check_choice(t.prompt_from, ("test", "train", "other", "none"), "prompt_from") == "train":
+        prompt = borrowed(fam, t.prompt_quality, p.episodes, seed)
+    out = data.demos(
+        demo,
+        prompt,
+        policy,
+        n=t.demos,
+        K=t.demo_K,
+        batch=t.demo_batch,
+        J=p.J,
+        H=p.H or 1,
+        position=p.position,
+        seed=seed,
+        gap=bool(p.context),
+    )
     return replace(out, prompt=dict(other=of_others, none=emptied).get(t.prompt_from, lambda x: x)(out.prompt))
 
+
+# %% ../nbs/11_jobs.ipynb #8e505627
 def by_agent(store, fam):
     "Of one map's trajectories, in which a game's agents are neighbours: each agent as a task of its own."
     import torch
+
     from promptnb import data
-    if len(store.task_ids) > 1 or fam.agents < 2: raise PromptnbError(f"prompts for each agent need one task with several agents, but {fam.name} has {len(store.task_ids)} tasks, {fam.agents} agents")
+
+    if len(store.task_ids) > 1 or fam.agents < 2:
+        raise PromptnbError(
+            f"prompts for each agent need one task with several agents, but {fam.name} has {len(store.task_ids)} tasks, {fam.agents} agents"
+        )
     return data.in_order(store, torch.arange(len(store)) % fam.agents)
 
+
+# %% ../nbs/11_jobs.ipynb #ee9ddcab
 def of_others(prompt):
     "Each task is given another's."
-    if len(prompt) < 2: raise PromptnbError("prompt_from='other' takes another task's prompt, but there is one task")
+    if len(prompt) < 2:
+        raise PromptnbError("prompt_from='other' takes another task's prompt, but there is one task")
     return prompt.map(lambda x: x.roll(len(x) // 2, 0))
-def emptied(prompt): return prompt.map(lambda x: x * 0)
 
+
+# %% ../nbs/11_jobs.ipynb #058eedc6
+def emptied(prompt):
+    return prompt.map(lambda x: x * 0)
+
+
+# %% ../nbs/11_jobs.ipynb #04aea7d8
 def borrowed(fam, quality, episodes, seed):
     "For prompts without any data of the test tasks: each test task is given the trajectories of a train task drawn by the seed."
-    import numpy as np, torch
+    import numpy as np
+    import torch
+
     from promptnb import data
+
     store, draw = stored(fam.name, quality, fam.train, episodes), np.random.default_rng(seed_for(seed, "borrowed"))
     given = [data.of_tasks(store, [i]) for i in draw.choice(fam.train, len(fam.test))]
     return data.join([replace(s, task=torch.full_like(s.task, i)) for s, i in zip(given, fam.test)], None, mapped=False)
 
+
+# %% ../nbs/11_jobs.ipynb #704767c4
 def train_demos(p: rc.Pretrain, t: rc.Tune, policy, seed, device):
     "All trajectories of the train tasks as demonstrations: what a tuner prepares on."
     from promptnb import data
-    store = train_store(p)[0]
-    return placed_on(data.demos(store, store, policy, n=0, K=t.demo_K, batch=max(1, t.demo_batch // 2), J=p.J, H=p.H or 1, position=p.position, seed=seed, gap=bool(p.context)), device)
 
-def placed_on(demo, device): return replace(demo, prompt=demo.prompt.to(device), sampler=replace(demo.sampler, device=str(device)))
+    store = train_store(p)[0]
+    return placed_on(
+        data.demos(
+            store,
+            store,
+            policy,
+            n=0,
+            K=t.demo_K,
+            batch=max(1, t.demo_batch // 2),
+            J=p.J,
+            H=p.H or 1,
+            position=p.position,
+            seed=seed,
+            gap=bool(p.context),
+        ),
+        device,
+    )
+
+
+# %% ../nbs/11_jobs.ipynb #5f40c0f6
+def placed_on(demo, device):
+    return replace(demo, prompt=demo.prompt.to(device), sampler=replace(demo.sampler, device=str(device)))
+
 
 # %% ../nbs/11_jobs.ipynb #8141481b
-def policy_folder(p, seed, hashes): return runs_dir()/"policies"/f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_of('pretrain', p.family, context=bool(p.context))])}.s{seed}"
+def policy_folder(p, seed, hashes):
+    return (
+        runs_dir()
+        / "policies"
+        / f"{p.family}.{p.name}.{fingerprint([rc.digest(p), hashes, code_of('pretrain', p.family, context=bool(p.context))])}.s{seed}"
+    )
 
+
+# %% ../nbs/11_jobs.ipynb #110a44f1
 def load_policy(folder, p: rc.Pretrain):
     "A saved policy, without the hub library's remark on every load."
-    with contextlib.redirect_stdout(None): return policy_class(p).from_pretrained(folder)
+    with contextlib.redirect_stdout(None):
+        return policy_class(p).from_pretrained(folder)
 
+
+# %% ../nbs/11_jobs.ipynb #42da96b3
 def pretrain(r: rc.Recipe, scale, seed, device, threads):
     "Train (or go on training, or load) the policy of a resolved recipe; writes its record. Returns the policy, or None if it diverged."
     from promptnb.data import Sampler
     from promptnb.train import FitConfig, fit
+
     p, run = r.pretrain, pretrain_run(r.pretrain, scale, seed)
-    store, stats, hashes, drawn = train_store(p); contexts = context_store(p)
-    if contexts is not None: hashes += contexts.hashes
+    store, stats, hashes, drawn = train_store(p)
+    contexts = context_store(p)
+    if contexts is not None:
+        hashes += contexts.hashes
     folder = policy_folder(p, seed, hashes)
-    saved, record = folder/"policy"/"model.safetensors", record_path(r.paper, run)
-    if (folder/"policy"/"config.json").exists() and record.exists() and (rec := read_json(record))["status"] == "ok":
-        if saved.exists() and sha256_file(saved) == rec.get("weights"): return load_policy(folder/"policy", p).to(device).eval()
-        print(f"{saved} is damaged (its hash is not the record's): made again from the last checkpoint", file=sys.stderr, flush=True)
-    policy = new_policy(p, stats, seed).to(device); start = time.time()
-    write_json(folder/"config.json", dict(recipe=p, seed=seed, data=hashes))
-    sampler = Sampler(store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch or None, p.J, p.H, p.position, contexts, bool(p.context), seed=seed_for(seed, "batches"), device=device)
-    every = max(1, p.steps // max(p.curve_points, 1)); known = dict(paper=r.paper, task=p.family, method=r.method, seed=seed, scale=scale, trainable=sum(x.numel() for x in policy.model.parameters()), env_steps=0, run_id=run)
-    demo = prompts_for(policy, p, rc.Tune(demos=1, demo_batch=1, **({} if p.H else dict(demo_quality=p.quality, prompt_quality=p.quality))), seed)      # without a prompt nothing of them is read
+    saved, record = folder / "policy" / "model.safetensors", record_path(r.paper, run)
+    if (
+        (folder / "policy" / "config.json").exists()
+        and record.exists()
+        and (rec := read_json(record))["status"] == "ok"
+    ):
+        if saved.exists() and sha256_file(saved) == rec.get("weights"):
+            return load_policy(folder / "policy", p).to(device).eval()
+        print(
+            f"{saved} is damaged (its hash is not the record's): made again from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    policy = new_policy(p, stats, seed).to(device)
+    start = time.time()
+    write_json(folder / "config.json", dict(recipe=p, seed=seed, data=hashes))
+    sampler = Sampler(
+        store,
+        *stats,
+        policy.rtg_scale,
+        p.K,
+        p.per_task,
+        p.tasks_per_batch or None,
+        p.J,
+        p.H,
+        p.position,
+        contexts,
+        bool(p.context),
+        seed=seed_for(seed, "batches"),
+        device=device,
+    )
+    every = max(1, p.steps // max(p.curve_points, 1))
+    known = dict(
+        paper=r.paper,
+        task=p.family,
+        method=r.method,
+        seed=seed,
+        scale=scale,
+        trainable=sum(x.numel() for x in policy.model.parameters()),
+        env_steps=0,
+        run_id=run,
+    )
+    demo = prompts_for(
+        policy,
+        p,
+        rc.Tune(demos=1, demo_batch=1, **({} if p.H else dict(demo_quality=p.quality, prompt_quality=p.quality))),
+        seed,
+    )  # without a prompt nothing of them is read
+
     def curve(t):
         prompted = policy.prompted(demo.prompt.to(device), demo.task_ids)
-        at, played = evaluate_policy([(prompted, g) for g in range(demo.G)], replace(r, tune=rc.Tune()), p.curve_episodes, seed_for("curve"), threads, device)
-        append_jsonl(folder/"metrics.jsonl", dict(step=t, returns=played.returns.mean(1).tolist()))
+        at, played = evaluate_policy(
+            [(prompted, g) for g in range(demo.G)],
+            replace(r, tune=rc.Tune()),
+            p.curve_episodes,
+            seed_for("curve"),
+            threads,
+            device,
+        )
+        append_jsonl(folder / "metrics.jsonl", dict(step=t, returns=played.returns.mean(1).tolist()))
         print(f"{run}: step {t}, return on test tasks {played.returns.mean():.1f}", flush=True)
-    cfg = FitConfig(p.steps, p.lr, p.weight_decay, p.warmup, p.clip, seed_for(seed, "fit"), precision_of(p, device), checkpoint_every=every, log_every=max(1, p.steps // 50))
+
+    cfg = FitConfig(
+        p.steps,
+        p.lr,
+        p.weight_decay,
+        p.warmup,
+        p.clip,
+        seed_for(seed, "fit"),
+        precision_of(p, device),
+        checkpoint_every=every,
+        log_every=max(1, p.steps // 50),
+    )
     log = fit(policy.model, sampler, cfg, folder, hashes, desc=run, callback=curve)
-    points = read_jsonl(folder/"metrics.jsonl")
-    rows = [Row(task_id=i, step=s, metric="return", value=v, n_episodes=p.curve_episodes, **known) for s, m in points.items() for i, v in zip(demo.task_ids, m["returns"])]
+    points = read_jsonl(folder / "metrics.jsonl")
+    rows = [
+        Row(task_id=i, step=s, metric="return", value=v, n_episodes=p.curve_episodes, **known)
+        for s, m in points.items()
+        for i, v in zip(demo.task_ids, m["returns"])
+    ]
     rows += [Row(task_id=-1, step=s, metric="loss", value=v, n_episodes=0, **known) for s, v in log.losses]
-    if log.status == "ok": policy.save_pretrained(folder/"policy")
-    write_record(r.paper, run, r, log.status, rows, log.why, time.time() - start, device, data=hashes, trajectories=drawn, weights=sha256_file(saved) if log.status == "ok" else "", folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder))
+    if log.status == "ok":
+        policy.save_pretrained(folder / "policy")
+    write_record(
+        r.paper,
+        run,
+        r,
+        log.status,
+        rows,
+        log.why,
+        time.time() - start,
+        device,
+        data=hashes,
+        trajectories=drawn,
+        weights=sha256_file(saved) if log.status == "ok" else "",
+        folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder),
+    )
     return policy.eval() if log.status == "ok" else None
 
+
+# %% ../nbs/11_jobs.ipynb #7c2f71bf
 def append_jsonl(path, m):
     "One more line; a torn one before it, left by a kill or a full disk, is closed first."
     with open(path, "ab+") as f:
         torn = f.seek(0, 2) and (f.seek(-1, 2), f.read(1))[1] != b"\n"
         f.write(b"\n" * bool(torn) + json.dumps(m).encode() + b"\n")
 
+
+# %% ../nbs/11_jobs.ipynb #a8ef45b7
 def read_jsonl(path):
     "step -> last entry with that step; a torn last line is dropped."
     out = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError): m = json.loads(line); out[m["step"]] = m
+        with contextlib.suppress(json.JSONDecodeError):
+            m = json.loads(line)
+            out[m["step"]] = m
     return dict(sorted(out.items()))
+
 
 # %% ../nbs/11_jobs.ipynb #4aef7178
 class EnvScore:
     "Online judge: prompts (G, m, P, .) -> mean returns (G, m) over `episodes` episodes each, all in lock step; counts the steps it spends."
-    def __init__(self, policy, r, seed, threads, device): self.__dict__.update(policy=policy, r=r, seed=seed, threads=threads, device=device, env_steps=0, calls=0)
+
+    def __init__(self, policy, r, seed, threads, device):
+        self.__dict__.update(policy=policy, r=r, seed=seed, threads=threads, device=device, env_steps=0, calls=0)
+
     def __call__(self, prompts):
         import torch
+
         out = self.rollout(prompts, self.r.tune.score_episodes)
         return torch.tensor(out.returns.mean(-1).reshape(prompts.t.shape[:2]), dtype=torch.float32, device=self.device)
 
@@ -219,158 +580,345 @@ class EnvScore:
         "All prompts of a task meet the same episodes, so that they can be compared; `apart`: each its own."
         from promptnb import tasks
         from promptnb.evaluate import Seat, rollout
-        fam, (G, m) = tasks.family(self.r.family), prompts.t.shape[:2]; ids = played_tasks(fam, self.r.tune)
+
+        fam, (G, m) = tasks.family(self.r.family), prompts.t.shape[:2]
+        ids = played_tasks(fam, self.r.tune)
         pol = self.policy.with_prompt(prompts.map(lambda x: x.flatten(0, 1)))
         seeds = [seed_for(self.seed, "online", self.calls, *[j] * apart) for _ in range(G) for j in range(m)]
-        out = rollout([Seat(pol, ids[g], g * m + j) for g in range(G) for j in range(m)], fam, episodes, seed=seeds, target=self.r.target, threads=self.threads, device=self.device, **kw)
-        self.calls += 1; self.env_steps += int(out.lengths.sum())
+        out = rollout(
+            [Seat(pol, ids[g], g * m + j) for g in range(G) for j in range(m)],
+            fam,
+            episodes,
+            seed=seeds,
+            target=self.r.target,
+            threads=self.threads,
+            device=self.device,
+            **kw,
+        )
+        self.calls += 1
+        self.env_steps += int(out.lengths.sum())
         return out
 
     def play(self, prompts):
         "One episode with each prompt, all different: returns (G, m), and what was seen as Steps (G, m, T, .), normalised and scaled."
         import torch
-        from promptnb.core import Steps
-        out, shape = self.rollout(prompts, 1, apart=True, keep=True), prompts.t.shape[:2]
-        s, a, r = (torch.as_tensor(out.trace[k], dtype=torch.float32, device=self.device) for k in "sar"); T = r.shape[1]
-        mask = (torch.arange(T, device=self.device) < torch.as_tensor(out.lengths, device=self.device)).float(); rtg = (r * mask).flip(1).cumsum(1).flip(1)
-        seen = Steps(self.policy.normalise(s[:, :T]), a[:, :T], rtg[..., None] / self.policy.rtg_scale, torch.arange(T, device=self.device).expand(len(r), T), mask)
-        return torch.as_tensor(out.returns[:, 0].reshape(shape), dtype=torch.float32), seen.map(lambda x: x.unflatten(0, shape))
 
+        from promptnb.core import Steps
+
+        out, shape = self.rollout(prompts, 1, apart=True, keep=True), prompts.t.shape[:2]
+        s, a, r = (torch.as_tensor(out.trace[k], dtype=torch.float32, device=self.device) for k in "sar")
+        T = r.shape[1]
+        mask = (torch.arange(T, device=self.device) < torch.as_tensor(out.lengths, device=self.device)).float()
+        rtg = (r * mask).flip(1).cumsum(1).flip(1)
+        seen = Steps(
+            self.policy.normalise(s[:, :T]),
+            a[:, :T],
+            rtg[..., None] / self.policy.rtg_scale,
+            torch.arange(T, device=self.device).expand(len(r), T),
+            mask,
+        )
+        return torch.as_tensor(out.returns[:, 0].reshape(shape), dtype=torch.float32), seen.map(
+            lambda x: x.unflatten(0, shape)
+        )
+
+
+# %% ../nbs/11_jobs.ipynb #0050a488
 def prepare(tuner, policy, r, seed, device):
     "Let a tuner prepare on the train tasks, once for all recipes that share policy and settings; returns the seconds that it took."
-    if not tuner.PREPARES: return 0.
-    key = [rc.digest(r.pretrain), r.tune.demo_K, r.tune.demo_batch, train_store(r.pretrain)[2], {k: getattr(tuner, k) for k in tuner.PREPARES}, code_of("tune", r.family, [r.tune.tuner], bool(r.pretrain.context))]
-    folder = runs_dir()/"prepared"/f"{r.family}.{r.tune.tuner}.{fingerprint(key)}.s{seed}"
+    if not tuner.PREPARES:
+        return 0.0
+    key = [
+        rc.digest(r.pretrain),
+        r.tune.demo_K,
+        r.tune.demo_batch,
+        train_store(r.pretrain)[2],
+        {k: getattr(tuner, k) for k in tuner.PREPARES},
+        code_of("tune", r.family, [r.tune.tuner], bool(r.pretrain.context)),
+    ]
+    folder = runs_dir() / "prepared" / f"{r.family}.{r.tune.tuner}.{fingerprint(key)}.s{seed}"
     with run_lock(folder, wait=-1):
-        start = time.time(); tuner.prepare(policy, (train_demos(r.pretrain, r.tune, policy, seed, device) for _ in range(1)), seed, folder)
-        if not (folder/"seconds.json").exists(): write_json(folder/"seconds.json", round(time.time() - start, 1))      # of the process that finished it
-    return read_json(folder/"seconds.json")
+        start = time.time()
+        tuner.prepare(policy, (train_demos(r.pretrain, r.tune, policy, seed, device) for _ in range(1)), seed, folder)
+        if not (folder / "seconds.json").exists():
+            write_json(folder / "seconds.json", round(time.time() - start, 1))  # of the process that finished it
+    return read_json(folder / "seconds.json")
 
+
+# %% ../nbs/11_jobs.ipynb #99eb6d9c
 def tune(r: rc.Recipe, scale, seed, device, threads):
     "Tune and evaluate one resolved recipe from its pre-trained policy; writes its record."
     from promptnb.evaluate import to_rows
     from promptnb.tuners.core import make_tuner
+
     run, start = recipe_run(r, scale, seed), time.time()
     policy = pretrain(r, scale, seed, device, threads)
-    if policy is None: return write_record(r.paper, run, r, "diverged", why="its pre-training diverged")
+    if policy is None:
+        return write_record(r.paper, run, r, "diverged", why="its pre-training diverged")
     demo = placed_on(prompts_for(policy, r.pretrain, r.tune, seed), device)
-    tuner = make_tuner(r.tune.tuner, **dict(r.tune.hyper), **({"precision": precision_of(r.pretrain, device)} if r.tune.tuner != "none" else {}))
-    spent = dict(prepare_seconds=prepare(tuner, policy, r, seed, device)); begun = time.time()
+    tuner = make_tuner(
+        r.tune.tuner,
+        **dict(r.tune.hyper),
+        **({"precision": precision_of(r.pretrain, device)} if r.tune.tuner != "none" else {}),
+    )
+    spent = dict(prepare_seconds=prepare(tuner, policy, r, seed, device))
+    begun = time.time()
     out = tuner.adapt(policy, demo, rng=seed_for(seed, "tune", r.key), score=EnvScore(policy, r, seed, threads, device))
     tuned = spent["tuning_seconds"] = time.time() - begun
-    placed = [(out.placed[0][0], tuple(row for _, row in out.placed))] if r.tune.per_agent else out.placed      # one seat, a prompt an agent
+    placed = (
+        [(out.placed[0][0], tuple(row for _, row in out.placed))] if r.tune.per_agent else out.placed
+    )  # one seat, a prompt an agent
     at, played = evaluate_policy(placed, r, r.eval_episodes, seed_for("final"), threads, device)
-    known = dict(paper=r.paper, task=r.family, method=r.method, seed=seed, scale=scale, trainable=out.trainable, env_steps=out.env_steps, run_id=run)
+    known = dict(
+        paper=r.paper,
+        task=r.family,
+        method=r.method,
+        seed=seed,
+        scale=scale,
+        trainable=out.trainable,
+        env_steps=out.env_steps,
+        run_id=run,
+    )
     step = dict(r.tune.hyper).get("steps", 0)
-    rows = to_rows(played, at, step=step, **known); rows += list(score_rows(rows))
-    note = lambda metric, value, task=-1, step=step: Row(task_id=demo.task_ids[task] if task >= 0 else -1, step=step, metric=metric, value=value, n_episodes=0, **known)
-    rows += [note("demo_loss" if "loss" in l else "score", l.get("loss", l.get("score")), l["task"], l["step"]) for l in out.log]
+    rows = to_rows(played, at, step=step, **known)
+    rows += list(score_rows(rows))
+
+    def note(metric, value, task=-1, step=step):
+        return Row(
+            task_id=demo.task_ids[task] if task >= 0 else -1,
+            step=step,
+            metric=metric,
+            value=value,
+            n_episodes=0,
+            **known,
+        )
+
+    rows += [
+        note("demo_loss" if "loss" in l else "score", l.get("loss", l.get("score")), l["task"], l["step"])
+        for l in out.log
+    ]
     rows += [note(**f) for f in out.facts]
-    look = {k: x.double().cpu().numpy().round(3).tolist() for k, x in out.look.items()} | ({"goals": goals_of(r.family, out.look["embedded"].tolist())} if "embedded" in out.look else {})
-    protocol = dict(prompt=f"{r.tune.prompt_quality}, {r.pretrain.position}, J={r.pretrain.J}, H={r.pretrain.H}", target=target_of(r), episodes=r.eval_episodes, policy="last")
+    look = {k: x.double().cpu().numpy().round(3).tolist() for k, x in out.look.items()} | (
+        {"goals": goals_of(r.family, out.look["embedded"].tolist())} if "embedded" in out.look else {}
+    )
+    protocol = dict(
+        prompt=f"{r.tune.prompt_quality}, {r.pretrain.position}, J={r.pretrain.J}, H={r.pretrain.H}",
+        target=target_of(r),
+        episodes=r.eval_episodes,
+        policy="last",
+    )
     n = int(played.failed.sum())
     ret = float(played.returns.mean())
-    print(f"{run}: {r.method}: return {ret:.1f} ({tuned:.0f} s tuning, {time.time() - begun - tuned:.0f} s evaluation)", flush=True)
-    if r.tune.tuner in PROMPT_ENTRIES: out.placed[0][0].save_pretrained(tuned_folder(run))     # for `film`
-    prompts = {k: plain(demo_prompt(x)) for k, x in (("before", demo.prompt), ("after", placed_prompt(out)))} if r.tune.tuner in PROMPT_ENTRIES else {}
-    return write_record(r.paper, run, r, "ok" if not n else "failed", rows, f"{n} episodes gave NaN" if n else "", time.time() - start, device, data=demo.sampler.store.hashes, protocol=protocol, prompts=prompts, spent=spent, look=look,
-                        counts=dict(trainable=out.trainable, total=sum(x.numel() for x in policy.model.parameters())), floor=floor_of(r))
+    print(
+        f"{run}: {r.method}: return {ret:.1f} ({tuned:.0f} s tuning, {time.time() - begun - tuned:.0f} s evaluation)",
+        flush=True,
+    )
+    if r.tune.tuner in PROMPT_ENTRIES:
+        out.placed[0][0].save_pretrained(tuned_folder(run))  # for `film`
+    prompts = (
+        {k: plain(demo_prompt(x)) for k, x in (("before", demo.prompt), ("after", placed_prompt(out)))}
+        if r.tune.tuner in PROMPT_ENTRIES
+        else {}
+    )
+    return write_record(
+        r.paper,
+        run,
+        r,
+        "ok" if not n else "failed",
+        rows,
+        f"{n} episodes gave NaN" if n else "",
+        time.time() - start,
+        device,
+        data=demo.sampler.store.hashes,
+        protocol=protocol,
+        prompts=prompts,
+        spent=spent,
+        look=look,
+        counts=dict(trainable=out.trainable, total=sum(x.numel() for x in policy.model.parameters())),
+        floor=floor_of(r),
+    )
 
+
+# %% ../nbs/11_jobs.ipynb #d47004fd
 def score_rows(rows):
     "A score out of 100 of each task, where there is one: the normalised return, or the share of games won."
     from promptnb import tasks
+
     for w in rows:
         ref = tasks.family(w.task).references
-        if w.metric == "return" and ref: yield replace(w, metric="score", value=float(tasks.normalised(w.value, ref)))
-        if w.metric == "success" and tasks.family(w.task).agents > 1: yield replace(w, metric="score", value=100 * w.value)
+        if w.metric == "return" and ref:
+            yield replace(w, metric="score", value=float(tasks.normalised(w.value, ref)))
+        if w.metric == "success" and tasks.family(w.task).agents > 1:
+            yield replace(w, metric="score", value=100 * w.value)
 
+
+# %% ../nbs/11_jobs.ipynb #c3ca067e
 def floor_of(r):
     "Share of games (%) won by random legal actions and by the behaviour that made the data, from the family's card; None where nothing is won."
     from promptnb import experts, tasks
+
     won = experts.load_card(tasks.family(r.family)).get("success") if tasks.family(r.family).agents > 1 else None
     return won and {k: 100 * won[q] for k, q in (("random", "random"), ("behaviour", r.pretrain.quality))}
 
+
+# %% ../nbs/11_jobs.ipynb #8003fc08
 def goals_of(name, ids):
     from promptnb import tasks
+
     return [tasks.family(name).goals[i] for i in ids]
 
-PROMPT_ENTRIES = ("ranking", "gradient", "hill", "es", "diffuser", "direct")   # tuners whose result is a prompt of the same form
-def tuned_folder(run): return runs_dir()/"tuned"/run
 
+# %% ../nbs/11_jobs.ipynb #a9e6221a
+PROMPT_ENTRIES = (
+    "ranking",
+    "gradient",
+    "hill",
+    "es",
+    "diffuser",
+    "direct",
+)  # tuners whose result is a prompt of the same form
+
+
+# %% ../nbs/11_jobs.ipynb #a33db7c7
+def tuned_folder(run):
+    return runs_dir() / "tuned" / run
+
+
+# %% ../nbs/11_jobs.ipynb #38811a5e
 def target_of(r):
     from promptnb import tasks
+
     return tasks.family(r.family).target_return if r.target is None else r.target
 
-def demo_prompt(p, digits=4): return {n: [[round(v, digits) for v in row] for row in getattr(p, n)[0].tolist()] for n in ("s", "a", "rtg")}
-def placed_prompt(out): return out.placed[0][0].prompt
+
+# %% ../nbs/11_jobs.ipynb #47045eb6
+def demo_prompt(p, digits=4):
+    return {n: [[round(v, digits) for v in row] for row in getattr(p, n)[0].tolist()] for n in ("s", "a", "rtg")}
+
+
+# %% ../nbs/11_jobs.ipynb #a3efc83d
+def placed_prompt(out):
+    return out.placed[0][0].prompt
+
 
 # %% ../nbs/11_jobs.ipynb #ca26dd4c
 def run_job(job, seed=0, scale="laptop", accelerator="auto", threads=1):
     "Run a job's recipes; returns the paths of its records. Finished ones are not run again."
     import torch
+
     from promptnb.train import Interrupted, pick_device
+
     j, device = find_job(job), pick_device(accelerator)
-    torch.set_num_threads(threads); done, work = [], dict(pretrain=pretrain, tune=tune).get(j.kind)
-    if j.kind == "offline": from promptnb.offline import train as work
-    if j.kind == "online": from promptnb.stages import train as work
+    torch.set_num_threads(threads)
+    done, work = [], dict(pretrain=pretrain, tune=tune).get(j.kind)
+    if j.kind == "offline":
+        from promptnb.offline import train as work
+    if j.kind == "online":
+        from promptnb.stages import train as work
     for r, run in runs_of(j, scale, seed):
-        if finished(r, run): done.append(record_path(r.paper, run)); continue
-        try: work(r, scale, seed, device, threads)
-        except Interrupted: raise
+        if finished(r, run):
+            done.append(record_path(r.paper, run))
+            continue
+        try:
+            work(r, scale, seed, device, threads)
+        except Interrupted:
+            raise
         except Exception as e:
             e = disk_error(e, getattr(e, "filename", None) or runs_dir())
-            write_record(r.paper, run, r, "failed", why=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+            write_record(
+                r.paper, run, r, "failed", why=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+            )
             print(f"{run}: failed: {e}", file=sys.stderr, flush=True)
-            if not isinstance(e, PromptnbError): import traceback; traceback.print_exc()
-        if record_path(r.paper, run).exists(): done.append(record_path(r.paper, run))
+            if not isinstance(e, PromptnbError):
+                import traceback
+
+                traceback.print_exc()
+        if record_path(r.paper, run).exists():
+            done.append(record_path(r.paper, run))
     return done
 
+
+# %% ../nbs/11_jobs.ipynb #fc7ab9a2
 def find_job(job) -> rc.Job:
     "The job of that id; a misspelt one is answered with the nearest."
     every = {k: v for p in rc.PAPERS for k, v in rc.jobs(p).items()}
     return every[check_choice(job, every, "job")]
 
+
+# %% ../nbs/11_jobs.ipynb #26afab6f
 def job_recipes(j: rc.Job, scale):
     "Its recipes that are run at a scale, resolved."
     return [rc.resolve(rc.RECIPES[i], scale) for i in j.recipes if rc.run_at(rc.RECIPES[i], scale)]
 
+
+# %% ../nbs/11_jobs.ipynb #3dc9b11a
 def runs_of(j: rc.Job, scale, seed):
     "[(resolved recipe, run id)] of a job."
-    return [(r, pretrain_run(r.pretrain, scale, seed) if j.kind == "pretrain" else recipe_run(r, scale, seed)) for r in job_recipes(j, scale)]
+    return [
+        (r, pretrain_run(r.pretrain, scale, seed) if j.kind == "pretrain" else recipe_run(r, scale, seed))
+        for r in job_recipes(j, scale)
+    ]
 
+
+# %% ../nbs/11_jobs.ipynb #4e4b92a9
 def finished(r, run):
     "Is there a good record of this run, of this very recipe and code?"
     p = record_path(r.paper, run)
-    if not p.exists(): return False
+    if not p.exists():
+        return False
     rec = read_json(p)
-    return rec["status"] in ("ok", "diverged") and rec["recipe_digest"] == rc.digest(r) and rec["code"] == code_of_run(r, run)
+    return (
+        rec["status"] in ("ok", "diverged")
+        and rec["recipe_digest"] == rc.digest(r)
+        and rec["code"] == code_of_run(r, run)
+    )
+
 
 # %% ../nbs/11_jobs.ipynb #e5cba237
 def film(recipe, scale="laptop", seed=0, task=None, every=25):
     "Render a finished run of a prompt tuner; writes figures/<paper>/<scale>/film.png and .gif, returns the strip's path."
-    import imageio, matplotlib.pyplot as plt, numpy as np
+    import imageio
+    import matplotlib.pyplot as plt
+    import numpy as np
+
     from promptnb import tasks
     from promptnb.core import figures_dir
     from promptnb.evaluate import Seat, rollout
-    r = rc.resolve(rc.RECIPES[recipe], scale); run = recipe_run(r, scale, seed); fam = tasks.family(r.family)
-    if r.tune.tuner not in PROMPT_ENTRIES: raise PromptnbError(f"{recipe} tunes no prompt: film takes {', '.join(PROMPT_ENTRIES)}")
-    if not tuned_folder(run).exists(): raise PromptnbError(f"{run} has not been run: promptnb run {r.paper} --scale {scale}")
-    if not tasks.gl_backend(): tasks.film(fam, fam.test[0], [], 0)      # says what to install
-    after = load_policy(tuned_folder(run), r.pretrain).eval(); before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, seed).prompt)
-    played = [rollout([Seat(p, i, g) for g, i in enumerate(fam.test)], fam, 1, seed=seed_for("final"), keep=True) for p in (before, after)]
+
+    r = rc.resolve(rc.RECIPES[recipe], scale)
+    run = recipe_run(r, scale, seed)
+    fam = tasks.family(r.family)
+    if r.tune.tuner not in PROMPT_ENTRIES:
+        raise PromptnbError(f"{recipe} tunes no prompt: film takes {', '.join(PROMPT_ENTRIES)}")
+    if not tuned_folder(run).exists():
+        raise PromptnbError(f"{run} has not been run: promptnb run {r.paper} --scale {scale}")
+    if not tasks.gl_backend():
+        tasks.film(fam, fam.test[0], [], 0)  # says what to install
+    after = load_policy(tuned_folder(run), r.pretrain).eval()
+    before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, seed).prompt)
+    played = [
+        rollout([Seat(p, i, g) for g, i in enumerate(fam.test)], fam, 1, seed=seed_for("final"), keep=True)
+        for p in (before, after)
+    ]
     g = int(np.abs(played[1].returns - played[0].returns)[:, 0].argmax()) if task is None else task
     i, start = fam.test[g], seed_for(seed_for("final"), "episode", fam.name, fam.test[g], 0)
-    shots = [tasks.film(fam, i, p.trace["a"][g][:p.lengths[g, 0]], start, every=5) for p in played]
-    folder = figures_dir(r.paper)/scale; folder.mkdir(parents=True, exist_ok=True); n = every // 5
-    fig, axes = plt.subplots(2, len(shots[0][::n]), figsize=(1.5 * len(shots[0][::n]), 3.5), squeeze=False, constrained_layout=True)
+    shots = [tasks.film(fam, i, p.trace["a"][g][: p.lengths[g, 0]], start, every=5) for p in played]
+    folder = figures_dir(r.paper) / scale
+    folder.mkdir(parents=True, exist_ok=True)
+    n = every // 5
+    fig, axes = plt.subplots(
+        2, len(shots[0][::n]), figsize=(1.5 * len(shots[0][::n]), 3.5), squeeze=False, constrained_layout=True
+    )
     for row, frames, p, name in zip(axes, shots, played, ("before tuning", "after tuning")):
         for k, ax in enumerate(row):
             ax.set(xticks=[], yticks=[], title=f"t = {k * every}")
-            if k < len(frames[::n]): ax.imshow(frames[::n][k])
-            else: ax.axis("off")
+            if k < len(frames[::n]):
+                ax.imshow(frames[::n][k])
+            else:
+                ax.axis("off")
         row[0].set_ylabel(f"{name}\nreturn {p.returns[g, 0]:.1f}")
     fig.suptitle(f"{fam.task_name(i)} (goal {fam.goals[i]:.3g}), {r.method}, {scale} scale", fontsize=10)
-    fig.savefig(folder/"film.png", dpi=100); plt.close(fig)
+    fig.savefig(folder / "film.png", dpi=100)
+    plt.close(fig)
     both = [np.concatenate([s[min(k, len(s) - 1)] for s in shots], 1)[::2, ::2] for k in range(max(map(len, shots)))]
-    imageio.mimsave(folder/"film.gif", both, duration=0.25, loop=0)
-    return folder/"film.png"
+    imageio.mimsave(folder / "film.gif", both, duration=0.25, loop=0)
+    return folder / "film.png"

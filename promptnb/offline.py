@@ -4,7 +4,12 @@
 
 # %% ../nbs/11a_offline.ipynb #70d47f3c
 from __future__ import annotations
-import contextlib, functools, hashlib, platform, time
+
+import contextlib
+import functools
+import hashlib
+import platform
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,178 +18,410 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import data, recipes as rc, tasks
-from .core import PromptnbError, Row, check_choice, code_fingerprint, fingerprint, root, run_lock, runs_dir, seed_for, write_atomic, write_json
+from . import data, tasks
+from . import recipes as rc
+from promptnb.core import (
+    PromptnbError,
+    Row,
+    check_choice,
+    code_fingerprint,
+    fingerprint,
+    root,
+    run_lock,
+    runs_dir,
+    seed_for,
+    write_atomic,
+    write_json,
+)
 from .evaluate import Seat, rollout
-from .jobs import append_jsonl, code_of, precision_of, read_jsonl, record_path, recipe_run, stored, write_record
+from .jobs import append_jsonl, code_of, precision_of, read_jsonl, recipe_run, stored, write_record
 from .train import FitConfig, autocast, fit, optimiser, pick_device, step_once
 
 # %% auto #0
-__all__ = ['TRUNKS', 'trunk_of', 'sha256_of_tokens', 'kept_tokens', 'text_of', 'offline_store', 'new_learner', 'sampler_of',
-           'play', 'language_loss', 'own_references', 'scores', 'counted', 'train', 'rows_of', 'text_facts',
-           'noise_store', 'step_seconds']
+__all__ = [
+    "TRUNKS",
+    "trunk_of",
+    "sha256_of_tokens",
+    "kept_tokens",
+    "text_of",
+    "offline_store",
+    "new_learner",
+    "sampler_of",
+    "play",
+    "language_loss",
+    "own_references",
+    "scores",
+    "counted",
+    "train",
+    "rows_of",
+    "text_facts",
+    "noise_store",
+    "step_seconds",
+]
+
 
 # %% ../nbs/11a_offline.ipynb #05ef32f0
 def trunk_of(t: rc.Text, device="cpu"):
     "Folder, or hub name, of the language model that a recipe's text stands for; made first where it is one of ours."
     from promptnb.models.lm import pretrain_lm
-    if t.kind not in rc.CORPORA: return t.kind
-    config = FitConfig(t.steps, t.lr, t.weight_decay, t.warmup, 1e9, precision=precision_of(t, torch.device(device)), checkpoint_every=max(1, t.steps // 4), log_every=max(1, t.steps // 50))
+
+    if t.kind not in rc.CORPORA:
+        return t.kind
+    config = FitConfig(
+        t.steps,
+        t.lr,
+        t.weight_decay,
+        t.warmup,
+        1e9,
+        precision=precision_of(t, torch.device(device)),
+        checkpoint_every=max(1, t.steps // 4),
+        log_every=max(1, t.steps // 50),
+    )
     of = dict(n=t.n) if t.kind in ("chain", "iid") else dict(vocab=t.vocab, files=t.files or None)
-    with run_lock(runs_dir()/"lm"/f"making-{t.kind}-{rc.digest(t)}", wait=-1):
-        return pretrain_lm(t.kind, fit, config, layers=t.layers, heads=t.heads, width=t.width, activation=t.activation, seqs=t.seqs, length=t.length, device=device, **of)
+    with run_lock(runs_dir() / "lm" / f"making-{t.kind}-{rc.digest(t)}", wait=-1):
+        return pretrain_lm(
+            t.kind,
+            fit,
+            config,
+            layers=t.layers,
+            heads=t.heads,
+            width=t.width,
+            activation=t.activation,
+            seqs=t.seqs,
+            length=t.length,
+            device=device,
+            **of,
+        )
 
-def sha256_of_tokens(t): return hashlib.sha256(t["train"].numpy().data).hexdigest() + hashlib.sha256(t["held"].numpy().data).hexdigest()
 
+# %% ../nbs/11a_offline.ipynb #7f5af860
+def sha256_of_tokens(t):
+    return hashlib.sha256(t["train"].numpy().data).hexdigest() + hashlib.sha256(t["held"].numpy().data).hexdigest()
+
+
+# %% ../nbs/11a_offline.ipynb #ad29f6e2
 def kept_tokens(path, of_what):
     "The tokens of a file, or None: it is not there, is damaged, or holds other text. Then they are made again."
     with contextlib.suppress(SafetensorError, FileNotFoundError, KeyError), safe_open(str(path), "pt") as f:
         t, m = {k: f.get_tensor(k) for k in ("train", "held")}, f.metadata() or {}
-        if m.get("of") == of_what and m.get("sha256") == sha256_of_tokens(t): return t
+        if m.get("of") == of_what and m.get("sha256") == sha256_of_tokens(t):
+            return t
 
+
+# %% ../nbs/11a_offline.ipynb #cf3557de
 @functools.lru_cache(maxsize=4)
 def text_of(t: rc.Text):
     "(tokens to co-train on, tokens held out), each (rows, tokens): English for trunks that read text, shuffled or not; else the trunk's own kind."
     from promptnb.models.lm import corpus, docstrings, fetch
+
     if t.kind in rc.CORPORA:
-        kind, of = ("english", dict(vocab=t.vocab, files=t.files or None)) if t.kind in ("english", "shuffled") else (t.kind, dict(n=t.n))
-        of_what = fingerprint([kind, of, platform.python_version(), code_fingerprint("models/lm")]); path = runs_dir()/"lm"/f"tokens-{kind}-{of_what}.safetensors"
+        kind, of = (
+            ("english", dict(vocab=t.vocab, files=t.files or None))
+            if t.kind in ("english", "shuffled")
+            else (t.kind, dict(n=t.n))
+        )
+        of_what = fingerprint([kind, of, platform.python_version(), code_fingerprint("models/lm")])
+        path = runs_dir() / "lm" / f"tokens-{kind}-{of_what}.safetensors"
         if (found := kept_tokens(path, of_what)) is None:
-            c = corpus(kind, **of); found = {k: getattr(c, k).contiguous() for k in ("train", "held")}
+            c = corpus(kind, **of)
+            found = {k: getattr(c, k).contiguous() for k in ("train", "held")}
             write_atomic(path, save(found, dict(of=of_what, sha256=sha256_of_tokens(found))))
         return found["train"], found["held"]
     from transformers import AutoTokenizer
-    tok = fetch(t.kind, lambda kw: AutoTokenizer.from_pretrained(t.kind, **kw)); end = tok.eos_token_id
+
+    tok = fetch(t.kind, lambda kw: AutoTokenizer.from_pretrained(t.kind, **kw))
+    end = tok.eos_token_id
     ids = torch.tensor([i for x in tok(list(docstrings(t.files or None)))["input_ids"] for i in (end, *x)])[None]
-    return ids[:, :-len(ids[0]) // 20], ids[:, -len(ids[0]) // 20:]
+    return ids[:, : -len(ids[0]) // 20], ids[:, -len(ids[0]) // 20 :]
+
 
 # %% ../nbs/11a_offline.ipynb #17a667d7
-TRUNKS = ("lamo", "pixel-lamo")      # learners with a language model's trunk; the others are models.value's
+TRUNKS = ("lamo", "pixel-lamo")  # learners with a language model's trunk; the others are models.value's
 
+
+# %% ../nbs/11a_offline.ipynb #0501b7fe
 def offline_store(x: rc.Offline, fam):
     "(data to train on, statistics of its states, hashes, which trajectories)."
-    every = stored(fam.name, x.quality, fam.train, x.episodes); store, drawn = data.share(every, x.ratio, x.ratio_seed)
+    every = stored(fam.name, x.quality, fam.train, x.episodes)
+    store, drawn = data.share(every, x.ratio, x.ratio_seed)
     if x.drop_best and len(store) > 1:
-        best = int(store.returns.argmax()); keep = [i for i in range(len(store)) if i != best]
+        best = int(store.returns.argmax())
+        keep = [i for i in range(len(store)) if i != best]
         store, drawn = data.subset(store, keep), [drawn[i] for i in keep]
     return store, data.state_stats(store), every.hashes, drawn
 
+
+# %% ../nbs/11a_offline.ipynb #996b1fee
 def new_learner(r: rc.Recipe, stats, seed, trunk="", longest=0):
     "The untrained learner of a resolved recipe, with its normaliser; its initial weights follow from the seed. Pictures: timesteps up to the `longest` trajectory have a vector."
     from promptnb.models.value import LEARNERS, make_learner
-    x, fam = r.offline, tasks.family(r.family); torch.manual_seed(seed_for(seed, "init", r.family)); own = dict(x.model)
+
+    x, fam = r.offline, tasks.family(r.family)
+    torch.manual_seed(seed_for(seed, "init", r.family))
+    own = dict(x.model)
     if check_choice(x.learner, (*TRUNKS, *LEARNERS), "learner") in TRUNKS:
         from promptnb.models.lm import LMConfig
-        for k in own: check_choice(k, [f.name for f in fields(LMConfig)], "field of LMConfig")
-        model = dict(state_dim=fam.state_dim, act_dim=fam.act_dim, trunk=str(trunk), max_timestep=longest or fam.horizon, seed=seed, **own)
-        if x.learner == "lamo": from promptnb.models.lm import LamoPolicy; out = LamoPolicy(model, x.K, fam.rtg_scale)
-        else: from promptnb.models.pixels import PixelLamo; out = PixelLamo(model, x.K, fam.rtg_scale, frames=list(fam.frames))
-    else: out = make_learner(x.learner, fam.state_dim, fam.act_dim, frames=fam.frames, **own)
+
+        for k in own:
+            check_choice(k, [f.name for f in fields(LMConfig)], "field of LMConfig")
+        model = dict(
+            state_dim=fam.state_dim,
+            act_dim=fam.act_dim,
+            trunk=str(trunk),
+            max_timestep=longest or fam.horizon,
+            seed=seed,
+            **own,
+        )
+        if x.learner == "lamo":
+            from promptnb.models.lm import LamoPolicy
+
+            out = LamoPolicy(model, x.K, fam.rtg_scale)
+        else:
+            from promptnb.models.pixels import PixelLamo
+
+            out = PixelLamo(model, x.K, fam.rtg_scale, frames=list(fam.frames))
+    else:
+        out = make_learner(x.learner, fam.state_dim, fam.act_dim, frames=fam.frames, **own)
     out.mean, out.std = stats
     return out
 
+
+# %% ../nbs/11a_offline.ipynb #3bc18202
 def sampler_of(r: rc.Recipe, store, stats, seed, device):
     "Batches of windows, with text where the language loss has weight; of single transitions for the baselines."
-    x, fam = r.offline, tasks.family(r.family); seed = seed_for(seed, "batches")
+    x, fam = r.offline, tasks.family(r.family)
+    seed = seed_for(seed, "batches")
     if x.learner not in TRUNKS:
         from promptnb.models.value import Transitions
+
         return Transitions(store, *stats, size=x.batch, horizon=fam.horizon, seed=seed, device=device)
     out = data.Sampler(store, *stats, fam.rtg_scale, x.K, per_task=x.batch, H=0, seed=seed, device=device)
     from promptnb.models.lm import LMConfig, WithText
-    if not (x.text and dict(x.model).get("lam", LMConfig.lam)): return out
+
+    if not (x.text and dict(x.model).get("lam", LMConfig.lam)):
+        return out
     stream = text_of(x.text)[0]
     return WithText(out, stream, x.seqs, min(x.tokens, stream.shape[1]), seed, device)
+
 
 # %% ../nbs/11a_offline.ipynb #d9af3fa5
 def play(policy, r: rc.Recipe, threads, device):
     "{target: (mean return, mean length)}, and how many episodes gave NaN."
-    x, fam = r.offline, tasks.family(r.family); targets, n = x.targets or (0.,), r.eval_episodes
+    x, fam = r.offline, tasks.family(r.family)
+    targets, n = x.targets or (0.0,), r.eval_episodes
     with autocast(precision_of(x, device), device):
-        out = rollout([Seat(policy, fam.test[0])] * len(targets), fam, n, seed=seed_for("curve"), target=np.repeat(targets, n * fam.agents), threads=threads, device=device, limit=x.limit or None)
-    return {f"{t:g}": (float(a), float(b)) for t, a, b in zip(targets, out.returns.mean(1), out.lengths.mean(1))}, int(out.failed.sum())
+        out = rollout(
+            [Seat(policy, fam.test[0])] * len(targets),
+            fam,
+            n,
+            seed=seed_for("curve"),
+            target=np.repeat(targets, n * fam.agents),
+            threads=threads,
+            device=device,
+            limit=x.limit or None,
+        )
+    return {f"{t:g}": (float(a), float(b)) for t, a, b in zip(targets, out.returns.mean(1), out.lengths.mean(1))}, int(
+        out.failed.sum()
+    )
 
+
+# %% ../nbs/11a_offline.ipynb #5a5a50c8
 def language_loss(policy, r: rc.Recipe, device):
     "Nats a token on held-out text; None for a policy that has read none."
     from promptnb.models.lm import held_loss
-    if not r.offline.text: return None
+
+    if not r.offline.text:
+        return None
     out = held_loss(policy.lm, text_of(r.offline.text)[1], r.offline.tokens, batches=4, seqs=8, device=device)
-    policy.train(); return out
+    policy.train()
+    return out
+
 
 # %% ../nbs/11a_offline.ipynb #98392260
 def own_references(fam):
     "(random, expert) returns of our own policies, from the family's card; None where there is none."
     from promptnb import experts
-    with contextlib.suppress(PromptnbError, KeyError): c = experts.load_card(fam); return c["random_mean_return"], c["expert_mean_return"]
 
+    with contextlib.suppress(PromptnbError, KeyError):
+        c = experts.load_card(fam)
+        return c["random_mean_return"], c["expert_mean_return"]
+
+
+# %% ../nbs/11a_offline.ipynb #53d0e6f3
 def scores(points, x: rc.Offline, fam, steps):
     "Of evaluations {step: {target: (return, length)}}: the score of each target, and what the tables print."
-    at = {s: {t: v[0] for t, v in p.items()} for s, p in points.items()}; late = [s for s in at if s > (1 - x.last) * steps] or [max(at)]
-    mean = {t: float(np.mean([at[s][t] for s in late])) for t in at[late[-1]]}; best = max(mean, key=mean.get)
-    norm = lambda v: float(tasks.normalised(v, fam.references)); top = sorted((v for p in at.values() for v in p.values()), reverse=True)
+    at = {s: {t: v[0] for t, v in p.items()} for s, p in points.items()}
+    late = [s for s in at if s > (1 - x.last) * steps] or [max(at)]
+    mean = {t: float(np.mean([at[s][t] for s in late])) for t in at[late[-1]]}
+    best = max(mean, key=mean.get)
+
+    def norm(v):
+        return float(tasks.normalised(v, fam.references))
+
+    top = sorted((v for p in at.values() for v in p.values()), reverse=True)
     own = own_references(fam)
-    return {**{f"score@{t}": norm(v) for t, v in mean.items()}, "return": mean[best], "score": norm(mean[best]), "score_worst_target": norm(min(mean.values())), "score_best": norm(top[0]),
-            "score_top3": norm(float(np.mean(sorted((max(p.values()) for p in at.values()), reverse=True)[:3]))), **({"own_score": float(tasks.normalised(mean[best], own))} if own else {})}
+    return {
+        **{f"score@{t}": norm(v) for t, v in mean.items()},
+        "return": mean[best],
+        "score": norm(mean[best]),
+        "score_worst_target": norm(min(mean.values())),
+        "score_best": norm(top[0]),
+        "score_top3": norm(float(np.mean(sorted((max(p.values()) for p in at.values()), reverse=True)[:3]))),
+        **({"own_score": float(tasks.normalised(mean[best], own))} if own else {}),
+    }
+
 
 # %% ../nbs/11a_offline.ipynb #1c426821
 def counted(policy):
     "Parameters as measured: all, those that train, LoRA's."
     from promptnb.models.lm import counts
+
     return counts(policy)
 
+
+# %% ../nbs/11a_offline.ipynb #ff38930f
 def train(r: rc.Recipe, scale, seed, device, threads):
     "Train, look, score: one record of a resolved recipe."
     x, fam, run, start = r.offline, tasks.family(r.family), recipe_run(r, scale, seed), time.time()
-    store, stats, hashes, drawn = offline_store(x, fam); trunk = trunk_of(x.text, device) if x.text else ""; read = time.time() - start
+    store, stats, hashes, drawn = offline_store(x, fam)
+    trunk = trunk_of(x.text, device) if x.text else ""
+    read = time.time() - start
     policy = new_learner(r, stats, seed, trunk, int(store.length.max()) if fam.frames else 0).to(device)
-    folder = runs_dir()/"offline"/f"{run}.{fingerprint([rc.digest(r), hashes, code_of('offline', r.family, [x.learner])])}"; write_json(folder/"config.json", dict(recipe=r, seed=seed, data=hashes))
-    every, log_file = max(1, x.steps // max(x.points, 1)), folder/"metrics.jsonl"
+    folder = (
+        runs_dir()
+        / "offline"
+        / f"{run}.{fingerprint([rc.digest(r), hashes, code_of('offline', r.family, [x.learner])])}"
+    )
+    write_json(folder / "config.json", dict(recipe=r, seed=seed, data=hashes))
+    every, log_file = max(1, x.steps // max(x.points, 1)), folder / "metrics.jsonl"
+
     def look(t):
         played, bad = play(policy, r, threads, device) if t else ({}, 0)
         append_jsonl(log_file, dict(step=t, played=played, bad=bad, lm=language_loss(policy, r, device)))
-        if t: print(f"{run}: step {t}, return " + ", ".join(f"{v[0]:.1f} (target {k})" for k, v in played.items()), flush=True)
-    if not log_file.exists(): look(0)
-    cfg = FitConfig(x.steps, x.lr * x.lr_times, x.weight_decay, x.warmup, x.clip, seed_for(seed, "fit"), precision_of(x, device), checkpoint_every=every, log_every=max(1, x.steps // 20))
-    log = fit(policy, sampler_of(r, store, stats, seed, device), cfg, folder, [hashes, drawn], desc=run, callback=look)
-    seen, known = read_jsonl(log_file), dict(paper=r.paper, task=r.family, method=r.method, seed=seed, scale=scale, trainable=counted(policy)["trainable"], env_steps=0, run_id=run)
-    bad = sum(m.get("bad", 0) for m in seen.values()); rows = list(rows_of(r, seen, log, known)) if log.status == "ok" and not bad else []
-    if rows: policy.save_pretrained(folder/"policy"); print(f"{run}: {r.method}, {r.cell}: score {next(w.value for w in rows if w.metric == 'score'):.1f} ({time.time() - start:.0f} s)", flush=True)
-    return write_record(r.paper, run, r, "failed" if bad else log.status, rows, f"{bad} episodes gave NaN" if bad else log.why, time.time() - start - read, device, data=hashes, trajectories=drawn, counts=counted(policy), lm=text_facts(trunk, x.text) if dict(x.model).get("init") != "random" else None,
-                        references=dict(d4rl=fam.references, own=own_references(fam)), protocol=dict(targets=x.targets, episodes=r.eval_episodes, last=x.last), folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder))
+        if t:
+            print(
+                f"{run}: step {t}, return " + ", ".join(f"{v[0]:.1f} (target {k})" for k, v in played.items()),
+                flush=True,
+            )
 
+    if not log_file.exists():
+        look(0)
+    cfg = FitConfig(
+        x.steps,
+        x.lr * x.lr_times,
+        x.weight_decay,
+        x.warmup,
+        x.clip,
+        seed_for(seed, "fit"),
+        precision_of(x, device),
+        checkpoint_every=every,
+        log_every=max(1, x.steps // 20),
+    )
+    log = fit(policy, sampler_of(r, store, stats, seed, device), cfg, folder, [hashes, drawn], desc=run, callback=look)
+    seen, known = (
+        read_jsonl(log_file),
+        dict(
+            paper=r.paper,
+            task=r.family,
+            method=r.method,
+            seed=seed,
+            scale=scale,
+            trainable=counted(policy)["trainable"],
+            env_steps=0,
+            run_id=run,
+        ),
+    )
+    bad = sum(m.get("bad", 0) for m in seen.values())
+    rows = list(rows_of(r, seen, log, known)) if log.status == "ok" and not bad else []
+    if rows:
+        policy.save_pretrained(folder / "policy")
+        print(
+            f"{run}: {r.method}, {r.cell}: score {next(w.value for w in rows if w.metric == 'score'):.1f} ({time.time() - start:.0f} s)",
+            flush=True,
+        )
+    return write_record(
+        r.paper,
+        run,
+        r,
+        "failed" if bad else log.status,
+        rows,
+        f"{bad} episodes gave NaN" if bad else log.why,
+        time.time() - start - read,
+        device,
+        data=hashes,
+        trajectories=drawn,
+        counts=counted(policy),
+        lm=text_facts(trunk, x.text) if dict(x.model).get("init") != "random" else None,
+        references=dict(d4rl=fam.references, own=own_references(fam)),
+        protocol=dict(targets=x.targets, episodes=r.eval_episodes, last=x.last),
+        folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder),
+    )
+
+
+# %% ../nbs/11a_offline.ipynb #21f748e1
 def rows_of(r, seen, log, known):
     "The rows of a finished run: every evaluation and target, the language loss, the training loss, and the scores at the end."
-    x, fam = r.offline, tasks.family(r.family); row = lambda step, metric, value, n=r.eval_episodes: Row(task_id=fam.test[0], step=step, metric=metric, value=value, n_episodes=n, **known)
+    x, fam = r.offline, tasks.family(r.family)
+
+    def row(step, metric, value, n=r.eval_episodes):
+        return Row(task_id=fam.test[0], step=step, metric=metric, value=value, n_episodes=n, **known)
+
     points = {s: m["played"] for s, m in seen.items() if m["played"] and s <= x.steps}
     for s, p in points.items():
-        for t, (ret, length) in p.items(): yield from (row(s, f"return@{t}", ret), row(s, f"length@{t}", length))
+        for t, (ret, length) in p.items():
+            yield from (row(s, f"return@{t}", ret), row(s, f"length@{t}", length))
         yield row(s, "score_along", max(float(tasks.normalised(v[0], fam.references)) for v in p.values()))
     yield from (row(s, "lm_loss", m["lm"], 0) for s, m in seen.items() if m["lm"] is not None)
     yield from (row(s, "loss", v, 0) for s, v in log.losses)
     yield from (row(x.steps, k, v) for k, v in scores(points, x, fam, x.steps).items())
 
+
+# %% ../nbs/11a_offline.ipynb #4144aa99
 def text_facts(trunk, t):
     "What is known of a pre-trained trunk: kind, losses, entropy, sizes."
     from promptnb.core import read_json
-    if not t or not (path := Path(trunk)/"lm.json").exists(): return dict(kind=t.kind) if t else None
+
+    if not t or not (path := Path(trunk) / "lm.json").exists():
+        return dict(kind=t.kind) if t else None
     m = read_json(path)
-    return dict(kind=t.kind, steps=t.steps, held=m["held"], entropy=m["entropy"], uniform=m["uniform"], losses=m["losses"])
+    return dict(
+        kind=t.kind, steps=t.steps, held=m["held"], entropy=m["entropy"], uniform=m["uniform"], losses=m["losses"]
+    )
+
 
 # %% ../nbs/11a_offline.ipynb #a820e814
 def noise_store(fam, steps=64):
     "One trajectory of noise in a family's shapes."
-    n = (steps,); s = torch.randint(256, (*n, *fam.frames[1:]), dtype=torch.uint8) if fam.frames else torch.randn(*n, fam.state_dim)
+    n = (steps,)
+    s = torch.randint(256, (*n, *fam.frames[1:]), dtype=torch.uint8) if fam.frames else torch.randn(*n, fam.state_dim)
     a = torch.eye(fam.act_dim)[torch.randint(fam.act_dim, n)] if fam.discrete else torch.rand(*n, fam.act_dim) * 2 - 1
     return data.Store(s, a, torch.randn(n), torch.randn(n), torch.tensor([steps]), torch.tensor([fam.test[0]]))
 
+
+# %% ../nbs/11a_offline.ipynb #0398a177
 def step_seconds(r: rc.Recipe, accelerator="auto"):
     "Seconds of a training step of a resolved recipe, without text: timed on noise; with a trunk on two rows, scaled to the batch."
-    x, fam, device = r.offline, tasks.family(r.family), pick_device(accelerator); threads, t = torch.get_num_threads(), x.text; rows = min(2, x.batch) if x.learner in TRUNKS else x.batch
-    shape = dict(lam=0., **({k: getattr(t, k) for k in ("layers", "heads", "width", "activation", "vocab")} if t else {})) if x.learner in TRUNKS else {}
-    small = replace(r, offline=replace(x, batch=rows, model=tuple({**dict(x.model), **shape}.items()))); store = noise_store(fam); stats = data.state_stats(store)
-    model = new_learner(small, stats, 0, longest=len(store.s) if fam.frames else 0).to(device).train(); batch = sampler_of(small, store, stats, 0, device).batch(0)
-    c = FitConfig(precision=precision_of(x, device)); opt = optimiser(model.parameters(), c)
+    x, fam, device = r.offline, tasks.family(r.family), pick_device(accelerator)
+    threads, t = torch.get_num_threads(), x.text
+    rows = min(2, x.batch) if x.learner in TRUNKS else x.batch
+    shape = (
+        dict(lam=0.0, **({k: getattr(t, k) for k in ("layers", "heads", "width", "activation", "vocab")} if t else {}))
+        if x.learner in TRUNKS
+        else {}
+    )
+    small = replace(r, offline=replace(x, batch=rows, model=tuple({**dict(x.model), **shape}.items())))
+    store = noise_store(fam)
+    stats = data.state_stats(store)
+    model = new_learner(small, stats, 0, longest=len(store.s) if fam.frames else 0).to(device).train()
+    batch = sampler_of(small, store, stats, 0, device).batch(0)
+    c = FitConfig(precision=precision_of(x, device))
+    opt = optimiser(model.parameters(), c)
     try:
-        torch.set_num_threads(1); step_once(model, opt, batch, 0, c, device); start = time.perf_counter()
-        for i in range(2): step_once(model, opt, batch, i, c, device)
+        torch.set_num_threads(1)
+        step_once(model, opt, batch, 0, c, device)
+        start = time.perf_counter()
+        for i in range(2):
+            step_once(model, opt, batch, i, c, device)
         return (time.perf_counter() - start) / 2 * x.batch / rows
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)

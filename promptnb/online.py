@@ -4,7 +4,9 @@
 
 # %% ../nbs/08_online.ipynb #f94f7d7c
 from __future__ import annotations
-import collections, time
+
+import collections
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,48 +24,115 @@ from .core import Checkpoints, PromptnbError, check_choice, rng_for, seed_for
 from .tasks import crafter
 
 # %% auto #0
-__all__ = ['NETS', 'GAINS', 'nature', 'spcnn', 'Residual', 'impala', 'Extractor', 'PPOConfig', 'Guided', 'saved', 'bring_back',
-           'init_policy', 'make_ppo', 'Quiet', 'Trainer', 'play', 'play_random', 'seconds_a_step']
+__all__ = [
+    "NETS",
+    "GAINS",
+    "nature",
+    "spcnn",
+    "Residual",
+    "impala",
+    "Extractor",
+    "PPOConfig",
+    "Guided",
+    "saved",
+    "bring_back",
+    "init_policy",
+    "make_ppo",
+    "Quiet",
+    "Trainer",
+    "play",
+    "play_random",
+    "seconds_a_step",
+]
+
 
 # %% ../nbs/08_online.ipynb #07a2fb11
 def nature(features=512):
     "(B, 3, 64, 64) -> (B, features)."
-    return nn.Sequential(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, features), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 8, 4),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 4, 2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, features),
+        nn.ReLU(),
+    )
 
+
+# %% ../nbs/08_online.ipynb #15ae75db
 def spcnn(features=512):
     "The size-preserving net of AdaRefiner's released code."
-    return nn.Sequential(*(x for i in range(4) for x in (nn.Conv2d(64 if i else 3, 64, 5, 1, 2), nn.ReLU())), nn.Flatten(), nn.Linear(64 * 64 * 64, features), nn.ReLU())
+    return nn.Sequential(
+        *(x for i in range(4) for x in (nn.Conv2d(64 if i else 3, 64, 5, 1, 2), nn.ReLU())),
+        nn.Flatten(),
+        nn.Linear(64 * 64 * 64, features),
+        nn.ReLU(),
+    )
 
+
+# %% ../nbs/08_online.ipynb #30af7c24
 class Residual(nn.Module):
-    def __init__(self, n): super().__init__(); self.net = nn.Sequential(nn.ReLU(), nn.Conv2d(n, n, 3, 1, 1), nn.ReLU(), nn.Conv2d(n, n, 3, 1, 1))
-    def forward(self, x): return x + self.net(x)
+    def __init__(self, n):
+        super().__init__()
+        self.net = nn.Sequential(nn.ReLU(), nn.Conv2d(n, n, 3, 1, 1), nn.ReLU(), nn.Conv2d(n, n, 3, 1, 1))
 
+    def forward(self, x):
+        return x + self.net(x)
+
+
+# %% ../nbs/08_online.ipynb #e7545162
 def impala(features=512, widths=(64, 128, 128)):
     "IMPALA's residual net; widths as in Achievement Distillation."
-    part = lambda a, b: (nn.Conv2d(a, b, 3, 1, 1), nn.MaxPool2d(3, 2, 1), Residual(b), Residual(b))
-    return nn.Sequential(*(x for a, b in zip((3, *widths), widths) for x in part(a, b)), nn.ReLU(), nn.Flatten(), nn.Linear(64 * widths[-1], features), nn.ReLU())
 
+    def part(a, b):
+        return (nn.Conv2d(a, b, 3, 1, 1), nn.MaxPool2d(3, 2, 1), Residual(b), Residual(b))
+
+    return nn.Sequential(
+        *(x for a, b in zip((3, *widths), widths) for x in part(a, b)),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * widths[-1], features),
+        nn.ReLU(),
+    )
+
+
+# %% ../nbs/08_online.ipynb #5799b51a
 NETS = dict(nature=nature, impala=impala, spcnn=spcnn)
+
 
 # %% ../nbs/08_online.ipynb #a6e2565b
 class Extractor(BaseFeaturesExtractor):
     "Observations {image (B, 3, 64, 64) in [0, 1], text (B, 1) ids} -> features (B, 512): image feature plus embedded sentence."
+
     def __init__(self, space, net="nature", features=512, width=384, text=True, bf16=False):
         super().__init__(space, features)
-        self.image, self.text, self.bf16 = NETS[check_choice(net, NETS, "net")](features), nn.Linear(width, features) if text else None, bf16
-        self.register_buffer("table", torch.zeros(1, width), persistent=False)      # row i: embedding of sentence i; row 0: no sentence
+        self.image, self.text, self.bf16 = (
+            NETS[check_choice(net, NETS, "net")](features),
+            nn.Linear(width, features) if text else None,
+            bf16,
+        )
+        self.register_buffer(
+            "table", torch.zeros(1, width), persistent=False
+        )  # row i: embedding of sentence i; row 0: no sentence
+
     def forward(self, obs):
         x = obs["image"].contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16): f = self.image(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            f = self.image(x)
         return f.float() if self.text is None else f.float() + self.text(self.table[obs["text"][:, 0].long()])
+
 
 # %% ../nbs/08_online.ipynb #e5cf17e9
 @dataclass(frozen=True)
 class PPOConfig:
     "Defaults: AdaRefiner's released code."
+
     net: str = "spcnn"
     envs: int = 1
-    rollout: int = 4096           # steps of each environment between updates
+    rollout: int = 4096  # steps of each environment between updates
     batch: int = 128
     epochs: int = 4
     lr: float = 1e-4
@@ -73,214 +142,413 @@ class PPOConfig:
     entropy: float = 0.0
     value: float = 0.5
     max_grad: float = 0.5
-    bf16: bool = False            # the image net
-    text: bool = True             # has a text head
-    length: int = 10_000          # an episode's most steps
-    interval: int = 100           # K
+    bf16: bool = False  # the image net
+    text: bool = True  # has a text head
+    length: int = 10_000  # an episode's most steps
+    interval: int = 100  # K
     ask_on_reset: bool = True
     text_after_step: bool = False
     empty_each_rollout: bool = False
 
+
 # %% ../nbs/08_online.ipynb #ea1c7e3d
 class Guided(VecEnv):
     "Crafter environments in lock step; an observation is {image (n, 3, 64, 64) uint8, text (n, 1) int32: the id of a sentence}."
+
     def __init__(self, c: PPOConfig, seed, advise=None, encode=None, once=False, image=True):
-        self.c, self.advise, self.encode, self.once, self.seeds = c, advise, encode, once, [seed_for(seed, "env", i) % 2**31 for i in range(c.envs)]
+        self.c, self.advise, self.encode, self.once, self.seeds = (
+            c,
+            advise,
+            encode,
+            once,
+            [seed_for(seed, "env", i) % 2**31 for i in range(c.envs)],
+        )
         self.envs, n = [crafter.Crafter(c.length, image=image) for _ in range(c.envs)], c.envs
-        space = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), text=gym.spaces.Box(0, 2**24, (1,), np.int32))
+        space = gym.spaces.Dict(
+            image=gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), text=gym.spaces.Box(0, 2**24, (1,), np.int32)
+        )
         super().__init__(n, space, gym.spaces.Discrete(len(crafter.ACTIONS)))
         self.texts, self.table, self.extractor = {"": 0}, np.zeros((1, 384), np.float32), None
-        self.late = int(c.empty_each_rollout)      # the released code asks after the step, not before it
-        self.t = np.zeros(n, int); self.total = np.zeros(n); self.episodes, self.over = [], np.zeros(n, bool)
-        self.ids = np.zeros((n, 1), np.int32); self.past = [collections.deque(maxlen=c.interval) for _ in range(n)]; self.events, self.had = [[] for _ in range(n)], [{} for _ in range(n)]
+        self.late = int(c.empty_each_rollout)  # the released code asks after the step, not before it
+        self.t = np.zeros(n, int)
+        self.total = np.zeros(n)
+        self.episodes, self.over = [], np.zeros(n, bool)
+        self.ids = np.zeros((n, 1), np.int32)
+        self.past = [collections.deque(maxlen=c.interval) for _ in range(n)]
+        self.events, self.had = [[] for _ in range(n)], [{} for _ in range(n)]
 
     def reset(self):
         self.images = np.stack([e.reset(seed=s)[0].transpose(2, 0, 1) for e, s in zip(self.envs, self.seeds)])
-        if not self.late: self.ask(range(self.num_envs), fresh=True)
+        if not self.late:
+            self.ask(range(self.num_envs), fresh=True)
         return self.seen()
 
-    def seen(self): return dict(image=self.images, text=self.ids)
-    def step_async(self, actions): self.actions = actions
+    def seen(self):
+        return dict(image=self.images, text=self.ids)
+
+    def step_async(self, actions):
+        self.actions = actions
+
     def step_wait(self):
-        self.images = self.images.copy(); rewards, dones, infos = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool), [{} for _ in self.envs]
-        for i in np.flatnonzero(~self.over): rewards[i], dones[i], infos[i] = self.one(i, int(self.actions[i]))
-        if not self.c.text_after_step: self.ids = self.ids.copy()      # else the array that the step is stored from is written into
+        self.images = self.images.copy()
+        rewards, dones, infos = (
+            np.zeros(self.num_envs, np.float32),
+            np.zeros(self.num_envs, bool),
+            [{} for _ in self.envs],
+        )
+        for i in np.flatnonzero(~self.over):
+            rewards[i], dones[i], infos[i] = self.one(i, int(self.actions[i]))
+        if not self.c.text_after_step:
+            self.ids = self.ids.copy()  # else the array that the step is stored from is written into
         fresh = dones & self.c.ask_on_reset & ~self.over
         self.ask(np.flatnonzero(((self.t - self.late) % self.c.interval == 0) & ~self.over | fresh), dones)
         return self.seen(), rewards, dones, infos
 
     def one(self, i, a):
         "A step of one environment: reward, whether the episode ended, facts for PPO."
-        e = self.envs[i]; image, r, dead, cut, info = e.step(a)
-        self.t[i] += 1; self.total[i] += r; self.past[i].append(crafter.ACTIONS[a])
-        self.events[i] += [k for k, v in info["achievements"].items() if v > self.had[i].get(k, 0)]; self.had[i] = dict(info["achievements"])
-        if dead or cut: image, more = self.ended(i, image, cut, info)
+        e = self.envs[i]
+        image, r, dead, cut, info = e.step(a)
+        self.t[i] += 1
+        self.total[i] += r
+        self.past[i].append(crafter.ACTIONS[a])
+        self.events[i] += [k for k, v in info["achievements"].items() if v > self.had[i].get(k, 0)]
+        self.had[i] = dict(info["achievements"])
+        if dead or cut:
+            image, more = self.ended(i, image, cut, info)
         self.images[i] = image.transpose(2, 0, 1)
         return r, dead or cut, more if dead or cut else {}
 
     def ended(self, i, image, cut, info):
         "Note an episode and begin the next: its first picture, and what PPO wants to know of the last."
         done = tuple(k for k, v in info["achievements"].items() if v)
-        self.episodes.append(dict(step=int(self.t.sum()), env=int(i), length=len(self.envs[i].state()["actions"]), ret=round(float(self.total[i]), 4), died=not cut, unlocked=done, behaviour=info["behaviour"]))
-        more = {"TimeLimit.truncated": bool(cut), "terminal_observation": dict(image=image.transpose(2, 0, 1), text=self.ids[i].copy())}
-        self.total[i], self.had[i] = 0., {}
-        if self.once: self.over[i] = True; return image, more
+        self.episodes.append(
+            dict(
+                step=int(self.t.sum()),
+                env=int(i),
+                length=len(self.envs[i].state()["actions"]),
+                ret=round(float(self.total[i]), 4),
+                died=not cut,
+                unlocked=done,
+                behaviour=info["behaviour"],
+            )
+        )
+        more = {
+            "TimeLimit.truncated": bool(cut),
+            "terminal_observation": dict(image=image.transpose(2, 0, 1), text=self.ids[i].copy()),
+        }
+        self.total[i], self.had[i] = 0.0, {}
+        if self.once:
+            self.over[i] = True
+            return image, more
         return self.envs[i].reset()[0], more
 
     def scene(self, i, fresh):
-        return dict(self.envs[i].scene(), env=int(i), step=int(self.t[i]), episode=int(self.envs[i].state()["episode"]), actions=tuple(self.past[i]), events=tuple(self.events[i]), fresh=bool(fresh))
+        return dict(
+            self.envs[i].scene(),
+            env=int(i),
+            step=int(self.t[i]),
+            episode=int(self.envs[i].state()["episode"]),
+            actions=tuple(self.past[i]),
+            events=tuple(self.events[i]),
+            fresh=bool(fresh),
+        )
 
     def ask(self, due, fresh=False):
         "Ask for advice in the name of these environments; a sentence that is new gets an id and an embedding."
-        if self.advise is None or not len(due): return
+        if self.advise is None or not len(due):
+            return
         said = self.advise([self.scene(i, fresh if isinstance(fresh, bool) else fresh[i]) for i in due])
         self.learn(said)
-        for i, s in zip(due, said): self.ids[i], self.events[i] = self.texts[s], []
+        for i, s in zip(due, said):
+            self.ids[i], self.events[i] = self.texts[s], []
 
     def learn(self, sentences):
         new = [s for s in dict.fromkeys(sentences) if s not in self.texts]
-        for s in new: self.texts[s] = len(self.texts)
-        if new: self.table = np.concatenate([self.table, self.encode(new)]); self.show()
+        for s in new:
+            self.texts[s] = len(self.texts)
+        if new:
+            self.table = np.concatenate([self.table, self.encode(new)])
+            self.show()
+
     def show(self):
         "Give the policy the table of embeddings."
-        if self.extractor is not None: self.extractor.table = torch.as_tensor(self.table, device=self.extractor.table.device)
+        if self.extractor is not None:
+            self.extractor.table = torch.as_tensor(self.table, device=self.extractor.table.device)
 
     def begin_rollout(self):
         if self.c.empty_each_rollout and self.advise is not None:
-            self.ids[:] = 0; getattr(self.advise, "forget", lambda: None)()
-            for p in self.past: p.clear()
+            self.ids[:] = 0
+            getattr(self.advise, "forget", lambda: None)()
+            for p in self.past:
+                p.clear()
 
-    def close(self): pass
-    def get_attr(self, name, indices=None): return [getattr(e, name, None) for e in self.envs]
-    def set_attr(self, name, value, indices=None): raise NotImplementedError
-    def env_method(self, name, *a, indices=None, **kw): return [getattr(e, name)(*a, **kw) for e in self.envs]
-    def env_is_wrapped(self, wrapper, indices=None): return [False] * self.num_envs
+    def close(self):
+        pass
+
+    def get_attr(self, name, indices=None):
+        return [getattr(e, name, None) for e in self.envs]
+
+    def set_attr(self, name, value, indices=None):
+        raise NotImplementedError
+
+    def env_method(self, name, *a, indices=None, **kw):
+        return [getattr(e, name)(*a, **kw) for e in self.envs]
+
+    def env_is_wrapped(self, wrapper, indices=None):
+        return [False] * self.num_envs
+
 
 # %% ../nbs/08_online.ipynb #59d0ce93
 def saved(v: Guided):
     "All of `Guided` that later steps depend on, as JSON types."
-    return dict(envs=[e.state() for e in v.envs], texts=list(v.texts), ids=v.ids[:, 0].tolist(), t=v.t.tolist(), total=v.total.tolist(), past=[list(p) for p in v.past], events=v.events, had=v.had,
-                episodes=len(v.episodes), advise=v.advise.state() if v.advise is not None else None)
+    return dict(
+        envs=[e.state() for e in v.envs],
+        texts=list(v.texts),
+        ids=v.ids[:, 0].tolist(),
+        t=v.t.tolist(),
+        total=v.total.tolist(),
+        past=[list(p) for p in v.past],
+        events=v.events,
+        had=v.had,
+        episodes=len(v.episodes),
+        advise=v.advise.state() if v.advise is not None else None,
+    )
 
+
+# %% ../nbs/08_online.ipynb #53cc97c1
 def bring_back(v: Guided, m):
     "Take up a saved state; returns the observation."
     v.images = np.stack([e.restore(s).transpose(2, 0, 1) for e, s in zip(v.envs, m["envs"])])
-    v.learn(m["texts"]); v.ids = np.array(m["ids"], np.int32)[:, None]; v.t, v.total = np.array(m["t"]), np.array(m["total"], float)
-    v.past = [collections.deque(p, maxlen=v.c.interval) for p in m["past"]]; v.events, v.had = [list(e) for e in m["events"]], [dict(h) for h in m["had"]]
-    if v.advise is not None and m["advise"] is not None: v.advise.load(m["advise"])
+    v.learn(m["texts"])
+    v.ids = np.array(m["ids"], np.int32)[:, None]
+    v.t, v.total = np.array(m["t"]), np.array(m["total"], float)
+    v.past = [collections.deque(p, maxlen=v.c.interval) for p in m["past"]]
+    v.events, v.had = [list(e) for e in m["events"]], [dict(h) for h in m["had"]]
+    if v.advise is not None and m["advise"] is not None:
+        v.advise.load(m["advise"])
     return v.seen()
 
+
 # %% ../nbs/08_online.ipynb #0f3d7106
-GAINS = dict(features_extractor=2 ** 0.5, action_net=0.01, value_net=1.0)
+GAINS = dict(features_extractor=2**0.5, action_net=0.01, value_net=1.0)
+
 
 def init_policy(policy, seed):
     "Orthogonal weights, each part from a seed of its own."
-    parts = {"image": policy.features_extractor.image, "text": policy.features_extractor.text, "action_net": policy.action_net, "value_net": policy.value_net}
+    parts = {
+        "image": policy.features_extractor.image,
+        "text": policy.features_extractor.text,
+        "action_net": policy.action_net,
+        "value_net": policy.value_net,
+    }
     for name, part in parts.items():
         torch.manual_seed(seed_for(seed, "init", name))
-        if part is not None: part.to(memory_format=torch.contiguous_format).apply(lambda m: policy.init_weights(m, GAINS.get(name, GAINS["features_extractor"])))
-    parts["image"].to(memory_format=torch.channels_last)      # faster convolutions
+        if part is not None:
+            part.to(memory_format=torch.contiguous_format).apply(
+                lambda m: policy.init_weights(m, GAINS.get(name, GAINS["features_extractor"]))
+            )
+    parts["image"].to(memory_format=torch.channels_last)  # faster convolutions
 
+
+# %% ../nbs/08_online.ipynb #7c50dc37
 def make_ppo(c: PPOConfig, envs, device="cpu"):
     "stable-baselines3's PPO with our features; no hidden layers after them."
-    if c.envs * c.rollout % c.batch: raise PromptnbError(f"batch is {c.batch}, but must divide envs x rollout = {c.envs * c.rollout}")
-    m = PPO("MultiInputPolicy", envs, c.lr, c.rollout, c.batch, c.epochs, c.gamma, c.lam, c.clip, ent_coef=c.entropy, vf_coef=c.value, max_grad_norm=c.max_grad, device=device,
-            policy_kwargs=dict(net_arch=[], features_extractor_class=Extractor, features_extractor_kwargs=dict(net=c.net, text=c.text, bf16=c.bf16), optimizer_kwargs=dict(eps=1e-5)))
+    if c.envs * c.rollout % c.batch:
+        raise PromptnbError(f"batch is {c.batch}, but must divide envs x rollout = {c.envs * c.rollout}")
+    m = PPO(
+        "MultiInputPolicy",
+        envs,
+        c.lr,
+        c.rollout,
+        c.batch,
+        c.epochs,
+        c.gamma,
+        c.lam,
+        c.clip,
+        ent_coef=c.entropy,
+        vf_coef=c.value,
+        max_grad_norm=c.max_grad,
+        device=device,
+        policy_kwargs=dict(
+            net_arch=[],
+            features_extractor_class=Extractor,
+            features_extractor_kwargs=dict(net=c.net, text=c.text, bf16=c.bf16),
+            optimizer_kwargs=dict(eps=1e-5),
+        ),
+    )
     m.set_logger(Logger(None, []))
     return m
 
-class Quiet(BaseCallback):
-    def _on_step(self): return True
 
+# %% ../nbs/08_online.ipynb #ed7c89a6
+class Quiet(BaseCallback):
+    def _on_step(self):
+        return True
+
+
+# %% ../nbs/08_online.ipynb #28995c5b
 class Trainer:
     "A policy, its environments and a run folder. `begin` takes up the newest checkpoint, `go(step)` trains up to a step."
+
     def __init__(self, c: PPOConfig, seed, folder, advise=None, encode=None, device="cpu", config=None, every=10_000):
         self.c, self.seed, self.every, self.losses, self.restarts = c, seed, every, [], 0
-        self.envs = Guided(c, seed, advise, encode); self.model = make_ppo(c, self.envs, device); self.policy = self.model.policy
-        self.envs.extractor = self.policy.features_extractor; init_policy(self.policy, seed)
+        self.envs = Guided(c, seed, advise, encode)
+        self.model = make_ppo(c, self.envs, device)
+        self.policy = self.model.policy
+        self.envs.extractor = self.policy.features_extractor
+        init_policy(self.policy, seed)
         self.checkpoints = Checkpoints(Path(folder), dict(c=c, seed=seed, **(config or {})))
 
     @property
-    def step(self): return self.model.num_timesteps
+    def step(self):
+        return self.model.num_timesteps
 
     def begin(self):
         "First observation, or the newest checkpoint's."
         found, m = self.checkpoints.latest(), self.model
-        if found: self.take_up(*found)
-        else: m._last_obs, m._last_episode_starts = self.envs.reset(), np.ones(self.c.envs, bool)
+        if found:
+            self.take_up(*found)
+        else:
+            m._last_obs, m._last_episode_starts = self.envs.reset(), np.ones(self.c.envs, bool)
         self.quiet = m._setup_learn(0, Quiet(), reset_num_timesteps=False)[1]
         return self
 
     def restart(self):
         "A new policy, as the released code has for each stage."
-        self.restarts += 1; init_policy(self.policy, seed_for(self.seed, "restart", self.restarts))
+        self.restarts += 1
+        init_policy(self.policy, seed_for(self.seed, "restart", self.restarts))
         self.policy.optimizer = type(self.policy.optimizer)(self.policy.parameters(), lr=self.c.lr, eps=1e-5)
 
     def take_up(self, tensors, meta):
         m, opt = self.model, self.policy.optimizer
         with torch.no_grad():
-            for k, p in self.policy.named_parameters(): p.copy_(tensors[f"policy.{k}"])
-        moments = {i: {k: tensors[f"optimiser.{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i, _ in enumerate(self.policy.parameters()) if f"optimiser.{i}.step" in tensors}
+            for k, p in self.policy.named_parameters():
+                p.copy_(tensors[f"policy.{k}"])
+        moments = {
+            i: {k: tensors[f"optimiser.{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            for i, _ in enumerate(self.policy.parameters())
+            if f"optimiser.{i}.step" in tensors
+        }
         opt.load_state_dict({**opt.state_dict(), "state": moments})
-        m._last_obs, m._last_episode_starts, m.num_timesteps, m._n_updates = bring_back(self.envs, meta["envs"]), np.array(meta["starts"], bool), meta["step"], meta["updates"]
+        m._last_obs, m._last_episode_starts, m.num_timesteps, m._n_updates = (
+            bring_back(self.envs, meta["envs"]),
+            np.array(meta["starts"], bool),
+            meta["step"],
+            meta["updates"],
+        )
         self.restarts, self.losses, self.envs.episodes = meta["restarts"], meta["losses"], meta["log"]
 
     def save(self):
         opt = self.policy.optimizer.state_dict()["state"]
-        tensors = {f"policy.{k}": v for k, v in self.policy.named_parameters()} | {f"optimiser.{i}.{k}": v for i, s in opt.items() for k, v in s.items()}
-        self.checkpoints.save(self.step, tensors, envs=saved(self.envs), starts=self.model._last_episode_starts.tolist(), updates=self.model._n_updates, restarts=self.restarts, losses=self.losses, log=self.envs.episodes)
+        tensors = {f"policy.{k}": v for k, v in self.policy.named_parameters()} | {
+            f"optimiser.{i}.{k}": v for i, s in opt.items() for k, v in s.items()
+        }
+        self.checkpoints.save(
+            self.step,
+            tensors,
+            envs=saved(self.envs),
+            starts=self.model._last_episode_starts.tolist(),
+            updates=self.model._n_updates,
+            restarts=self.restarts,
+            losses=self.losses,
+            log=self.envs.episodes,
+        )
 
     def go(self, until, say=None):
         "Train up to `until` environment steps, whole rollouts; a checkpoint every `every` steps and at the end."
         m, last = self.model, self.step
         while self.step < until:
-            torch.manual_seed(seed := seed_for(self.seed, "rollout", self.step)); np.random.seed(seed % 2**32); self.envs.begin_rollout()
-            try: m.collect_rollouts(self.envs, self.quiet, m.rollout_buffer, self.c.rollout); m.train()
-            except ValueError as e: self.finite(); raise e      # a distribution refuses NaN
+            torch.manual_seed(seed := seed_for(self.seed, "rollout", self.step))
+            np.random.seed(seed % 2**32)
+            self.envs.begin_rollout()
+            try:
+                m.collect_rollouts(self.envs, self.quiet, m.rollout_buffer, self.c.rollout)
+                m.train()
+            except ValueError as e:
+                self.finite()
+                raise e  # a distribution refuses NaN
             self.note()
-            if self.step - last >= self.every or self.step >= until: self.save(); last = self.step
-            if say: say(self)
+            if self.step - last >= self.every or self.step >= until:
+                self.save()
+                last = self.step
+            if say:
+                say(self)
 
     def finite(self):
-        if not all(p.isfinite().all() for p in self.policy.parameters()): raise FloatingPointError(f"weights are not finite at step {self.step}")
+        if not all(p.isfinite().all() for p in self.policy.parameters()):
+            raise FloatingPointError(f"weights are not finite at step {self.step}")
 
     def note(self):
         "Losses of an update; a NaN in them or in the weights stops the run."
-        v = self.model.logger.name_to_value; out = {k: float(v[f"train/{k}"]) for k in ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl")}
-        if not all(map(np.isfinite, out.values())): raise FloatingPointError(f"loss is not finite at step {self.step}: {out}")
+        v = self.model.logger.name_to_value
+        out = {k: float(v[f"train/{k}"]) for k in ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl")}
+        if not all(map(np.isfinite, out.values())):
+            raise FloatingPointError(f"loss is not finite at step {self.step}: {out}")
         self.finite()
         self.losses.append(dict(step=self.step, **{k: round(x, 6) for k, x in out.items()}))
+
 
 # %% ../nbs/08_online.ipynb #0eb4e20e
 def play(policy, c: PPOConfig, episodes, seed, advise=None, encode=None):
     "Episodes of a policy with live guidance, all at once: their facts, in order of the environments."
-    envs = Guided(replace(c, envs=episodes), seed, advise, encode, once=True); ex = policy.features_extractor; kept, envs.extractor = ex.table, ex
-    obs = envs.reset(); torch.manual_seed(seed_for(seed, "play")); policy.set_training_mode(False)
+    envs = Guided(replace(c, envs=episodes), seed, advise, encode, once=True)
+    ex = policy.features_extractor
+    kept, envs.extractor = ex.table, ex
+    obs = envs.reset()
+    torch.manual_seed(seed_for(seed, "play"))
+    policy.set_training_mode(False)
     try:
         with torch.no_grad():
             while not envs.over.all():
-                envs.step_async(policy(policy.obs_to_tensor(obs)[0])[0].cpu().numpy()); obs = envs.step_wait()[0]
-    finally: ex.table = kept
+                envs.step_async(policy(policy.obs_to_tensor(obs)[0])[0].cpu().numpy())
+                obs = envs.step_wait()[0]
+    finally:
+        ex.table = kept
     return sorted(envs.episodes, key=lambda e: e["env"])
 
+
+# %% ../nbs/08_online.ipynb #b2f92b1e
 def play_random(c: PPOConfig, steps, seed):
     "Episodes of random actions that end within so many steps."
-    envs, rng = Guided(c, seed, image=False), rng_for(seed, "random"); envs.reset()
-    for _ in range(steps // c.envs): envs.step_async(rng.integers(len(crafter.ACTIONS), size=c.envs)); envs.step_wait()
+    envs, rng = Guided(c, seed, image=False), rng_for(seed, "random")
+    envs.reset()
+    for _ in range(steps // c.envs):
+        envs.step_async(rng.integers(len(crafter.ACTIONS), size=c.envs))
+        envs.step_wait()
     return envs.episodes
 
-def seconds_a_step(c: PPOConfig, device="cpu", limit=2.):
+
+# %% ../nbs/08_online.ipynb #3cca71a5
+def seconds_a_step(c: PPOConfig, device="cpu", limit=2.0):
     "Measured seconds of an environment step of training: playing it, and its share of the update, timed on as many rows as `limit` seconds have room for. Advice is not in it."
-    envs = Guided(c, 0); m = make_ppo(c, envs, device); obs, policy = envs.reset(), m.policy
+    envs = Guided(c, 0)
+    m = make_ppo(c, envs, device)
+    obs, policy = envs.reset(), m.policy
+
     def took(f, n=1):
         start = time.perf_counter()
-        for _ in range(n): f()
+        for _ in range(n):
+            f()
         return (time.perf_counter() - start) / n
+
     def act():
-        with torch.no_grad(): envs.step_async(policy(policy.obs_to_tensor(obs)[0])[0].cpu().numpy()); envs.step_wait()
+        with torch.no_grad():
+            envs.step_async(policy(policy.obs_to_tensor(obs)[0])[0].cpu().numpy())
+            envs.step_wait()
+
     def learn(rows):
         batch = policy.obs_to_tensor({k: v[np.arange(rows) % c.envs] for k, v in obs.items()})[0]
-        policy.optimizer.zero_grad(); values, logp, _ = policy.evaluate_actions(batch, torch.zeros(rows, dtype=torch.long, device=device)); (values.mean() + logp.mean()).backward()
-    act(); learn(2); policy.optimizer.step(); once = took(lambda: learn(2)); rows = int(min(c.batch, max(2, limit / once)))
-    n = int(min(50, max(2, limit / took(act)))); again = int(min(5, max(1, limit / once / rows)))
-    return took(act, n) / c.envs + c.epochs * (took(lambda: learn(rows), again) / rows + took(policy.optimizer.step, again) / c.batch)
+        policy.optimizer.zero_grad()
+        values, logp, _ = policy.evaluate_actions(batch, torch.zeros(rows, dtype=torch.long, device=device))
+        (values.mean() + logp.mean()).backward()
+
+    act()
+    learn(2)
+    policy.optimizer.step()
+    once = took(lambda: learn(2))
+    rows = int(min(c.batch, max(2, limit / once)))
+    n = int(min(50, max(2, limit / took(act))))
+    again = int(min(5, max(1, limit / once / rows)))
+    return took(act, n) / c.envs + c.epochs * (
+        took(lambda: learn(rows), again) / rows + took(policy.optimizer.step, again) / c.batch
+    )

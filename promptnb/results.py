@@ -4,7 +4,9 @@
 
 # %% ../nbs/10_results.ipynb #e028a704
 from __future__ import annotations
-import io, re
+
+import io
+import re
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
@@ -16,41 +18,121 @@ from . import recipes as rc
 from .core import PromptnbError, data_dir, figures_dir, read_json, results_dir, write_atomic
 
 # %% auto #0
-__all__ = ['BESIDE', 'ORDER', 'SAME', 'APART', 'DRAW', 'OFFLINE', 'iqm', 'interval', 'summary', 'compare', 'recipe_file',
-           'policy_file', 'runs', 'status', 'load', 'reported', 'without_blank', 'matrix', 'tidy_table', 'plus_minus',
-           'printed', 'verdicts', 'say', 'main_name', 'style', 'axes_for', 'nothing', 'lines', 'curves', 'pretraining',
-           'process', 'bars', 'heat', 'quality', 'paired', 'relative', 'looks', 'nearest', 'entries', 'chain',
-           'prompt_points', 'tsne', 'diversity', 'conflict', 'costs', 'short', 'cost', 'prompt_change', 'save_figure',
-           'one_level', 'save_table', 'caption', 'make', 'exhibit', 'lacks', 'overview', 'parts_of', 'source_of',
-           'deviations', 'provenance']
+__all__ = [
+    "BESIDE",
+    "ORDER",
+    "SAME",
+    "APART",
+    "DRAW",
+    "OFFLINE",
+    "iqm",
+    "interval",
+    "summary",
+    "compare",
+    "recipe_file",
+    "policy_file",
+    "runs",
+    "status",
+    "load",
+    "reported",
+    "without_blank",
+    "matrix",
+    "tidy_table",
+    "plus_minus",
+    "printed",
+    "verdicts",
+    "say",
+    "main_name",
+    "style",
+    "axes_for",
+    "nothing",
+    "lines",
+    "curves",
+    "pretraining",
+    "process",
+    "bars",
+    "heat",
+    "quality",
+    "paired",
+    "relative",
+    "looks",
+    "nearest",
+    "entries",
+    "chain",
+    "prompt_points",
+    "tsne",
+    "diversity",
+    "conflict",
+    "costs",
+    "short",
+    "cost",
+    "prompt_change",
+    "save_figure",
+    "one_level",
+    "save_table",
+    "caption",
+    "make",
+    "exhibit",
+    "lacks",
+    "overview",
+    "parts_of",
+    "source_of",
+    "deviations",
+    "provenance",
+]
+
 
 # %% ../nbs/10_results.ipynb #b1c248ad
 def iqm(x, axis=None):
     "Interquartile mean: the mean of the middle half of all values, or of those along `axis`."
     from scipy.stats import trim_mean
+
     return float(trim_mean(np.asarray(x).ravel(), 0.25)) if axis is None else trim_mean(x, 0.25, axis=axis)
 
+
+# %% ../nbs/10_results.ipynb #ad9b2edb
 def interval(x, stat=iqm, reps=2000, seed=0, level=0.95):
     "Percentile interval of `stat` over seeds drawn with replacement within each task: x (seeds, tasks)."
-    x = np.asarray(x, float); rng = np.random.default_rng(seed)
+    x = np.asarray(x, float)
+    rng = np.random.default_rng(seed)
     draw = rng.integers(len(x), size=(reps, *x.shape))
     boot = np.take_along_axis(x[None], draw, 1)
     return tuple(np.quantile(stat(boot.reshape(reps, -1), axis=1), [(1 - level) / 2, (1 + level) / 2]))
 
+
+# %% ../nbs/10_results.ipynb #f11d9d07
 def summary(x):
     "x (seeds, tasks) -> mean and std over seeds of the task mean, IQM and its interval, number of seeds."
-    x = np.asarray(x, float); per_seed = x.mean(1); lo, hi = interval(x)
-    return dict(mean=per_seed.mean(), std=per_seed.std(ddof=1) if len(x) > 1 else np.nan, n=len(x), iqm=iqm(x), lo=lo, hi=hi)
+    x = np.asarray(x, float)
+    per_seed = x.mean(1)
+    lo, hi = interval(x)
+    return dict(
+        mean=per_seed.mean(), std=per_seed.std(ddof=1) if len(x) > 1 else np.nan, n=len(x), iqm=iqm(x), lo=lo, hi=hi
+    )
 
+
+# %% ../nbs/10_results.ipynb #b0911356
 def compare(a, b, better=np.greater):
     "Is a (seeds, tasks) above b? Mean paired difference, its interval, and a word: 'better', 'worse' or 'no clear difference'."
-    d = np.asarray(a, float) - np.asarray(b, float); lo, hi = interval(d, stat=np.mean) if len(d) > 1 else (np.nan, np.nan)     # one seed decides nothing
-    return dict(difference=d.mean(), lo=lo, hi=hi, verdict="better" if lo > 0 else "worse" if hi < 0 else "no clear difference")
+    d = np.asarray(a, float) - np.asarray(b, float)
+    lo, hi = interval(d, stat=np.mean) if len(d) > 1 else (np.nan, np.nan)  # one seed decides nothing
+    return dict(
+        difference=d.mean(), lo=lo, hi=hi, verdict="better" if lo > 0 else "worse" if hi < 0 else "no clear difference"
+    )
+
 
 # %% ../nbs/10_results.ipynb #be1155ff
-def recipe_file(r, scale, seed): return results_dir(r.paper)/f"{scale}.{r.family}.{r.key}.s{seed}.json"
-def policy_file(r, scale, seed): p = r.pretrain; return results_dir(r.paper)/f"{scale}.pretrain.{p.family}.{p.name}-{rc.digest(p)}.s{seed}.json"
+def recipe_file(r, scale, seed):
+    return results_dir(r.paper) / f"{scale}.{r.family}.{r.key}.s{seed}.json"
 
+
+# %% ../nbs/10_results.ipynb #045ad325
+def policy_file(r, scale, seed):
+    p = r.pretrain
+    return results_dir(r.paper) / f"{scale}.pretrain.{p.family}.{p.name}-{rc.digest(p)}.s{seed}.json"
+
+
+# %% ../nbs/10_results.ipynb #78356793
 def runs(e: rc.Exhibit, scale, seeds=None):
     "One dict for each recipe and seed of an exhibit: label, recipe, seed, state ('ok', 'stale', 'failed', 'diverged', 'missing'), why, record."
     out = []
@@ -62,39 +144,89 @@ def runs(e: rc.Exhibit, scale, seeds=None):
             rec = read_json(path) if path.exists() else read_json(fail) if fail.exists() else None
             fresh = rec and (rec["recipe_digest"] == rc.digest(r) or e.kind == "pretraining" and rec["status"] == "ok")
             state = "missing" if rec is None else "stale" if not fresh else rec["status"]
-            out.append(dict(label=e.labels.get(r.id, r.method), recipe=r, seed=seed, state=state, why=rec["why"] if rec else "", record=rec))
+            out.append(
+                dict(
+                    label=e.labels.get(r.id, r.method),
+                    recipe=r,
+                    seed=seed,
+                    state=state,
+                    why=rec["why"] if rec else "",
+                    record=rec,
+                )
+            )
     return out
 
+
+# %% ../nbs/10_results.ipynb #ec0ba92a
 def status(e, scale, seeds=None):
     "Counts for `promptnb status`."
     rs = runs(e, scale, seeds)
-    return dict(total=len(rs), done=sum(r["state"] == "ok" for r in rs), stale=sum(r["state"] == "stale" for r in rs),
-                failed=[f"{r['recipe'].family} {r['label']} seed {r['seed']}: {r['state']}: {r['why']}" for r in rs if r["state"] in ("failed", "diverged")])
+    return dict(
+        total=len(rs),
+        done=sum(r["state"] == "ok" for r in rs),
+        stale=sum(r["state"] == "stale" for r in rs),
+        failed=[
+            f"{r['recipe'].family} {r['label']} seed {r['seed']}: {r['state']}: {r['why']}"
+            for r in rs
+            if r["state"] in ("failed", "diverged")
+        ],
+    )
 
+
+# %% ../nbs/10_results.ipynb #9c654749
 def load(e, scale, seeds=None, partial=False) -> pd.DataFrame:
     "Tidy rows of an exhibit's good records, with the row label. Missing ones are an error unless `partial`."
-    rs = runs(e, scale, seeds); lack = [r for r in rs if r["state"] in ("missing", "stale", "failed")]
+    rs = runs(e, scale, seeds)
+    lack = [r for r in rs if r["state"] in ("missing", "stale", "failed")]
     if lack and not partial:
-        raise PromptnbError(f"{e.id} at {scale} scale lacks {len(lack)} of {len(rs)} runs (first: {lack[0]['recipe'].family}, {lack[0]['label']}, seed {lack[0]['seed']}: {lack[0]['state']}): promptnb run {e.paper} --exhibit {e.id} --scale {scale}, or render with --partial")
+        raise PromptnbError(
+            f"{e.id} at {scale} scale lacks {len(lack)} of {len(rs)} runs (first: {lack[0]['recipe'].family}, {lack[0]['label']}, seed {lack[0]['seed']}: {lack[0]['state']}): promptnb run {e.paper} --exhibit {e.id} --scale {scale}, or render with --partial"
+        )
     rows = [dict(w, label=r["label"]) for r in rs if r["state"] == "ok" for w in r["record"]["rows"]]
-    return pd.DataFrame(rows, columns=["paper", "task", "task_id", "method", "seed", "scale", "step", "metric", "value", "n_episodes", "trainable", "env_steps", "run_id", "label"])
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "paper",
+            "task",
+            "task_id",
+            "method",
+            "seed",
+            "scale",
+            "step",
+            "metric",
+            "value",
+            "n_episodes",
+            "trainable",
+            "env_steps",
+            "run_id",
+            "label",
+        ],
+    )
 
+
+# %% ../nbs/10_results.ipynb #02fc70c7
 def reported(paper) -> pd.DataFrame:
     "The published numbers with their sources."
-    return pd.read_csv(data_dir()/"reported"/f"{paper}.csv")
+    return pd.read_csv(data_dir() / "reported" / f"{paper}.csv")
+
 
 # %% ../nbs/10_results.ipynb #b4c3f95e
 BESIDE = ["reported", "reported_std", "difference", "source"]
+
 
 def without_blank(t, rep):
     "A table without the columns of published numbers, where a paper has none."
     return t.drop(columns=BESIDE, errors="ignore") if rep.empty else t
 
+
+# %% ../nbs/10_results.ipynb #6e935cd4
 def matrix(df, label, family):
     "Returns (seeds, tasks) of one method on one family; NaN where missing."
     d = df[(df.label == label) & (df.task == family) & (df.metric == "return")]
     return d.pivot_table(index="seed", columns="task_id", values="value").to_numpy() if len(d) else np.empty((0, 0))
 
+
+# %% ../nbs/10_results.ipynb #f6f078b2
 def tidy_table(e, scale, seeds=None, partial=False) -> pd.DataFrame:
     "One row a method and family: ours (mean, std, IQM, interval, n), reported, difference, trainable, env steps."
     df, rep, rs = load(e, scale, seeds, partial), reported(e.paper), runs(e, scale, seeds)
@@ -102,374 +234,875 @@ def tidy_table(e, scale, seeds=None, partial=False) -> pd.DataFrame:
     for label in dict.fromkeys(r["label"] for r in rs):
         for fam in e.families:
             here = [r for r in rs if r["label"] == label and r["recipe"].family == fam]
-            if not here: continue
+            if not here:
+                continue
             x, row = matrix(df, label, fam), dict(method=label, family=fam)
             bad = [r["state"] for r in here if r["state"] != "ok"]
-            if x.size: row |= summary(x)
+            if x.size:
+                row |= summary(x)
             row["note"] = ", ".join(f"{bad.count(b)} {b}" for b in dict.fromkeys(bad))
             m = rep[(rep.exhibit == e.reported) & (rep.method == label) & (rep.family == fam)]
-            if len(m): row |= dict(reported=m.value.iloc[0], reported_std=m["std"].iloc[0], source=m.source.iloc[0])
-            if x.size and len(m): row["difference"] = row["mean"] - row["reported"]
+            if len(m):
+                row |= dict(reported=m.value.iloc[0], reported_std=m["std"].iloc[0], source=m.source.iloc[0])
+            if x.size and len(m):
+                row["difference"] = row["mean"] - row["reported"]
             d = df[(df.label == label) & (df.task == fam)]
-            if len(d): row |= dict(trainable=int(d.trainable.iloc[0]), env_steps=int(d.env_steps.iloc[0]))
+            if len(d):
+                row |= dict(trainable=int(d.trainable.iloc[0]), env_steps=int(d.env_steps.iloc[0]))
             out.append(row)
-    return without_blank(pd.DataFrame(out).reindex(columns=["method", "family", "mean", "std", "n", "iqm", "lo", "hi", "reported", "reported_std", "difference", "trainable", "env_steps", "note", "source"]), rep)
+    return without_blank(
+        pd.DataFrame(out).reindex(
+            columns=[
+                "method",
+                "family",
+                "mean",
+                "std",
+                "n",
+                "iqm",
+                "lo",
+                "hi",
+                "reported",
+                "reported_std",
+                "difference",
+                "trainable",
+                "env_steps",
+                "note",
+                "source",
+            ]
+        ),
+        rep,
+    )
 
-def plus_minus(m, s): return "" if pd.isna(m) else f"{m:.1f}" + ("" if pd.isna(s) else f" ± {s:.1f}")
 
+# %% ../nbs/10_results.ipynb #cef09bec
+def plus_minus(m, s):
+    return "" if pd.isna(m) else f"{m:.1f}" + ("" if pd.isna(s) else f" ± {s:.1f}")
+
+
+# %% ../nbs/10_results.ipynb #a15155cd
 def printed(t: pd.DataFrame) -> pd.DataFrame:
     "The same for readers: one line a method, three columns a family; one, where nothing is published."
     pm, cells = plus_minus, {}
     for _, r in t.iterrows():
-        ours = pm(r["mean"], r["std"]) + ("" if pd.isna(r["mean"]) else f" (n={int(r['n'])}; IQM {r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}])") + (f" {r.note}" if r.note else "")
-        beside = {(r.family, "reported"): pm(r.reported, r.reported_std), (r.family, "difference"): pm(r.difference, np.nan)} if "reported" in t else {}
+        ours = (
+            pm(r["mean"], r["std"])
+            + ("" if pd.isna(r["mean"]) else f" (n={int(r['n'])}; IQM {r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}])")
+            + (f" {r.note}" if r.note else "")
+        )
+        beside = (
+            {(r.family, "reported"): pm(r.reported, r.reported_std), (r.family, "difference"): pm(r.difference, np.nan)}
+            if "reported" in t
+            else {}
+        )
         cells.setdefault(r.method, {}).update({(r.family, "ours"): ours} | beside)
     out = pd.DataFrame.from_dict(cells, orient="index").fillna("")
-    out.columns = pd.MultiIndex.from_tuples(out.columns) if "reported" in t else [f for f, _ in out.columns]; out.index.name = "method"
+    out.columns = pd.MultiIndex.from_tuples(out.columns) if "reported" in t else [f for f, _ in out.columns]
+    out.index.name = "method"
     return out
+
 
 # %% ../nbs/10_results.ipynb #1944a33d
 def verdicts(e, scale, base="Prompt-DT, expert prompt", seeds=None, partial=False) -> pd.DataFrame:
     "Each method against `base` on each family: paired difference over seeds and tasks, interval, word."
-    df = load(e, scale, seeds, partial); out = []
+    df = load(e, scale, seeds, partial)
+    out = []
     for fam in e.families:
-        b = matrix(df, base, fam); seeds_of = lambda label: set(df[(df.label == label) & (df.task == fam)].seed)
+        b = matrix(df, base, fam)
+
+        def seeds_of(label):
+            return set(df[(df.label == label) & (df.task == fam)].seed)
+
         for label in dict.fromkeys(df[df.task == fam].label):
             a = matrix(df, label, fam)
-            if label != base and a.shape == b.shape and a.size and seeds_of(label) == seeds_of(base): out.append(dict(family=fam, method=label, against=base, **compare(a, b)))
+            if label != base and a.shape == b.shape and a.size and seeds_of(label) == seeds_of(base):
+                out.append(dict(family=fam, method=label, against=base, **compare(a, b)))
     return pd.DataFrame(out)
 
+
+# %% ../nbs/10_results.ipynb #773e3936
 def say(v: pd.DataFrame) -> str:
     "The verdicts as one sentence a family."
     text = []
     for fam, g in v.groupby("family", sort=False):
-        of = lambda w: ", ".join(g[g.verdict == w].method) or "none"
-        text.append(f"{fam}: against '{g.against.iloc[0]}', better: {of('better')}; worse: {of('worse')}; no clear difference: {of('no clear difference')}.")
+
+        def of(w):
+            return ", ".join(g[g.verdict == w].method) or "none"
+
+        text.append(
+            f"{fam}: against '{g.against.iloc[0]}', better: {of('better')}; worse: {of('worse')}; no clear difference: {of('no clear difference')}."
+        )
     return "\n".join(text)
 
-# %% ../nbs/10_results.ipynb #e7532602
-ORDER = ["MT-ORL", "MT-BC-FT", "Prompt-DT, expert prompt", "Prompt-DT, random prompt", "Prompt-DT-FT", "Soft Prompt", "Adaptor", "LoRA", "PTDT-offline, expert prompt",
-         "PTDT-offline, random prompt", "PTDT-online, expert prompt", "Hill climbing (control)", "Evolution strategy (control)", "Gradient on the prompt (control)", "Re-sampled prompts (control)"]
 
-ORDER += ["Prepared, not adapted", "Adapted, not prepared", "Full data (upper bound)", "Pure noise (control)", "Untrained diffuser (control)", "Prompt Diffuser",
-          "No diffusion, as many parameters (control)", "Best of 8 by demonstrations", "DM only", "DT only", "sum", "projection, on conflict only"]
-SAME = {"MT-BC (before fine-tuning)": "MT-BC-FT", "Prompt-DT": "Prompt-DT, expert prompt", "Prompt-Tuning DT": "PTDT-offline, expert prompt",
-        "projection": "Prompt Diffuser", "No diffusion (control)": "No diffusion, as many parameters (control)"}
+# %% ../nbs/10_results.ipynb #e7532602
+ORDER = [
+    "MT-ORL",
+    "MT-BC-FT",
+    "Prompt-DT, expert prompt",
+    "Prompt-DT, random prompt",
+    "Prompt-DT-FT",
+    "Soft Prompt",
+    "Adaptor",
+    "LoRA",
+    "PTDT-offline, expert prompt",
+    "PTDT-offline, random prompt",
+    "PTDT-online, expert prompt",
+    "Hill climbing (control)",
+    "Evolution strategy (control)",
+    "Gradient on the prompt (control)",
+    "Re-sampled prompts (control)",
+]
+
+ORDER += [
+    "Prepared, not adapted",
+    "Adapted, not prepared",
+    "Full data (upper bound)",
+    "Pure noise (control)",
+    "Untrained diffuser (control)",
+    "Prompt Diffuser",
+    "No diffusion, as many parameters (control)",
+    "Best of 8 by demonstrations",
+    "DM only",
+    "DT only",
+    "sum",
+    "projection, on conflict only",
+]
+SAME = {
+    "MT-BC (before fine-tuning)": "MT-BC-FT",
+    "Prompt-DT": "Prompt-DT, expert prompt",
+    "Prompt-Tuning DT": "PTDT-offline, expert prompt",
+    "projection": "Prompt Diffuser",
+    "No diffusion (control)": "No diffusion, as many parameters (control)",
+}
+
 
 def main_name(label):
     "A row label under the name that ORDER knows: without shots, length of prompt or qualities; a diffuser's sweep is of the diffuser."
-    if re.match("(N|lam|schedule) = ", label): return "Prompt Diffuser"
-    label = re.sub(r", (few-shot|zero-shot|K\* = \d+|windows of \d+ steps|no data, \w+ prompt)$|(?<!Prompt-DT), \w+ data, \w+ prompt$", "", label)
+    if re.match("(N|lam|schedule) = ", label):
+        return "Prompt Diffuser"
+    label = re.sub(
+        r", (few-shot|zero-shot|K\* = \d+|windows of \d+ steps|no data, \w+ prompt)$|(?<!Prompt-DT), \w+ data, \w+ prompt$",
+        "",
+        label,
+    )
     return SAME.get(label, label)
 
+
+# %% ../nbs/10_results.ipynb #fc3c75f3
 def style(label):
     "Colour, line style and marker of a method: the same in every figure."
-    label = main_name(label); i = ORDER.index(label) if label in ORDER else sum(map(ord, label)) % 15
-    return dict(color=sns.color_palette("colorblind")[i % 10], linestyle=("-", "--", "-")[i // 10], marker="osD^vP*X<>hd8pH"[i if i < 15 else (i + 11) % 15])
+    label = main_name(label)
+    i = ORDER.index(label) if label in ORDER else sum(map(ord, label)) % 15
+    return dict(
+        color=sns.color_palette("colorblind")[i % 10],
+        linestyle=("-", "--", "-")[i // 10],
+        marker="osD^vP*X<>hd8pH"[i if i < 15 else (i + 11) % 15],
+    )
 
+
+# %% ../nbs/10_results.ipynb #e783e1a1
 def axes_for(families, width=3.6, height=2.9, most=99, **kw):
     "One panel each, at most `most` a row."
-    n = len(families); rows = -(-n // most); columns = -(-n // rows)
-    sns.set_theme(style="whitegrid", context="paper", rc={"axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8})
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, constrained_layout=True, **kw); axes = axes.ravel()
-    for ax in axes[n:]: ax.set_visible(False)
+    n = len(families)
+    rows = -(-n // most)
+    columns = -(-n // rows)
+    sns.set_theme(
+        style="whitegrid",
+        context="paper",
+        rc={
+            "axes.titlesize": 10,
+            "axes.labelsize": 9,
+            "legend.fontsize": 8,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+        },
+    )
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, constrained_layout=True, **kw
+    )
+    axes = axes.ravel()
+    for ax in axes[n:]:
+        ax.set_visible(False)
     return fig, axes[:n]
 
-def nothing(ax, why="no runs yet"): ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes, color="grey"); ax.set(xticks=[], yticks=[])
 
+# %% ../nbs/10_results.ipynb #ec4517ce
+def nothing(ax, why="no runs yet"):
+    ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes, color="grey")
+    ax.set(xticks=[], yticks=[])
+
+
+# %% ../nbs/10_results.ipynb #c6c79714
 def lines(ax, df, x="step", base=None):
     "Mean over seeds of the task mean, with the range over seeds shaded; returns the plotted numbers."
-    per = df.groupby(["label", x, "seed"]).value.mean().reset_index(); g = per.groupby(["label", x]).value.agg(["mean", "min", "max", "count"]).reset_index()
+    per = df.groupby(["label", x, "seed"]).value.mean().reset_index()
+    g = per.groupby(["label", x]).value.agg(["mean", "min", "max", "count"]).reset_index()
     for label in sorted(g.label.unique(), key=lambda l: ORDER.index(m) if (m := main_name(l)) in ORDER else 99):
         d, s = g[g.label == label], style(label)
-        ax.plot(d[x], d["mean"], ms=4, lw=1.4, label=label, **s); ax.fill_between(d[x], d["min"], d["max"], color=s["color"], alpha=0.15, lw=0)
+        ax.plot(d[x], d["mean"], ms=4, lw=1.4, label=label, **s)
+        ax.fill_between(d[x], d["min"], d["max"], color=s["color"], alpha=0.15, lw=0)
     return g
+
 
 # %% ../nbs/10_results.ipynb #f0d60d23
 def curves(e, scale, seeds=None, partial=False):
     "Action error against tuning updates, relative to the untuned prompt's."
-    df = load(e, scale, seeds, partial); df = df[df.metric == "demo_loss"]; out = []
+    df = load(e, scale, seeds, partial)
+    df = df[df.metric == "demo_loss"]
+    out = []
     fig, axes = axes_for(e.families)
     for ax, fam in zip(axes, e.families):
-        out.append(lines(ax, df[df.task == fam]).assign(family=fam)); ax.set(title=fam, xlabel="tuning updates", yscale="log")
-    axes[0].set_ylabel("action error on demonstrations"); fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        out.append(lines(ax, df[df.task == fam]).assign(family=fam))
+        ax.set(title=fam, xlabel="tuning updates", yscale="log")
+    axes[0].set_ylabel("action error on demonstrations")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return fig, pd.concat(out)
 
+
+# %% ../nbs/10_results.ipynb #4ca49ea7
 def pretraining(e, scale, seeds=None, partial=False):
     "Return on the test tasks along pre-training."
-    df = load(e, scale, seeds, partial); df = df[(df.metric == "return")]; rep = reported(e.paper); out = []
+    df = load(e, scale, seeds, partial)
+    df = df[(df.metric == "return")]
+    rep = reported(e.paper)
+    out = []
     fig, axes = axes_for(e.families)
     for ax, fam in zip(axes, e.families):
         d = df[df.task == fam].assign(label=lambda d: d.label.replace({"MT-BC-FT": "MT-BC (before fine-tuning)"}))
-        out.append(lines(ax, d).assign(family=fam)); ax.set(title=fam, xlabel="updates")
-        if not len(d): nothing(ax)
+        out.append(lines(ax, d).assign(family=fam))
+        ax.set(title=fam, xlabel="updates")
+        if not len(d):
+            nothing(ax)
         for _, r in rep[(rep.exhibit == e.reported) & (rep.family == fam)].iterrows():
-            if r.method in set(d.label): ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls=":")
-    axes[0].set_ylabel("return (dotted: published end point)"); fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+            if r.method in set(d.label):
+                ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls=":")
+    axes[0].set_ylabel("return (dotted: published end point)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return fig, pd.concat(out)
 
+
+# %% ../nbs/10_results.ipynb #c591ce0d
 def process(e, scale, seeds=None, partial=False):
     "Action error per test task along tuning, first seed."
-    df = load(e, scale, seeds, partial); df = df[(df.metric == "demo_loss") & (df.seed == df.seed.min())]
+    df = load(e, scale, seeds, partial)
+    df = df[(df.metric == "demo_loss") & (df.seed == df.seed.min())]
     fig, (ax,) = axes_for(e.families, width=4.4, height=3.0)
-    for (i, d), c, m in zip(df.groupby("task_id"), sns.color_palette("colorblind"), "osD^v"): ax.plot(d.step, d.value, color=c, marker=m, ms=4, label=f"{e.families[0]}-{i:02d}")
-    ax.set(xlabel="tuning updates", ylabel="action error on demonstrations", title=f"{df.label.iloc[0] if len(df) else ''}"); ax.legend(frameon=False, title="test task") if len(df) else nothing(ax)
+    for (i, d), c, m in zip(df.groupby("task_id"), sns.color_palette("colorblind"), "osD^v"):
+        ax.plot(d.step, d.value, color=c, marker=m, ms=4, label=f"{e.families[0]}-{i:02d}")
+    ax.set(
+        xlabel="tuning updates", ylabel="action error on demonstrations", title=f"{df.label.iloc[0] if len(df) else ''}"
+    )
+    ax.legend(frameon=False, title="test task") if len(df) else nothing(ax)
     return fig, df[["task_id", "step", "value"]]
+
 
 # %% ../nbs/10_results.ipynb #d13755c1
 def bars(e, scale, seeds=None, partial=False):
     "Return of each variant: mean over seeds, one dot a seed, interval of the IQM."
-    from promptnb.contexts import style      # which stands on this page, and knows more labels
-    df = load(e, scale, seeds, partial); t = tidy_table(e, scale, seeds, partial)
+    from promptnb.contexts import style  # which stands on this page, and knows more labels
+
+    df = load(e, scale, seeds, partial)
+    t = tidy_table(e, scale, seeds, partial)
     fig, axes = axes_for(e.families, width=5.2, height=0.8 + 0.35 * len(set(t.method)))
     for ax, fam in zip(axes, e.families):
         d = t[t.family == fam].dropna(subset="mean")
         ax.barh(d.method, d["mean"], color=[style(m)["color"] for m in d.method], alpha=0.5)
-        for y, m in enumerate(d.method): x = matrix(df, m, fam).mean(1); ax.plot(x, [y] * len(x), "k.", ms=4)
-        ax.invert_yaxis(); ax.set(title=fam, xlabel="return (dots: seeds)"); ax.grid(axis="y", visible=False)
-        if not len(d): nothing(ax)
+        for y, m in enumerate(d.method):
+            x = matrix(df, m, fam).mean(1)
+            ax.plot(x, [y] * len(x), "k.", ms=4)
+        ax.invert_yaxis()
+        ax.set(title=fam, xlabel="return (dots: seeds)")
+        ax.grid(axis="y", visible=False)
+        if not len(d):
+            nothing(ax)
     return fig, t
 
+
+# %% ../nbs/10_results.ipynb #3033ee29
 def heat(ax, t, column, norm):
     "Return by quality of the data (rows) and of the prompt (columns)."
-    q = ["expert", "medium", "random"]; rows = [d for d in ("no", *q) if d in set(t["data"])]
-    if t[column].isna().all(): return nothing(ax)
-    sns.heatmap(t.pivot(index="data", columns="prompt", values=column).reindex(index=rows, columns=q), annot=True, fmt=".0f", cmap="viridis", norm=norm, square=True, cbar=False, ax=ax); ax.grid(False)
+    q = ["expert", "medium", "random"]
+    rows = [d for d in ("no", *q) if d in set(t["data"])]
+    if t[column].isna().all():
+        return nothing(ax)
+    sns.heatmap(
+        t.pivot(index="data", columns="prompt", values=column).reindex(index=rows, columns=q),
+        annot=True,
+        fmt=".0f",
+        cmap="viridis",
+        norm=norm,
+        square=True,
+        cbar=False,
+        ax=ax,
+    )
+    ax.grid(False)
 
+
+# %% ../nbs/10_results.ipynb #d4a9e24a
 def quality(e, scale, seeds=None, partial=False):
     "Heat maps of the return, data x prompt: one a method, on one scale of colours; the published values beside them where every cell is known."
-    t = tidy_table(e, scale, seeds, partial); t[["of", "data", "prompt"]] = t.method.str.extract(r"^(?:(.+), )?(\w+) data, (\w+) prompt$").fillna("ours").to_numpy()
-    panels = [(f"{of}, {scale} scale", "mean", d) for of, d in t.groupby("of", sort=False)] + [("published (digitised)", "reported", t)] * bool(t.reported.notna().all())
-    shown = pd.concat([d[column] for _, column, d in panels]); norm = plt.Normalize(shown.min(), shown.max())
+    t = tidy_table(e, scale, seeds, partial)
+    t[["of", "data", "prompt"]] = (
+        t.method.str.extract(r"^(?:(.+), )?(\w+) data, (\w+) prompt$").fillna("ours").to_numpy()
+    )
+    panels = [(f"{of}, {scale} scale", "mean", d) for of, d in t.groupby("of", sort=False)] + [
+        ("published (digitised)", "reported", t)
+    ] * bool(t.reported.notna().all())
+    shown = pd.concat([d[column] for _, column, d in panels])
+    norm = plt.Normalize(shown.min(), shown.max())
     fig, axes = axes_for(panels, width=2.9, height=2.8)
-    for ax, (name, column, d) in zip(axes, panels): heat(ax, d, column, norm); ax.set(title=name, xlabel="prompt", ylabel="data" if ax is axes[0] else "")
-    if shown.notna().any(): fig.colorbar(plt.cm.ScalarMappable(norm, "viridis"), ax=axes, label="return")
+    for ax, (name, column, d) in zip(axes, panels):
+        heat(ax, d, column, norm)
+        ax.set(title=name, xlabel="prompt", ylabel="data" if ax is axes[0] else "")
+    if shown.notna().any():
+        fig.colorbar(plt.cm.ScalarMappable(norm, "viridis"), ax=axes, label="return")
     return fig, t
+
 
 # %% ../nbs/10_results.ipynb #78b673db
 def paired(df, a, b, family):
     "Returns (seeds, tasks) of two methods, for the seeds that both have."
-    both = set.intersection(*(set(df[(df.label == l) & (df.task == family) & (df.metric == "return")].seed) for l in (a, b)))
+    both = set.intersection(
+        *(set(df[(df.label == l) & (df.task == family) & (df.metric == "return")].seed) for l in (a, b))
+    )
     return [matrix(df[df.seed.isin(both)], l, family) for l in (a, b)]
 
+
+# %% ../nbs/10_results.ipynb #41f26f81
 def relative(e, scale, seeds=None, partial=False, base="DM only"):
     "Paired difference of the return to `base`: mean, its interval, one dot a seed."
-    df = load(e, scale, seeds, partial); labels = [l for l in dict.fromkeys(r["label"] for r in runs(e, scale, seeds)) if l != base]; out = []
+    df = load(e, scale, seeds, partial)
+    labels = [l for l in dict.fromkeys(r["label"] for r in runs(e, scale, seeds)) if l != base]
+    out = []
     fig, axes = axes_for(e.families, width=3.2, height=0.9 + 0.4 * len(labels))
     for ax, fam in zip(axes, e.families):
         found = {l: (x, y) for l in labels for x, y in [paired(df, l, base, fam)] if x.size}
-        if not found: nothing(ax)
+        if not found:
+            nothing(ax)
         for l, (x, y) in found.items():
-            c, at, color = compare(x, y), labels.index(l), style(l)["color"]; out.append(dict(family=fam, method=l, against=base, n=len(x), **c))
-            ax.barh(at, c["difference"], color=color, alpha=0.5); ax.plot([c["lo"], c["hi"]], [at, at], color="k", lw=1); ax.plot((x - y).mean(1), [at] * len(x), "k.", ms=4)
-        ax.axvline(0, color="k", lw=0.8); ax.grid(axis="y", visible=False)
-        ax.set(title=fam, xlabel=f"return minus that of '{base}'", ylim=(len(labels) - 0.4, -0.6), yticks=range(len(labels)), yticklabels=labels if ax is axes[0] else [])
+            c, at, color = compare(x, y), labels.index(l), style(l)["color"]
+            out.append(dict(family=fam, method=l, against=base, n=len(x), **c))
+            ax.barh(at, c["difference"], color=color, alpha=0.5)
+            ax.plot([c["lo"], c["hi"]], [at, at], color="k", lw=1)
+            ax.plot((x - y).mean(1), [at] * len(x), "k.", ms=4)
+        ax.axvline(0, color="k", lw=0.8)
+        ax.grid(axis="y", visible=False)
+        ax.set(
+            title=fam,
+            xlabel=f"return minus that of '{base}'",
+            ylim=(len(labels) - 0.4, -0.6),
+            yticks=range(len(labels)),
+            yticklabels=labels if ax is axes[0] else [],
+        )
     return fig, pd.DataFrame(out, columns=["family", "method", "against", "n", "difference", "lo", "hi", "verdict"])
 
-# %% ../nbs/10_results.ipynb #239b2f5a
-def looks(e, scale, seeds=None): return [r for r in runs(e, scale, seeds) if r["state"] == "ok" and r["record"].get("look")]
 
+# %% ../nbs/10_results.ipynb #239b2f5a
+def looks(e, scale, seeds=None):
+    return [r for r in runs(e, scale, seeds) if r["state"] == "ok" and r["record"].get("look")]
+
+
+# %% ../nbs/10_results.ipynb #e42cab96
 def nearest(x, shown):
     "Of prompts x (n, P, D), the distance to each one's nearest in shown (m, P, D), and which that is."
     far = np.sqrt(np.square(x[:, None] - shown).mean((2, 3)))
     return far.min(1), far.argmin(1)
 
+
+# %% ../nbs/10_results.ipynb #5abd148d
 def entries(ax, x, S, lim, title):
     "A prompt (P, D) as a heat map: states, actions, reward."
-    ax.imshow(x.T, cmap="RdBu_r", vmin=-lim, vmax=lim, aspect="auto", extent=(-0.5, len(x) - 0.5, x.shape[1] - 0.5, -0.5)); ax.set_title(title, fontsize=8)
-    ax.set(xticks=range(0, len(x), 2), yticks=[]); ax.grid(False); ax.axhline(S - 0.5, color="k", lw=0.6)
+    ax.imshow(
+        x.T, cmap="RdBu_r", vmin=-lim, vmax=lim, aspect="auto", extent=(-0.5, len(x) - 0.5, x.shape[1] - 0.5, -0.5)
+    )
+    ax.set_title(title, fontsize=8)
+    ax.set(xticks=range(0, len(x), 2), yticks=[])
+    ax.grid(False)
+    ax.axhline(S - 0.5, color="k", lw=0.6)
 
+
+# %% ../nbs/10_results.ipynb #0789260a
 def chain(e, scale, seeds=None, partial=False):
     "The reverse process of one prompt: its entries from noise to prompt, how near it comes to a demonstration, and the policy's error with it."
-    load(e, scale, seeds, partial); found = looks(e, scale, seeds)
-    if not found: fig, axes = axes_for("-"); nothing(axes[0]); return fig, pd.DataFrame()
-    look, S = found[0]["record"]["look"], len(found[0]["record"]["prompts"]["after"]["s"][0]); x, shown = np.array(look["chain"]), np.array(look["demonstrated"][0]); N, A = len(x) - 1, shown.shape[-1] - S
-    far, which = nearest(x[..., :-1], shown); marks = sorted({round(k) for k in np.linspace(0, N, 6)}); lim = np.quantile(np.abs(x), 0.98)
-    fig, axes = axes_for(range(len(marks) + 3), width=1.25, height=3.3, gridspec_kw=dict(width_ratios=[1] * (len(marks) + 1) + [2, 2]))
-    for ax, k in zip(axes, marks): entries(ax, x[k], S, lim, "noise" if k == 0 else "prompt" if k == N else f"step {k}")
-    entries(axes[-3], np.pad(shown[which[-1]], ((0, 0), (0, 1)), constant_values=np.nan), S, lim, "nearest\ndemonstration")
-    axes[0].set_yticks([(S - 1) / 2, S + (A - 1) / 2, S + A], [f"state ({S})", f"action ({A})", "reward"]); axes[0].set_xlabel("step of the prompt")
-    fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(-lim, lim), "RdBu_r"), ax=axes[-3], label="entry, in the policy's units")
-    for ax, y, name in zip(axes[-2:], (far, look["chain_error"][0]), ("distance to the\nnearest demonstration", "action error\nwith this prompt")):
-        ax.plot(y, "o-", ms=3, color=style("Prompt Diffuser")["color"]); ax.set(xlabel="denoising step", ylim=(0, None)); ax.set_title(name, fontsize=8)
+    load(e, scale, seeds, partial)
+    found = looks(e, scale, seeds)
+    if not found:
+        fig, axes = axes_for("-")
+        nothing(axes[0])
+        return fig, pd.DataFrame()
+    look, S = found[0]["record"]["look"], len(found[0]["record"]["prompts"]["after"]["s"][0])
+    x, shown = np.array(look["chain"]), np.array(look["demonstrated"][0])
+    N, A = len(x) - 1, shown.shape[-1] - S
+    far, which = nearest(x[..., :-1], shown)
+    marks = sorted({round(k) for k in np.linspace(0, N, 6)})
+    lim = np.quantile(np.abs(x), 0.98)
+    fig, axes = axes_for(
+        range(len(marks) + 3), width=1.25, height=3.3, gridspec_kw=dict(width_ratios=[1] * (len(marks) + 1) + [2, 2])
+    )
+    for ax, k in zip(axes, marks):
+        entries(ax, x[k], S, lim, "noise" if k == 0 else "prompt" if k == N else f"step {k}")
+    entries(
+        axes[-3], np.pad(shown[which[-1]], ((0, 0), (0, 1)), constant_values=np.nan), S, lim, "nearest\ndemonstration"
+    )
+    axes[0].set_yticks([(S - 1) / 2, S + (A - 1) / 2, S + A], [f"state ({S})", f"action ({A})", "reward"])
+    axes[0].set_xlabel("step of the prompt")
+    fig.colorbar(
+        plt.cm.ScalarMappable(plt.Normalize(-lim, lim), "RdBu_r"), ax=axes[-3], label="entry, in the policy's units"
+    )
+    for ax, y, name in zip(
+        axes[-2:],
+        (far, look["chain_error"][0]),
+        ("distance to the\nnearest demonstration", "action error\nwith this prompt"),
+    ):
+        ax.plot(y, "o-", ms=3, color=style("Prompt Diffuser")["color"])
+        ax.set(xlabel="denoising step", ylim=(0, None))
+        ax.set_title(name, fontsize=8)
     columns = [f"s{i}" for i in range(S)] + [f"a{i}" for i in range(A)] + ["reward"]
-    return fig, pd.DataFrame([dict(step=k, distance=far[k], action_error=look["chain_error"][0][k], position=p, **dict(zip(columns, x[k, p]))) for k in range(N + 1) for p in range(x.shape[1])])
+    return fig, pd.DataFrame(
+        [
+            dict(
+                step=k,
+                distance=far[k],
+                action_error=look["chain_error"][0][k],
+                position=p,
+                **dict(zip(columns, x[k, p])),
+            )
+            for k in range(N + 1)
+            for p in range(x.shape[1])
+        ]
+    )
+
 
 # %% ../nbs/10_results.ipynb #4dbae218
 def prompt_points(r):
     "The prompts of a run, flattened, with their task and kind: one dict each."
     ids, look = sorted({w["task_id"] for w in r["record"]["rows"] if w["metric"] == "return"}), r["record"]["look"]
-    return [dict(label=r["label"], seed=r["seed"], task=f"{r['recipe'].family}-{i:02d}", kind=kind, prompt=np.ravel(p)) for kind in ("demonstrated", "written") for i, ps in zip(ids, look[kind]) for p in ps]
+    return [
+        dict(label=r["label"], seed=r["seed"], task=f"{r['recipe'].family}-{i:02d}", kind=kind, prompt=np.ravel(p))
+        for kind in ("demonstrated", "written")
+        for i, ps in zip(ids, look[kind])
+        for p in ps
+    ]
 
+
+# %% ../nbs/10_results.ipynb #5167aebf
 def tsne(e, scale, seeds=None, partial=False):
     "Written and demonstrated prompts of the test tasks, flattened, in the plane: one panel a recipe, all seeds together."
     from sklearn.manifold import TSNE
-    load(e, scale, seeds, partial); found = looks(e, scale, seeds); labels = list(dict.fromkeys(r["label"] for r in runs(e, scale, seeds))); out = []
+
+    load(e, scale, seeds, partial)
+    found = looks(e, scale, seeds)
+    labels = list(dict.fromkeys(r["label"] for r in runs(e, scale, seeds)))
+    out = []
     fig, axes = axes_for(labels, width=3.9, height=3.2)
     for ax, label in zip(axes, labels):
-        d = pd.DataFrame([p for r in found if r["label"] == label for p in prompt_points(r)]); ax.set(title=label)
-        if not len(d): nothing(ax); continue
-        d[["x", "y"]] = TSNE(perplexity=min(15, len(d) / 4), random_state=0).fit_transform(np.stack(d.pop("prompt"))); out.append(d)
-        sns.scatterplot(d, x="x", y="y", hue="task", style="kind", markers=dict(demonstrated="o", written="X"), palette="colorblind", alpha=0.75, s=32, ax=ax)
-        ax.set(xlabel="", ylabel="", xticks=[], yticks=[]); ax.get_legend().remove()
-    if out: fig.legend(*max((ax.get_legend_handles_labels() for ax in axes), key=lambda h: len(h[1])), loc="outside right center", frameon=False)
+        d = pd.DataFrame([p for r in found if r["label"] == label for p in prompt_points(r)])
+        ax.set(title=label)
+        if not len(d):
+            nothing(ax)
+            continue
+        d[["x", "y"]] = TSNE(perplexity=min(15, len(d) / 4), random_state=0).fit_transform(np.stack(d.pop("prompt")))
+        out.append(d)
+        sns.scatterplot(
+            d,
+            x="x",
+            y="y",
+            hue="task",
+            style="kind",
+            markers=dict(demonstrated="o", written="X"),
+            palette="colorblind",
+            alpha=0.75,
+            s=32,
+            ax=ax,
+        )
+        ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
+        ax.get_legend().remove()
+    if out:
+        fig.legend(
+            *max((ax.get_legend_handles_labels() for ax in axes), key=lambda h: len(h[1])),
+            loc="outside right center",
+            frameon=False,
+        )
     return fig, pd.concat(out) if out else pd.DataFrame()
 
+
 # %% ../nbs/10_results.ipynb #bd541639
-APART = dict(spread="between written prompts", spread_demos="between demonstrations", nearest_demo="from written to nearest demonstration")
+APART = dict(
+    spread="between written prompts",
+    spread_demos="between demonstrations",
+    nearest_demo="from written to nearest demonstration",
+)
+
 
 def diversity(e, scale, seeds=None, partial=False):
     "Distances between and to prompts: mean over tasks, then seeds (marker), and each seed (dot)."
-    df = load(e, scale, seeds, partial); labels = list(dict.fromkeys(r["label"] for r in runs(e, scale, seeds)))
+    df = load(e, scale, seeds, partial)
+    labels = list(dict.fromkeys(r["label"] for r in runs(e, scale, seeds)))
     per = df[df.metric.isin(list(APART))].groupby(["task", "label", "metric", "seed"]).value.mean().reset_index()
     fig, axes = axes_for(e.families, width=4.4, height=1.1 + 0.36 * len(labels))
     for ax, fam in zip(axes, e.families):
         for (metric, name), c, m, dy in zip(APART.items(), sns.color_palette("colorblind"), "osD", (-0.22, 0, 0.22)):
-            d = per[(per.task == fam) & (per.metric == metric)]; mean = d.groupby("label").value.mean().reindex(labels)
-            ax.plot(d.value, [labels.index(l) + dy for l in d.label], ".", color=c, ms=3); ax.plot(mean, np.arange(len(labels)) + dy, m, color=c, ms=5, alpha=0.7, label=name)
-        if not (per.task == fam).any(): nothing(ax)
-        ax.set(title=fam, xlabel="distance (1: std of demonstrated prompts)", xlim=np.array((-0.03, 1.08)) * (per.value.max() if len(per) else 1),
-               ylim=(len(labels) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels if ax is axes[0] else [])
+            d = per[(per.task == fam) & (per.metric == metric)]
+            mean = d.groupby("label").value.mean().reindex(labels)
+            ax.plot(d.value, [labels.index(l) + dy for l in d.label], ".", color=c, ms=3)
+            ax.plot(mean, np.arange(len(labels)) + dy, m, color=c, ms=5, alpha=0.7, label=name)
+        if not (per.task == fam).any():
+            nothing(ax)
+        ax.set(
+            title=fam,
+            xlabel="distance (1: std of demonstrated prompts)",
+            xlim=np.array((-0.03, 1.08)) * (per.value.max() if len(per) else 1),
+            ylim=(len(labels) - 0.5, -0.5),
+            yticks=range(len(labels)),
+            yticklabels=labels if ax is axes[0] else [],
+        )
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return fig, per.groupby(["task", "label", "metric"]).value.agg(["mean", "min", "max", "count"]).reset_index()
+
 
 # %% ../nbs/10_results.ipynb #0a79a784
 def conflict(e, scale, seeds=None, partial=False):
     "Cosine between the gradients of L_DM and L_DT while the diffuser prepares on the train tasks."
-    df = load(e, scale, seeds, partial); df = df[df.metric == "cosine"]; out = []
+    df = load(e, scale, seeds, partial)
+    df = df[df.metric == "cosine"]
+    out = []
     fig, axes = axes_for(e.families)
     for ax, fam in zip(axes, e.families):
-        out.append(lines(ax, d := df[df.task == fam]).assign(family=fam)); ax.set(title=fam, xlabel="updates on the train tasks", ylim=(-1, 1))
-        if len(d): ax.axhline(0, color="k", lw=0.8)
-        else: nothing(ax)
-    axes[0].set_ylabel("cosine of the two gradients"); fig.legend(*max((ax.get_legend_handles_labels() for ax in axes), key=lambda h: len(h[1])), loc="outside lower center", ncols=4, frameon=False)
+        out.append(lines(ax, d := df[df.task == fam]).assign(family=fam))
+        ax.set(title=fam, xlabel="updates on the train tasks", ylim=(-1, 1))
+        if len(d):
+            ax.axhline(0, color="k", lw=0.8)
+        else:
+            nothing(ax)
+    axes[0].set_ylabel("cosine of the two gradients")
+    fig.legend(
+        *max((ax.get_legend_handles_labels() for ax in axes), key=lambda h: len(h[1])),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
     return fig, pd.concat(out)
+
 
 # %% ../nbs/10_results.ipynb #a1dfddb2
 def costs(e, scale, seeds=None, partial=False):
     "One row a family and method, means over seeds: return, trainable parameters, seconds (NaN in records that lack them), environment steps, demonstrations (0: all)."
     df, rs, out = load(e, scale, seeds, partial), runs(e, scale, seeds), {}
     for r in (r for r in rs if r["state"] == "ok"):
-        spent = r["record"].get("spent", {}); key = r["recipe"].family, r["label"]
-        out.setdefault(key, []).append(dict(prepare_seconds=spent.get("prepare_seconds"), tuning_seconds=spent.get("tuning_seconds"), demonstrations=r["recipe"].tune.demos))
-    rows = [dict(family=f, method=l, n=len(x), **pd.DataFrame(x, dtype=float).mean(), **{"return": matrix(df, l, f).mean()}, **df[(df.task == f) & (df.label == l)][["trainable", "env_steps"]].iloc[0]) for (f, l), x in out.items()]
-    return pd.DataFrame(rows, columns=["family", "method", "n", "trainable", "prepare_seconds", "tuning_seconds", "env_steps", "demonstrations", "return"])
+        spent = r["record"].get("spent", {})
+        key = r["recipe"].family, r["label"]
+        out.setdefault(key, []).append(
+            dict(
+                prepare_seconds=spent.get("prepare_seconds"),
+                tuning_seconds=spent.get("tuning_seconds"),
+                demonstrations=r["recipe"].tune.demos,
+            )
+        )
+    rows = [
+        dict(
+            family=f,
+            method=l,
+            n=len(x),
+            **pd.DataFrame(x, dtype=float).mean(),
+            **{"return": matrix(df, l, f).mean()},
+            **df[(df.task == f) & (df.label == l)][["trainable", "env_steps"]].iloc[0],
+        )
+        for (f, l), x in out.items()
+    ]
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "family",
+            "method",
+            "n",
+            "trainable",
+            "prepare_seconds",
+            "tuning_seconds",
+            "env_steps",
+            "demonstrations",
+            "return",
+        ],
+    )
 
-def short(n): return next((f"{n / k:.{d}f}{u}" for k, u, d in ((1e6, "M", 1), (1e3, "K", 0)) if n >= k), f"{n:.0f}")
 
+# %% ../nbs/10_results.ipynb #46b97c9a
+def short(n):
+    return next((f"{n / k:.{d}f}{u}" for k, u, d in ((1e6, "M", 1), (1e3, "K", 0)) if n >= k), f"{n:.0f}")
+
+
+# %% ../nbs/10_results.ipynb #392713af
 def cost(e, scale, seeds=None, partial=False, least=0.1):
     "Return against seconds of preparation and tuning, labelled with the number of tuned parameters."
-    t = costs(e, scale, seeds, partial); fig, axes = axes_for(e.families, height=3.2)
+    t = costs(e, scale, seeds, partial)
+    fig, axes = axes_for(e.families, height=3.2)
     for ax, fam in zip(axes, e.families):
         d = t[t.family == fam].dropna(subset="tuning_seconds")
         for _, r in d.iterrows():
             s, x = style(r.method), max(r.prepare_seconds + r.tuning_seconds, least)
-            ax.plot(x, r["return"], s["marker"], color=s["color"], ms=7, label=r.method); ax.annotate(short(r.trainable), (x, r["return"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        ax.set(title=fam, xscale="log", xlabel=f"seconds to prepare and tune ({least}: or less)"); ax.margins(x=0.18, y=0.12)
-        if not len(d): nothing(ax, "runs without times" if (t.family == fam).any() else "no runs yet")
-    axes[0].set_ylabel("return (label: tuned parameters)"); fig.legend(*max((ax.get_legend_handles_labels() for ax in axes), key=lambda h: len(h[1])), loc="outside lower center", ncols=4, frameon=False)
+            ax.plot(x, r["return"], s["marker"], color=s["color"], ms=7, label=r.method)
+            ax.annotate(short(r.trainable), (x, r["return"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        ax.set(title=fam, xscale="log", xlabel=f"seconds to prepare and tune ({least}: or less)")
+        ax.margins(x=0.18, y=0.12)
+        if not len(d):
+            nothing(ax, "runs without times" if (t.family == fam).any() else "no runs yet")
+    axes[0].set_ylabel("return (label: tuned parameters)")
+    fig.legend(
+        *max((ax.get_legend_handles_labels() for ax in axes), key=lambda h: len(h[1])),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
     return fig, t
+
 
 # %% ../nbs/10_results.ipynb #4b0611cd
 def prompt_change(e, scale, key="ranking", seed=0):
     "What tuning changed in the prompt of the first test task: before, after, difference, as heat maps. Returns the figure, or None without a record."
-    found = [r for r in runs(e, scale, [seed]) if r["recipe"].key == key and r["state"] == "ok" and r["record"].get("prompts")]
-    if not found: return None
-    p = found[0]["record"]["prompts"]; both = [np.concatenate([np.array(p[w][n]).T for n in ("rtg", "s", "a")]) for w in ("before", "after")]
-    S, A = len(p["before"]["s"][0]), len(p["before"]["a"][0]); sns.set_theme(style="white", context="paper")
+    found = [
+        r
+        for r in runs(e, scale, [seed])
+        if r["recipe"].key == key and r["state"] == "ok" and r["record"].get("prompts")
+    ]
+    if not found:
+        return None
+    p = found[0]["record"]["prompts"]
+    both = [np.concatenate([np.array(p[w][n]).T for n in ("rtg", "s", "a")]) for w in ("before", "after")]
+    S, A = len(p["before"]["s"][0]), len(p["before"]["a"][0])
+    sns.set_theme(style="white", context="paper")
     fig, axes = plt.subplots(1, 3, figsize=(7.6, 4.2), sharey=True, constrained_layout=True)
     for ax, x, name in zip(axes, (*both, both[1] - both[0]), ("before", "after", "change")):
         lim = np.abs(x).max() if name == "change" else np.abs(both).max()
-        im = ax.imshow(x, cmap="RdBu_r", vmin=-lim, vmax=lim, aspect="auto"); ax.set(title=name, xlabel="prompt step", xticks=range(x.shape[1])); fig.colorbar(im, ax=ax, shrink=0.7)
-        for y in (0.5, S + 0.5): ax.axhline(y, color="k", lw=0.6)
-    axes[0].set_yticks([0, 1 + S / 2, 1 + S + A / 2], ["return-to-go", f"state ({S})", f"action ({A})"], rotation=90, va="center")
+        im = ax.imshow(x, cmap="RdBu_r", vmin=-lim, vmax=lim, aspect="auto")
+        ax.set(title=name, xlabel="prompt step", xticks=range(x.shape[1]))
+        fig.colorbar(im, ax=ax, shrink=0.7)
+        for y in (0.5, S + 0.5):
+            ax.axhline(y, color="k", lw=0.6)
+    axes[0].set_yticks(
+        [0, 1 + S / 2, 1 + S + A / 2], ["return-to-go", f"state ({S})", f"action ({A})"], rotation=90, va="center"
+    )
     fig.suptitle(f"{found[0]['recipe'].family}, {found[0]['label']}: normalised entries of the prompt", fontsize=10)
     return fig
+
 
 # %% ../nbs/10_results.ipynb #3f910a8b
 def save_figure(fig, numbers, paper, scale, name):
     "PDF, PNG and the plotted numbers side by side."
-    folder = figures_dir(paper)/scale
+    folder = figures_dir(paper) / scale
     for kind, how in (("pdf", dict(metadata=dict(CreationDate=None))), ("png", dict(dpi=150))):
-        fig.savefig(made := io.BytesIO(), format=kind, **how); write_atomic(folder/f"{name}.{kind}", made.getvalue())
-    if numbers is not None: write_atomic(folder/f"{name}.csv", numbers.round(4).to_csv(index=False).encode())
-    return folder/f"{name}.png"
+        fig.savefig(made := io.BytesIO(), format=kind, **how)
+        write_atomic(folder / f"{name}.{kind}", made.getvalue())
+    if numbers is not None:
+        write_atomic(folder / f"{name}.csv", numbers.round(4).to_csv(index=False).encode())
+    return folder / f"{name}.png"
 
+
+# %% ../nbs/10_results.ipynb #11643799
 def one_level(p):
     "A printed table without levels: headings joined, the name of a group of rows once, all columns plain."
-    flat = p.copy(); flat.columns = [f"{a}: {b}" for a, b in p.columns] if p.columns.nlevels > 1 else p.columns
-    if p.index.nlevels > 1: flat.index = pd.MultiIndex.from_arrays([p.index.get_level_values(0).where(~p.index.get_level_values(0).duplicated(), ""), *(p.index.get_level_values(i) for i in range(1, p.index.nlevels))], names=p.index.names)
+    flat = p.copy()
+    flat.columns = [f"{a}: {b}" for a, b in p.columns] if p.columns.nlevels > 1 else p.columns
+    if p.index.nlevels > 1:
+        flat.index = pd.MultiIndex.from_arrays(
+            [
+                p.index.get_level_values(0).where(~p.index.get_level_values(0).duplicated(), ""),
+                *(p.index.get_level_values(i) for i in range(1, p.index.nlevels)),
+            ],
+            names=p.index.names,
+        )
     return flat.reset_index()
 
+
+# %% ../nbs/10_results.ipynb #8b888d2b
 def save_table(t, paper, scale, name, caption, shown=None):
     "Markdown, CSV (every number) and LaTeX; `shown`: what is printed, else the table of methods and families."
-    folder = figures_dir(paper)/scale; p = printed(t) if shown is None else shown; flat = one_level(p)
-    write_atomic(folder/f"{name}.csv", t.round(3).to_csv(index=False).encode())
-    write_atomic(folder/f"{name}.md", (flat.to_markdown(index=False, disable_numparse=shown is not None) + f"\n\n{caption}\n").encode())
+    folder = figures_dir(paper) / scale
+    p = printed(t) if shown is None else shown
+    flat = one_level(p)
+    write_atomic(folder / f"{name}.csv", t.round(3).to_csv(index=False).encode())
+    write_atomic(
+        folder / f"{name}.md",
+        (flat.to_markdown(index=False, disable_numparse=shown is not None) + f"\n\n{caption}\n").encode(),
+    )
     tex = flat.map(lambda x: str(x).replace("±", r"$\pm$").replace("%", r"\%").replace("_", r"\_"))
-    write_atomic(folder/f"{name}.tex", ("\\begin{tabular}{" + "l" * p.index.nlevels + "r" * p.shape[1] + "}\n" + " & ".join(tex.columns) + r" \\" + "\n\\hline\n" + "\n".join(" & ".join(r) + r" \\" for r in tex.to_numpy()) + "\n\\end{tabular}\n").encode())
+    write_atomic(
+        folder / f"{name}.tex",
+        (
+            "\\begin{tabular}{"
+            + "l" * p.index.nlevels
+            + "r" * p.shape[1]
+            + "}\n"
+            + " & ".join(tex.columns)
+            + r" \\"
+            + "\n\\hline\n"
+            + "\n".join(" & ".join(r) + r" \\" for r in tex.to_numpy())
+            + "\n\\end{tabular}\n"
+        ).encode(),
+    )
     return p
 
+
+# %% ../nbs/10_results.ipynb #78ede671
 def caption(e, scale, t=None):
     "Protocol, scale, seeds, and what is unknown."
-    unknown = "" if t is None or "reported" not in t or not t.reported.isna().any() else " Blank under 'reported': not known."
+    unknown = (
+        "" if t is None or "reported" not in t or not t.reported.isna().any() else " Blank under 'reported': not known."
+    )
     return f"{e.title}, {scale} scale. {e.protocol.strip()} ours: mean ± std over n seeds; IQM over seeds and tasks with 95 % stratified bootstrap interval.{unknown}"
 
-DRAW = dict(curves=curves, pretraining=pretraining, process=process, bars=bars, quality=quality, grid=quality, relative=relative, chain=chain, tsne=tsne, diversity=diversity, conflict=conflict, cost=cost)
+
+# %% ../nbs/10_results.ipynb #371fa600
+DRAW = dict(
+    curves=curves,
+    pretraining=pretraining,
+    process=process,
+    bars=bars,
+    quality=quality,
+    grid=quality,
+    relative=relative,
+    chain=chain,
+    tsne=tsne,
+    diversity=diversity,
+    conflict=conflict,
+    cost=cost,
+)
+
 
 def make(e, scale, seeds=None, partial=False):
     "Draw and save one exhibit: the printed table, or the figure."
     if e.kind == "table":
-        t = tidy_table(e, scale, seeds, partial); return save_table(t, e.paper, scale, e.id, caption(e, scale, t))
-    from promptnb import contexts, guidance, scores      # which stand on this page
-    pages = (guidance,) if guidance.mine(e) else (contexts, scores); page = next((p for p in pages if e.kind in p.DRAW), scores)
-    shown, numbers = {**DRAW, **scores.DRAW, **page.DRAW}[e.kind](e, scale, seeds, partial)
-    if isinstance(shown, pd.DataFrame): return save_table(numbers, e.paper, scale, e.id, page.caption(e, scale, numbers), shown)
-    save_figure(shown, numbers, e.paper, scale, e.id); return shown
+        t = tidy_table(e, scale, seeds, partial)
+        return save_table(t, e.paper, scale, e.id, caption(e, scale, t))
+    from promptnb import contexts, guidance, scores  # which stand on this page
 
+    pages = (guidance,) if guidance.mine(e) else (contexts, scores)
+    page = next((p for p in pages if e.kind in p.DRAW), scores)
+    shown, numbers = {**DRAW, **scores.DRAW, **page.DRAW}[e.kind](e, scale, seeds, partial)
+    if isinstance(shown, pd.DataFrame):
+        return save_table(numbers, e.paper, scale, e.id, page.caption(e, scale, numbers), shown)
+    save_figure(shown, numbers, e.paper, scale, e.id)
+    return shown
+
+
+# %% ../nbs/10_results.ipynb #8cc0732e
 def exhibit(paper, id):
     from promptnb.core import check_choice
+
     return rc.EXHIBITS[paper, check_choice(id, [e.id for e in rc.exhibits(paper)], "exhibit")]
 
-def lacks(e, scale): n = len(rc.recipes_of(e, scale)); return f"; {n} of its {len(e.recipes)} recipes at this scale" if n < len(e.recipes) else ""
 
+# %% ../nbs/10_results.ipynb #643693f5
+def lacks(e, scale):
+    n = len(rc.recipes_of(e, scale))
+    return f"; {n} of its {len(e.recipes)} recipes at this scale" if n < len(e.recipes) else ""
+
+
+# %% ../nbs/10_results.ipynb #fa2b610e
 def overview(paper, scale) -> pd.DataFrame:
     "The status table of a paper: exhibit, claim, our status."
     rows = []
     for e in rc.exhibits(paper):
         s = None if e.unknown else status(e, scale)
-        rows.append(dict(exhibit=e.id, title=e.title, claim=e.claim, status=f"cannot be made: {e.unknown}" if e.unknown else "needs no run of its own" if not e.recipes else f"{s['done']} of {s['total']} runs" + (f", {len(s['failed'])} failed" if s["failed"] else "") + lacks(e, scale)))
+        rows.append(
+            dict(
+                exhibit=e.id,
+                title=e.title,
+                claim=e.claim,
+                status=f"cannot be made: {e.unknown}"
+                if e.unknown
+                else "needs no run of its own"
+                if not e.recipes
+                else f"{s['done']} of {s['total']} runs"
+                + (f", {len(s['failed'])} failed" if s["failed"] else "")
+                + lacks(e, scale),
+            )
+        )
     return pd.DataFrame(rows).set_index("exhibit")
 
+
 # %% ../nbs/10_results.ipynb #b416ccab
-OFFLINE = dict(offline=("training of policies", "LaMo's code"), pixels=("training of policies, pictures", "LaMo's code"), value=("training of baselines", "CORL (Atari: d3rlpy)"), text=("pre-training on text", "synthetic pre-training's code"))
+OFFLINE = dict(
+    offline=("training of policies", "LaMo's code"),
+    pixels=("training of policies, pictures", "LaMo's code"),
+    value=("training of baselines", "CORL (Atari: d3rlpy)"),
+    text=("pre-training on text", "synthetic pre-training's code"),
+)
+
 
 def parts_of(r):
     "(part, its fields, their source where recipes name none) of a recipe."
-    if x := r.online: return [("guided training", asdict(x), "AdaRefiner's code"), ("evaluation of agents", dict(eval_episodes=r.eval_episodes), "AdaRefiner's code"), ("seeds", dict(seeds=r.seeds), "not known")]
+    if x := r.online:
+        return [
+            ("guided training", asdict(x), "AdaRefiner's code"),
+            ("evaluation of agents", dict(eval_episodes=r.eval_episodes), "AdaRefiner's code"),
+            ("seeds", dict(seeds=r.seeds), "not known"),
+        ]
     if x := r.offline:
-        own = {k: v for k, v in asdict(x).items() if k not in ("text", "model")}; kind = "pixels" if "pixel" in x.learner else "offline" if "lamo" in x.learner else "value"
-        return [(OFFLINE[kind][0], {**dict(x.model), **own}, OFFLINE[kind][1]), *([(OFFLINE["text"][0], asdict(x.text), OFFLINE["text"][1])] if x.text else []), ("evaluation of policies", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), "LaMo's code")]
-    return [("pre-training", asdict(r.pretrain), ""), ("tuning", {**asdict(r.tune), **dict(r.tune.hyper)}, ""), ("evaluation", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), "")]
+        own = {k: v for k, v in asdict(x).items() if k not in ("text", "model")}
+        kind = "pixels" if "pixel" in x.learner else "offline" if "lamo" in x.learner else "value"
+        return [
+            (OFFLINE[kind][0], {**dict(x.model), **own}, OFFLINE[kind][1]),
+            *([(OFFLINE["text"][0], asdict(x.text), OFFLINE["text"][1])] if x.text else []),
+            ("evaluation of policies", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), "LaMo's code"),
+        ]
+    return [
+        ("pre-training", asdict(r.pretrain), ""),
+        ("tuning", {**asdict(r.tune), **dict(r.tune.hyper)}, ""),
+        ("evaluation", dict(eval_episodes=r.eval_episodes, seeds=r.seeds), ""),
+    ]
 
+
+# %% ../nbs/10_results.ipynb #dd3646f0
 def source_of(part, field, given):
     "Where the paper-scale value of a field comes from."
-    if given: return "ours" if field in ("episodes", "limit", "precision", "vocab", "files", "preset", "points", "last", "encoder") else given
+    if given:
+        return (
+            "ours"
+            if field in ("episodes", "limit", "precision", "vocab", "files", "preset", "points", "last", "encoder")
+            else given
+        )
     return rc.SOURCES.get(f"{part}.{field}", rc.SOURCES.get(field, "ours"))
 
+
+# %% ../nbs/10_results.ipynb #bb85fdef
 def deviations(paper, scale) -> pd.DataFrame:
     "Fields whose value at this scale is not the paper scale's, with the source of the latter."
     out = {}
     for r in (r for e in rc.exhibits(paper) for r in rc.recipes_of(e, scale)):
         for (part, a, given), (_, b, _) in zip(*(parts_of(rc.resolve(r, s)) for s in ("paper", scale))):
             for k in a:
-                if k != "hyper" and a[k] != b[k]: out.setdefault((part, k, given), (set(), set()))[0].add(a[k]); out[part, k, given][1].add(b[k])
-    join = lambda s: ", ".join(str(float(f"{x:.4g}") if isinstance(x, float) else x) for x in sorted(s, key=str))
-    return pd.DataFrame([dict(part=g, field=k, paper_scale=join(a), this_scale=join(b), source=source_of(g, k, given)) for (g, k, given), (a, b) in out.items()])
+                if k != "hyper" and a[k] != b[k]:
+                    out.setdefault((part, k, given), (set(), set()))[0].add(a[k])
+                    out[part, k, given][1].add(b[k])
 
+    def join(s):
+        return ", ".join(str(float(f"{x:.4g}") if isinstance(x, float) else x) for x in sorted(s, key=str))
+
+    return pd.DataFrame(
+        [
+            dict(part=g, field=k, paper_scale=join(a), this_scale=join(b), source=source_of(g, k, given))
+            for (g, k, given), (a, b) in out.items()
+        ]
+    )
+
+
+# %% ../nbs/10_results.ipynb #c2691839
 def provenance(paper, scale) -> pd.DataFrame:
     "Where the shown numbers come from: commits, devices, threads, versions, hours."
     recs = [read_json(p) for p in sorted(results_dir(paper).glob(f"{scale}.*.json"))]
-    if not recs: return pd.DataFrame()
-    d = pd.DataFrame([dict({k: r["where"].get(k) for k in ("commit", "dirty", "device", "threads", "python", "torch", "mujoco")}, status=r["status"], seconds=r["seconds"]) for r in recs])
-    return d.groupby([c for c in d if c != "seconds"], dropna=False).seconds.agg(runs="count", hours=lambda s: round(s.sum() / 3600, 2)).reset_index()
+    if not recs:
+        return pd.DataFrame()
+    d = pd.DataFrame(
+        [
+            dict(
+                {k: r["where"].get(k) for k in ("commit", "dirty", "device", "threads", "python", "torch", "mujoco")},
+                status=r["status"],
+                seconds=r["seconds"],
+            )
+            for r in recs
+        ]
+    )
+    return (
+        d.groupby([c for c in d if c != "seconds"], dropna=False)
+        .seconds.agg(runs="count", hours=lambda s: round(s.sum() / 3600, 2))
+        .reset_index()
+    )

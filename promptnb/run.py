@@ -4,100 +4,238 @@
 
 # %% ../nbs/12_run.ipynb #e2f2839c
 from __future__ import annotations
-import argparse, ast, functools, os, shutil, subprocess, sys, tempfile, time
+
+import argparse
+import ast
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from . import recipes as rc
-from .core import Batch, PromptnbError, Steps, check_choice, code_fingerprint, data_dir, disk_error, figures_dir, fingerprint, plain, read_json, results_dir, root, run_lock, runs_dir, write_json
-from .jobs import code_of, find_job, finished, job_recipes, method_of, record_path, run_id, runs_of, write_record
+from promptnb.core import (
+    Batch,
+    PromptnbError,
+    Steps,
+    check_choice,
+    code_fingerprint,
+    data_dir,
+    disk_error,
+    figures_dir,
+    fingerprint,
+    plain,
+    read_json,
+    results_dir,
+    root,
+    run_lock,
+    runs_dir,
+    write_json,
+)
+from promptnb.jobs import (
+    code_of,
+    find_job,
+    finished,
+    job_recipes,
+    method_of,
+    record_path,
+    run_id,
+    runs_of,
+    write_record,
+)
 
 # %% auto #0
-__all__ = ['TEMPLATE', 'HERE', 'RATE', 'UNKNOWN', 'notebook_parameters', 'check_parameters', 'execute', 'job_command', 'Rule',
-           'chosen', 'within_reach', 'with_extras', 'wanted_jobs', 'data_needs', 'collect_code', 'stamp', 'plan',
-           'drop_stale_stamps', 'seconds_file', 'time_name', 'good_records', 'write_seconds', 'many', 'size_of',
-           'step_seconds', 'Rates', 'run_seconds', 'forecast', 'wall', 'spell', 'span', 'expected', 'run', 'cmd_list',
-           'cmd_collect', 'print_table', 'cmd_run', 'pairs', 'cmd_job', 'cmd_render', 'cmd_film', 'cmd_status',
-           'cmd_doctor', 'parser', 'main']
+__all__ = [
+    "TEMPLATE",
+    "HERE",
+    "RATE",
+    "UNKNOWN",
+    "notebook_parameters",
+    "check_parameters",
+    "execute",
+    "job_command",
+    "Rule",
+    "chosen",
+    "within_reach",
+    "with_extras",
+    "wanted_jobs",
+    "data_needs",
+    "collect_code",
+    "stamp",
+    "plan",
+    "drop_stale_stamps",
+    "seconds_file",
+    "time_name",
+    "good_records",
+    "write_seconds",
+    "many",
+    "size_of",
+    "step_seconds",
+    "Rates",
+    "run_seconds",
+    "forecast",
+    "wall",
+    "spell",
+    "span",
+    "expected",
+    "run",
+    "cmd_list",
+    "cmd_collect",
+    "print_table",
+    "cmd_run",
+    "pairs",
+    "cmd_job",
+    "cmd_render",
+    "cmd_film",
+    "cmd_status",
+    "cmd_doctor",
+    "parser",
+    "main",
+]
+
 
 # %% ../nbs/12_run.ipynb #f3a1d881
 def notebook_parameters(nb_path) -> dict:
     "Names and default values in the cell tagged `parameters`."
     cells = [c for c in read_json(nb_path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    if not cells: raise PromptnbError(f"{nb_path} has no cell tagged 'parameters'")
-    return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse("".join(cells[0]["source"])).body if isinstance(n, ast.Assign)}
+    if not cells:
+        raise PromptnbError(f"{nb_path} has no cell tagged 'parameters'")
+    return {
+        n.targets[0].id: ast.literal_eval(n.value)
+        for n in ast.parse("".join(cells[0]["source"])).body
+        if isinstance(n, ast.Assign)
+    }
 
+
+# %% ../nbs/12_run.ipynb #7e9fd63b
 def check_parameters(nb_path, given: dict) -> dict:
     "Given values with the types of the notebook's defaults; anything misspelt, mistyped or out of its list is refused."
     known, out = notebook_parameters(nb_path), {}
     for k, v in given.items():
-        check_choice(k, known, f"parameter of {Path(nb_path).name}"); want = type(known[k])
+        check_choice(k, known, f"parameter of {Path(nb_path).name}")
+        want = type(known[k])
         if isinstance(v, str) and want is not str:
-            try: v = ast.literal_eval(v)
-            except (ValueError, SyntaxError): pass
-        if want is float and isinstance(v, int) and not isinstance(v, bool): v = float(v)
-        if type(v) is not want: raise PromptnbError(f"parameter '{k}' of {Path(nb_path).name} is {want.__name__}, not {v!r}")
+            try:
+                v = ast.literal_eval(v)
+            except (ValueError, SyntaxError):
+                pass
+        if want is float and isinstance(v, int) and not isinstance(v, bool):
+            v = float(v)
+        if type(v) is not want:
+            raise PromptnbError(f"parameter '{k}' of {Path(nb_path).name} is {want.__name__}, not {v!r}")
         out[k] = v
-    if "scale" in out: check_choice(out["scale"], rc.SCALES, "scale")
-    if "job" in out: find_job(out["job"])
-    if "accelerator" in out: check_choice(out["accelerator"], ("auto", "cpu", "cuda"), "accelerator")
+    if "scale" in out:
+        check_choice(out["scale"], rc.SCALES, "scale")
+    if "job" in out:
+        find_job(out["job"])
+    if "accelerator" in out:
+        check_choice(out["accelerator"], ("auto", "cpu", "cuda"), "accelerator")
     for k, least in (("threads", 1), ("seed", 0)):
-        if out.get(k, least) < least: raise PromptnbError(f"parameter '{k}' is {out[k]}, but must be at least {least}")
+        if out.get(k, least) < least:
+            raise PromptnbError(f"parameter '{k}' is {out[k]}, but must be at least {least}")
     return out
 
+
+# %% ../nbs/12_run.ipynb #9d349c6c
 def execute(nb_path, given, out, stream=True):
     "Run a notebook with papermill into `out`: checked parameters, a temporary name, renamed when whole. Raises PromptnbError with the cell's error."
     params = check_parameters(nb_path, given)
-    import logging, warnings
-    warnings.simplefilter("ignore"); logging.getLogger("papermill").setLevel(logging.ERROR)
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     import papermill as pm
     from traitlets.config import Config
-    out = Path(out); out.parent.mkdir(parents=True, exist_ok=True); tmp = out.with_name(f".{out.stem}.{os.getpid()}.tmp.ipynb")
-    threads = str(params.get("threads", 1)); os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
+
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = out.with_name(f".{out.stem}.{os.getpid()}.tmp.ipynb")
+    threads = str(params.get("threads", 1))
+    os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
     try:
-        with tempfile.TemporaryDirectory(prefix="promptnb-", ignore_cleanup_errors=True) as own:      # its sockets; by default every kernel's lie in the working folder under the same names
-            pm.execute_notebook(str(nb_path), str(tmp), parameters=params, cwd=str(root()), progress_bar=False, kernel_name="python3",
-                                config=Config(KernelManager=dict(transport="ipc", connection_file=f"{own}/k.json")), **(dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if stream else {}))
-        os.replace(tmp, out); out.with_suffix(".failed.ipynb").unlink(missing_ok=True)
-    except OSError as e: raise disk_error(e, out) from e
+        with tempfile.TemporaryDirectory(
+            prefix="promptnb-", ignore_cleanup_errors=True
+        ) as own:  # its sockets; by default every kernel's lie in the working folder under the same names
+            pm.execute_notebook(
+                str(nb_path),
+                str(tmp),
+                parameters=params,
+                cwd=str(root()),
+                progress_bar=False,
+                kernel_name="python3",
+                config=Config(KernelManager=dict(transport="ipc", connection_file=f"{own}/k.json")),
+                **(dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if stream else {}),
+            )
+        os.replace(tmp, out)
+        out.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+    except OSError as e:
+        raise disk_error(e, out) from e
     except Exception as e:
         why = next((l for l in reversed(str(e).strip().splitlines()) if l.strip()), type(e).__name__)
-        if tmp.exists(): os.replace(tmp, out.with_suffix(".failed.ipynb"))
+        if tmp.exists():
+            os.replace(tmp, out.with_suffix(".failed.ipynb"))
         raise PromptnbError(f"{Path(nb_path).name} failed: {why}") from None
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     return out
+
 
 # %% ../nbs/12_run.ipynb #51d5c61b
 TEMPLATE = "nbs/papers/run.ipynb"
 
+
 def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
     "What Snakemake runs for a job: the notebook, then the verdict by the records."
-    j = find_job(job); check_choice(scale, rc.SCALES, "scale")
+    j = find_job(job)
+    check_choice(scale, rc.SCALES, "scale")
     name = run_id(job, scale, seed)
-    given = check_parameters(root()/TEMPLATE, dict(job=job, seed=seed, scale=scale, accelerator=accelerator, threads=threads, **extra))
-    with run_lock(runs_dir()/"locks"/name): _job_command(j, given, name)
+    given = check_parameters(
+        root() / TEMPLATE, dict(job=job, seed=seed, scale=scale, accelerator=accelerator, threads=threads, **extra)
+    )
+    with run_lock(runs_dir() / "locks" / name):
+        _job_command(j, given, name)
 
+
+# %% ../nbs/12_run.ipynb #e0ba4909
 def _job_command(j, given, name):
     job, seed, scale = j.id, given["seed"], given["scale"]
-    for r, run in runs_of(j, scale, seed): record_path(r.paper, f"{run}.failed").unlink(missing_ok=True)      # an earlier attempt's reason is not this one's
-    try: execute(root()/TEMPLATE, given, runs_dir()/"notebooks"/f"{name}.ipynb")
-    except PromptnbError as e: trouble = str(e)
-    else: trouble = "the notebook ended without it"
+    for r, run in runs_of(j, scale, seed):
+        record_path(r.paper, f"{run}.failed").unlink(missing_ok=True)  # an earlier attempt's reason is not this one's
+    try:
+        execute(root() / TEMPLATE, given, runs_dir() / "notebooks" / f"{name}.ipynb")
+    except PromptnbError as e:
+        trouble = str(e)
+    else:
+        trouble = "the notebook ended without it"
     missing = []
     for r, run in runs_of(j, scale, seed):
-        if finished(r, run): continue
+        if finished(r, run):
+            continue
         failed = record_path(r.paper, f"{run}.failed")
-        if not failed.exists(): write_record(r.paper, run, r, "failed", why=trouble)
+        if not failed.exists():
+            write_record(r.paper, run, r, "failed", why=trouble)
         missing.append(f"{run} ({read_json(failed)['why']})")
-    if not missing: write_json(stamp(j, seed, scale), {run: read_json(record_path(r.paper, run))["status"] for r, run in runs_of(j, scale, seed)})
-    if missing: raise PromptnbError(f"{len(missing)} of {len(runs_of(j, scale, seed))} runs of {job} failed: {missing[0]}")
+    if not missing:
+        write_json(
+            stamp(j, seed, scale),
+            {run: read_json(record_path(r.paper, run))["status"] for r, run in runs_of(j, scale, seed)},
+        )
+    if missing:
+        raise PromptnbError(f"{len(missing)} of {len(runs_of(j, scale, seed))} runs of {job} failed: {missing[0]}")
+
 
 # %% ../nbs/12_run.ipynb #6765a066
 @dataclass(frozen=True)
 class Rule:
     "One Snakemake rule."
+
     name: str
     inputs: list
     outputs: list
@@ -105,325 +243,746 @@ class Rule:
     params: dict
     threads: int = 1
 
+
+# %% ../nbs/12_run.ipynb #c463fca1
 def chosen(paper, exhibit_ids=(), scale=None):
     "The runnable exhibits asked for (default: all that are made at the scale, without those that must be named)."
-    check_choice(paper, rc.PAPERS, "paper"); every = {e.id: e for e in rc.exhibits(paper)}
+    check_choice(paper, rc.PAPERS, "paper")
+    every = {e.id: e for e in rc.exhibits(paper)}
     for i in exhibit_ids:
         check_choice(i, every, "exhibit")
-        if every[i].unknown: raise PromptnbError(f"exhibit '{i}' cannot be made: {every[i].unknown}")
-        if not rc.run_at(every[i], scale): raise PromptnbError(f"exhibit '{i}' is made at {' and '.join(every[i].only)} scale only: --scale {every[i].only[0]}")
-    return [e for e in every.values() if not e.unknown and rc.run_at(e, scale) and (e.id in exhibit_ids if exhibit_ids else not e.asked)]
+        if every[i].unknown:
+            raise PromptnbError(f"exhibit '{i}' cannot be made: {every[i].unknown}")
+        if not rc.run_at(every[i], scale):
+            raise PromptnbError(
+                f"exhibit '{i}' is made at {' and '.join(every[i].only)} scale only: --scale {every[i].only[0]}"
+            )
+    return [
+        e
+        for e in every.values()
+        if not e.unknown and rc.run_at(e, scale) and (e.id in exhibit_ids if exhibit_ids else not e.asked)
+    ]
 
+
+# %% ../nbs/12_run.ipynb #bb6c1a1a
 def within_reach(lm):
     "Can a language model be had: one of ours, a folder, in the hub's cache, or from the hub?"
     from promptnb.core import server_answers
-    if lm in rc.CORPORA or Path(lm).is_dir(): return True
+
+    if lm in rc.CORPORA or Path(lm).is_dir():
+        return True
     from huggingface_hub import try_to_load_from_cache
+
     return isinstance(try_to_load_from_cache(lm, "config.json"), str) or server_answers()
 
+
+# %% ../nbs/12_run.ipynb #7e01bd42
 def with_extras(exhibits, asked, families=(), scale=None):
     "Ids of the exhibits whose environments are installed. One that was asked for by name and lacks its extra is an error, any other is left out and said."
     from promptnb import tasks
+
     out = []
     for e in exhibits:
-        if absent := [t.kind for r in rc.recipes_of(e, scale) if r.offline and (t := r.offline.text) and not within_reach(t.kind)]:
+        if absent := [
+            t.kind for r in rc.recipes_of(e, scale) if r.offline and (t := r.offline.text) and not within_reach(t.kind)
+        ]:
             say = f"{e.id} needs the weights of '{absent[0]}', which are not here and cannot be fetched: give the hub's cache or a network, or a folder of that name"
-            if asked: raise PromptnbError(say)
-            print(f"left out: {say}", file=sys.stderr); continue
+            if asked:
+                raise PromptnbError(say)
+            print(f"left out: {say}", file=sys.stderr)
+            continue
         if any(r.online for r in rc.recipes_of(e, scale)):
             from promptnb.stages import out_of_reach
-            if not (say := next(filter(None, (out_of_reach(rc.resolve(r, scale), within_reach) for r in rc.recipes_of(e, scale))), "")): out.append(e.id); continue
-            if asked: raise PromptnbError(f"{e.id} {say}")
-            print(f"{e.id} is left out: it {say}", file=sys.stderr); continue
-        lacking = [f for f in map(tasks.family, e.families) if (not families or f.name in families) and not tasks.installed(f)]
-        if not lacking: out.append(e.id); continue
-        if asked: tasks.kind_module(lacking[0])
+
+            if not (
+                say := next(
+                    filter(None, (out_of_reach(rc.resolve(r, scale), within_reach) for r in rc.recipes_of(e, scale))),
+                    "",
+                )
+            ):
+                out.append(e.id)
+                continue
+            if asked:
+                raise PromptnbError(f"{e.id} {say}")
+            print(f"{e.id} is left out: it {say}", file=sys.stderr)
+            continue
+        lacking = [
+            f for f in map(tasks.family, e.families) if (not families or f.name in families) and not tasks.installed(f)
+        ]
+        if not lacking:
+            out.append(e.id)
+            continue
+        if asked:
+            tasks.kind_module(lacking[0])
         print(f"{e.id} is left out: pip install 'promptnb[{lacking[0].extra}]'", file=sys.stderr)
     return out
 
+
+# %% ../nbs/12_run.ipynb #2cd3deeb
 def wanted_jobs(paper, exhibit_ids=(), families=(), scale=None):
     "The jobs that the exhibits need: owners of their recipes and of those recipes' policies."
-    want = {r.id for e in chosen(paper, exhibit_ids, scale) for r in rc.recipes_of(e, scale) if not families or r.family in families}
+    want = {
+        r.id
+        for e in chosen(paper, exhibit_ids, scale)
+        for r in rc.recipes_of(e, scale)
+        if not families or r.family in families
+    }
     pre = {rc.RECIPES[i].pretrain for i in want}
-    return [j for j in rc.jobs(paper).values() if (j.kind != "pretrain" and want & set(j.recipes)) or (j.kind == "pretrain" and pre & {rc.RECIPES[i].pretrain for i in j.recipes})]
+    return [
+        j
+        for j in rc.jobs(paper).values()
+        if (j.kind != "pretrain" and want & set(j.recipes))
+        or (j.kind == "pretrain" and pre & {rc.RECIPES[i].pretrain for i in j.recipes})
+    ]
 
+
+# %% ../nbs/12_run.ipynb #e697728e
 def data_needs(r):
     "The (quality, episodes) pairs of its family's datasets that a resolved recipe reads."
-    if r.online: return set()
-    if r.offline: return {(r.offline.quality, r.offline.episodes)}
+    if r.online:
+        return set()
+    if r.offline:
+        return {(r.offline.quality, r.offline.episodes)}
     contexts = r.pretrain.context.qualities if r.pretrain.context and r.pretrain.H else ()
-    return {(q, r.pretrain.episodes) for q in (r.pretrain.quality, r.tune.demo_quality, r.tune.prompt_quality, *contexts)}
+    return {
+        (q, r.pretrain.episodes) for q in (r.pretrain.quality, r.tune.demo_quality, r.tune.prompt_quality, *contexts)
+    }
 
+
+# %% ../nbs/12_run.ipynb #7d1b331d
 def collect_code(family):
     "Fingerprint of what a family's datasets depend on."
     from promptnb import tasks
-    return fingerprint([code_fingerprint("experts", "collect", *tasks.code_modules(tasks.family(family))), plain(tasks.family(family))])
 
-def stamp(j, seed, scale): return runs_dir()/"jobs"/f"{run_id(j.id, scale, seed)}.json"
+    return fingerprint(
+        [code_fingerprint("experts", "collect", *tasks.code_modules(tasks.family(family))), plain(tasks.family(family))]
+    )
 
+
+# %% ../nbs/12_run.ipynb #77ed7a22
+def stamp(j, seed, scale):
+    return runs_dir() / "jobs" / f"{run_id(j.id, scale, seed)}.json"
+
+
+# %% ../nbs/12_run.ipynb #5a05838b
 def plan(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), accelerator="auto"):
     "All rules for these exhibits at this scale. A job's output is its stamp: Snakemake deletes the outputs of a failed job, and its finished records must stay."
     check_choice(scale, rc.SCALES, "scale")
-    rel = lambda p: os.path.relpath(p, root()); py = f"{sys.executable} -m promptnb.run"
-    js = wanted_jobs(paper, exhibit_ids, families, scale); need, maker = {}, {}
+
+    def rel(p):
+        return os.path.relpath(p, root())
+
+    py = f"{sys.executable} -m promptnb.run"
+    js = wanted_jobs(paper, exhibit_ids, families, scale)
+    need, maker = {}, {}
     for j in js:
         for r in job_recipes(j, scale):
-            if qs := data_needs(r): need.setdefault(r.family, set()).update(qs)
-            if j.kind == "pretrain": maker[r.pretrain] = j
-    collected = {f: rel(runs_dir()/"collect"/f"{scale}.{f}.{'-'.join(sorted({q for q, _ in x}))}.json") for f, x in need.items()}
-    out = [Rule(f"collect_{f}".replace("-", "_"), [], [collected[f]], f"{py} collect --family {f} {' '.join(f'--quality {q}' for q in sorted({q for q, _ in x}))} --episodes {max(n for _, n in x)} --stamp {collected[f]}",
-                dict(code=collect_code(f))) for f, x in need.items()]
+            if qs := data_needs(r):
+                need.setdefault(r.family, set()).update(qs)
+            if j.kind == "pretrain":
+                maker[r.pretrain] = j
+    collected = {
+        f: rel(runs_dir() / "collect" / f"{scale}.{f}.{'-'.join(sorted({q for q, _ in x}))}.json")
+        for f, x in need.items()
+    }
+    out = [
+        Rule(
+            f"collect_{f}".replace("-", "_"),
+            [],
+            [collected[f]],
+            f"{py} collect --family {f} {' '.join(f'--quality {q}' for q in sorted({q for q, _ in x}))} --episodes {max(n for _, n in x)} --stamp {collected[f]}",
+            dict(code=collect_code(f)),
+        )
+        for f, x in need.items()
+    ]
     for j in js:
         rs = job_recipes(j, scale)
         for seed in seeds if seeds is not None else rs[0].seeds:
             policies = sorted({rel(stamp(maker[r.pretrain], seed, scale)) for r in rs}) if j.kind == "tune" else []
-            out.append(Rule("_".join([j.exhibit, j.family, j.kind, *[j.part] * bool(j.part), f"s{seed}"]).replace("-", "_").replace(".", "_"), [*([collected[j.family]] if j.family in collected else []), *policies], [rel(stamp(j, seed, scale))],
-                            f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1", dict(recipes=[rc.digest(r) for r in rs], code=code_of(j.kind, j.family, [method_of(r) for r in rs], any(r.pretrain and r.pretrain.context for r in rs)))))
+            out.append(
+                Rule(
+                    "_".join([j.exhibit, j.family, j.kind, *[j.part] * bool(j.part), f"s{seed}"])
+                    .replace("-", "_")
+                    .replace(".", "_"),
+                    [*([collected[j.family]] if j.family in collected else []), *policies],
+                    [rel(stamp(j, seed, scale))],
+                    f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1",
+                    dict(
+                        recipes=[rc.digest(r) for r in rs],
+                        code=code_of(
+                            j.kind,
+                            j.family,
+                            [method_of(r) for r in rs],
+                            any(r.pretrain and r.pretrain.context for r in rs),
+                        ),
+                    ),
+                )
+            )
     return out
 
+
+# %% ../nbs/12_run.ipynb #413c9f89
 def drop_stale_stamps(paper, exhibit_ids, scale, seeds, families):
     "A stamp whose records are gone or not good any more is removed, so that Snakemake runs the job again."
     for j in wanted_jobs(paper, exhibit_ids, families, scale):
         for seed in seeds if seeds is not None else job_recipes(j, scale)[0].seeds:
-            if stamp(j, seed, scale).exists() and not all(finished(r, x) for r, x in runs_of(j, scale, seed)): stamp(j, seed, scale).unlink()
+            if stamp(j, seed, scale).exists() and not all(finished(r, x) for r, x in runs_of(j, scale, seed)):
+                stamp(j, seed, scale).unlink()
+
 
 # %% ../nbs/12_run.ipynb #c4a771b4
-def seconds_file(paper): return data_dir()/"seconds"/f"{paper}.json"
-def time_name(j, r, scale): return f"{scale}.{'pretrain.' if j.kind == 'pretrain' else ''}{r.family}.{r.key}"
+def seconds_file(paper):
+    return data_dir() / "seconds" / f"{paper}.json"
 
+
+# %% ../nbs/12_run.ipynb #9ca7a9fb
+def time_name(j, r, scale):
+    return f"{scale}.{'pretrain.' if j.kind == 'pretrain' else ''}{r.family}.{r.key}"
+
+
+# %% ../nbs/12_run.ipynb #2f5114e3
 def good_records(paper, run):
     "This machine's good records of a run, of any seed, fresh or stale."
     found = (read_json(p) for p in sorted(results_dir(paper).glob(f"{run.rsplit('.s', 1)[0]}.s*.json")))
     return [x for x in found if x["status"] == "ok"]
 
+
+# %% ../nbs/12_run.ipynb #4c436605
 def write_seconds(paper):
     "Write data/seconds/<paper>.json from this machine's records: median seconds of each run over its seeds. Returns its path."
     known, at = {}, set()
     for j, scale in ((j, scale) for j in rc.jobs(paper).values() for scale in rc.SCALES):
         for r, run in runs_of(j, scale, 0):
-            recs = good_records(paper, run); at |= {f"{x['where']['device']}, {many(x['where']['threads'], 'thread')}" for x in recs}
-            if recs: known[time_name(j, r, scale)] = round(median(x["seconds"] for x in recs), 1)
-    if not known: raise PromptnbError(f"{results_dir(paper)} has no good record: promptnb run {paper}")
+            recs = good_records(paper, run)
+            at |= {f"{x['where']['device']}, {many(x['where']['threads'], 'thread')}" for x in recs}
+            if recs:
+                known[time_name(j, r, scale)] = round(median(x["seconds"] for x in recs), 1)
+    if not known:
+        raise PromptnbError(f"{results_dir(paper)} has no good record: promptnb run {paper}")
     return write_json(seconds_file(paper), dict(where="; ".join(sorted(at)), seconds=dict(sorted(known.items()))))
 
-def many(n, what): return f"{n:,} {what}{'s' * (n != 1)}"
+
+# %% ../nbs/12_run.ipynb #9e9ffb80
+def many(n, what):
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
 
 # %% ../nbs/12_run.ipynb #b8e3e389
 def size_of(p):
     "What the time of a training step depends on: state, action, prompt steps, rows a batch, and the net."
-    if isinstance(p, rc.Recipe) and p.online: x = p.online; return x.net, x.envs, x.rollout, x.batch, x.epochs, x.precision, x.guide, x.interval, x.adapter, x.decision, x.url
+    if isinstance(p, rc.Recipe) and p.online:
+        x = p.online
+        return (
+            x.net,
+            x.envs,
+            x.rollout,
+            x.batch,
+            x.epochs,
+            x.precision,
+            x.guide,
+            x.interval,
+            x.adapter,
+            x.decision,
+            x.url,
+        )
     from promptnb import tasks
-    fam = tasks.family(p.family); n = len(fam.train)
-    if isinstance(p, rc.Recipe): x = p.offline; return fam.state_dim, fam.act_dim, x.K, x.batch, x.learner, x.model, x.text, x.precision
-    return fam.state_dim, fam.act_dim, p.J * p.H * p.prompt, p.per_task * min(p.tasks_per_batch or n, n), p.K, p.layers, p.heads, p.width, p.loss_on_prompt, p.precision, p.context
 
-def step_seconds(p, accelerator="auto", limit=3.):
+    fam = tasks.family(p.family)
+    n = len(fam.train)
+    if isinstance(p, rc.Recipe):
+        x = p.offline
+        return fam.state_dim, fam.act_dim, x.K, x.batch, x.learner, x.model, x.text, x.precision
+    return (
+        fam.state_dim,
+        fam.act_dim,
+        p.J * p.H * p.prompt,
+        p.per_task * min(p.tasks_per_batch or n, n),
+        p.K,
+        p.layers,
+        p.heads,
+        p.width,
+        p.loss_on_prompt,
+        p.precision,
+        p.context,
+    )
+
+
+# %% ../nbs/12_run.ipynb #182f64a1
+def step_seconds(p, accelerator="auto", limit=3.0):
     "Seconds of a training step of a resolved pre-training, on random data. Of a batch that takes more than about `limit` / 4 seconds, a part is timed and scaled up."
     import torch
+
     from promptnb.jobs import new_policy, precision_of
     from promptnb.train import FitConfig, optimiser, pick_device, step_once
-    (S, A, P, rows, *_), device, threads = size_of(p), pick_device(accelerator), torch.get_num_threads()
-    model = new_policy(p, (torch.zeros(S), torch.ones(S)), 0).model.to(device).train(); c = FitConfig(precision=precision_of(p, device)); opt = optimiser(model.parameters(), c)
-    steps = lambda n, K: Steps(torch.randn(n, K, S), torch.randn(n, K, A), torch.randn(n, K, 1), torch.arange(K).expand(n, K), torch.ones(n, K))
-    def took(n, times=1):
-        batch = Batch(steps(n, p.K), steps(n, P) if P else None, torch.zeros(n, dtype=torch.long)).to(device); start = time.perf_counter()
-        for t in range(times): step_once(model, opt, batch, t, c, device)
-        return (time.perf_counter() - start) / times
-    try:
-        torch.set_num_threads(1); took(8); n = max(1, min(rows, int(8 * limit / 4 / took(8)))); took(n)
-        return took(n, 3) * rows / n
-    finally: torch.set_num_threads(threads)
 
+    (S, A, P, rows, *_), device, threads = size_of(p), pick_device(accelerator), torch.get_num_threads()
+    model = new_policy(p, (torch.zeros(S), torch.ones(S)), 0).model.to(device).train()
+    c = FitConfig(precision=precision_of(p, device))
+    opt = optimiser(model.parameters(), c)
+
+    def steps(n, K):
+        return Steps(
+            torch.randn(n, K, S),
+            torch.randn(n, K, A),
+            torch.randn(n, K, 1),
+            torch.arange(K).expand(n, K),
+            torch.ones(n, K),
+        )
+
+    def took(n, times=1):
+        batch = Batch(steps(n, p.K), steps(n, P) if P else None, torch.zeros(n, dtype=torch.long)).to(device)
+        start = time.perf_counter()
+        for t in range(times):
+            step_once(model, opt, batch, t, c, device)
+        return (time.perf_counter() - start) / times
+
+    try:
+        torch.set_num_threads(1)
+        took(8)
+        n = max(1, min(rows, int(8 * limit / 4 / took(8))))
+        took(n)
+        return took(n, 3) * rows / n
+    finally:
+        torch.set_num_threads(threads)
+
+
+# %% ../nbs/12_run.ipynb #272d11c9
 class Rates:
     "Seconds of a training step by pre-training; equal sizes are measured once."
-    def __init__(self, accelerator="auto"): self.accelerator, self.known = accelerator, {}
+
+    def __init__(self, accelerator="auto"):
+        self.accelerator, self.known = accelerator, {}
+
     def __call__(self, p):
-        if not self.known: print("some training has no measurement: a few of its steps are timed", flush=True)
+        if not self.known:
+            print("some training has no measurement: a few of its steps are timed", flush=True)
         if (size := size_of(p)) not in self.known:
-            if isinstance(p, rc.Recipe) and p.online: from promptnb.stages import step_seconds as timed
-            elif isinstance(p, rc.Recipe): from promptnb.offline import step_seconds as timed
-            else: timed = step_seconds
+            if isinstance(p, rc.Recipe) and p.online:
+                from promptnb.stages import step_seconds as timed
+            elif isinstance(p, rc.Recipe):
+                from promptnb.offline import step_seconds as timed
+            else:
+                timed = step_seconds
             self.known[size] = timed(p, self.accelerator)
         return self.known[size]
 
+
 # %% ../nbs/12_run.ipynb #334e936e
-HERE, RATE, UNKNOWN = "measured on this machine", "extrapolated from a measured rate, evaluation along the way not in it", "of unknown length"
+HERE, RATE, UNKNOWN = (
+    "measured on this machine",
+    "extrapolated from a measured rate, evaluation along the way not in it",
+    "of unknown length",
+)
+
 
 def run_seconds(j, r, run, scale, shipped, rates=None):
     "(expected seconds of a run, where they come from)."
-    if recs := good_records(r.paper, run): return median(x["seconds"] for x in recs), HERE
-    if (known := shipped["seconds"].get(time_name(j, r, scale))) is not None: return known, f"measured on {shipped['where']}, shipped with the project"
-    if rates and r.online: return (r.online.steps * rates(r) if r.online.learner == "ppo" else r.online.steps * 2e-4), RATE
-    if rates and r.offline: return r.offline.steps * rates(r), RATE
-    return (r.pretrain.steps * rates(r.pretrain), RATE) if rates and j.kind == "pretrain" else (0., UNKNOWN)
+    if recs := good_records(r.paper, run):
+        return median(x["seconds"] for x in recs), HERE
+    if (known := shipped["seconds"].get(time_name(j, r, scale))) is not None:
+        return known, f"measured on {shipped['where']}, shipped with the project"
+    if rates and r.online:
+        return (r.online.steps * rates(r) if r.online.learner == "ppo" else r.online.steps * 2e-4), RATE
+    if rates and r.offline:
+        return r.offline.steps * rates(r), RATE
+    return (r.pretrain.steps * rates(r.pretrain), RATE) if rates and j.kind == "pretrain" else (0.0, UNKNOWN)
 
+
+# %% ../nbs/12_run.ipynb #cde3d5c5
 def forecast(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), rates=None, done=finished):
     "What is left to do: (seconds of the jobs of each stage, {source of the seconds: runs}, number of runs, those done included)."
     stages, sources, total = dict(pretrain=[], tune=[], offline=[], online=[]), Counter(), 0
     shipped = read_json(seconds_file(paper)) if seconds_file(paper).exists() else dict(seconds={})
     for j in wanted_jobs(paper, exhibit_ids, families, scale):
         for seed in seeds if seeds is not None else job_recipes(j, scale)[0].seeds:
-            rs = runs_of(j, scale, seed); total += len(rs)
+            rs = runs_of(j, scale, seed)
+            total += len(rs)
             left = [run_seconds(j, r, x, scale, shipped, rates) for r, x in rs if not done(r, x)]
-            stages[j.kind] += [sum(s for s, _ in left)] if left else []; sources.update(w for _, w in left)
+            stages[j.kind] += [sum(s for s, _ in left)] if left else []
+            sources.update(w for _, w in left)
     return stages, sources, total
 
-def wall(stages, cores): return sum(max(sum(jobs) / cores, max(jobs, default=0)) for jobs in stages.values())
 
+# %% ../nbs/12_run.ipynb #222fa46d
+def wall(stages, cores):
+    return sum(max(sum(jobs) / cores, max(jobs, default=0)) for jobs in stages.values())
+
+
+# %% ../nbs/12_run.ipynb #7eab59ce
 def spell(seconds):
     "Seconds for people: 40 s, 14 min, 5.2 h, 3.1 days."
-    return next(f"{seconds / n:.{d}f} {unit}" for top, n, d, unit in ((90, 1, 0, "s"), (5400, 60, 0, "min"), (172_800, 3600, 1, "h"), (float("inf"), 86_400, 1, "days")) if seconds < top)
+    return next(
+        f"{seconds / n:.{d}f} {unit}"
+        for top, n, d, unit in (
+            (90, 1, 0, "s"),
+            (5400, 60, 0, "min"),
+            (172_800, 3600, 1, "h"),
+            (float("inf"), 86_400, 1, "days"),
+        )
+        if seconds < top
+    )
 
+
+# %% ../nbs/12_run.ipynb #558d1264
 def span(stages, sources, cores):
     "The time that is left, in a few words; a lower bound is called one."
-    if set(sources) == {UNKNOWN}: return "unknown"
+    if set(sources) == {UNKNOWN}:
+        return "unknown"
     return f"{'at least ' if sources[RATE] + sources[UNKNOWN] else ''}{spell(wall(stages, cores))} on {many(cores, 'core')}"
 
+
+# %% ../nbs/12_run.ipynb #bfa8e029
 def expected(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, families=(), accelerator="auto", rules=()):
     "The line that `run` prints before work starts; of `rules`, the collections that are not made yet are named."
     stages, sources, total = forecast(paper, exhibit_ids, scale, seeds, families, Rates(accelerator))
-    more = " + collecting data" if any(r.name.startswith("collect_") and not (root()/r.outputs[0]).exists() for r in rules) else ""
-    if not sources: return f"expected: nothing to do{more} ({total} of {many(total, 'run')} finished)"
-    core = sum(map(sum, stages.values())) / 60; whence = "; ".join(f"{many(n, 'run')} {w}" for w, n in sources.items())
+    more = (
+        " + collecting data"
+        if any(r.name.startswith("collect_") and not (root() / r.outputs[0]).exists() for r in rules)
+        else ""
+    )
+    if not sources:
+        return f"expected: nothing to do{more} ({total} of {many(total, 'run')} finished)"
+    core = sum(map(sum, stages.values())) / 60
+    whence = "; ".join(f"{many(n, 'run')} {w}" for w, n in sources.items())
     return f"expected: {span(stages, sources, cores or os.cpu_count())}{more} ({sources.total()} of {many(total, 'run')} to do, {core:,.{int(core < 1)}f} core-minutes; {whence})"
 
+
 # %% ../nbs/12_run.ipynb #7c8fbd85
-def run(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, families=(), accelerator="auto", dry=False, profile="local"):
+def run(
+    paper,
+    exhibit_ids=(),
+    scale="laptop",
+    seeds=None,
+    cores=None,
+    families=(),
+    accelerator="auto",
+    dry=False,
+    profile="local",
+):
     "Hand the plan to Snakemake; returns its exit status. A second call finds nothing to do."
-    exhibit_ids = want = with_extras([e for e in chosen(paper, exhibit_ids, scale) if exhibit_ids or rc.recipes_of(e, scale)], bool(exhibit_ids), families, scale)
+    exhibit_ids = want = with_extras(
+        [e for e in chosen(paper, exhibit_ids, scale) if exhibit_ids or rc.recipes_of(e, scale)],
+        bool(exhibit_ids),
+        families,
+        scale,
+    )
     rules = plan(paper, exhibit_ids, scale, seeds, families, accelerator)
-    if accelerator == "cuda": from promptnb.train import pick_device; pick_device(accelerator)
-    cfg = dict(paper=paper, exhibits=",".join(want), scale=scale, seeds=",".join(map(str, seeds)) if seeds is not None else "all", families=",".join(families) or "all", accelerator=accelerator)
+    if accelerator == "cuda":
+        from promptnb.train import pick_device
+
+        pick_device(accelerator)
+    cfg = dict(
+        paper=paper,
+        exhibits=",".join(want),
+        scale=scale,
+        seeds=",".join(map(str, seeds)) if seeds is not None else "all",
+        families=",".join(families) or "all",
+        accelerator=accelerator,
+    )
     print(f"{paper} at {scale} scale: {', '.join(want)}; {len(rules)} jobs. Finished ones are kept.", flush=True)
-    cmd = [sys.executable, "-m", "snakemake", "-s", str(root()/"workflow"/"Snakefile"), "-d", str(root()), "--cores", str(cores or os.cpu_count()), "--workflow-profile", str(root()/"workflow"/"profiles"/profile),
-           "--config", *(f"{k}={v}" for k, v in cfg.items()), *(["--dry-run"] if dry else [])]
-    with run_lock(runs_dir()/"graph"):
+    cmd = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        str(root() / "workflow" / "Snakefile"),
+        "-d",
+        str(root()),
+        "--cores",
+        str(cores or os.cpu_count()),
+        "--workflow-profile",
+        str(root() / "workflow" / "profiles" / profile),
+        "--config",
+        *(f"{k}={v}" for k, v in cfg.items()),
+        *(["--dry-run"] if dry else []),
+    ]
+    with run_lock(runs_dir() / "graph"):
         drop_stale_stamps(paper, exhibit_ids, scale, seeds, families)
         print(expected(paper, exhibit_ids, scale, seeds, cores, families, accelerator, rules), flush=True)
-        return subprocess.run(cmd, env=dict(os.environ, PYTHONUNBUFFERED="1", PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")).returncode
+        return subprocess.run(
+            cmd,
+            env=dict(
+                os.environ,
+                PYTHONUNBUFFERED="1",
+                PYTHONWARNINGS="ignore",
+                OMP_NUM_THREADS="1",
+                OPENBLAS_NUM_THREADS="1",
+                MKL_NUM_THREADS="1",
+            ),
+        ).returncode
+
 
 # %% ../nbs/12_run.ipynb #1270f85e
 def cmd_list(a):
     "Papers, exhibits and how many runs each takes."
     for p, title in rc.PAPERS.items():
         print(f"{p}: {title}")
-        for e in rc.exhibits(p): print(f"  {e.id:14s} {e.title}" + (f"  [cannot be made: {e.unknown}]" if e.unknown else f"  [{len(e.recipes)} recipes]"))
+        for e in rc.exhibits(p):
+            print(
+                f"  {e.id:14s} {e.title}"
+                + (f"  [cannot be made: {e.unknown}]" if e.unknown else f"  [{len(e.recipes)} recipes]")
+            )
 
+
+# %% ../nbs/12_run.ipynb #b8edf1b8
 def cmd_collect(a):
     from promptnb import collect, tasks
-    check_choice(a.scale, rc.SCALES, "scale")
-    if a.list: return print_table(collect.listed([tasks.family(a.family).name] if a.family else None))
-    if not a.family: raise PromptnbError(f"which family? --family takes {', '.join(tasks.FAMILIES)}")
-    fam = tasks.family(a.family); n = dict(zip(("smoke", "laptop", "paper"), fam.episodes))[a.scale] if a.episodes is None else a.episodes
-    for q in a.quality or (): check_choice(q, (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
-    known = {q: collect.collect(fam, q, n, a.seed) for q in (a.quality or fam.qualities)}
-    for q, m in known.items(): print(f"{fam.name} {q}: {len(m)} datasets, {sum(e['steps'] for e in m.values()):,} steps, mean return {sum(e['mean_return'] for e in m.values()) / len(m):.1f}, {sum(e['bytes'] for e in m.values()) / 1e6:.0f} MB")
-    if a.page: print(f"page: {collect.page(fam)}")
-    if a.stamp: write_json(a.stamp, {k: e["columns"] for m in known.values() for k, e in m.items()})
 
+    check_choice(a.scale, rc.SCALES, "scale")
+    if a.list:
+        return print_table(collect.listed([tasks.family(a.family).name] if a.family else None))
+    if not a.family:
+        raise PromptnbError(f"which family? --family takes {', '.join(tasks.FAMILIES)}")
+    fam = tasks.family(a.family)
+    n = dict(zip(("smoke", "laptop", "paper"), fam.episodes))[a.scale] if a.episodes is None else a.episodes
+    for q in a.quality or ():
+        check_choice(q, (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
+    known = {q: collect.collect(fam, q, n, a.seed) for q in (a.quality or fam.qualities)}
+    for q, m in known.items():
+        print(
+            f"{fam.name} {q}: {len(m)} datasets, {sum(e['steps'] for e in m.values()):,} steps, mean return {sum(e['mean_return'] for e in m.values()) / len(m):.1f}, {sum(e['bytes'] for e in m.values()) / 1e6:.0f} MB"
+        )
+    if a.page:
+        print(f"page: {collect.page(fam)}")
+    if a.stamp:
+        write_json(a.stamp, {k: e["columns"] for m in known.values() for k, e in m.items()})
+
+
+# %% ../nbs/12_run.ipynb #336dc795
 def print_table(rows):
     import pandas as pd
+
     print(pd.DataFrame(rows).astype(object).fillna("").to_markdown(index=False, floatfmt=",.10g", intfmt=","))
 
-def cmd_run(a):
-    fixed = check_parameters(root()/TEMPLATE, pairs(a.p))
-    for k in fixed:
-        if k not in ("scale", "accelerator", "seed"): raise PromptnbError(f"-p {k} is set by the graph; `run` takes -p scale, -p accelerator, -p seed")
-    for f in a.family: check_choice(f, {r.family for r in rc.RECIPES.values()}, "family")
-    if a.cores is not None and a.cores < 1: raise PromptnbError(f"--cores is {a.cores}, but must be at least 1")
-    try: seeds = [int(s) for s in a.seeds.split(",")] if a.seeds else [fixed["seed"]] if "seed" in fixed else None
-    except ValueError: raise PromptnbError(f"--seeds takes whole numbers with commas between them, not '{a.seeds}'") from None
-    if seeds and min(seeds) < 0: raise PromptnbError(f"--seeds has {min(seeds)}, but seeds are 0 or more")
-    check_choice(a.profile, [d.name for d in (root()/"workflow"/"profiles").iterdir()], "profile")
-    code = run(a.paper, a.exhibit, fixed.get("scale", a.scale), seeds, a.cores, a.family, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile)
-    if code: raise PromptnbError(f"not everything ran: see `promptnb status {a.paper} --scale {a.scale}`; the same command goes on from here")
 
+# %% ../nbs/12_run.ipynb #aa65d808
+def cmd_run(a):
+    fixed = check_parameters(root() / TEMPLATE, pairs(a.p))
+    for k in fixed:
+        if k not in ("scale", "accelerator", "seed"):
+            raise PromptnbError(f"-p {k} is set by the graph; `run` takes -p scale, -p accelerator, -p seed")
+    for f in a.family:
+        check_choice(f, {r.family for r in rc.RECIPES.values()}, "family")
+    if a.cores is not None and a.cores < 1:
+        raise PromptnbError(f"--cores is {a.cores}, but must be at least 1")
+    try:
+        seeds = [int(s) for s in a.seeds.split(",")] if a.seeds else [fixed["seed"]] if "seed" in fixed else None
+    except ValueError:
+        raise PromptnbError(f"--seeds takes whole numbers with commas between them, not '{a.seeds}'") from None
+    if seeds and min(seeds) < 0:
+        raise PromptnbError(f"--seeds has {min(seeds)}, but seeds are 0 or more")
+    check_choice(a.profile, [d.name for d in (root() / "workflow" / "profiles").iterdir()], "profile")
+    code = run(
+        a.paper,
+        a.exhibit,
+        fixed.get("scale", a.scale),
+        seeds,
+        a.cores,
+        a.family,
+        fixed.get("accelerator", a.accelerator),
+        a.dry_run,
+        a.profile,
+    )
+    if code:
+        raise PromptnbError(
+            f"not everything ran: see `promptnb status {a.paper} --scale {a.scale}`; the same command goes on from here"
+        )
+
+
+# %% ../nbs/12_run.ipynb #548dcd83
 def pairs(p):
     "['name=value'] -> {name: value}."
     for kv in p:
-        if "=" not in kv: raise PromptnbError(f"-p takes name=value, not '{kv}'")
+        if "=" not in kv:
+            raise PromptnbError(f"-p takes name=value, not '{kv}'")
     return dict(kv.split("=", 1) for kv in p)
 
-def cmd_job(a): job_command(**{**dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads), **pairs(a.p)})
 
+# %% ../nbs/12_run.ipynb #ebe7f0a4
+def cmd_job(a):
+    job_command(
+        **{**dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads), **pairs(a.p)}
+    )
+
+
+# %% ../nbs/12_run.ipynb #75ece5c3
 def cmd_render(a):
     ids = [e.id for e in chosen(a.paper, a.exhibit, a.scale)]
-    out = execute(root()/f"nbs/papers/{a.paper}.ipynb", dict(scale=a.scale, exhibits=",".join(ids), partial=a.partial), runs_dir()/"notebooks"/f"{a.scale}.{a.paper}.ipynb", stream=False)
-    print(f"tables and figures: {figures_dir(a.paper)/a.scale}\nnotebook, run: {out}")
-    for t in sorted((figures_dir(a.paper)/a.scale).glob("*.md")):
-        if t.stem in ids: print(f"\n{t.stem}\n{t.read_text()}")
+    out = execute(
+        root() / f"nbs/papers/{a.paper}.ipynb",
+        dict(scale=a.scale, exhibits=",".join(ids), partial=a.partial),
+        runs_dir() / "notebooks" / f"{a.scale}.{a.paper}.ipynb",
+        stream=False,
+    )
+    print(f"tables and figures: {figures_dir(a.paper) / a.scale}\nnotebook, run: {out}")
+    for t in sorted((figures_dir(a.paper) / a.scale).glob("*.md")):
+        if t.stem in ids:
+            print(f"\n{t.stem}\n{t.read_text()}")
+
 
 # %% ../nbs/12_run.ipynb #2d5a37b3
 def cmd_film(a):
     from promptnb.jobs import film
+
     print(film(check_choice(a.recipe, rc.RECIPES, "recipe"), check_choice(a.scale, rc.SCALES, "scale"), a.seed, a.task))
 
+
+# %% ../nbs/12_run.ipynb #a9f168de
 def cmd_status(a):
     "Per exhibit: runs finished, stale, the time that `run` would take, failed (and why); what cannot be made."
     from promptnb import results
-    check_choice(a.scale, rc.SCALES, "scale")
-    if a.seconds: return print(write_seconds(check_choice(a.paper, rc.PAPERS, "paper")))
-    done = functools.cache(finished)      # many exhibits, the same runs
-    for e in rc.exhibits(check_choice(a.paper, rc.PAPERS, "paper")):
-        if e.unknown: print(f"{e.id:14s} cannot be made: {e.unknown}"); continue
-        if not rc.run_at(e, a.scale): print(f"{e.id:14s} at {' and '.join(e.only)} scale only"); continue
-        s, (stages, sources, _) = results.status(e, a.scale), forecast(a.paper, [e.id], a.scale, done=done)
-        print(f"{e.id:14s} {s['done']}/{s['total']} runs" + (f", {s['stale']} stale" if s["stale"] else "") + (f", expected {span(stages, sources, os.cpu_count())} ({many(sources.total(), 'run')} to do)" if sources else "") + (f", {len(s['failed'])} failed: {s['failed'][0]}" if s["failed"] else ""))
 
+    check_choice(a.scale, rc.SCALES, "scale")
+    if a.seconds:
+        return print(write_seconds(check_choice(a.paper, rc.PAPERS, "paper")))
+    done = functools.cache(finished)  # many exhibits, the same runs
+    for e in rc.exhibits(check_choice(a.paper, rc.PAPERS, "paper")):
+        if e.unknown:
+            print(f"{e.id:14s} cannot be made: {e.unknown}")
+            continue
+        if not rc.run_at(e, a.scale):
+            print(f"{e.id:14s} at {' and '.join(e.only)} scale only")
+            continue
+        s, (stages, sources, _) = results.status(e, a.scale), forecast(a.paper, [e.id], a.scale, done=done)
+        print(
+            f"{e.id:14s} {s['done']}/{s['total']} runs"
+            + (f", {s['stale']} stale" if s["stale"] else "")
+            + (
+                f", expected {span(stages, sources, os.cpu_count())} ({many(sources.total(), 'run')} to do)"
+                if sources
+                else ""
+            )
+            + (f", {len(s['failed'])} failed: {s['failed'][0]}" if s["failed"] else "")
+        )
+
+
+# %% ../nbs/12_run.ipynb #e2a99250
 def cmd_doctor(a):
     "What this machine has, and what is missing."
     from importlib.metadata import PackageNotFoundError, version
+
     import torch
+
     def v(p):
-        try: return version(p)
-        except PackageNotFoundError: return "missing"
-    print("python", sys.version.split()[0], "·", ", ".join(f"{p} {v(p)}" for p in ("torch", "gymnasium", "mujoco", "minari", "papermill", "nbdev", "snakemake", "stable-baselines3", "peft")))
+        try:
+            return version(p)
+        except PackageNotFoundError:
+            return "missing"
+
+    print(
+        "python",
+        sys.version.split()[0],
+        "·",
+        ", ".join(
+            f"{p} {v(p)}"
+            for p in (
+                "torch",
+                "gymnasium",
+                "mujoco",
+                "minari",
+                "papermill",
+                "nbdev",
+                "snakemake",
+                "stable-baselines3",
+                "peft",
+            )
+        ),
+    )
     bf16 = hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported()
-    print("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", f"· {os.cpu_count()} cores · bf16 on the processor: {'yes' if bf16 else 'no'}")
+    print(
+        "device",
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        f"· {os.cpu_count()} cores · bf16 on the processor: {'yes' if bf16 else 'no'}",
+    )
     print("root", root(), f"· {shutil.disk_usage(root()).free / 1e9:.0f} GB free")
     from promptnb import collect, experts, tasks
+
     print("rendering", tasks.gl_backend() or "none: install libegl1 and libgl1-mesa-dri, or libosmesa6 (Debian names)")
     for f in tasks.FAMILIES.values():
-        if not tasks.installed(f): print(f"{f.name}: pip install 'promptnb[{f.extra}]'"); continue
-        print(f"{f.name}: expert {experts.load_card(f)['expert_mean_return']:,.1f}, {len(collect.manifest(f))} datasets")
+        if not tasks.installed(f):
+            print(f"{f.name}: pip install 'promptnb[{f.extra}]'")
+            continue
+        print(
+            f"{f.name}: expert {experts.load_card(f)['expert_mean_return']:,.1f}, {len(collect.manifest(f))} datasets"
+        )
+
 
 # %% ../nbs/12_run.ipynb #03db37e6
 def parser():
-    ap = argparse.ArgumentParser(prog="promptnb", description="Prompts and language models for decision making: a reproducible research workbook.")
+    ap = argparse.ArgumentParser(
+        prog="promptnb",
+        description="Prompts and language models for decision making: a reproducible research workbook.",
+    )
     sub = ap.add_subparsers(dest="command", required=True, metavar="{list,collect,run,render,status,film,doctor}")
+
     def add(name, f, help, paper=False, scale=True):
-        p = sub.add_parser(name, **({"help": help} if help else {})); p.set_defaults(f=f)
-        if paper: p.add_argument("paper")
-        if scale: p.add_argument("--scale", default="laptop", help="smoke, laptop or paper")
+        p = sub.add_parser(name, **({"help": help} if help else {}))
+        p.set_defaults(f=f)
+        if paper:
+            p.add_argument("paper")
+        if scale:
+            p.add_argument("--scale", default="laptop", help="smoke, laptop or paper")
         return p
+
     add("list", cmd_list, "papers, tables, figures", scale=False)
     p = add("collect", cmd_collect, "make the datasets of a family")
-    p.add_argument("--family"); p.add_argument("--quality", action="append", help="expert, medium, ... (default: all that the family has)"); p.add_argument("--episodes", type=int); p.add_argument("--seed", type=int, default=0); p.add_argument("--stamp", help=argparse.SUPPRESS)
-    p.add_argument("--list", action="store_true", help="what is here, as a table"); p.add_argument("--page", action="store_true", help="write figures/datasets/<family>.md: contents, returns, frames")
+    p.add_argument("--family")
+    p.add_argument("--quality", action="append", help="expert, medium, ... (default: all that the family has)")
+    p.add_argument("--episodes", type=int)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stamp", help=argparse.SUPPRESS)
+    p.add_argument("--list", action="store_true", help="what is here, as a table")
+    p.add_argument("--page", action="store_true", help="write figures/datasets/<family>.md: contents, returns, frames")
     p = add("run", cmd_run, "run what exhibits need; goes on where it stopped", paper=True)
-    p.add_argument("--exhibit", action="append", default=[]); p.add_argument("--family", action="append", default=[]); p.add_argument("--seeds", help="0,1,2"); p.add_argument("--cores", type=int); p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
-    p.add_argument("--dry-run", action="store_true"); p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, slurm"); p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
+    p.add_argument("--exhibit", action="append", default=[])
+    p.add_argument("--family", action="append", default=[])
+    p.add_argument("--seeds", help="0,1,2")
+    p.add_argument("--cores", type=int)
+    p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
+    p.add_argument("--dry-run", action="store_true")
+    p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, slurm")
+    p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
     p = add("render", cmd_render, "tables and figures from finished runs", paper=True)
-    p.add_argument("--exhibit", action="append", default=[]); p.add_argument("--partial", action="store_true", help="also where seeds are missing (the table says how many there are)")
+    p.add_argument("--exhibit", action="append", default=[])
+    p.add_argument(
+        "--partial", action="store_true", help="also where seeds are missing (the table says how many there are)"
+    )
     p = add("status", cmd_status, "what is finished, failed, stale, and how long the rest will take", paper=True)
-    p.add_argument("--seconds", action="store_true", help=argparse.SUPPRESS)      # writes data/seconds/<paper>.json
+    p.add_argument("--seconds", action="store_true", help=argparse.SUPPRESS)  # writes data/seconds/<paper>.json
     p = add("film", cmd_film, "an agent before and after tuning, as a strip and a GIF")
-    p.add_argument("recipe"); p.add_argument("--seed", type=int, default=0); p.add_argument("--task", type=int, help="which test task, counted from 0 (default: the most changed)")
+    p.add_argument("recipe")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--task", type=int, help="which test task, counted from 0 (default: the most changed)")
     add("doctor", cmd_doctor, "what this machine has", scale=False)
-    p = add("job", cmd_job, None)      # what Snakemake calls
-    p.add_argument("id"); p.add_argument("--seed", type=int, default=0); p.add_argument("--accelerator", default="auto"); p.add_argument("--threads", type=int, default=1); p.add_argument("-p", action="append", default=[])
+    p = add("job", cmd_job, None)  # what Snakemake calls
+    p.add_argument("id")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--accelerator", default="auto")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("-p", action="append", default=[])
     return ap
 
+
+# %% ../nbs/12_run.ipynb #6e88e409
 def main(argv=None):
     "The console script. What a user can mend is one line and status 2."
     a = parser().parse_args(argv)
-    try: a.f(a)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # `promptnb status ... | head`
+    try:
+        a.f(a)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `promptnb status ... | head`
     except (PromptnbError, OSError) as e:
         e = disk_error(e, e.filename or "data") if isinstance(e, OSError) else e
-        if not isinstance(e, PromptnbError): raise
-        print(f"promptnb: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("promptnb: stopped; the same command goes on from here", file=sys.stderr); return 130
+        if not isinstance(e, PromptnbError):
+            raise
+        print(f"promptnb: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("promptnb: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())     # `python -m promptnb.run`, not Run All in a notebook
+
+# %% ../nbs/12_run.ipynb #018bb006
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # `python -m promptnb.run`, not Run All in a notebook

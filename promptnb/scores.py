@@ -4,47 +4,129 @@
 
 # %% ../nbs/10a_scores.ipynb #df6a88d2
 from __future__ import annotations
+
 import textwrap
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from . import recipes as rc, results
+from . import recipes as rc
+from . import results
 from .core import read_json, results_dir
 from .results import axes_for, compare, load, nothing, plus_minus, reported, runs, short, summary
 
 # %% auto #0
-__all__ = ['MAIN', 'COLUMNS', 'ELSEWHERE', 'LOOK', 'LADDER', 'WHOLE', 'EVERY', 'VERDICT', 'QUESTIONS', 'DRAW', 'READ', 'label_of',
-           'labels_of', 'cells_of', 'named', 'counted', 'left_out', 'frame', 'last', 'grid_of', 'metric_of',
-           'published', 'ours', 'row_of', 'shared', 'averages', 'tidy', 'in_words', 'printed', 'table', 'params',
-           'references', 'style', 'wrap', 'in_order', 'legend', 'lines', 'curves', 'progress', 'language', 'trunk_name',
-           'texts', 'one_text', 'spread', 'ratio', 'domain', 'domains', 'targets', 'rungs', 'climb', 'gains',
-           'say_share', 'waterfall', 'share', 'against', 'verdicts', 'say', 'answer', 'pretraining_verdict',
-           'language_verdict', 'caption', 'show']
+__all__ = [
+    "MAIN",
+    "COLUMNS",
+    "ELSEWHERE",
+    "LOOK",
+    "LADDER",
+    "WHOLE",
+    "EVERY",
+    "VERDICT",
+    "QUESTIONS",
+    "DRAW",
+    "READ",
+    "label_of",
+    "labels_of",
+    "cells_of",
+    "named",
+    "counted",
+    "left_out",
+    "frame",
+    "last",
+    "grid_of",
+    "metric_of",
+    "published",
+    "ours",
+    "row_of",
+    "shared",
+    "averages",
+    "tidy",
+    "in_words",
+    "printed",
+    "table",
+    "params",
+    "references",
+    "style",
+    "wrap",
+    "in_order",
+    "legend",
+    "lines",
+    "curves",
+    "progress",
+    "language",
+    "trunk_name",
+    "texts",
+    "one_text",
+    "spread",
+    "ratio",
+    "domain",
+    "domains",
+    "targets",
+    "rungs",
+    "climb",
+    "gains",
+    "say_share",
+    "waterfall",
+    "share",
+    "against",
+    "verdicts",
+    "say",
+    "answer",
+    "pretraining_verdict",
+    "language_verdict",
+    "caption",
+    "show",
+]
+
 
 # %% ../nbs/10a_scores.ipynb #888a69d6
-def label_of(e, r): return e.labels.get(r.id, r.method)
-def labels_of(e, scale=None): return list(dict.fromkeys(label_of(e, r) for r in rc.recipes_of(e, scale)))
-def cells_of(e, scale=None): return list(dict.fromkeys(r.cell for r in rc.recipes_of(e, scale)))
+def label_of(e, r):
+    return e.labels.get(r.id, r.method)
 
+
+# %% ../nbs/10a_scores.ipynb #6cefa4b5
+def labels_of(e, scale=None):
+    return list(dict.fromkeys(label_of(e, r) for r in rc.recipes_of(e, scale)))
+
+
+# %% ../nbs/10a_scores.ipynb #7b36a594
+def cells_of(e, scale=None):
+    return list(dict.fromkeys(r.cell for r in rc.recipes_of(e, scale)))
+
+
+# %% ../nbs/10a_scores.ipynb #9972a7d8
 def named(cells):
     "Cells in few words: those that differ in the last word, such as a share, together."
     sets = {}
-    for c in cells: name, _, share = c.rpartition(" "); sets.setdefault(name or share, []).append(share if name else "")
+    for c in cells:
+        name, _, share = c.rpartition(" ")
+        sets.setdefault(name or share, []).append(share if name else "")
     return "; ".join(f"{name} {', '.join(s)}".strip() for name, s in sets.items())
 
-def counted(n, what="seed"): return f"{n} {what}" + ("s" if n != 1 else "")
 
+# %% ../nbs/10a_scores.ipynb #560d6ea7
+def counted(n, what="seed"):
+    return f"{n} {what}" + ("s" if n != 1 else "")
+
+
+# %% ../nbs/10a_scores.ipynb #3d32eb97
 def left_out(e, scale):
     "What of an exhibit's grid this scale does not run, in one line; '' if it runs all."
     here, cells, lack, part = {r.id for r in rc.recipes_of(e, scale)}, cells_of(e, scale), {}, {}
     for r in rc.recipes_of(e):
-        if r.id not in here: lack.setdefault(r.cell, []).append(label_of(e, r))
+        if r.id not in here:
+            lack.setdefault(r.cell, []).append(label_of(e, r))
     for c in lack:
-        if c in cells: part.setdefault(" + ".join(lack[c]), []).append(c)
-    whole = [c for c in lack if c not in cells]; some = ", ".join(f"{methods} ({named(cs)})" for methods, cs in part.items())
+        if c in cells:
+            part.setdefault(" + ".join(lack[c]), []).append(c)
+    whole = [c for c in lack if c not in cells]
+    some = ", ".join(f"{methods} ({named(cs)})" for methods, cs in part.items())
     return " ".join([f"Left to paper scale: {named(whole)}."] * bool(whole) + [f"In part: {some}."] * bool(some))
+
 
 # %% ../nbs/10a_scores.ipynb #771c3557
 def frame(e, scale, seeds=None, partial=False):
@@ -52,347 +134,847 @@ def frame(e, scale, seeds=None, partial=False):
     cell = {r["record"]["run_id"]: r["recipe"].cell for r in runs(e, scale, seeds) if r["state"] == "ok"}
     return load(e, scale, seeds, partial).assign(cell=lambda d: d.run_id.map(cell))
 
+
+# %% ../nbs/10a_scores.ipynb #a4c34ce0
 def last(df):
     "The value of each metric where it was taken last: a row a label, cell and seed."
-    if not len(df): return pd.DataFrame(index=pd.MultiIndex.from_arrays([[], [], []], names=["label", "cell", "seed"]))
-    return df[df.step == df.groupby(["run_id", "metric"]).step.transform("max")].pivot_table(index=["label", "cell", "seed"], columns="metric", values="value", sort=False)
+    if not len(df):
+        return pd.DataFrame(index=pd.MultiIndex.from_arrays([[], [], []], names=["label", "cell", "seed"]))
+    return df[df.step == df.groupby(["run_id", "metric"]).step.transform("max")].pivot_table(
+        index=["label", "cell", "seed"], columns="metric", values="value", sort=False
+    )
 
+
+# %% ../nbs/10a_scores.ipynb #d31a0b8e
 def grid_of(w, label, metric="score"):
     "(seeds, cells) of one arm."
-    if metric not in w or label not in w.index.unique("label"): return pd.DataFrame()
+    if metric not in w or label not in w.index.unique("label"):
+        return pd.DataFrame()
     return w[metric].xs(label, level="label").unstack("cell").dropna(axis=1, how="all").sort_index()
+
 
 # %% ../nbs/10a_scores.ipynb #f660cb55
 MAIN = ("table1", "table2", "table3", "table15", "table16")
-COLUMNS = ["cell", "method", "mean", "std", "n", "iqm", "lo", "hi", "best", "own", "worst", "reported", "reported_std", "difference", "trainable", "total", "note", "source"]
+COLUMNS = [
+    "cell",
+    "method",
+    "mean",
+    "std",
+    "n",
+    "iqm",
+    "lo",
+    "hi",
+    "best",
+    "own",
+    "worst",
+    "reported",
+    "reported_std",
+    "difference",
+    "trainable",
+    "total",
+    "note",
+    "source",
+]
 ELSEWHERE = "not at this scale"
 
-def metric_of(e): return "score_top3" if e.id == "table13" else "score"
 
+# %% ../nbs/10a_scores.ipynb #7e8e72b7
+def metric_of(e):
+    return "score_top3" if e.id == "table13" else "score"
+
+
+# %% ../nbs/10a_scores.ipynb #a98a09e7
 def published(rep, e, method, cell):
     "The published row of a method on a cell; None where there is none."
     d = rep[(rep.method == method) & (rep.family == cell)]
     for table in (e.reported, *(() if e.reported == e.id else MAIN)):
-        if (d.exhibit == table).any(): return d[d.exhibit == table].iloc[0]
+        if (d.exhibit == table).any():
+            return d[d.exhibit == table].iloc[0]
 
+
+# %% ../nbs/10a_scores.ipynb #8114eade
 def ours(d, metric):
     "Values d (seeds) of one method and cell, summarised: the metric, and the other ways to score the same runs."
-    mean = lambda m: d[m].mean() if m in d else np.nan
-    return {**summary(d[[metric]]), "best": mean("score_best"), "own": mean("own_score"), "worst": mean("score_worst_target")} if len(d) else {}
 
+    def mean(m):
+        return d[m].mean() if m in d else np.nan
+
+    return (
+        {
+            **summary(d[[metric]]),
+            "best": mean("score_best"),
+            "own": mean("own_score"),
+            "worst": mean("score_worst_target"),
+        }
+        if len(d)
+        else {}
+    )
+
+
+# %% ../nbs/10a_scores.ipynb #d4f54b42
 def row_of(w, e, cell, label, here, pub):
     "One line of the tidy table; `here`: the runs of this cell and method."
-    bad, done = [r["state"] for r in here if r["state"] != "ok"], [r["record"]["counts"] for r in here if r["state"] == "ok"]
-    row = dict(cell=cell, method=label, note=", ".join(f"{bad.count(b)} {b}" for b in dict.fromkeys(bad)) if here else ELSEWHERE)
-    row |= ours(w[(w.index.get_level_values("label") == label) & (w.index.get_level_values("cell") == cell)], metric_of(e))
-    if pub is not None: row |= dict(reported=pub["value"], reported_std=pub["std"], source=pub["source"])
+    bad, done = (
+        [r["state"] for r in here if r["state"] != "ok"],
+        [r["record"]["counts"] for r in here if r["state"] == "ok"],
+    )
+    row = dict(
+        cell=cell,
+        method=label,
+        note=", ".join(f"{bad.count(b)} {b}" for b in dict.fromkeys(bad)) if here else ELSEWHERE,
+    )
+    row |= ours(
+        w[(w.index.get_level_values("label") == label) & (w.index.get_level_values("cell") == cell)], metric_of(e)
+    )
+    if pub is not None:
+        row |= dict(reported=pub["value"], reported_std=pub["std"], source=pub["source"])
     return row | (dict(trainable=done[0]["trainable"], total=done[0]["total"]) if done else {})
 
+
+# %% ../nbs/10a_scores.ipynb #ea56325c
 def shared(has, cells):
     "has {method: its cells} -> (methods with at least half of the cells, the cells that all of these have)."
     methods = [m for m, cs in has.items() if cs and 2 * len(cs) >= len(cells)]
     return methods, [c for c in cells if methods and all(c in has[m] for m in methods)]
 
+
+# %% ../nbs/10a_scores.ipynb #69e8865f
 def averages(w, t, metric):
     "Rows of means over the cells that the methods share."
-    methods, cells = shared({m: list(grid_of(w, m, metric)) for m in t.method.unique()}, list(t.cell.unique())); out = []
+    methods, cells = shared({m: list(grid_of(w, m, metric)) for m in t.method.unique()}, list(t.cell.unique()))
+    out = []
     for m in methods if len(cells) > 1 else ():
         x, d = grid_of(w, m, metric)[cells].dropna(), t[(t.method == m) & t.cell.isin(cells)]
-        if len(x): out.append(dict(cell=f"mean of {len(cells)} cells", method=m, **summary(x), **d[["best", "own", "worst"]].mean(), reported=d.reported.mean(skipna=False), note="", source=f"over {named(cells)}"))
+        if len(x):
+            out.append(
+                dict(
+                    cell=f"mean of {len(cells)} cells",
+                    method=m,
+                    **summary(x),
+                    **d[["best", "own", "worst"]].mean(),
+                    reported=d.reported.mean(skipna=False),
+                    note="",
+                    source=f"over {named(cells)}",
+                )
+            )
     return pd.DataFrame(out, columns=COLUMNS)
 
+
+# %% ../nbs/10a_scores.ipynb #07a8b4fe
 def tidy(e, scale, seeds=None, partial=False):
     "One row a cell and method, every number; then the means over the shared cells. A scale that runs no cell shows the published ones."
-    w, rs, rep = last(frame(e, scale, seeds, partial)), runs(e, scale, seeds), reported(e.paper); here = {}
-    for r in rs: here.setdefault((r["recipe"].cell, r["label"]), []).append(r)
-    t = pd.DataFrame([row_of(w, e, c, l, here.get((c, l), []), published(rep, e, l, c)) for c in cells_of(e, scale) or cells_of(e) for r in rc.recipes_of(e) if r.cell == c for l in [label_of(e, r)]], columns=COLUMNS)
-    if len(a := averages(w, t, metric_of(e))): t = pd.concat([t.astype(object), a.astype(object)], ignore_index=True).infer_objects()
+    w, rs, rep = last(frame(e, scale, seeds, partial)), runs(e, scale, seeds), reported(e.paper)
+    here = {}
+    for r in rs:
+        here.setdefault((r["recipe"].cell, r["label"]), []).append(r)
+    t = pd.DataFrame(
+        [
+            row_of(w, e, c, l, here.get((c, l), []), published(rep, e, l, c))
+            for c in cells_of(e, scale) or cells_of(e)
+            for r in rc.recipes_of(e)
+            if r.cell == c
+            for l in [label_of(e, r)]
+        ],
+        columns=COLUMNS,
+    )
+    if len(a := averages(w, t, metric_of(e))):
+        t = pd.concat([t.astype(object), a.astype(object)], ignore_index=True).infer_objects()
     t = t.assign(difference=t["mean"].astype(float) - t.reported.astype(float))
     return t.drop(columns=["reported", "reported_std", "difference"]) if rep.empty else t
+
 
 # %% ../nbs/10a_scores.ipynb #77a63938
 def in_words(r):
     "A row of the tidy table as three lines of text."
     lacks = ", ".join([f"n={r.n:.0f}"] * bool(r.note or pd.isna(r["std"])) + [r.note] * bool(r.note))
-    if pd.isna(r["mean"]): mine = "-" if r.note == ELSEWHERE else r.note
-    else: mine = plus_minus(r["mean"], r["std"]) + (f" ({lacks})" if lacks else "")
-    return {"ours": mine, "IQM [95 %]": "" if pd.isna(r["mean"]) or r.n < 2 else f"{r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}]", "published": plus_minus(r.get("reported"), r.get("reported_std"))}
+    if pd.isna(r["mean"]):
+        mine = "-" if r.note == ELSEWHERE else r.note
+    else:
+        mine = plus_minus(r["mean"], r["std"]) + (f" ({lacks})" if lacks else "")
+    return {
+        "ours": mine,
+        "IQM [95 %]": "" if pd.isna(r["mean"]) or r.n < 2 else f"{r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}]",
+        "published": plus_minus(r.get("reported"), r.get("reported_std")),
+    }
 
+
+# %% ../nbs/10a_scores.ipynb #97906c38
 def printed(t):
     "For readers: cells down, methods across; a line that is empty for all methods is left out."
     lines = {(r.cell, line): {} for _, r in t.iterrows() for line in ("ours", "IQM [95 %]", "published")}
     for _, r in t.iterrows():
-        for line, text in in_words(r).items(): lines[r.cell, line][r.method] = text
-    out = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=t.method.unique()).fillna(""); out.index = pd.MultiIndex.from_tuples(out.index, names=["cell", ""])
+        for line, text in in_words(r).items():
+            lines[r.cell, line][r.method] = text
+    out = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=t.method.unique()).fillna("")
+    out.index = pd.MultiIndex.from_tuples(out.index, names=["cell", ""])
     return out[(out != "").any(axis=1) | (out.index.get_level_values(1) == "ours")]
 
+
+# %% ../nbs/10a_scores.ipynb #75b7d6a9
 def table(e, scale, seeds=None, partial=False):
     "(printed, tidy) table of scores."
-    t = tidy(e, scale, seeds, partial); return printed(t), t
+    t = tidy(e, scale, seeds, partial)
+    return printed(t), t
+
 
 # %% ../nbs/10a_scores.ipynb #71240043
 def params(e, scale, seeds=None, partial=False):
     "(printed, tidy) parameters of each method beside the published."
-    load(e, scale, seeds, partial); rep, found = reported(e.paper), {r["label"]: r["record"]["counts"] for r in runs(e, scale, seeds) if r["state"] == "ok"}; out = []
+    load(e, scale, seeds, partial)
+    rep, found = (
+        reported(e.paper),
+        {r["label"]: r["record"]["counts"] for r in runs(e, scale, seeds) if r["state"] == "ok"},
+    )
+    out = []
     for l in labels_of(e):
         c, pub = found.get(l, {}), rep[(rep.exhibit == e.reported) & (rep.method == l)].set_index("family").value
-        out.append(dict(method=l, **{k: c.get(k, np.nan) for k in ("total", "trainable", "lora")}, share=100 * c["trainable"] / c["total"] if c else np.nan, reported_total=pub.get("total", np.nan), reported_trainable=pub.get("trainable", np.nan)))
-    t = pd.DataFrame(out); number = lambda n: "" if pd.isna(n) else short(n)
-    p = t.assign(**{k: t[k].map(number) for k in t if k not in ("method", "share")}, share=t.share.map(lambda s: "" if pd.isna(s) else f"{s:.1f} %"))
-    return p.rename(columns=dict(lora="LoRA", share="trainable share", reported_total="published total", reported_trainable="published trainable")).set_index("method"), t
+        out.append(
+            dict(
+                method=l,
+                **{k: c.get(k, np.nan) for k in ("total", "trainable", "lora")},
+                share=100 * c["trainable"] / c["total"] if c else np.nan,
+                reported_total=pub.get("total", np.nan),
+                reported_trainable=pub.get("trainable", np.nan),
+            )
+        )
+    t = pd.DataFrame(out)
 
+    def number(n):
+        return "" if pd.isna(n) else short(n)
+
+    p = t.assign(
+        **{k: t[k].map(number) for k in t if k not in ("method", "share")},
+        share=t.share.map(lambda s: "" if pd.isna(s) else f"{s:.1f} %"),
+    )
+    return p.rename(
+        columns=dict(
+            lora="LoRA",
+            share="trainable share",
+            reported_total="published total",
+            reported_trainable="published trainable",
+        )
+    ).set_index("method"), t
+
+
+# %% ../nbs/10a_scores.ipynb #48336d5b
 def references(e, scale, seeds=None, partial=False):
     "(printed, tidy) random and expert returns: published, used for the scores, and of our own policies; from any record."
     rep, found = reported(e.paper), {}
     for p in sorted(results_dir(e.paper).glob(f"{scale}.*.json")):
-        if (rec := read_json(p)).get("references"): found[p.name.split(".")[1]] = rec["references"]
-    pub = rep[rep.exhibit.isin([e.reported, "references"]) & rep.family.isin({r.family for r in rc.RECIPES.values() if r.paper == e.paper})].drop_duplicates(["method", "family"]).pivot(index="family", columns="method", values="value").reindex(columns=["random", "expert"])
-    mine = lambda kind: pd.DataFrame({f: v[kind] or (np.nan, np.nan) for f, v in found.items()}, index=["random", "expert"]).T
-    t = pd.concat({"published": pub, "used for scores": mine("d4rl"), "our policies": mine("own")}, axis=1).astype(float); t.index.name = "family"
-    flat = t.copy(); flat.columns = [f"{b}, {a}" for a, b in t.columns]
+        if (rec := read_json(p)).get("references"):
+            found[p.name.split(".")[1]] = rec["references"]
+    pub = (
+        rep[
+            rep.exhibit.isin([e.reported, "references"])
+            & rep.family.isin({r.family for r in rc.RECIPES.values() if r.paper == e.paper})
+        ]
+        .drop_duplicates(["method", "family"])
+        .pivot(index="family", columns="method", values="value")
+        .reindex(columns=["random", "expert"])
+    )
+
+    def mine(kind):
+        return pd.DataFrame({f: v[kind] or (np.nan, np.nan) for f, v in found.items()}, index=["random", "expert"]).T
+
+    t = pd.concat({"published": pub, "used for scores": mine("d4rl"), "our policies": mine("own")}, axis=1).astype(
+        float
+    )
+    t.index.name = "family"
+    flat = t.copy()
+    flat.columns = [f"{b}, {a}" for a, b in t.columns]
     return t.map(lambda v: "" if pd.isna(v) else f"{v:.1f}"), flat.reset_index()
 
+
 # %% ../nbs/10a_scores.ipynb #0ba65a10
-LOOK = {     # arm: colour of seaborn's colour-blind palette, marker, line
-    "LaMo": (0, "o", "-"), "DT": (1, "s", "-"), "DT, shared projection, long positions": (8, "P", "--"), "Random frozen trunk, linear": (7, "v", "--"), "Random trunk + LoRA, linear": (5, "<", "--"), "LaMo without pre-training": (3, "X", "-"),
-    "LaMo on IID tokens": (4, "d", "--"), "LaMo on the Markov chain": (2, "^", "-"), "LaMo without language loss": (9, "D", "--"), "LaMo, lambda = 1": (3, ">", "--"), "LaMo with MLP embeddings": (9, "h", "-"), "LaMo with linear embeddings": (4, "<", "--"),
-    "LaMo fully fine-tuned": (2, "p", "--"), "LaMo frozen without LoRA": (4, "v", "--"), "LaMo on shuffled text": (5, "*", "--"), "LaMo on early-stopped text": (9, ">", "--"), "LaMo with GPT-2 medium": (3, "D", "--"), "LaMo, GPT-2's own weights": (8, "h", "-"),
-    "LaMo, best trajectory dropped": (3, "v", "--"), "Wiki-RL": (4, "D", "-"), "CQL": (2, "^", "-"), "IQL": (3, "p", "-"), "TD3+BC": (5, "*", "-"), "BC": (7, "X", "-"), "BCQ": (8, "P", "-"), "NFQ": (6, "d", "-"),
-    "DT, lr 1e-3, wd 1e-4": (8, "P", "--"), "DT, lr 1e-4, wd 1e-3": (3, "X", "--"), "DT, lr 1e-4, wd 1e-5": (5, "v", "--"), "CQL, lr 3e-3": (9, "d", "--"), "CQL, lr 3e-5": (4, "<", "--"), "IQL, width 512": (9, "d", "--"), "IQL, width 1024": (4, "<", "--")}
-LOOK |= {f"{l}, 4 x updates": (*LOOK[l][:2], ":") for l in ("DT", "DT, shared projection, long positions", "LaMo without pre-training", "LaMo")}
+LOOK = {  # arm: colour of seaborn's colour-blind palette, marker, line
+    "LaMo": (0, "o", "-"),
+    "DT": (1, "s", "-"),
+    "DT, shared projection, long positions": (8, "P", "--"),
+    "Random frozen trunk, linear": (7, "v", "--"),
+    "Random trunk + LoRA, linear": (5, "<", "--"),
+    "LaMo without pre-training": (3, "X", "-"),
+    "LaMo on IID tokens": (4, "d", "--"),
+    "LaMo on the Markov chain": (2, "^", "-"),
+    "LaMo without language loss": (9, "D", "--"),
+    "LaMo, lambda = 1": (3, ">", "--"),
+    "LaMo with MLP embeddings": (9, "h", "-"),
+    "LaMo with linear embeddings": (4, "<", "--"),
+    "LaMo fully fine-tuned": (2, "p", "--"),
+    "LaMo frozen without LoRA": (4, "v", "--"),
+    "LaMo on shuffled text": (5, "*", "--"),
+    "LaMo on early-stopped text": (9, ">", "--"),
+    "LaMo with GPT-2 medium": (3, "D", "--"),
+    "LaMo, GPT-2's own weights": (8, "h", "-"),
+    "LaMo, best trajectory dropped": (3, "v", "--"),
+    "Wiki-RL": (4, "D", "-"),
+    "CQL": (2, "^", "-"),
+    "IQL": (3, "p", "-"),
+    "TD3+BC": (5, "*", "-"),
+    "BC": (7, "X", "-"),
+    "BCQ": (8, "P", "-"),
+    "NFQ": (6, "d", "-"),
+    "DT, lr 1e-3, wd 1e-4": (8, "P", "--"),
+    "DT, lr 1e-4, wd 1e-3": (3, "X", "--"),
+    "DT, lr 1e-4, wd 1e-5": (5, "v", "--"),
+    "CQL, lr 3e-3": (9, "d", "--"),
+    "CQL, lr 3e-5": (4, "<", "--"),
+    "IQL, width 512": (9, "d", "--"),
+    "IQL, width 1024": (4, "<", "--"),
+}
+LOOK |= {
+    f"{l}, 4 x updates": (*LOOK[l][:2], ":")
+    for l in ("DT", "DT, shared projection, long positions", "LaMo without pre-training", "LaMo")
+}
+
 
 def style(label):
     "Colour, line and marker of an arm: the same in every figure."
-    c, marker, line = LOOK.get(label, (6, "8", "--")); return dict(color=sns.color_palette("colorblind")[c], marker=marker, linestyle=line)
+    c, marker, line = LOOK.get(label, (6, "8", "--"))
+    return dict(color=sns.color_palette("colorblind")[c], marker=marker, linestyle=line)
 
-def wrap(text, width=22): return "\n".join(textwrap.wrap(text, width))
-def in_order(labels): return sorted(set(labels), key=lambda l: list(LOOK).index(l) if l in LOOK else 99)
 
+# %% ../nbs/10a_scores.ipynb #d72d8158
+def wrap(text, width=22):
+    return "\n".join(textwrap.wrap(text, width))
+
+
+# %% ../nbs/10a_scores.ipynb #4603b7fe
+def in_order(labels):
+    return sorted(set(labels), key=lambda l: list(LOOK).index(l) if l in LOOK else 99)
+
+
+# %% ../nbs/10a_scores.ipynb #7c279d22
 def legend(fig, axes, ncols=4):
     "One legend for all panels, below them."
     found = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
-    if found: fig.legend(found.values(), [wrap(l, 40) for l in found], loc="outside lower center", ncols=ncols, frameon=False)
+    if found:
+        fig.legend(found.values(), [wrap(l, 40) for l in found], loc="outside lower center", ncols=ncols, frameon=False)
 
+
+# %% ../nbs/10a_scores.ipynb #fbf96374
 def lines(ax, d, x="step"):
     "Mean over seeds (line) and their range (shade) of each arm; returns the plotted numbers."
     g = d.groupby(["label", x]).value.agg(["mean", "min", "max", "count"]).reset_index()
     for label in in_order(g.label):
         a, s = g[g.label == label], style(label)
-        ax.plot(a[x], a["mean"], ms=4, lw=1.4, label=label, **s); ax.fill_between(a[x], a["min"], a["max"], color=s["color"], alpha=0.15, lw=0)
-    if not len(g): nothing(ax)
+        ax.plot(a[x], a["mean"], ms=4, lw=1.4, label=label, **s)
+        ax.fill_between(a[x], a["min"], a["max"], color=s["color"], alpha=0.15, lw=0)
+    if not len(g):
+        nothing(ax)
     return g
+
 
 # %% ../nbs/10a_scores.ipynb #d6a1cfb5
 def curves(e, scale, metric, seeds=None, partial=False):
     "{(cell, learner): rows of a metric}, for every cell that this scale runs."
-    df, learner = frame(e, scale, seeds, partial), {(r.cell, label_of(e, r)): r.offline.learner for r in rc.recipes_of(e, scale)}; df = df[df.metric == metric]
-    return {(c, kind): df[(df.cell == c) & df.label.isin([l for (x, l), k in learner.items() if (x, k) == (c, kind)])] for c, kind in dict.fromkeys((c, k) for (c, _), k in learner.items())}
+    df, learner = (
+        frame(e, scale, seeds, partial),
+        {(r.cell, label_of(e, r)): r.offline.learner for r in rc.recipes_of(e, scale)},
+    )
+    df = df[df.metric == metric]
+    return {
+        (c, kind): df[(df.cell == c) & df.label.isin([l for (x, l), k in learner.items() if (x, k) == (c, kind)])]
+        for c, kind in dict.fromkeys((c, k) for (c, _), k in learner.items())
+    }
 
+
+# %% ../nbs/10a_scores.ipynb #6480f596
 def progress(e, scale, seeds=None, partial=False):
     "Score along training: mean and range over seeds; short dotted marks: the published mean of the last 20 %."
-    found, rep, out = curves(e, scale, "score_along", seeds, partial), reported(e.paper), []; rep = rep[rep.exhibit == e.reported]; cells = [c for c, _ in found]
+    found, rep, out = curves(e, scale, "score_along", seeds, partial), reported(e.paper), []
+    rep = rep[rep.exhibit == e.reported]
+    cells = [c for c, _ in found]
     fig, axes = axes_for(found or ["-"], width=3, height=2.6, most=4)
-    if not found: nothing(axes[0], f"no cell at {scale} scale")
+    if not found:
+        nothing(axes[0], f"no cell at {scale} scale")
     for ax, ((cell, learner), d) in zip(axes, found.items()):
         mine = [label_of(e, r) for r in rc.recipes_of(e) if r.cell == cell and r.offline.learner == learner]
-        out.append(lines(ax, d).assign(cell=cell)); ax.set(title=cell + (f": {in_order(mine)[0]}" if cells.count(cell) > 1 else ""), xlabel="updates")
+        out.append(lines(ax, d).assign(cell=cell))
+        ax.set(title=cell + (f": {in_order(mine)[0]}" if cells.count(cell) > 1 else ""), xlabel="updates")
         for _, p in rep[(rep.family == cell) & rep.method.isin(mine)].iterrows():
             out.append(pd.DataFrame([dict(label=p.method, cell=cell, reported=p.value)]))
-            if len(d): ax.axhline(p.value, xmin=0.9, color=style(p.method)["color"], lw=2.5, ls=(0, (1, 0.6)), label=None if p.method in set(d.label) else f"{p.method}, published only")
-    axes[0].set_ylabel("score"); legend(fig, axes)
+            if len(d):
+                ax.axhline(
+                    p.value,
+                    xmin=0.9,
+                    color=style(p.method)["color"],
+                    lw=2.5,
+                    ls=(0, (1, 0.6)),
+                    label=None if p.method in set(d.label) else f"{p.method}, published only",
+                )
+    axes[0].set_ylabel("score")
+    legend(fig, axes)
     return fig, pd.concat(out) if out else pd.DataFrame()
+
 
 # %% ../nbs/10a_scores.ipynb #a3eb4209
 def language(e, scale, seeds=None, partial=False):
     "Cross-entropy on held-out text along training, a panel a cell."
-    found, out = curves(e, scale, "lm_loss", seeds, partial), []; uniform = [r["record"]["lm"]["uniform"] for r in runs(e, scale, seeds) if r["state"] == "ok" and (r["record"].get("lm") or {}).get("uniform")]
+    found, out = curves(e, scale, "lm_loss", seeds, partial), []
+    uniform = [
+        r["record"]["lm"]["uniform"]
+        for r in runs(e, scale, seeds)
+        if r["state"] == "ok" and (r["record"].get("lm") or {}).get("uniform")
+    ]
     fig, axes = axes_for(found or ["-"], width=3, height=2.6, most=4)
     for ax, ((cell, _), d) in zip(axes, found.items()):
-        out.append(lines(ax, d).assign(cell=cell)); ax.set(title=cell, xlabel="updates")
-        if len(d) and uniform: ax.axhline(uniform[0], color="k", lw=1, ls="--", label="even guessing")
-        if len(d): ax.axhline(d[d.step == d.step.min()].value.mean(), color="k", lw=1, ls=":", label="before training")
-    axes[0].set_ylabel("nats a token"); legend(fig, axes)
+        out.append(lines(ax, d).assign(cell=cell))
+        ax.set(title=cell, xlabel="updates")
+        if len(d) and uniform:
+            ax.axhline(uniform[0], color="k", lw=1, ls="--", label="even guessing")
+        if len(d):
+            ax.axhline(d[d.step == d.step.min()].value.mean(), color="k", lw=1, ls=":", label="before training")
+    axes[0].set_ylabel("nats a token")
+    legend(fig, axes)
     return fig, pd.concat(out) if out else pd.DataFrame()
 
-def trunk_name(e, label): return dict(zip(("LaMo on IID tokens", "LaMo on the Markov chain", "LaMo", "LaMo on early-stopped text", "LaMo on shuffled text"), ("IID tokens", "Markov chain", "English", "English, early-stopped", "shuffled English"))).get(label, label)
 
+# %% ../nbs/10a_scores.ipynb #dd8ff56d
+def trunk_name(e, label):
+    return dict(
+        zip(
+            (
+                "LaMo on IID tokens",
+                "LaMo on the Markov chain",
+                "LaMo",
+                "LaMo on early-stopped text",
+                "LaMo on shuffled text",
+            ),
+            ("IID tokens", "Markov chain", "English", "English, early-stopped", "shuffled English"),
+        )
+    ).get(label, label)
+
+
+# %% ../nbs/10a_scores.ipynb #f3e3a847
 def texts(e, scale, seeds=None, partial=False):
     "Losses of each trunk's own pre-training (lines) and on held-out text (crosses), a panel a set of tokens; even guessing and, for the chain, its entropy as lines."
-    load(e, scale, seeds, partial); found = {r["label"]: r["record"]["lm"] for r in reversed(runs(e, scale, seeds)) if r["state"] == "ok" and (r["record"].get("lm") or {}).get("losses")}; out = []
+    load(e, scale, seeds, partial)
+    found = {
+        r["label"]: r["record"]["lm"]
+        for r in reversed(runs(e, scale, seeds))
+        if r["state"] == "ok" and (r["record"].get("lm") or {}).get("losses")
+    }
+    out = []
     kinds = {}
-    for l in in_order(found): kinds.setdefault(round(found[l]["uniform"], 3), []).append(l)
+    for l in in_order(found):
+        kinds.setdefault(round(found[l]["uniform"], 3), []).append(l)
     fig, axes = axes_for(kinds or ["-"], width=4, height=3)
-    if not kinds: nothing(axes[0])
+    if not kinds:
+        nothing(axes[0])
     for ax, (uniform, ls) in zip(axes, sorted(kinds.items())):
-        for l in ls: out.append(one_text(ax, trunk_name(e, l), found[l], style(l)))
-        ax.axhline(uniform, color="k", lw=1, ls="--", label="even guessing"); ax.set(title=" and ".join(trunk_name(e, l) for l in ls) if len(ls) < 3 else "English and its variants", xlabel="updates of pre-training")
-    axes[0].set_ylabel("nats a token"); legend(fig, axes, 3)
+        for l in ls:
+            out.append(one_text(ax, trunk_name(e, l), found[l], style(l)))
+        ax.axhline(uniform, color="k", lw=1, ls="--", label="even guessing")
+        ax.set(
+            title=" and ".join(trunk_name(e, l) for l in ls) if len(ls) < 3 else "English and its variants",
+            xlabel="updates of pre-training",
+        )
+    axes[0].set_ylabel("nats a token")
+    legend(fig, axes, 3)
     return fig, pd.DataFrame(out)
 
+
+# %% ../nbs/10a_scores.ipynb #46615f4d
 def one_text(ax, name, m, s):
     "Draw one trunk's losses; returns its numbers."
-    x, y = np.array(m["losses"]).T; entropy = (m["entropy"] or {}).get("stationary"); ax.plot(x, y, lw=1.2, color=s["color"], ls=s["linestyle"], label=name); ax.plot(x[-1] * 1.03, m["held"], "x", color=s["color"], ms=8, mew=2.2, clip_on=False)
-    if m["kind"] == "chain": ax.axhline(entropy, color=s["color"], lw=1, ls=":", label="entropy of the chain")
+    x, y = np.array(m["losses"]).T
+    entropy = (m["entropy"] or {}).get("stationary")
+    ax.plot(x, y, lw=1.2, color=s["color"], ls=s["linestyle"], label=name)
+    ax.plot(x[-1] * 1.03, m["held"], "x", color=s["color"], ms=8, mew=2.2, clip_on=False)
+    if m["kind"] == "chain":
+        ax.axhline(entropy, color=s["color"], lw=1, ls=":", label="entropy of the chain")
     return dict(trunk=name, steps=m["steps"], train=y[-1], held=m["held"], uniform=m["uniform"], entropy=entropy)
+
 
 # %% ../nbs/10a_scores.ipynb #cdcc7865
 def spread(shares):
     "Shares of the data far enough apart to be written under a logarithmic axis."
     at = []
     for v in sorted(set(shares)):
-        if not at or v > 1.5 * at[-1]: at.append(v)
+        if not at or v > 1.5 * at[-1]:
+            at.append(v)
     return at
 
+
+# %% ../nbs/10a_scores.ipynb #f3213014
 def ratio(e, scale, seeds=None, partial=False):
     "Score against the share of the data, a panel a data set: ours, mean and range over seeds; published dotted."
-    df, rep, out = frame(e, scale, seeds, partial), reported(e.paper), []; df, rep = df[df.metric == "score"], rep[rep.exhibit == e.reported]
-    both = lambda d, c: d.assign(data=c.str.rsplit(n=1).str[0], share=c.str.rsplit(n=1).str[1].str.rstrip("%").astype(float)); df, rep = both(df, df.cell.astype(str)), both(rep, rep.family)
-    sets = list(dict.fromkeys(c.rsplit(" ", 1)[0] for c in cells_of(e))); fig, axes = axes_for(sets, width=3.4, height=2.8)
+    df, rep, out = frame(e, scale, seeds, partial), reported(e.paper), []
+    df, rep = df[df.metric == "score"], rep[rep.exhibit == e.reported]
+
+    def both(d, c):
+        return d.assign(data=c.str.rsplit(n=1).str[0], share=c.str.rsplit(n=1).str[1].str.rstrip("%").astype(float))
+
+    df, rep = both(df, df.cell.astype(str)), both(rep, rep.family)
+    sets = list(dict.fromkeys(c.rsplit(" ", 1)[0] for c in cells_of(e)))
+    fig, axes = axes_for(sets, width=3.4, height=2.8)
     for ax, s in zip(axes, sets):
-        if (here := df[df.data == s]).size: out.append(lines(ax, here, "share").assign(data=s))
-        for m, d in rep[rep.data == s].sort_values("share").groupby("method"): ax.plot(d.share, d.value, ":", marker=style(m)["marker"], mfc="none", ms=4, lw=1.2, color=style(m)["color"], label=f"{m}, published"); out.append(d[["method", "share", "value", "data"]].rename(columns=dict(method="label", value="reported")))
-        ax.set(title=s + ("" if here.size else " (published only)"), xlabel="share of the data, %", xscale="log"); ax.set_xticks(at := spread([*rep[rep.data == s].share, *here.share]), [f"{v:g}" for v in at]); ax.minorticks_off()
-    axes[0].set_ylabel("score"); legend(fig, axes, 3)
+        if (here := df[df.data == s]).size:
+            out.append(lines(ax, here, "share").assign(data=s))
+        for m, d in rep[rep.data == s].sort_values("share").groupby("method"):
+            ax.plot(
+                d.share,
+                d.value,
+                ":",
+                marker=style(m)["marker"],
+                mfc="none",
+                ms=4,
+                lw=1.2,
+                color=style(m)["color"],
+                label=f"{m}, published",
+            )
+            out.append(d[["method", "share", "value", "data"]].rename(columns=dict(method="label", value="reported")))
+        ax.set(title=s + ("" if here.size else " (published only)"), xlabel="share of the data, %", xscale="log")
+        ax.set_xticks(at := spread([*rep[rep.data == s].share, *here.share]), [f"{v:g}" for v in at])
+        ax.minorticks_off()
+    axes[0].set_ylabel("score")
+    legend(fig, axes, 3)
     return fig, pd.concat(out)
 
-def domain(cell): return {"kitchen": "Kitchen", "breakout": "Atari", "qbert": "Atari", "pong": "Atari"}.get(cell.split()[0], "MuJoCo")
 
+# %% ../nbs/10a_scores.ipynb #84b6e90e
+def domain(cell):
+    return {"kitchen": "Kitchen", "breakout": "Atari", "qbert": "Atari", "pong": "Atari"}.get(cell.split()[0], "MuJoCo")
+
+
+# %% ../nbs/10a_scores.ipynb #1a5dd81c
 def domains(e, scale, seeds=None, partial=False):
     "Mean score by domain over the cells that the methods share: bars, one dot a seed; hollow: published, over the paper's own cells."
-    w, rep, methods, out = last(frame(e, scale, seeds, partial)), reported(e.paper), in_order(labels_of(e)), []; rep = rep[rep.exhibit == e.reported].set_index(["family", "method"]).value
+    w, rep, methods, out = last(frame(e, scale, seeds, partial)), reported(e.paper), in_order(labels_of(e)), []
+    rep = rep[rep.exhibit == e.reported].set_index(["family", "method"]).value
     groups = {}
-    for c in cells_of(e): groups.setdefault(domain(c), []).append(c)
+    for c in cells_of(e):
+        groups.setdefault(domain(c), []).append(c)
     fig, axes = axes_for(groups, width=3.3, height=3)
     for ax, (name, cells) in zip(axes, groups.items()):
-        at = [c for c in cells if c in cells_of(e, scale)]; who, both = shared({m: [c for c in grid_of(w, m) if c in at] for m in methods}, at)
+        at = [c for c in cells if c in cells_of(e, scale)]
+        who, both = shared({m: [c for c in grid_of(w, m) if c in at] for m in methods}, at)
         for i, m in enumerate(methods):
-            x, pub, color = (grid_of(w, m)[both].dropna().mean(axis=1) if m in who and both else pd.Series(dtype=float)), rep.get((f"average {name.lower()}", m), np.nan), style(m)["color"]
-            ax.bar(i, pub, 0.8, fill=False, ec=color, ls=":", lw=1.5); ax.bar(i, x.mean(), 0.55, color=color, alpha=0.65); ax.plot([i] * len(x), x, "k.", ms=4)
-            out.append(dict(domain=name, method=m, mean=x.mean(), std=x.std(), n=len(x), cells=named(both), reported=pub))
-        ax.set(title=f"{name}: {counted(len(both), 'cell')} of ours,\n{len([c for c in cells if 'expert' not in c])} of the paper", xticks=range(len(methods)), xticklabels=methods); ax.grid(axis="x", visible=False)
+            x, pub, color = (
+                (grid_of(w, m)[both].dropna().mean(axis=1) if m in who and both else pd.Series(dtype=float)),
+                rep.get((f"average {name.lower()}", m), np.nan),
+                style(m)["color"],
+            )
+            ax.bar(i, pub, 0.8, fill=False, ec=color, ls=":", lw=1.5)
+            ax.bar(i, x.mean(), 0.55, color=color, alpha=0.65)
+            ax.plot([i] * len(x), x, "k.", ms=4)
+            out.append(
+                dict(domain=name, method=m, mean=x.mean(), std=x.std(), n=len(x), cells=named(both), reported=pub)
+            )
+        ax.set(
+            title=f"{name}: {counted(len(both), 'cell')} of ours,\n{len([c for c in cells if 'expert' not in c])} of the paper",
+            xticks=range(len(methods)),
+            xticklabels=methods,
+        )
+        ax.grid(axis="x", visible=False)
     axes[0].set_ylabel("score (hollow: published)")
     return fig, pd.DataFrame(out)
 
+
+# %% ../nbs/10a_scores.ipynb #aa784dba
 def targets(e, scale, seeds=None, partial=False):
     "Score by initial return-to-go, a panel a cell: a marker a target, a bar from the lowest to the highest seed."
-    df = frame(e, scale, seeds, partial); df = df[df.metric.str.startswith("score@")].assign(target=lambda d: d.metric.str.split("@").str[-1].astype(float)); out, cells = [], cells_of(e, scale)
+    df = frame(e, scale, seeds, partial)
+    df = df[df.metric.str.startswith("score@")].assign(target=lambda d: d.metric.str.split("@").str[-1].astype(float))
+    out, cells = [], cells_of(e, scale)
     fig, axes = axes_for(cells or ["-"], width=2.6, height=2.6, most=4)
     for ax, cell in zip(axes, cells):
-        g = df[df.cell == cell].groupby(["label", "target"]).value.agg(["mean", "min", "max", "count"]).reset_index(); at = sorted(g.target.unique()); out.append(g.assign(cell=cell))
+        g = df[df.cell == cell].groupby(["label", "target"]).value.agg(["mean", "min", "max", "count"]).reset_index()
+        at = sorted(g.target.unique())
+        out.append(g.assign(cell=cell))
         for k, l in enumerate(in_order(g.label)):
-            d = g[g.label == l]; x = np.array([at.index(t) for t in d.target]) + 0.08 * (k - 1); ax.errorbar(x, d["mean"], [d["mean"] - d["min"], d["max"] - d["mean"]], ms=5, lw=1.4, elinewidth=1, label=l, **style(l))
-        ax.set(title=cell, xlabel="initial return-to-go", xticks=range(len(at)), xticklabels=[f"{t:g}" for t in at], xlim=(-0.4, max(len(at), 1) - 0.6))
-        if not at: nothing(ax)
-    axes[0].set_ylabel("score"); legend(fig, axes)
+            d = g[g.label == l]
+            x = np.array([at.index(t) for t in d.target]) + 0.08 * (k - 1)
+            ax.errorbar(
+                x,
+                d["mean"],
+                [d["mean"] - d["min"], d["max"] - d["mean"]],
+                ms=5,
+                lw=1.4,
+                elinewidth=1,
+                label=l,
+                **style(l),
+            )
+        ax.set(
+            title=cell,
+            xlabel="initial return-to-go",
+            xticks=range(len(at)),
+            xticklabels=[f"{t:g}" for t in at],
+            xlim=(-0.4, max(len(at), 1) - 0.6),
+        )
+        if not at:
+            nothing(ax)
+    axes[0].set_ylabel("score")
+    legend(fig, axes)
     return fig, pd.concat(out) if out else pd.DataFrame()
 
+
 # %% ../nbs/10a_scores.ipynb #8c51dfc1
-LADDER = {rc.lamo.ARMS[k][0]: what for k, what in {"dt": "DT", "frozen-random": "random frozen trunk", "lora-random": "+ LoRA", "random": "+ MLP embeddings", "chain": "+ pre-training on a chain", "text": "English, not the chain", "lamo": "+ language loss"}.items()}
+LADDER = {
+    rc.lamo.ARMS[k][0]: what
+    for k, what in {
+        "dt": "DT",
+        "frozen-random": "random frozen trunk",
+        "lora-random": "+ LoRA",
+        "random": "+ MLP embeddings",
+        "chain": "+ pre-training on a chain",
+        "text": "English, not the chain",
+        "lamo": "+ language loss",
+    }.items()
+}
 WHOLE, EVERY = "LaMo minus DT", "all cells"
+
 
 def rungs(w, cells):
     "Scores (seeds, cells, rungs) of the seeds that have all rungs on all these cells."
-    x = [grid_of(w, l).reindex(columns=cells) for l in LADDER]; seeds = [s for s in x[0].index if all(s in a.index and a.loc[s].notna().all() for a in x)]
+    x = [grid_of(w, l).reindex(columns=cells) for l in LADDER]
+    seeds = [s for s in x[0].index if all(s in a.index and a.loc[s].notna().all() for a in x)]
     return np.stack([a.loc[seeds].to_numpy() for a in x], -1)
 
+
+# %% ../nbs/10a_scores.ipynb #fa118543
 def climb(x, cell=EVERY):
     "Rows of a ladder: gain of each step with its interval, and its share of the whole gain where that is clear."
-    pairs = [*((n, i, i + 1) for i, n in enumerate(list(LADDER.values())[1:])), (WHOLE, 0, -1)]; whole = compare(x[..., -1], x[..., 0])
-    rows = [dict(cell=cell, step=n, start=x[..., i].mean(), end=x[..., j].mean(), n=len(x), cells=x.shape[1], **compare(x[..., j], x[..., i])) for n, i, j in pairs]
-    return [dict(r, share=100 * r["difference"] / whole["difference"] if whole["verdict"] == "better" else np.nan) for r in rows]
+    pairs = [*((n, i, i + 1) for i, n in enumerate(list(LADDER.values())[1:])), (WHOLE, 0, -1)]
+    whole = compare(x[..., -1], x[..., 0])
+    rows = [
+        dict(
+            cell=cell,
+            step=n,
+            start=x[..., i].mean(),
+            end=x[..., j].mean(),
+            n=len(x),
+            cells=x.shape[1],
+            **compare(x[..., j], x[..., i]),
+        )
+        for n, i, j in pairs
+    ]
+    return [
+        dict(r, share=100 * r["difference"] / whole["difference"] if whole["verdict"] == "better" else np.nan)
+        for r in rows
+    ]
 
+
+# %% ../nbs/10a_scores.ipynb #d66750cc
 def gains(e, scale, seeds=None, partial=False):
     "The ladder of each cell that has all rungs, and their mean over the seeds that all these cells have."
-    w = last(frame(e, scale, seeds, partial)); full = [c for c in cells_of(e, scale) if len(rungs(w, [c]))]
-    sets = {EVERY: full} if len(full) > 1 and len(rungs(w, full)) else {}; sets |= {c: [c] for c in full}
-    return pd.DataFrame([r for name, cs in sets.items() for r in climb(rungs(w, cs), name)], columns=["cell", "step", "start", "end", "n", "cells", "difference", "lo", "hi", "verdict", "share"])
+    w = last(frame(e, scale, seeds, partial))
+    full = [c for c in cells_of(e, scale) if len(rungs(w, [c]))]
+    sets = {EVERY: full} if len(full) > 1 and len(rungs(w, full)) else {}
+    sets |= {c: [c] for c in full}
+    return pd.DataFrame(
+        [r for name, cs in sets.items() for r in climb(rungs(w, cs), name)],
+        columns=["cell", "step", "start", "end", "n", "cells", "difference", "lo", "hi", "verdict", "share"],
+    )
 
+
+# %% ../nbs/10a_scores.ipynb #fd2aeec2
 def say_share(t):
     "A table of gains as one sentence a cell."
     out = []
     for cell, g in t.groupby("cell", sort=False):
-        all_, steps = g[g.step == WHOLE].iloc[0], g[g.step != WHOLE]; parts = "; ".join(f"{r.step} {r.share:.0f} %" for _, r in steps.iterrows()) if all_.verdict == "better" else "no clear gain to share"
-        out.append(f"{cell} ({counted(all_.n)}): {WHOLE} {all_.difference:+.1f} [{all_.lo:+.1f}, {all_.hi:+.1f}]: {parts}.")
+        all_, steps = g[g.step == WHOLE].iloc[0], g[g.step != WHOLE]
+        parts = (
+            "; ".join(f"{r.step} {r.share:.0f} %" for _, r in steps.iterrows())
+            if all_.verdict == "better"
+            else "no clear gain to share"
+        )
+        out.append(
+            f"{cell} ({counted(all_.n)}): {WHOLE} {all_.difference:+.1f} [{all_.lo:+.1f}, {all_.hi:+.1f}]: {parts}."
+        )
     return "\n".join(out) or "no cell has all rungs yet"
+
 
 # %% ../nbs/10a_scores.ipynb #77034701
 def waterfall(ax, g):
     "One ladder: from the level of one rung to that of the next; the line is the gain's 95 % interval."
-    blue, orange = (sns.color_palette("colorblind")[i] for i in (0, 1)); steps, whole = g[g.step != WHOLE].reset_index(), g[g.step == WHOLE].iloc[0]
-    ax.barh(0, whole.start, color="grey", alpha=0.5); ax.barh(len(steps) + 1, whole.end, color="grey", alpha=0.5)
+    blue, orange = (sns.color_palette("colorblind")[i] for i in (0, 1))
+    steps, whole = g[g.step != WHOLE].reset_index(), g[g.step == WHOLE].iloc[0]
+    ax.barh(0, whole.start, color="grey", alpha=0.5)
+    ax.barh(len(steps) + 1, whole.end, color="grey", alpha=0.5)
     for i, r in steps.iterrows():
-        ax.barh(i + 1, r.difference, left=r.start, color=blue if r.difference > 0 else orange, alpha=0.75); ax.plot([r.start] * 2, [i - 0.4, i + 1.4], color="k", lw=0.8)
-        if not pd.isna(r.lo): ax.plot([r.start + r.lo, r.start + r.hi], [i + 1] * 2, color="k", lw=1.2)
-        ax.annotate(f"{r.difference:+.1f}" + ("" if pd.isna(r.share) else f" ({r.share:.0f} %)"), (max(r.start + np.nanmax([r.difference, 0, r.hi]), r.start), i + 1), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
-    clear = f"{WHOLE}: {whole.difference:+.1f}" + ("" if pd.isna(whole.lo) else f" [{whole.lo:+.1f}, {whole.hi:+.1f}]") + ("" if whole.verdict == "better" else "\nno clear gain to share")
-    ax.set_title((f"mean of {whole.cells} cells" if g.cell.iloc[0] == EVERY else g.cell.iloc[0]) + f", {counted(whole.n)}\n{clear}", fontsize=8); ax.set(xlabel="score"); ax.margins(x=0.16)
+        ax.barh(i + 1, r.difference, left=r.start, color=blue if r.difference > 0 else orange, alpha=0.75)
+        ax.plot([r.start] * 2, [i - 0.4, i + 1.4], color="k", lw=0.8)
+        if not pd.isna(r.lo):
+            ax.plot([r.start + r.lo, r.start + r.hi], [i + 1] * 2, color="k", lw=1.2)
+        ax.annotate(
+            f"{r.difference:+.1f}" + ("" if pd.isna(r.share) else f" ({r.share:.0f} %)"),
+            (max(r.start + np.nanmax([r.difference, 0, r.hi]), r.start), i + 1),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+        )
+    clear = (
+        f"{WHOLE}: {whole.difference:+.1f}"
+        + ("" if pd.isna(whole.lo) else f" [{whole.lo:+.1f}, {whole.hi:+.1f}]")
+        + ("" if whole.verdict == "better" else "\nno clear gain to share")
+    )
+    ax.set_title(
+        (f"mean of {whole.cells} cells" if g.cell.iloc[0] == EVERY else g.cell.iloc[0])
+        + f", {counted(whole.n)}\n{clear}",
+        fontsize=8,
+    )
+    ax.set(xlabel="score")
+    ax.margins(x=0.16)
 
+
+# %% ../nbs/10a_scores.ipynb #032abe2d
 def share(e, scale, seeds=None, partial=False):
     "A waterfall from DT to LaMo: over all cells, and a panel a cell."
-    t = gains(e, scale, seeds, partial); found = list(t.cell.unique()); fig, axes = axes_for(found or ["-"], width=3, height=3.1, most=4, sharey=True)
-    for ax, c in zip(axes, found): waterfall(ax, t[t.cell == c]); ax.grid(axis="y", visible=False)
-    if found: axes[0].set(yticks=range(len(LADDER) + 1), yticklabels=[*LADDER.values(), "LaMo"], ylim=(len(LADDER) + 0.6, -0.6))
-    else: nothing(axes[0], "no cell has all rungs yet")
+    t = gains(e, scale, seeds, partial)
+    found = list(t.cell.unique())
+    fig, axes = axes_for(found or ["-"], width=3, height=3.1, most=4, sharey=True)
+    for ax, c in zip(axes, found):
+        waterfall(ax, t[t.cell == c])
+        ax.grid(axis="y", visible=False)
+    if found:
+        axes[0].set(
+            yticks=range(len(LADDER) + 1), yticklabels=[*LADDER.values(), "LaMo"], ylim=(len(LADDER) + 0.6, -0.6)
+        )
+    else:
+        nothing(axes[0], "no cell has all rungs yet")
     return fig, t
+
 
 # %% ../nbs/10a_scores.ipynb #1637d82c
 def against(w, a, b, metric="score"):
     "Rows of verdicts of arm a over arm b: every cell, then all."
-    A, B = grid_of(w, a, metric), grid_of(w, b, metric); cells, seeds = [c for c in A if c in B], A.index.intersection(B.index); d = (A.loc[seeds, cells] - B.loc[seeds, cells]) if cells else pd.DataFrame()
+    A, B = grid_of(w, a, metric), grid_of(w, b, metric)
+    cells, seeds = [c for c in A if c in B], A.index.intersection(B.index)
+    d = (A.loc[seeds, cells] - B.loc[seeds, cells]) if cells else pd.DataFrame()
     for name, cs in {**{c: [c] for c in d}, **({EVERY: list(d)} if len(cells) > 1 else {})}.items():
-        if len(x := d[cs].dropna()): yield dict(cell=name, method=a, against=b, cells=len(cs), n=len(x), **compare(x, np.zeros_like(x)))
+        if len(x := d[cs].dropna()):
+            yield dict(cell=name, method=a, against=b, cells=len(cs), n=len(x), **compare(x, np.zeros_like(x)))
 
+
+# %% ../nbs/10a_scores.ipynb #d8242ba3
 VERDICT = ["cell", "method", "against", "cells", "n", "difference", "lo", "hi", "verdict"]
+
 
 def verdicts(e, scale, base="DT", seeds=None, partial=False, metric="score"):
     "Every arm against `base`, on each cell and over all of them."
     w = last(frame(e, scale, seeds, partial))
-    return pd.DataFrame([v for l in labels_of(e, scale) if l != base for v in against(w, l, base, metric)], columns=VERDICT).sort_values("cell", key=lambda c: c.map({c: i for i, c in enumerate([*cells_of(e), EVERY])}), kind="stable", ignore_index=True)
+    return pd.DataFrame(
+        [v for l in labels_of(e, scale) if l != base for v in against(w, l, base, metric)], columns=VERDICT
+    ).sort_values(
+        "cell",
+        key=lambda c: c.map({c: i for i, c in enumerate([*cells_of(e), EVERY])}),
+        kind="stable",
+        ignore_index=True,
+    )
 
-def say(v): return results.say(v.rename(columns=dict(cell="family")).assign(method="'" + v.method + "'"))
+
+# %% ../nbs/10a_scores.ipynb #4249470a
+def say(v):
+    return results.say(v.rename(columns=dict(cell="family")).assign(method="'" + v.method + "'"))
+
 
 # %% ../nbs/10a_scores.ipynb #8491de47
-QUESTIONS = (     # question, arm, against
-    ("Did pre-training on text help?", "LaMo", "LaMo without pre-training"), ("Did it, with no language loss in either?", "LaMo without language loss", "LaMo without pre-training"),
-    ("Is a Markov chain better than IID tokens?", "LaMo on the Markov chain", "LaMo on IID tokens"), ("Is English better than the chain?", "LaMo without language loss", "LaMo on the Markov chain"),
-    ("Is LaMo better than DT?", "LaMo", "DT"), ("Is it better than the fair DT?", "LaMo", "DT, shared projection, long positions"), ("Does the language loss help control?", "LaMo", "LaMo without language loss"))
+QUESTIONS = (  # question, arm, against
+    ("Did pre-training on text help?", "LaMo", "LaMo without pre-training"),
+    ("Did it, with no language loss in either?", "LaMo without language loss", "LaMo without pre-training"),
+    ("Is a Markov chain better than IID tokens?", "LaMo on the Markov chain", "LaMo on IID tokens"),
+    ("Is English better than the chain?", "LaMo without language loss", "LaMo on the Markov chain"),
+    ("Is LaMo better than DT?", "LaMo", "DT"),
+    ("Is it better than the fair DT?", "LaMo", "DT, shared projection, long positions"),
+    ("Does the language loss help control?", "LaMo", "LaMo without language loss"),
+)
 
+
+# %% ../nbs/10a_scores.ipynb #107e5521
 def answer(question, v):
     "Verdict rows of one comparison as a sentence."
-    if not len(v): return f"{question} No runs yet."
-    r, of = v.iloc[-1], lambda w: named(v[(v.verdict == w) & (v.cell != EVERY)].cell) or "no cell"; bounds = "one seed decides nothing" if pd.isna(r.lo) else f"95 % interval {r.lo:+.1f} to {r.hi:+.1f}"
-    word = dict(better="Yes", worse="No, the opposite").get(r.verdict, "No clear difference"); where = f"over {r.cells} cells" if r.cell == EVERY else f"on {r.cell} (cells have no seed in common)" if len(v) > 1 else f"on {r.cell}"
+    if not len(v):
+        return f"{question} No runs yet."
+    r, of = v.iloc[-1], lambda w: named(v[(v.verdict == w) & (v.cell != EVERY)].cell) or "no cell"
+    bounds = "one seed decides nothing" if pd.isna(r.lo) else f"95 % interval {r.lo:+.1f} to {r.hi:+.1f}"
+    word = dict(better="Yes", worse="No, the opposite").get(r.verdict, "No clear difference")
+    where = (
+        f"over {r.cells} cells"
+        if r.cell == EVERY
+        else f"on {r.cell} (cells have no seed in common)"
+        if len(v) > 1
+        else f"on {r.cell}"
+    )
     return f"{question} {word}: '{r.method}' minus '{r.against}' is {r.difference:+.1f} {where}, {counted(r.n)}, {bounds}. Better on {of('better')}; worse on {of('worse')}."
 
+
+# %% ../nbs/10a_scores.ipynb #f0221e3a
 def pretraining_verdict(e, scale, seeds=None, partial=True):
     "One computed sentence a question."
-    w = last(frame(e, scale, seeds, partial)); return "\n".join(answer(q, pd.DataFrame(list(against(w, a, b)), columns=VERDICT)) for q, a, b in QUESTIONS)
+    w = last(frame(e, scale, seeds, partial))
+    return "\n".join(answer(q, pd.DataFrame(list(against(w, a, b)), columns=VERDICT)) for q, a, b in QUESTIONS)
 
+
+# %% ../nbs/10a_scores.ipynb #5d7b3999
 def language_verdict(e, scale, seeds=None, partial=True, kept="LaMo", lost="LaMo without language loss"):
     "What the language loss keeps, one sentence a cell: nats a token on held-out text at the start and at the end, with it and without."
-    df = frame(e, scale, seeds, partial); df = df[df.metric == "lm_loss"]; w, out = last(df), []
+    df = frame(e, scale, seeds, partial)
+    df = df[df.metric == "lm_loss"]
+    w, out = last(df), []
     for v in against(w, lost, kept, "lm_loss"):
-        if v["cell"] == EVERY: continue
-        start, (a, b) = df[(df.cell == v["cell"]) & (df.step == 0)].value.mean(), (grid_of(w, l, "lm_loss")[v["cell"]].mean() for l in (kept, lost)); word = dict(better="keeps more of the language model", worse="keeps less of it").get(v["verdict"], "makes no clear difference")
-        out.append(f"{v['cell']} ({counted(v['n'])}): {start:.2f} nats before; {a:.2f} with the language loss, {b:.2f} without: it {word}.")
+        if v["cell"] == EVERY:
+            continue
+        start, (a, b) = (
+            df[(df.cell == v["cell"]) & (df.step == 0)].value.mean(),
+            (grid_of(w, l, "lm_loss")[v["cell"]].mean() for l in (kept, lost)),
+        )
+        word = dict(better="keeps more of the language model", worse="keeps less of it").get(
+            v["verdict"], "makes no clear difference"
+        )
+        out.append(
+            f"{v['cell']} ({counted(v['n'])}): {start:.2f} nats before; {a:.2f} with the language loss, {b:.2f} without: it {word}."
+        )
     return "\n".join(out) or "no runs yet"
 
+
 # %% ../nbs/10a_scores.ipynb #aab804e1
-DRAW = dict(scores=table, params=params, references=references, progress=progress, language=language, texts=texts, ratio=ratio, domains=domains, targets=targets, share=share)
-READ = dict(scores="Ours: mean ± std over seeds, n where not all seeds are there; below it the IQM over seeds with its 95 % bootstrap interval; '-': not at this scale. ", params="Total, trainable, and of these LoRA's. ",
-            progress="Mean and range over seeds; short dotted marks at the right: published mean of the last 20 %, where known. ", language="Mean and range over seeds. ", texts="Lines: training; crosses: held out. ",
-            ratio="Mean and range over seeds; dotted: published (digitised). ", domains="Dots: seeds; hollow: published, over the paper's cells. Reacher2d counts as MuJoCo, as in the paper. ", targets="Bars: lowest and highest seed. ",
-            share="Lines: 95 % bootstrap interval of each gain, paired by seed and cell. ", references="Atari: the expert is a human. ")
+DRAW = dict(
+    scores=table,
+    params=params,
+    references=references,
+    progress=progress,
+    language=language,
+    texts=texts,
+    ratio=ratio,
+    domains=domains,
+    targets=targets,
+    share=share,
+)
+READ = dict(
+    scores="Ours: mean ± std over seeds, n where not all seeds are there; below it the IQM over seeds with its 95 % bootstrap interval; '-': not at this scale. ",
+    params="Total, trainable, and of these LoRA's. ",
+    progress="Mean and range over seeds; short dotted marks at the right: published mean of the last 20 %, where known. ",
+    language="Mean and range over seeds. ",
+    texts="Lines: training; crosses: held out. ",
+    ratio="Mean and range over seeds; dotted: published (digitised). ",
+    domains="Dots: seeds; hollow: published, over the paper's cells. Reacher2d counts as MuJoCo, as in the paper. ",
+    targets="Bars: lowest and highest seed. ",
+    share="Lines: 95 % bootstrap interval of each gain, paired by seed and cell. ",
+    references="Atari: the expert is a human. ",
+)
+
 
 def caption(e, scale, t=None):
     "Protocol, how to read it, what the mean is over, what this scale leaves out."
-    over = "" if t is None or "cell" not in t or "source" not in t else next((f"Mean {s}. " for s in t[t.cell.str.startswith("mean of")].source), "")
+    over = (
+        ""
+        if t is None or "cell" not in t or "source" not in t
+        else next((f"Mean {s}. " for s in t[t.cell.str.startswith("mean of")].source), "")
+    )
     return f"{e.title}, {scale} scale. {e.protocol} {READ.get(e.kind, '')}{over}{left_out(e, scale)}".strip()
 
+
+# %% ../nbs/10a_scores.ipynb #8a718376
 def show(e, scale, wanted, partial=False):
     "In a notebook: an exhibit, made and saved, and its caption."
     from IPython.display import Markdown, display
     from matplotlib.pyplot import close
-    if e.id not in wanted: return print(f"{e.id}: not asked for, or its weights cannot be had here")
-    shown = results.make(e, scale, partial=partial); display(shown, Markdown(caption(e, scale, tidy(e, scale, partial=partial) if e.kind == "scores" else None)))
-    if not isinstance(shown, pd.DataFrame): close(shown)
+
+    if e.id not in wanted:
+        return print(f"{e.id}: not asked for, or its weights cannot be had here")
+    shown = results.make(e, scale, partial=partial)
+    display(shown, Markdown(caption(e, scale, tidy(e, scale, partial=partial) if e.kind == "scores" else None)))
+    if not isinstance(shown, pd.DataFrame):
+        close(shown)

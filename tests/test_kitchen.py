@@ -1,5 +1,7 @@
 "The kitchen: seeds, D4RL's rule, the script against its card, and the reader of Minari's human data."
-import os, time, warnings
+
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -13,13 +15,20 @@ from promptnb.core import PromptnbError, data_dir, read_json
 from promptnb.tasks import kitchen
 from promptnb.tasks.kitchen import JOINTS, SUBTASKS, Kitchen, from_minari_kitchen
 
+
 def play(vec, seeds, act, steps):
     "Observations (steps + 1, N, 59), actions and rewards of lock-step play."
-    obs, _ = vec.reset(seed=seeds); s, a, r = [obs], [], []
+    obs, _ = vec.reset(seed=seeds)
+    s, a, r = [obs], [], []
     for _ in range(steps):
-        a.append(act(obs)); obs, reward, term, trunc, _ = vec.step(a[-1]); s.append(obs); r.append(reward)
-        if (term | trunc).all(): break
+        a.append(act(obs))
+        obs, reward, term, trunc, _ = vec.step(a[-1])
+        s.append(obs)
+        r.append(reward)
+        if (term | trunc).all():
+            break
     return np.stack(s), np.stack(a), np.stack(r)
+
 
 @pytest.fixture(scope="module")
 def played():
@@ -27,123 +36,229 @@ def played():
     vec = tasks.lock_step("kitchen", [0, 0])
     return (*play(vec, [5, 6], kitchen.script(vec, "expert", np.random.default_rng(0)), 280), vec)
 
+
 def test_environment_passes_the_checker():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_env(gym.make("promptnb/kitchen-v0").unwrapped, skip_render_check=True)
 
+
 def test_equals_the_package_bit_for_bit():
-    ours, theirs = Kitchen(), kitchen.kitchen_env.KitchenEnv(list(SUBTASKS)); rng = np.random.default_rng(0)
+    ours, theirs = Kitchen(), kitchen.kitchen_env.KitchenEnv(list(SUBTASKS))
+    rng = np.random.default_rng(0)
     assert np.array_equal(ours.reset(seed=3)[0], theirs.reset(seed=3)[0]["observation"].astype(np.float32))
     for _ in range(40):
-        a = rng.uniform(-1, 1, 9).astype(np.float32); o, r, *_ = ours.step(a); o2, r2, *_ = theirs.step(a.astype(float))
+        a = rng.uniform(-1, 1, 9).astype(np.float32)
+        o, r, *_ = ours.step(a)
+        o2, r2, *_ = theirs.step(a.astype(float))
         assert np.array_equal(o, o2["observation"].astype(np.float32)) and r == r2
+
 
 def test_an_episode_depends_on_its_seed_alone(played):
     s, a, r, vec = played
     again = kitchen.Script(vec.envs[0].unwrapped, 2, kitchen.NOISE, np.random.default_rng(0))
-    s2, a2, r2 = play(vec, [5, 6], again, 60)                                   # the same rows, which have moved
+    s2, a2, r2 = play(vec, [5, 6], again, 60)  # the same rows, which have moved
     assert np.array_equal(s[:61], s2) and np.array_equal(a[:60], a2)
-    three = tasks.lock_step("kitchen", [0] * 3); t = iter(range(60))            # another row, other neighbours
+    three = tasks.lock_step("kitchen", [0] * 3)
+    t = iter(range(60))  # another row, other neighbours
     s3, *_ = play(three, [9, 6, 5], lambda obs: np.stack([np.ones(9, np.float32), *a[next(t), ::-1]]), 60)
     assert np.array_equal(s3[:, 1], s[:61, 1]) and np.array_equal(s3[:, 2], s[:61, 0])
     assert not np.array_equal(s3[1, 0], s3[1, 1])
 
+
 def test_rows_are_reset_by_a_mask(played):
-    vec = played[3]; vec.reset(seed=[5, 6]); vec.step(np.ones((2, 9))); kept, _ = vec.reset(seed=[7, 8], options=dict(reset_mask=np.array([True, False])))
+    vec = played[3]
+    vec.reset(seed=[5, 6])
+    vec.step(np.ones((2, 9)))
+    kept, _ = vec.reset(seed=[7, 8], options=dict(reset_mask=np.array([True, False])))
     fresh, _ = vec.reset(seed=[7, 6])
     assert np.array_equal(kept[0], fresh[0]) and not np.array_equal(kept[1], fresh[1])
 
+
 def test_d4rl_pays_once_and_ends_when_all_are_done():
-    env = gym.make("promptnb/kitchen-v0"); env.reset(seed=0); q = env.unwrapped.data.qpos; paid = []
+    env = gym.make("promptnb/kitchen-v0")
+    env.reset(seed=0)
+    q = env.unwrapped.data.qpos
+    paid = []
     for k in SUBTASKS:
-        if k == "microwave": q[JOINTS[k]] = kitchen.GOALS[k]; paid.append(env.step(np.zeros(9))[1:3]); q[JOINTS[k]] = 0; paid.append(env.step(np.zeros(9))[1:3])
-        q[JOINTS[k]] = kitchen.GOALS[k]; *_, info = out = env.step(np.zeros(9)); paid.append(out[1:3])
-    assert paid == [(1, False), (0, False), (0, False), (1, False), (1, False), (1, True)] and info["success"] and info["finished"] == SUBTASKS
+        if k == "microwave":
+            q[JOINTS[k]] = kitchen.GOALS[k]
+            paid.append(env.step(np.zeros(9))[1:3])
+            q[JOINTS[k]] = 0
+            paid.append(env.step(np.zeros(9))[1:3])
+        q[JOINTS[k]] = kitchen.GOALS[k]
+        *_, info = out = env.step(np.zeros(9))
+        paid.append(out[1:3])
+    assert (
+        paid == [(1, False), (0, False), (0, False), (1, False), (1, False), (1, True)]
+        and info["success"]
+        and info["finished"] == SUBTASKS
+    )
+
 
 def test_the_other_protocol_pays_on_and_never_ends():
-    env = Kitchen("gymnasium"); env.reset(seed=0); env.data.qpos[JOINTS["microwave"]] = -0.75
+    env = Kitchen("gymnasium")
+    env.reset(seed=0)
+    env.data.qpos[JOINTS["microwave"]] = -0.75
     assert [env.step(np.zeros(9))[1] for _ in range(3)] == [1, 1, 1]
-    for k in SUBTASKS: env.data.qpos[JOINTS[k]] = kitchen.GOALS[k]
+    for k in SUBTASKS:
+        env.data.qpos[JOINTS[k]] = kitchen.GOALS[k]
     _, r, ended, _, info = env.step(np.zeros(9))
     assert (r, ended, info["success"]) == (4, False, True)
     assert gym.make("promptnb/kitchen-v0", protocol="gymnasium", max_episode_steps=450).spec.max_episode_steps == 450
 
+
 def test_rule_on_arrays():
-    d = np.full((6, 2), .8); assert kitchen.d4rl_rule(d).tolist() == [0] * 6
-    d[2:, 0] = .29; d[4, 1] = .1; assert kitchen.d4rl_rule(d).tolist() == [0, 0, 1, 0, 1]
-    d[4, 1], d[5, 1] = .8, .3; assert kitchen.d4rl_rule(d).tolist() == [0, 0, 1, 0, 0, 0]      # 0.3 is not below 0.3
-    assert kitchen.d4rl_rule(np.full((3, 4), .1)).tolist() == [4]
+    d = np.full((6, 2), 0.8)
+    assert kitchen.d4rl_rule(d).tolist() == [0] * 6
+    d[2:, 0] = 0.29
+    d[4, 1] = 0.1
+    assert kitchen.d4rl_rule(d).tolist() == [0, 0, 1, 0, 1]
+    d[4, 1], d[5, 1] = 0.8, 0.3
+    assert kitchen.d4rl_rule(d).tolist() == [0, 0, 1, 0, 0, 0]  # 0.3 is not below 0.3
+    assert kitchen.d4rl_rule(np.full((3, 4), 0.1)).tolist() == [4]
+
 
 def test_script_beats_random_by_the_cards_margin(played):
-    card = read_json(data_dir()/"experts"/"kitchen.json"); expert = played[2].sum(0)
-    vec = tasks.lock_step("kitchen", [0]); random = play(vec, [5], kitchen.script(vec, "random", np.random.default_rng(0)), 280)[2].sum(0)
+    card = read_json(data_dir() / "experts" / "kitchen.json")
+    expert = played[2].sum(0)
+    vec = tasks.lock_step("kitchen", [0])
+    random = play(vec, [5], kitchen.script(vec, "random", np.random.default_rng(0)), 280)[2].sum(0)
     assert expert.mean() - random.mean() > card["margin"] > 0.5
     assert played[3].finished.shape == (2, 4) and card["expert_mean_return"] <= 4
-    with pytest.raises(PromptnbError, match="unknown quality of kitchen 'medium'"): kitchen.script(vec, "medium", np.random.default_rng(0))
+    with pytest.raises(PromptnbError, match="unknown quality of kitchen 'medium'"):
+        kitchen.script(vec, "medium", np.random.default_rng(0))
+
 
 def test_script_begins_anew_after_a_reset(played):
-    vec = played[3]; act = kitchen.script(vec, "expert", np.random.default_rng(1)); act.noise = 0 * act.noise
-    a = play(vec, [5, 6], act, 30)[1]; vec.reset(seed=[1, 2])
+    vec = played[3]
+    act = kitchen.script(vec, "expert", np.random.default_rng(1))
+    act.noise = 0 * act.noise
+    a = play(vec, [5, 6], act, 30)[1]
+    vec.reset(seed=[1, 2])
     assert act.place[:, 1].min() > 0 and np.array_equal(play(vec, [5, 6], act, 30)[1], a)
 
+
 def test_noise_of_a_row_does_not_depend_on_the_others():
-    vec = tasks.lock_step("kitchen", [0, 0]); obs, _ = vec.reset(seed=[1, 1]); env = vec.envs[0].unwrapped
-    one, two = (kitchen.Script(env, n, .1, np.random.default_rng(4)) for n in (1, 2))
+    vec = tasks.lock_step("kitchen", [0, 0])
+    obs, _ = vec.reset(seed=[1, 1])
+    env = vec.envs[0].unwrapped
+    one, two = (kitchen.Script(env, n, 0.1, np.random.default_rng(4)) for n in (1, 2))
     assert np.array_equal(one(obs[:1])[0], two(obs)[0]) and not np.array_equal(*two(obs))
+
 
 # ---- Minari
 
+
 def dict_episode(T=30, done=(3, 9, 9, 20), extra=0):
     "A made-up FrankaKitchen episode of T steps: sub-task k is near its goal in steps done[k] and done[k] + 1 alone."
-    rng = np.random.default_rng(0); goals = kitchen.GOALS
-    achieved = {k: np.stack([goals[k] + (0 if t - 1 in (n, n + 1) else 1) for t in range(T + 1)]) for k, n in zip(SUBTASKS, done)}
+    rng = np.random.default_rng(0)
+    goals = kitchen.GOALS
+    achieved = {
+        k: np.stack([goals[k] + (0 if t - 1 in (n, n + 1) else 1) for t in range(T + 1)])
+        for k, n in zip(SUBTASKS, done)
+    }
     desired = {k: np.repeat(goals[k][None], T + 1, 0) for k in SUBTASKS}
     rewards = sum(np.isin(np.arange(T), (n, n + 1)).astype(float) for n in done)
-    return dict(observation=rng.normal(size=(T + 1, 59)), achieved_goal=achieved, desired_goal=desired), rng.uniform(-1, 1, (T, 9)).astype(np.float32), rewards
+    return (
+        dict(observation=rng.normal(size=(T + 1, 59)), achieved_goal=achieved, desired_goal=desired),
+        rng.uniform(-1, 1, (T, 9)).astype(np.float32),
+        rewards,
+    )
+
 
 def write(id_, episodes, observation_space, env):
     import minari
     from minari.data_collector import EpisodeBuffer
-    bufs = [EpisodeBuffer(id=i, observations=o, actions=a, rewards=r, terminations=np.zeros(len(r), bool), truncations=np.arange(len(r)) == len(r) - 1) for i, (o, a, r) in enumerate(episodes)]
+
+    bufs = [
+        EpisodeBuffer(
+            id=i,
+            observations=o,
+            actions=a,
+            rewards=r,
+            terminations=np.zeros(len(r), bool),
+            truncations=np.arange(len(r)) == len(r) - 1,
+        )
+        for i, (o, a, r) in enumerate(episodes)
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        minari.create_dataset_from_buffers(id_, bufs, observation_space=observation_space, action_space=env.action_space, algorithm_name="made up", author="promptnb", author_email="-", code_permalink="-", description="a test", data_format="hdf5")
+        minari.create_dataset_from_buffers(
+            id_,
+            bufs,
+            observation_space=observation_space,
+            action_space=env.action_space,
+            algorithm_name="made up",
+            author="promptnb",
+            author_email="-",
+            code_permalink="-",
+            description="a test",
+            data_format="hdf5",
+        )
+
 
 @pytest.fixture
 def human(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path)); env = Kitchen("gymnasium").inner
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = Kitchen("gymnasium").inner
     episodes = [dict_episode(), dict_episode(done=(3, 9, 40, 20)), dict_episode(T=300, done=(3, 9, 290, 20))]
     write("D4RL/kitchen/complete-v2", episodes, env.observation_space, env)
     return episodes
 
+
 def test_minari_by_d4rls_rule(human):
     one, two, three = from_minari_kitchen("D4RL/kitchen/complete-v2")
-    assert one["rewards"].tolist() == [{3: 1, 9: 2, 20: 1}.get(t, 0) for t in range(21)] and one["terminated"] and one["success"]
-    assert [x.shape for x in (one["observations"], one["actions"])] == [(21, 59), (21, 9)] and one["observations"].dtype == np.float32
-    assert np.array_equal(one["observations"], human[0][0]["observation"][:21].astype(np.float32)) and np.array_equal(one["actions"], human[0][1][:21])
+    assert (
+        one["rewards"].tolist() == [{3: 1, 9: 2, 20: 1}.get(t, 0) for t in range(21)]
+        and one["terminated"]
+        and one["success"]
+    )
+    assert [x.shape for x in (one["observations"], one["actions"])] == [(21, 59), (21, 9)] and one[
+        "observations"
+    ].dtype == np.float32
+    assert np.array_equal(one["observations"], human[0][0]["observation"][:21].astype(np.float32)) and np.array_equal(
+        one["actions"], human[0][1][:21]
+    )
     assert two["rewards"].sum() == 3 and len(two["rewards"]) == 30 and not two["terminated"]
-    assert three["rewards"].sum() == 3 and len(three["rewards"]) == 280                       # the fourth comes after D4RL's last step
+    assert three["rewards"].sum() == 3 and len(three["rewards"]) == 280  # the fourth comes after D4RL's last step
+
 
 def test_minari_as_stored(human):
     trajs = from_minari_kitchen("D4RL/kitchen/complete-v2", rule="gymnasium", episodes=2)
-    assert [t["rewards"].tolist() for t in trajs] == [e[2].tolist() for e in human[:2]] and trajs[0]["rewards"].sum() == 8
+    assert [t["rewards"].tolist() for t in trajs] == [e[2].tolist() for e in human[:2]] and trajs[0][
+        "rewards"
+    ].sum() == 8
+
 
 def test_minari_absent_is_one_line_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path)); start = time.time()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    start = time.time()
     for download in (False, True):
-        with pytest.raises(PromptnbError) as e: from_minari_kitchen("D4RL/kitchen/partial-v2", download=download)
-        assert "\n" not in str(e.value) and "minari download D4RL/kitchen/partial-v2" in str(e.value) and "MINARI_DATASETS_PATH" in str(e.value)
+        with pytest.raises(PromptnbError) as e:
+            from_minari_kitchen("D4RL/kitchen/partial-v2", download=download)
+        assert (
+            "\n" not in str(e.value)
+            and "minari download D4RL/kitchen/partial-v2" in str(e.value)
+            and "MINARI_DATASETS_PATH" in str(e.value)
+        )
         assert ("does not answer" in str(e.value)) == download
     assert time.time() - start < 5
 
+
 def test_minari_faults(human, tmp_path):
-    env = Kitchen().inner; flat = gym.spaces.Box(-np.inf, np.inf, (59,), np.float64)
+    env = Kitchen().inner
+    flat = gym.spaces.Box(-np.inf, np.inf, (59,), np.float64)
     write("own/flat-v0", [(human[0][0]["observation"], *human[0][1:])], flat, env)
-    with pytest.raises(PromptnbError, match="'own/flat-v0' is not FrankaKitchen's"): from_minari_kitchen("own/flat-v0")
-    with pytest.raises(PromptnbError, match="unknown rule 'd4lr': did you mean 'd4rl'"): from_minari_kitchen("D4RL/kitchen/complete-v2", rule="d4lr")
-    for f in (tmp_path/"D4RL/kitchen/complete-v2/data").glob("metadata.json"): f.write_text("{")
-    with pytest.raises(PromptnbError, match="cannot load Minari dataset 'D4RL/kitchen/complete-v2'"): from_minari_kitchen("D4RL/kitchen/complete-v2")
+    with pytest.raises(PromptnbError, match="'own/flat-v0' is not FrankaKitchen's"):
+        from_minari_kitchen("own/flat-v0")
+    with pytest.raises(PromptnbError, match="unknown rule 'd4lr': did you mean 'd4rl'"):
+        from_minari_kitchen("D4RL/kitchen/complete-v2", rule="d4lr")
+    for f in (tmp_path / "D4RL/kitchen/complete-v2/data").glob("metadata.json"):
+        f.write_text("{")
+    with pytest.raises(PromptnbError, match="cannot load Minari dataset 'D4RL/kitchen/complete-v2'"):
+        from_minari_kitchen("D4RL/kitchen/complete-v2")
+
 
 @pytest.mark.skipif(not tasks.gl_backend(), reason="nothing renders here")
 def test_film():

@@ -1,9 +1,16 @@
 "The language model as trunk: what LaMo's description says, what is frozen, what is saved, and the language models that need no network."
-import math, os, shutil, signal, subprocess, sys
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
 
 from promptnb.core import Batch, PromptnbError, Steps, action_loss, load_tensors, read_json
@@ -15,52 +22,103 @@ from promptnb.train import FitConfig, fit, optimiser
 S, A, K, B = 11, 3, 4, 5
 SMALL = LMConfig(S, A, layers=2, heads=2, width=16, vocab=30, r=3, alpha=6)
 
+
 def windows(seed=0, n=B):
     "Windows with different padding in each row."
-    g = torch.Generator().manual_seed(seed); r = lambda *d: torch.randn(n, K, *d, generator=g)
-    return Steps(r(S), r(A).tanh(), r(1), torch.arange(K).expand(n, K) + 7, (torch.arange(K) >= torch.arange(n)[:, None] % K).float())
+    g = torch.Generator().manual_seed(seed)
+
+    def r(*d):
+        return torch.randn(n, K, *d, generator=g)
+
+    return Steps(
+        r(S),
+        r(A).tanh(),
+        r(1),
+        torch.arange(K).expand(n, K) + 7,
+        (torch.arange(K) >= torch.arange(n)[:, None] % K).float(),
+    )
+
 
 def policy(c=SMALL, seed=0, **kw):
     "A policy whose LoRA has already moved."
-    torch.manual_seed(seed); pi = LamoPolicy(asdict(replace(c, **kw)), K=K, rtg_scale=2.).eval()
+    torch.manual_seed(seed)
+    pi = LamoPolicy(asdict(replace(c, **kw)), K=K, rtg_scale=2.0).eval()
     for n, p in pi.named_parameters():
-        if "lora_B" in n: torch.nn.init.normal_(p, std=0.3)
-        if n.endswith("bias") and p.requires_grad: torch.nn.init.normal_(p, std=0.3)
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.3)
+        if n.endswith("bias") and p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
     return pi
+
 
 class Fixed:
     "The same windows at each step."
-    def batch(self, t): return Batch(windows())
 
-def text(n=2, T=9, vocab=30): return torch.randint(vocab, (n, T), generator=torch.Generator().manual_seed(1))
-def no_network(monkeypatch): monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("asked the network"))
+    def batch(self, t):
+        return Batch(windows())
+
+
+def text(n=2, T=9, vocab=30):
+    return torch.randint(vocab, (n, T), generator=torch.Generator().manual_seed(1))
+
+
+def no_network(monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("asked the network"))
+
 
 @pytest.fixture(scope="module")
 def gpt(tmp_path_factory):
     "A folder of GPT-2 small's shape, one layer and few words, with random weights."
     from transformers import GPT2Config, GPT2LMHeadModel
-    torch.manual_seed(5); d = tmp_path_factory.mktemp("gpt2")
+
+    torch.manual_seed(5)
+    d = tmp_path_factory.mktemp("gpt2")
     GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=1, bos_token_id=0, eos_token_id=0)).save_pretrained(d)
     return d
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(6); d = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(d)
+
+    torch.manual_seed(6)
+    d = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=30,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).save_pretrained(d)
     return d
+
 
 # ---- spec A.1, written out by hand
 
-def mlp(x, m): h = F.linear(x, m.fc1.weight, m.fc1.bias); return h + F.linear(0.5 * h * (1 + torch.erf(h / math.sqrt(2))), m.fc2.weight, m.fc2.bias)
-def norm(x, m): return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + m.eps).sqrt() * m.weight + m.bias
-def conv(x, m): return x @ m.weight + m.bias
+
+def mlp(x, m):
+    h = F.linear(x, m.fc1.weight, m.fc1.bias)
+    return h + F.linear(0.5 * h * (1 + torch.erf(h / math.sqrt(2))), m.fc2.weight, m.fc2.bias)
+
+
+def norm(x, m):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + m.eps).sqrt() * m.weight + m.bias
+
+
+def conv(x, m):
+    return x @ m.weight + m.bias
+
 
 def projection(x, m, c):
     "W x + b + alpha / r B A x."
-    if not hasattr(m, "base_layer"): return x @ m.weight + m.bias
+    if not hasattr(m, "base_layer"):
+        return x @ m.weight + m.bias
     w = m.base_layer.weight if "Conv1D" in type(m.base_layer).__name__ else m.base_layer.weight.T
     return x @ w + m.base_layer.bias + c.alpha / c.r * (x @ m.lora_A.default.weight.T @ m.lora_B.default.weight.T)
+
 
 def by_hand(pi, row):
     "Actions (k, A) of the k real steps of one window (k, .), without padding, one head after the other."
@@ -70,18 +128,32 @@ def by_hand(pi, row):
     T, causal = len(x), torch.full((len(x), len(x)), -math.inf).triu(1)
     for b in pi.lm.trunk.h:
         y, at = norm(x, b.ln_1), b.attn.c_attn
-        q, k, v = [projection(y, getattr(at, n), c) for n in L.QKV] if hasattr(at, "q_proj") else projection(y, at, c).chunk(3, -1)
-        heads = [(i @ j.T / math.sqrt(i.shape[1]) + causal).softmax(-1) @ u for i, j, u in zip(*(z.chunk(c.heads, -1) for z in (q, k, v)))]
+        q, k, v = (
+            [projection(y, getattr(at, n), c) for n in L.QKV]
+            if hasattr(at, "q_proj")
+            else projection(y, at, c).chunk(3, -1)
+        )
+        heads = [
+            (i @ j.T / math.sqrt(i.shape[1]) + causal).softmax(-1) @ u
+            for i, j, u in zip(*(z.chunk(c.heads, -1) for z in (q, k, v)))
+        ]
         x = x + conv(torch.cat(heads, -1), b.attn.c_proj)
         y = conv(norm(x, b.ln_2), b.mlp.c_fc)
-        x = x + conv(0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3))), b.mlp.c_proj)
+        x = x + conv(0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))), b.mlp.c_proj)
     h = norm(x, pi.lm.trunk.ln_f)[1::3]
-    y = F.linear(h, pi.head[0].weight, pi.head[0].bias); y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+    y = F.linear(h, pi.head[0].weight, pi.head[0].bias)
+    y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
     return F.linear(y, pi.head[2].weight, pi.head[2].bias)
 
-@pytest.mark.parametrize("kw", [{}, dict(split=False), dict(train="frozen"), dict(train="full")], ids=lambda k: next(iter(k.items()), ("code",))[-1])
+
+@pytest.mark.parametrize(
+    "kw",
+    [{}, dict(split=False), dict(train="frozen"), dict(train="full")],
+    ids=lambda k: next(iter(k.items()), ("code",))[-1],
+)
 def test_parity_with_the_description(kw):
-    pi, h = policy(**kw), windows(); real = h.mask.bool()
+    pi, h = policy(**kw), windows()
+    real = h.mask.bool()
     want = [by_hand(pi, h[i].map(lambda x: x[real[i]])) for i in range(B)]
     torch.testing.assert_close(torch.cat([pi(h)[i][real[i]] for i in range(B)]), torch.cat(want), rtol=0, atol=1e-5)
     loss = torch.cat([(w - h.a[i][real[i]]) ** 2 for i, w in enumerate(want)]).mean()
@@ -89,140 +161,258 @@ def test_parity_with_the_description(kw):
     g = [torch.autograd.grad(x, pi.time.weight)[0] for x in (pi.loss(Batch(h)), loss)]
     torch.testing.assert_close(*g, rtol=0, atol=1e-5)
 
+
 def test_order_of_normalisation_and_time():
-    h, one, two = windows(), policy(), policy(norm_before_time=False); t = one.time.weight[h.t].repeat_interleave(3, 1)
-    torch.testing.assert_close(one.tokens(h) - t, one.norm(L.tokens3(*(one.embed[n](getattr(h, n)) for n in ("rtg", "s", "a")))))
+    h, one, two = windows(), policy(), policy(norm_before_time=False)
+    t = one.time.weight[h.t].repeat_interleave(3, 1)
+    torch.testing.assert_close(
+        one.tokens(h) - t, one.norm(L.tokens3(*(one.embed[n](getattr(h, n)) for n in ("rtg", "s", "a"))))
+    )
     assert (one.tokens(h) - two.tokens(h)).abs().max() > 0.1
 
+
 def test_switches_of_the_controls():
-    pi = policy(embed="linear", share_projection=True, extend_positions=True, max_timestep=3000, train="full"); h = windows()
+    pi = policy(embed="linear", share_projection=True, extend_positions=True, max_timestep=3000, train="full")
+    h = windows()
     hidden = pi.lm(pi.tokens(h)[:, :-1], L.who_sees_whom(h.mask.repeat_interleave(3, 1)[:, :-1]))[:, 1::3]
-    torch.testing.assert_close(pi(h), torch.tanh(hidden @ pi.embed["a"].weight)); assert pi.head is None
-    w = L.load_lm(pi.config).transformer.wpe.weight                              # 1,024 rows; rows 2 to 1,023 come again from 1,024
-    assert torch.equal(pi.time.weight[:1024], w) and torch.equal(pi.time.weight[1024:2046], w[2:]) and len(pi.time.weight) == 3000
+    torch.testing.assert_close(pi(h), torch.tanh(hidden @ pi.embed["a"].weight))
+    assert pi.head is None
+    w = L.load_lm(pi.config).transformer.wpe.weight  # 1,024 rows; rows 2 to 1,023 come again from 1,024
+    assert (
+        torch.equal(pi.time.weight[:1024], w)
+        and torch.equal(pi.time.weight[1024:2046], w[2:])
+        and len(pi.time.weight) == 3000
+    )
     assert policy(embed="linear").config.squash and not policy().config.squash and policy(tanh=True)(h).abs().max() <= 1
-    with pytest.raises(PromptnbError, match="embed='linear'"): replace(SMALL, share_projection=True)
+    with pytest.raises(PromptnbError, match="embed='linear'"):
+        replace(SMALL, share_projection=True)
+
 
 def test_positions_of_the_language_model_are_not_added():
-    h = windows(); assert not any("wpe" in n for n, _ in policy().named_parameters()) and any("wpe" in n for n, _ in policy(use_positions=True).named_parameters())
+    h = windows()
+    assert not any("wpe" in n for n, _ in policy().named_parameters()) and any(
+        "wpe" in n for n, _ in policy(use_positions=True).named_parameters()
+    )
     assert (policy()(h) - policy(use_positions=True)(h)).abs().max() > 1e-6
 
+
 def test_padding_is_hidden():
-    h = windows(); pi = policy(); m = h.mask[..., None] > 0
-    torch.testing.assert_close(pi(replace(h, s=h.s.where(m, 9.), a=h.a.where(m, -10.), rtg=h.rtg.where(m, 5.)))[m[..., 0]], pi(h)[m[..., 0]])
-    assert pi.loss(Batch(h)) == policy(act_pad=0.).loss(Batch(h))
+    h = windows()
+    pi = policy()
+    m = h.mask[..., None] > 0
+    torch.testing.assert_close(
+        pi(replace(h, s=h.s.where(m, 9.0), a=h.a.where(m, -10.0), rtg=h.rtg.where(m, 5.0)))[m[..., 0]], pi(h)[m[..., 0]]
+    )
+    assert pi.loss(Batch(h)) == policy(act_pad=0.0).loss(Batch(h))
     torch.testing.assert_close(pi(h, last=True)[:, 0], pi(h)[:, -1])
+
 
 # ---- what is trained
 
+
 def test_sizes_of_gpt2_small():
     "LoRA has the paper's 884,736 weights; the language model's own 123.65 million are without its position table."
-    with torch.device("meta"): pi = LamoPolicy(asdict(LMConfig(17, 6)))
-    n = counts(pi); biases = 12 * 3 * 768; new = 3 * (768 * 768 + 2 * 768) + (1 + 17 + 6) * 768 + 1000 * 768 + 2 * 768 + 768 * 768 + 768 + 768 * 6 + 6
+    with torch.device("meta"):
+        pi = LamoPolicy(asdict(LMConfig(17, 6)))
+    n = counts(pi)
+    biases = 12 * 3 * 768
+    new = 3 * (768 * 768 + 2 * 768) + (1 + 17 + 6) * 768 + 1000 * 768 + 2 * 768 + 768 * 768 + 768 + 768 * 6 + 6
     assert n == dict(total=124_439_808 - 1024 * 768 + 884_736 + new, trainable=884_736 + biases + new, lora=884_736)
-    with torch.device("meta"): assert counts(LamoPolicy(asdict(LMConfig(17, 6, split=False))))["lora"] == 12 * 16 * 4 * 768
+    with torch.device("meta"):
+        assert counts(LamoPolicy(asdict(LMConfig(17, 6, split=False))))["lora"] == 12 * 16 * 4 * 768
+
 
 @pytest.mark.parametrize("train", ["lora", "frozen", "full"])
 def test_frozen_weights_stay(train, gpt):
     "They get no gradient, are not in the optimiser, and do not move."
-    pi = policy(trunk=str(gpt), train=train); own = {n for n, p in pi.lm.named_parameters() if not p.requires_grad}
-    assert bool(own) == (train != "full") and all(("lora" in n or n.endswith("base_layer.bias")) == (n not in own) for n, _ in pi.lm.named_parameters() if train == "lora")
-    assert sum(p.numel() for g in optimiser(pi.parameters(), FitConfig()).param_groups for p in g["params"]) == counts(pi)["trainable"]
+    pi = policy(trunk=str(gpt), train=train)
+    own = {n for n, p in pi.lm.named_parameters() if not p.requires_grad}
+    assert bool(own) == (train != "full") and all(
+        ("lora" in n or n.endswith("base_layer.bias")) == (n not in own)
+        for n, _ in pi.lm.named_parameters()
+        if train == "lora"
+    )
+    assert (
+        sum(p.numel() for g in optimiser(pi.parameters(), FitConfig()).param_groups for p in g["params"])
+        == counts(pi)["trainable"]
+    )
     before = {n: p.detach().clone() for n, p in pi.named_parameters()}
-    log = fit(pi, WithText(Fixed(), text(1, 64, 50), 2, 8), FitConfig(steps=3, lr=1e-2, warmup=1)); assert log.status == "ok"
+    log = fit(pi, WithText(Fixed(), text(1, 64, 50), 2, 8), FitConfig(steps=3, lr=1e-2, warmup=1))
+    assert log.status == "ok"
     moved = {n for n, p in pi.named_parameters() if not torch.equal(p, before[n])}
     assert not moved & {f"lm.{n}" for n in own} and all(dict(pi.lm.named_parameters())[n].grad is None for n in own)
     assert moved == {n for n, p in pi.named_parameters() if p.requires_grad}
 
+
 def test_language_loss():
     "lam x cross-entropy of the next word, where there is text and lam is not 0; it reaches LoRA and not the new layers."
-    h, w = windows(), text(); pi = policy(lam=0.5); action = action_loss(pi(h), h.a, h.mask)
+    h, w = windows(), text()
+    pi = policy(lam=0.5)
+    action = action_loss(pi(h), h.a, h.mask)
     x = pi.lm.trunk(inputs_embeds=pi.lm.words(w)).last_hidden_state @ pi.lm.words.weight.T
     language = -x[:, :-1].log_softmax(-1).gather(-1, w[:, 1:, None]).mean()
     torch.testing.assert_close(pi.loss(LamoBatch(h, w)), action + 0.5 * language)
-    torch.testing.assert_close(pi.loss(LamoBatch(h)), action); assert policy(lam=0.).loss(LamoBatch(h, w)) == policy().loss(Batch(h))
+    torch.testing.assert_close(pi.loss(LamoBatch(h)), action)
+    assert policy(lam=0.0).loss(LamoBatch(h, w)) == policy().loss(Batch(h))
     pi.lm.loss(LamoBatch(None, w)).backward()
     assert all((p.grad is not None) == n.startswith("lm.") for n, p in pi.named_parameters() if p.requires_grad)
 
+
 def test_text_follows_from_the_step():
-    s = torch.arange(300).view(3, 100); a = WithText(Fixed(), s, 4, 10, seed=1)
-    x = a.batch(3); a.batch(0)
-    assert torch.equal(x.text, a.batch(3).text) and not torch.equal(x.text, a.batch(4).text) and not torch.equal(x.text, WithText(None, s, 4, 10, seed=2).text(3))
+    s = torch.arange(300).view(3, 100)
+    a = WithText(Fixed(), s, 4, 10, seed=1)
+    x = a.batch(3)
+    a.batch(0)
+    assert (
+        torch.equal(x.text, a.batch(3).text)
+        and not torch.equal(x.text, a.batch(4).text)
+        and not torch.equal(x.text, WithText(None, s, 4, 10, seed=2).text(3))
+    )
     assert x.text.shape == (4, 10) and (x.text.diff(dim=1) == 1).all() and x.history.s.equal(windows().s)
+
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_bf16(train):
     pi, h = policy(train=train), LamoBatch(windows(), text())
-    with torch.autocast("cpu", dtype=torch.bfloat16): low = pi.loss(h)
-    torch.testing.assert_close(low, pi.loss(h), rtol=2e-2, atol=0); low.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = pi.loss(h)
+    torch.testing.assert_close(low, pi.loss(h), rtol=2e-2, atol=0)
+    low.backward()
+
 
 # ---- folders, names, saved policies
 
+
 def test_folder_loads_offline(gpt, monkeypatch):
     from safetensors.torch import load_file
-    no_network(monkeypatch); monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    pi, w = policy(trunk=str(gpt)), load_file(gpt/"model.safetensors")
-    at = pi.lm.trunk.h[0].attn.c_attn; merged = torch.cat([getattr(at, n).base_layer.weight.T for n in L.QKV], 1)
-    assert torch.equal(merged, w["transformer.h.0.attn.c_attn.weight"]) and torch.equal(pi.lm.words.weight, w["transformer.wte.weight"])
+
+    no_network(monkeypatch)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    pi, w = policy(trunk=str(gpt)), load_file(gpt / "model.safetensors")
+    at = pi.lm.trunk.h[0].attn.c_attn
+    merged = torch.cat([getattr(at, n).base_layer.weight.T for n in L.QKV], 1)
+    assert torch.equal(merged, w["transformer.h.0.attn.c_attn.weight"]) and torch.equal(
+        pi.lm.words.weight, w["transformer.wte.weight"]
+    )
     other = policy(trunk=str(gpt), init="random").lm.words.weight
-    assert other.shape == pi.lm.words.weight.shape and not torch.equal(other, pi.lm.words.weight) and torch.equal(other, policy(trunk=str(gpt), init="random", r=2).lm.words.weight)
+    assert (
+        other.shape == pi.lm.words.weight.shape
+        and not torch.equal(other, pi.lm.words.weight)
+        and torch.equal(other, policy(trunk=str(gpt), init="random", r=2).lm.words.weight)
+    )
+
 
 def one_line(f, *says):
-    with pytest.raises(PromptnbError) as e: f()
+    with pytest.raises(PromptnbError) as e:
+        f()
     assert "\n" not in str(e.value) and all(x in str(e.value) for x in says), str(e.value)
+
 
 def test_what_cannot_be_read(gpt, tmp_path, monkeypatch):
     no_network(monkeypatch)
     one_line(lambda: policy(trunk="gpt2-xyz"), "gpt2-xyz", "local folder", "chain, iid, english, shuffled")
-    (tmp_path/"empty").mkdir(); one_line(lambda: policy(trunk=str(tmp_path/"empty")), "empty")
-    bare = tmp_path/"bare"; shutil.copytree(gpt, bare); (bare/"model.safetensors").unlink(); one_line(lambda: policy(trunk=str(bare)), "bare")
+    (tmp_path / "empty").mkdir()
+    one_line(lambda: policy(trunk=str(tmp_path / "empty")), "empty")
+    bare = tmp_path / "bare"
+    shutil.copytree(gpt, bare)
+    (bare / "model.safetensors").unlink()
+    one_line(lambda: policy(trunk=str(bare)), "bare")
     from safetensors.torch import load_file, save_file
-    part = tmp_path/"part"; shutil.copytree(gpt, part); w = load_file(part/"model.safetensors"); w.pop("transformer.h.0.mlp.c_fc.weight"); save_file(w, part/"model.safetensors", metadata=dict(format="pt"))
+
+    part = tmp_path / "part"
+    shutil.copytree(gpt, part)
+    w = load_file(part / "model.safetensors")
+    w.pop("transformer.h.0.mlp.c_fc.weight")
+    save_file(w, part / "model.safetensors", metadata=dict(format="pt"))
     one_line(lambda: policy(trunk=str(part)), "part", "c_fc")
 
-@pytest.mark.parametrize("kw", [{}, dict(init="random"), dict(train="full"), dict(train="frozen", embed="linear", share_projection=True)], ids=lambda k: next(iter(k.items()), ("lora",))[-1])
+
+@pytest.mark.parametrize(
+    "kw",
+    [{}, dict(init="random"), dict(train="full"), dict(train="frozen", embed="linear", share_projection=True)],
+    ids=lambda k: next(iter(k.items()), ("lora",))[-1],
+)
 def test_saved_and_loaded_acts_the_same(kw, gpt, tmp_path):
-    pi = policy(trunk=str(gpt), **kw); pi.mean.normal_(); pi.std.uniform_(1, 2); pi.save_pretrained(tmp_path)
-    again = LamoPolicy.from_pretrained(tmp_path); h = windows(3)
-    assert torch.equal(again.act(h, again.begin([0] * B)), pi.act(h, pi.begin([0] * B))) and again.config == pi.config and again.K == K
+    pi = policy(trunk=str(gpt), **kw)
+    pi.mean.normal_()
+    pi.std.uniform_(1, 2)
+    pi.save_pretrained(tmp_path)
+    again = LamoPolicy.from_pretrained(tmp_path)
+    h = windows(3)
+    assert (
+        torch.equal(again.act(h, again.begin([0] * B)), pi.act(h, pi.begin([0] * B)))
+        and again.config == pi.config
+        and again.K == K
+    )
     given = kw.get("init") != "random" and kw.get("train") != "full"
     assert any("wte" in n for n in load_tensors_of(tmp_path)) != given
-    twin = pi.clone(); twin.time.weight.data.zero_(); assert torch.equal(again.act(h), pi.act(h)) and not torch.equal(twin.act(h), pi.act(h))
+    twin = pi.clone()
+    twin.time.weight.data.zero_()
+    assert torch.equal(again.act(h), pi.act(h)) and not torch.equal(twin.act(h), pi.act(h))
+
 
 def load_tensors_of(folder):
     from safetensors.torch import load_file
-    return load_file(folder/"model.safetensors")
+
+    return load_file(folder / "model.safetensors")
+
 
 def test_another_trunk_is_refused(gpt, tmp_path):
     from safetensors.torch import load_file, save_file
-    mine = tmp_path/"mine"; shutil.copytree(gpt, mine); policy(trunk=str(mine)).save_pretrained(tmp_path/"pi")
-    w = load_file(mine/"model.safetensors"); w["transformer.h.0.ln_1.weight"][0] += 1; save_file(w, mine/"model.safetensors", metadata=dict(format="pt"))
-    one_line(lambda: LamoPolicy.from_pretrained(tmp_path/"pi"), "another language model", "mine")
-    shutil.rmtree(mine); one_line(lambda: LamoPolicy.from_pretrained(tmp_path/"pi"), "mine")
+
+    mine = tmp_path / "mine"
+    shutil.copytree(gpt, mine)
+    policy(trunk=str(mine)).save_pretrained(tmp_path / "pi")
+    w = load_file(mine / "model.safetensors")
+    w["transformer.h.0.ln_1.weight"][0] += 1
+    save_file(w, mine / "model.safetensors", metadata=dict(format="pt"))
+    one_line(lambda: LamoPolicy.from_pretrained(tmp_path / "pi"), "another language model", "mine")
+    shutil.rmtree(mine)
+    one_line(lambda: LamoPolicy.from_pretrained(tmp_path / "pi"), "mine")
+
 
 def test_llama_as_trunk(llama, tmp_path):
     "Grouped keys, rotary positions, an untied head."
-    pi, h = policy(trunk=str(llama)), windows(); n = counts(pi)
+    pi, h = policy(trunk=str(llama)), windows()
+    n = counts(pi)
     assert n["lora"] == 2 * 3 * (3 * 16 + 16 + 2 * 8) and pi.lm.head is not None and not pi.lm.head.weight.requires_grad
-    m = h.mask.bool(); torch.testing.assert_close(pi(replace(h, s=h.s.where(m[..., None], 9.)))[m], pi(h)[m])
-    assert fit(pi, WithText(Fixed(), text(1, 64), 2, 8), FitConfig(steps=2, warmup=1), tmp_path/"fit").status == "ok"
-    pi.save_pretrained(tmp_path/"pi"); assert torch.equal(LamoPolicy.from_pretrained(tmp_path/"pi").eval()(h), pi(h))
+    m = h.mask.bool()
+    torch.testing.assert_close(pi(replace(h, s=h.s.where(m[..., None], 9.0)))[m], pi(h)[m])
+    assert fit(pi, WithText(Fixed(), text(1, 64), 2, 8), FitConfig(steps=2, warmup=1), tmp_path / "fit").status == "ok"
+    pi.save_pretrained(tmp_path / "pi")
+    assert torch.equal(LamoPolicy.from_pretrained(tmp_path / "pi").eval()(h), pi(h))
     one_line(lambda: policy(trunk=str(llama), extend_positions=True), "no position table")
+
 
 def test_fit_goes_on_exactly(gpt, tmp_path):
     "A policy with frozen weights: its checkpoints leave them out, and two halves are the whole."
-    new = lambda: policy(trunk=str(gpt)).train(); sampler = WithText(Fixed(), text(1, 64, 50), 2, 8); c = FitConfig(steps=6, lr=1e-3, warmup=1, checkpoint_every=3)
-    whole = new(); fit(whole, sampler, c)
-    fit(new(), sampler, replace(c, steps=3), tmp_path); half = new()
-    for p in tmp_path.glob("*.json"): assert not any("wte" in k for k in load_tensors(p.with_suffix(".safetensors"))[0])
-    class Dies(Exception): pass
+
+    def new():
+        return policy(trunk=str(gpt)).train()
+
+    sampler = WithText(Fixed(), text(1, 64, 50), 2, 8)
+    c = FitConfig(steps=6, lr=1e-3, warmup=1, checkpoint_every=3)
+    whole = new()
+    fit(whole, sampler, c)
+    fit(new(), sampler, replace(c, steps=3), tmp_path)
+    half = new()
+    for p in tmp_path.glob("*.json"):
+        assert not any("wte" in k for k in load_tensors(p.with_suffix(".safetensors"))[0])
+
+    class Dies(Exception):
+        pass
+
     class Dying:
         def batch(self, t):
-            if t == 4: raise Dies
+            if t == 4:
+                raise Dies
             return sampler.batch(t)
-    with pytest.raises(Dies): fit(new(), Dying(), c, tmp_path/"b")
-    fit(half, sampler, c, tmp_path/"b")
+
+    with pytest.raises(Dies):
+        fit(new(), Dying(), c, tmp_path / "b")
+    fit(half, sampler, c, tmp_path / "b")
     assert all(torch.equal(v, half.state_dict()[k]) for k, v in whole.state_dict().items())
+
 
 @pytest.mark.parametrize("lm", ["", "llama"])
 def test_plays(lm, llama):
@@ -231,55 +421,118 @@ def test_plays(lm, llama):
     x = rollout(seats(pi, [0]), "hopper", episodes=1, threads=1)
     assert x.returns.shape == (1, 1) and np.isfinite(x.returns).all() and not x.failed.any() and x.lengths[0, 0] > 3
 
+
 # ---- language models without a network
+
 
 def test_chain():
     "The published matrix: rows of softmax(u / tau), their entropy, and walks that follow it."
-    P, first = chain(); u = np.random.default_rng(666 + 41).random(100)
-    np.testing.assert_allclose(P[40], np.exp(u) / np.exp(u).sum()); np.testing.assert_allclose(P.sum(1), 1); assert first.shape == (100,)
-    e = entropy(P); assert abs(e["mean"] - 4.565) < 5e-4 and abs(e["stationary"] - 4.5648) < 5e-4 < math.log(100) - e["mean"]
-    Q = np.array([[0.9, 0.1], [0.5, 0.5]]); x = L.walk(Q, np.array([0., 1.]), 400, 200, np.random.default_rng(0))
-    assert (x[:, 0] == 1).all() and abs((x[:, 100:] == 0).mean() - 5 / 6) < 0.01                       # stationary (5/6, 1/6)
-    assert abs((x[:, 1:][x[:, :-1] == 0] == 1).mean() - 0.1) < 0.005 and abs((x[:, 1:][x[:, :-1] == 1] == 1).mean() - 0.5) < 0.01
-    h = lambda p: -(p * math.log(p) + (1 - p) * math.log(1 - p)); assert math.isclose(entropy(Q)["stationary"], 5 / 6 * h(0.1) + h(0.5) / 6, rel_tol=1e-9)
+    P, first = chain()
+    u = np.random.default_rng(666 + 41).random(100)
+    np.testing.assert_allclose(P[40], np.exp(u) / np.exp(u).sum())
+    np.testing.assert_allclose(P.sum(1), 1)
+    assert first.shape == (100,)
+    e = entropy(P)
+    assert abs(e["mean"] - 4.565) < 5e-4 and abs(e["stationary"] - 4.5648) < 5e-4 < math.log(100) - e["mean"]
+    Q = np.array([[0.9, 0.1], [0.5, 0.5]])
+    x = L.walk(Q, np.array([0.0, 1.0]), 400, 200, np.random.default_rng(0))
+    assert (x[:, 0] == 1).all() and abs((x[:, 100:] == 0).mean() - 5 / 6) < 0.01  # stationary (5/6, 1/6)
+    assert (
+        abs((x[:, 1:][x[:, :-1] == 0] == 1).mean() - 0.1) < 0.005
+        and abs((x[:, 1:][x[:, :-1] == 1] == 1).mean() - 0.5) < 0.01
+    )
+
+    def h(p):
+        return -(p * math.log(p) + (1 - p) * math.log(1 - p))
+
+    assert math.isclose(entropy(Q)["stationary"], 5 / 6 * h(0.1) + h(0.5) / 6, rel_tol=1e-9)
     assert math.isclose(entropy(np.eye(3)[[1, 2, 0]])["mean"], 0)
 
+
 def test_corpora():
-    c = corpus("chain", n=64, length=32, tau=0.1); again = corpus("chain", n=64, length=32, tau=0.1)
-    assert torch.equal(c.train, again.train) and c.train.shape == (60, 32) and c.held.shape == (4, 32) and c.vocab == 100
-    iid = corpus("iid", n=256, length=64); assert (torch.bincount(iid.train.flatten().int()) / iid.train.numel() - 0.01).abs().max() < 0.004
+    c = corpus("chain", n=64, length=32, tau=0.1)
+    again = corpus("chain", n=64, length=32, tau=0.1)
+    assert (
+        torch.equal(c.train, again.train) and c.train.shape == (60, 32) and c.held.shape == (4, 32) and c.vocab == 100
+    )
+    iid = corpus("iid", n=256, length=64)
+    assert (torch.bincount(iid.train.flatten().int()) / iid.train.numel() - 0.01).abs().max() < 0.004
     e, s = corpus("english", files=25, vocab=400), corpus("shuffled", files=25, vocab=400)
     assert torch.equal(e.train, corpus("english", files=25, vocab=400).train) and e.vocab == 400 and e.held.numel() > 0
     assert torch.equal(e.train.sort().values, s.train.sort().values) and not torch.equal(e.train, s.train)
-    docs = e.tokenizer.decode_batch([x.tolist() for x in torch.tensor_split(e.held[0], (e.held[0] == 0).nonzero()[1:, 0])])
-    assert set(docs) < set(L.docstrings(25)) and e.tokenizer.decode(e.train[0, :200].tolist(), skip_special_tokens=False).startswith("<|endoftext|>")
+    docs = e.tokenizer.decode_batch(
+        [x.tolist() for x in torch.tensor_split(e.held[0], (e.held[0] == 0).nonzero()[1:, 0])]
+    )
+    assert set(docs) < set(L.docstrings(25)) and e.tokenizer.decode(
+        e.train[0, :200].tolist(), skip_special_tokens=False
+    ).startswith("<|endoftext|>")
     one_line(lambda: corpus("chian"), "did you mean 'chain'?")
+
 
 TINY = dict(layers=1, width=16, seqs=4, length=16, n=64, tau=0.1)
 FIT = FitConfig(steps=12, lr=1e-2, warmup=2, clip=1e9, checkpoint_every=4, log_every=2)
 
+
 def test_pretrain_goes_on_after_a_kill(tmp_path):
     "kill -9 in step 10 of 12, the same call again: the same bytes as without."
-    whole = pretrain_lm("chain", fit, FIT, tmp_path/"a", **TINY)
+    whole = pretrain_lm("chain", fit, FIT, tmp_path / "a", **TINY)
     if not (pid := os.fork()):
-        signal.alarm(60); draw = WithText.text
+        signal.alarm(60)
+        draw = WithText.text
         WithText.text = lambda self, t: os.kill(os.getpid(), signal.SIGKILL) if t == 10 else draw(self, t)
-        pretrain_lm("chain", fit, FIT, tmp_path/"b", **TINY); os._exit(0)
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL and not (tmp_path/"b"/"lm.json").exists() and list((tmp_path/"b"/"fit").glob("step-*8.json"))
-    again = pretrain_lm("chain", fit, FIT, tmp_path/"b", **TINY)
-    assert (again/"model.safetensors").read_bytes() == (whole/"model.safetensors").read_bytes() and read_json(again/"lm.json") == read_json(whole/"lm.json")
+        pretrain_lm("chain", fit, FIT, tmp_path / "b", **TINY)
+        os._exit(0)
+    assert (
+        os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        and not (tmp_path / "b" / "lm.json").exists()
+        and list((tmp_path / "b" / "fit").glob("step-*8.json"))
+    )
+    again = pretrain_lm("chain", fit, FIT, tmp_path / "b", **TINY)
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes() and read_json(
+        again / "lm.json"
+    ) == read_json(whole / "lm.json")
+
 
 def test_pretrained_folder(tmp_path, tmp_home):
     "Made once, found by its settings, told what it reached, and a trunk with its tokenizer."
     from transformers import AutoTokenizer
-    a = pretrain_lm("chain", fit, FIT, **TINY); when = (a/"model.safetensors").stat().st_mtime_ns; assert a.parent == tmp_home/"data"/"runs"/"lm"
-    assert pretrain_lm("chain", fit, FIT, **TINY) == a and (a/"model.safetensors").stat().st_mtime_ns == when and pretrain_lm("chain", fit, replace(FIT, steps=1), **TINY) != a
-    m = read_json(a/"lm.json"); assert [t for t, _ in m["losses"]] == [2, 4, 6, 8, 10, 12] and m["held"] > m["entropy"]["stationary"] - 0.02 and m["uniform"] == math.log(100)
-    one_line(lambda: pretrain_lm("iid", fit, FIT, a, **TINY), "another language model", "kind: 'chain' there, 'iid' here")
-    e = pretrain_lm("english", fit, replace(FIT, steps=1), tmp_path/"e", layers=1, width=16, seqs=2, length=16, files=25, vocab=400)
-    tok = AutoTokenizer.from_pretrained(e); assert tok.decode(tok("Return the value.")["input_ids"]) == "Return the value."
-    assert policy(trunk=str(e)).lm.words.weight.shape == (400, 16) and read_json(e/"lm.json")["entropy"] is None
+
+    a = pretrain_lm("chain", fit, FIT, **TINY)
+    when = (a / "model.safetensors").stat().st_mtime_ns
+    assert a.parent == tmp_home / "data" / "runs" / "lm"
+    assert (
+        pretrain_lm("chain", fit, FIT, **TINY) == a
+        and (a / "model.safetensors").stat().st_mtime_ns == when
+        and pretrain_lm("chain", fit, replace(FIT, steps=1), **TINY) != a
+    )
+    m = read_json(a / "lm.json")
+    assert (
+        [t for t, _ in m["losses"]] == [2, 4, 6, 8, 10, 12]
+        and m["held"] > m["entropy"]["stationary"] - 0.02
+        and m["uniform"] == math.log(100)
+    )
+    one_line(
+        lambda: pretrain_lm("iid", fit, FIT, a, **TINY), "another language model", "kind: 'chain' there, 'iid' here"
+    )
+    e = pretrain_lm(
+        "english",
+        fit,
+        replace(FIT, steps=1),
+        tmp_path / "e",
+        layers=1,
+        width=16,
+        seqs=2,
+        length=16,
+        files=25,
+        vocab=400,
+    )
+    tok = AutoTokenizer.from_pretrained(e)
+    assert tok.decode(tok("Return the value.")["input_ids"]) == "Return the value."
+    assert policy(trunk=str(e)).lm.words.weight.shape == (400, 16) and read_json(e / "lm.json")["entropy"] is None
+
 
 def test_import_is_light():
     code = "import sys, promptnb.models.lm; print(sorted({'transformers', 'peft', 'tokenizers', 'gymnasium', 'minari'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

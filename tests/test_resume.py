@@ -1,17 +1,35 @@
 "Kill -9 anywhere, run the same command again: the same weights, the same records, and nothing done twice."
-import os, random, signal, subprocess, sys, time
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from test_papers import (
+    DATA,
+    PRETRAIN,
+    RUN,
+    SMOKE,
+    cli,
+    env_for,
+    expected,
+    finished_home,
+    new_home,
+    one_line,
+    paths,
+    went,
+)
 
 from promptnb import jobs, recipes
 from promptnb.core import PromptnbError, read_json, run_lock, sha256_file
 
-from test_papers import DATA, PRETRAIN, RUN, SMOKE, cli, env_for, expected, finished_home, new_home, one_line, paths, went
-
 # ---- helpers: a process that is killed at a chosen place is a process with one function patched from outside
 
-SHIM = '''
+SHIM = """
 import importlib.util, os, sys, time
 from pathlib import Path
 HERE = Path(__file__).parent
@@ -28,8 +46,8 @@ class Hook:
         spec.loader.exec_module = exec_module
         return spec
 if "ipykernel_launcher" in " ".join(sys.orig_argv): sys.meta_path.insert(0, Hook())
-'''
-KILL_AT = '''
+"""
+KILL_AT = """
     todo, step, save = HERE/"todo", m.step_once, m.Checkpoints.save
     def at(point):
         left = todo.read_text().split()
@@ -37,178 +55,286 @@ KILL_AT = '''
     def step_once(model, opt, batch, t, *a): at(str(t)); return step(model, opt, batch, t, *a)
     def saved(self, t, *a, **k): save(self, t, *a, **k); at("saved")
     m.step_once, m.Checkpoints.save = step_once, saved
-'''
-SLOW = '''
+"""
+SLOW = """
     step = m.step_once
     def step_once(*a): time.sleep(0.1); return step(*a)
     m.step_once = step_once
-'''
-STAND = '''
+"""
+STAND = """
     step = m.step_once
     def step_once(*a):
         (HERE/"standing").write_text(str(os.getpid()))
         while not (HERE/"go").exists(): time.sleep(0.05)
         return step(*a)
     m.step_once = step_once
-'''
+"""
+
 
 def shim(folder, body, module="promptnb.train"):
     "The environment that puts `body` after the module's own code, in kernels."
-    folder.mkdir(parents=True, exist_ok=True); (folder/"sitecustomize.py").write_text(SHIM.format(body=body, module=module))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(SHIM.format(body=body, module=module))
     return dict(PYTHONPATH=os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+
 
 def start(home, log, *args, **env):
     "A command in a process group of its own."
-    return subprocess.Popen([str(Path(sys.executable).with_name("promptnb")), *args], cwd=home, env=env_for(home, **env), stdout=open(log, "ab"), stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        [str(Path(sys.executable).with_name("promptnb")), *args],
+        cwd=home,
+        env=env_for(home, **env),
+        stdout=open(log, "ab"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
 
 def kill_group(p):
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+
 
 def end(p):
     "At the end of a test: nothing that it started goes on. (A kernel notices within a second that its parent is gone.)"
-    if p.poll() is None: kill_group(p)
+    if p.poll() is None:
+        kill_group(p)
+
 
 def wait_for(seen, p, log, seconds=300):
     late = time.monotonic() + seconds
     while not seen():
-        if p.poll() is not None or time.monotonic() > late: end(p); pytest.fail(Path(log).read_text()[-4000:])
+        if p.poll() is not None or time.monotonic() > late:
+            end(p)
+            pytest.fail(Path(log).read_text()[-4000:])
         time.sleep(0.02)
 
-def weights(home): return {p.parent.parent.name: sha256_file(p) for p in home.glob("data/runs/policies/*/policy/model.safetensors")}
-def mtimes(home, keep=lambda p: True): return {p: p.stat().st_mtime_ns for p in (home/"data").rglob("*") if p.is_file() and p.name not in (".lock", ".holder") and keep(p)}
+
+def weights(home):
+    return {p.parent.parent.name: sha256_file(p) for p in home.glob("data/runs/policies/*/policy/model.safetensors")}
+
+
+def mtimes(home, keep=lambda p: True):
+    return {
+        p: p.stat().st_mtime_ns
+        for p in (home / "data").rglob("*")
+        if p.is_file() and p.name not in (".lock", ".holder") and keep(p)
+    }
+
 
 def same_records(home, names):
     for name in names:
         a, b = (read_json(paths(h)[name]) for h in (finished_home(), home))
-        for k in a | b: assert k in ("seconds", "spent", "where") or a.get(k) == b.get(k), f"{name}: {k}"
+        for k in a | b:
+            assert k in ("seconds", "spent", "where") or a.get(k) == b.get(k), f"{name}: {k}"
+
 
 # ---- one optimisation, killed in 20 places (in process: the exception is no Exception, nothing may catch it)
 
-class Killed(BaseException): pass
+
+class Killed(BaseException):
+    pass
+
 
 @pytest.fixture(scope="module")
 def small():
     "fit(folder, callback) of the smoke policy of cheetah-dir: 20 steps, a checkpoint each 5, a loss each 3. Returns (weights, losses)."
     from promptnb import data
     from promptnb.train import FitConfig, fit
-    r = recipes.resolve(recipes.RECIPES[jobs.find_job(PRETRAIN).recipes[-1]], "smoke"); p = r.pretrain
-    store = data.load("cheetah-dir", p.quality, None, p.episodes, root=finished_home()/"data"/"minari"); stats = data.state_stats(store)
+
+    r = recipes.resolve(recipes.RECIPES[jobs.find_job(PRETRAIN).recipes[-1]], "smoke")
+    p = r.pretrain
+    store = data.load("cheetah-dir", p.quality, None, p.episodes, root=finished_home() / "data" / "minari")
+    stats = data.state_stats(store)
+
     def run(folder, callback=None):
         policy = jobs.new_policy(p, stats, 0)
-        sampler = data.Sampler(store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch, p.J, p.H, p.position, seed=1)
-        log = fit(policy.model, sampler, FitConfig(20, p.lr, p.weight_decay, p.warmup, p.clip, 2, checkpoint_every=5, log_every=3), folder, store.hashes, callback=callback)
+        sampler = data.Sampler(
+            store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch, p.J, p.H, p.position, seed=1
+        )
+        log = fit(
+            policy.model,
+            sampler,
+            FitConfig(20, p.lr, p.weight_decay, p.warmup, p.clip, 2, checkpoint_every=5, log_every=3),
+            folder,
+            store.hashes,
+            callback=callback,
+        )
         return [x.tolist() for x in policy.model.state_dict().values()], [tuple(x) for x in log.losses]
+
     return run
+
 
 def test_killed_at_20_random_steps(small, tmp_path, monkeypatch):
     from promptnb import train
-    whole, step, rng = small(tmp_path/"whole"), train.step_once, random.Random(0)
+
+    whole, step, rng = small(tmp_path / "whole"), train.step_once, random.Random(0)
     for k in range(20):
         at = rng.randrange(20)
+
         def step_once(model, opt, batch, t, *a):
-            if t == at: raise Killed
+            if t == at:
+                raise Killed
             return step(model, opt, batch, t, *a)
+
         monkeypatch.setattr(train, "step_once", step_once)
-        with pytest.raises(Killed): small(tmp_path/str(k))
+        with pytest.raises(Killed):
+            small(tmp_path / str(k))
         monkeypatch.setattr(train, "step_once", step)
-        assert small(tmp_path/str(k)) == whole, f"killed at step {at}"
+        assert small(tmp_path / str(k)) == whole, f"killed at step {at}"
+
 
 @pytest.mark.parametrize("at", [5, 20])
 def test_killed_between_a_checkpoint_and_what_follows_it(small, tmp_path, at):
     "What the callback does at a checkpoint is done, at least once, however the run was broken."
     seen = []
+
     def callback(t):
-        if t == at and at not in seen: seen.append(t); raise Killed
+        if t == at and at not in seen:
+            seen.append(t)
+            raise Killed
         seen.append(t)
-    with pytest.raises(Killed): small(tmp_path/"run", callback)
-    seen.clear(); seen.extend(range(5, at, 5)); mark = len(seen); seen.append(at)
-    small(tmp_path/"run", callback)
-    assert set(seen[:mark] + seen[mark + 1:]) == {5, 10, 15, 20}
+
+    with pytest.raises(Killed):
+        small(tmp_path / "run", callback)
+    seen.clear()
+    seen.extend(range(5, at, 5))
+    mark = len(seen)
+    seen.append(at)
+    small(tmp_path / "run", callback)
+    assert set(seen[:mark] + seen[mark + 1 :]) == {5, 10, 15, 20}
+
 
 def test_told_to_stop(small, tmp_path, monkeypatch):
     "SIGTERM writes a checkpoint; the run that goes on ends as an unbroken one."
     from promptnb import train
-    whole, step = small(tmp_path/"whole"), train.step_once
+
+    whole, step = small(tmp_path / "whole"), train.step_once
     for at in (4, 7):
+
         def step_once(model, opt, batch, t, *a):
-            if t == at: os.kill(os.getpid(), signal.SIGTERM)
+            if t == at:
+                os.kill(os.getpid(), signal.SIGTERM)
             return step(model, opt, batch, t, *a)
+
         monkeypatch.setattr(train, "step_once", step_once)
-        with pytest.raises(train.Interrupted, match=f"at step {at + 1}"): small(tmp_path/str(at))
-        monkeypatch.setattr(train, "step_once", step); points = []
-        assert small(tmp_path/str(at), points.append) == whole and set(points) >= {10, 15, 20}
+        with pytest.raises(train.Interrupted, match=f"at step {at + 1}"):
+            small(tmp_path / str(at))
+        monkeypatch.setattr(train, "step_once", step)
+        points = []
+        assert small(tmp_path / str(at), points.append) == whole and set(points) >= {10, 15, 20}
+
 
 # ---- the job, killed inside its kernel
 
+
 def test_job_killed_at_random_steps(tmp_path):
-    home, rng = new_home(tmp_path/"home", *DATA), random.Random(7)
-    steps = recipes.SCALES["smoke"]["Pretrain"]["steps"]; every = steps // recipes.SCALES["smoke"]["Pretrain"]["curve_points"]
+    home, rng = new_home(tmp_path / "home", *DATA), random.Random(7)
+    steps = recipes.SCALES["smoke"]["Pretrain"]["steps"]
+    every = steps // recipes.SCALES["smoke"]["Pretrain"]["curve_points"]
     assert every < steps, "smoke runs need a checkpoint before the last one"
     points = [str(rng.randrange(every, steps)), "saved", str(rng.randrange(1, steps)), str(rng.randrange(1, steps))]
-    env = shim(tmp_path/"shim", KILL_AT); todo = tmp_path/"shim"/"todo"; todo.write_text(" ".join(points))
-    log, kills = tmp_path/"log", 0
-    while (code := start(home, log, "job", PRETRAIN, "--seed", "0", *SMOKE, **env).wait(timeout=300)) == -signal.SIGKILL: kills += 1
+    env = shim(tmp_path / "shim", KILL_AT)
+    todo = tmp_path / "shim" / "todo"
+    todo.write_text(" ".join(points))
+    log, kills = tmp_path / "log", 0
+    while (
+        code := start(home, log, "job", PRETRAIN, "--seed", "0", *SMOKE, **env).wait(timeout=300)
+    ) == -signal.SIGKILL:
+        kills += 1
     assert code == 0 and kills == len(points) and not todo.read_text(), log.read_text()[-4000:]
     assert "going on from step" in log.read_text()
     assert weights(home) == weights(finished_home()) and len(weights(home)) == 3
     same_records(home, [f"{n}.json" for _, n in expected(PRETRAIN)])
 
+
 # ---- the graph, killed from outside
+
 
 def test_run_killed_as_a_group(tmp_path):
     "Twice: while policies are trained, while they are tuned. What was finished stays untouched; the end is that of an unbroken run."
-    home, log = new_home(tmp_path/"home", *DATA), tmp_path/"log"
-    finished = lambda: mtimes(home, lambda p: p.parent.name == "prompt_tuning_dt")
-    p = start(home, log, *RUN, "--cores", "1", **shim(tmp_path/"slow", SLOW))
+    home, log = new_home(tmp_path / "home", *DATA), tmp_path / "log"
+
+    def finished():
+        return mtimes(home, lambda p: p.parent.name == "prompt_tuning_dt")
+
+    p = start(home, log, *RUN, "--cores", "1", **shim(tmp_path / "slow", SLOW))
     wait_for(lambda: len(finished()) >= 1 and len(list(home.glob("data/runs/policies/*/step-*.json"))) >= 3, p, log)
-    kill_group(p); first = finished()
+    kill_group(p)
+    first = finished()
     assert 1 <= len(first) < 3
     p = start(home, log, *RUN, "--cores", "1")
     wait_for(lambda: len(finished()) >= 6, p, log)
-    kill_group(p); second = finished()
+    kill_group(p)
+    second = finished()
     assert len(second) < len(expected()) and all(second[k] == v for k, v in first.items())
-    log.write_text(""); assert start(home, log, *RUN, "--cores", "1").wait(timeout=600) == 0, log.read_text()[-4000:]
+    log.write_text("")
+    assert start(home, log, *RUN, "--cores", "1").wait(timeout=600) == 0, log.read_text()[-4000:]
     third = finished()
-    assert len(third) == len(expected()) and all(third[k] == v for k, v in second.items()) and "pretrain_s0" not in log.read_text()
+    assert (
+        len(third) == len(expected())
+        and all(third[k] == v for k, v in second.items())
+        and "pretrain_s0" not in log.read_text()
+    )
     assert weights(home) == weights(finished_home())
     same_records(home, paths(finished_home()))
     assert not [p for p in home.rglob("*.failed.*")]
 
+
 def test_second_run_does_nothing():
-    home = finished_home(); before = mtimes(home)
+    home = finished_home()
+    before = mtimes(home)
     p = went(cli(home, *RUN))
     assert "Nothing to be done" in p.stdout + p.stderr and mtimes(home) == before
 
+
 # ---- two at once
+
 
 def test_two_jobs_at_once(tmp_path):
     "Two kernels started in the same moment in the same folder do not meet, and leave no sockets behind."
-    home, logs = new_home(tmp_path/"home", *DATA), [tmp_path/"0", tmp_path/"1"]; files = set(home.iterdir())
+    home, logs = new_home(tmp_path / "home", *DATA), [tmp_path / "0", tmp_path / "1"]
+    files = set(home.iterdir())
     ps = [start(home, log, "job", PRETRAIN, "--seed", str(seed), *SMOKE) for seed, log in enumerate(logs)]
-    try: codes = [p.wait(timeout=180) for p in ps]
+    try:
+        codes = [p.wait(timeout=180) for p in ps]
     finally:
-        for p in ps: end(p)
+        for p in ps:
+            end(p)
     assert codes == [0, 0], "".join(log.read_text()[-1500:] for log in logs)
-    assert len(weights(home)) == 6 and weights(finished_home()).items() <= weights(home).items() and set(home.iterdir()) == files
+    assert (
+        len(weights(home)) == 6
+        and weights(finished_home()).items() <= weights(home).items()
+        and set(home.iterdir()) == files
+    )
+
 
 def test_second_process_on_the_same_job_is_refused(tmp_path):
     "It names the holder and writes nothing; when the holder is killed, the lock is gone with it."
-    home, log = new_home(tmp_path/"home", *DATA), tmp_path/"log"; env = shim(tmp_path/"shim", STAND)
+    home, log = new_home(tmp_path / "home", *DATA), tmp_path / "log"
+    env = shim(tmp_path / "shim", STAND)
     p = start(home, log, "job", PRETRAIN, *SMOKE, **env)
     try:
-        wait_for((tmp_path/"shim"/"standing").exists, p, log); kernel = int((tmp_path/"shim"/"standing").read_text())
+        wait_for((tmp_path / "shim" / "standing").exists, p, log)
+        kernel = int((tmp_path / "shim" / "standing").read_text())
         before = mtimes(home)
         said = one_line(cli(home, "job", PRETRAIN, *SMOKE), "in use by process")
         assert any(f"process {x}" in said for x in (p.pid, kernel)) and mtimes(home) == before and not paths(home)
-    finally: end(p)
+    finally:
+        end(p)
     went(cli(home, "job", PRETRAIN, *SMOKE))
     assert weights(home) == weights(finished_home())
 
+
 def test_second_graph_is_refused(tmp_path):
-    home = new_home(tmp_path/"home")
-    with run_lock(home/"data"/"runs"/"graph"): one_line(cli(home, *RUN), f"in use by process {os.getpid()}")
+    home = new_home(tmp_path / "home")
+    with run_lock(home / "data" / "runs" / "graph"):
+        one_line(cli(home, *RUN), f"in use by process {os.getpid()}")
+
 
 def test_a_dead_holder_is_taken_over(tmp_path):
-    (tmp_path/".lock").touch(); (tmp_path/".holder").write_text("999999")
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".holder").write_text("999999")
     with run_lock(tmp_path):
-        with pytest.raises(PromptnbError, match=f"process {os.getpid()}"), run_lock(tmp_path): pass
+        with pytest.raises(PromptnbError, match=f"process {os.getpid()}"), run_lock(tmp_path):
+            pass

@@ -1,4 +1,5 @@
 "SMAX in lock step: games that depend on their seeds alone, a script that stays legal and has the strength it says, plain arrays in."
+
 import importlib.util
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,7 +8,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-if not importlib.util.find_spec("jaxmarl"): pytest.skip("needs promptnb[smax]", allow_module_level=True)
+if not importlib.util.find_spec("jaxmarl"):
+    pytest.skip("needs promptnb[smax]", allow_module_level=True)
 
 from gymnasium.utils.env_checker import check_env
 
@@ -17,197 +19,402 @@ from promptnb.tasks import smax
 
 N, A, HORIZON = 3, 8, 100
 
-def games(n, family="smax-3m"): return tasks.lock_step(family, [0] * (n * tasks.family(family).agents))
-def per_game(seeds): return [s for s in seeds for _ in range(N)]
-def one_line(match): return pytest.raises(PromptnbError, match=f"^[^\n]*{match}[^\n]*$")
+
+def games(n, family="smax-3m"):
+    return tasks.lock_step(family, [0] * (n * tasks.family(family).agents))
+
+
+def per_game(seeds):
+    return [s for s in seeds for _ in range(N)]
+
+
+def one_line(match):
+    return pytest.raises(PromptnbError, match=f"^[^\n]*{match}[^\n]*$")
+
 
 def play(vec, quality, seeds, rng=0, steps=HORIZON):
     "One game each: arrays (T, rows, ...), T the longest; everything that step returns, and what was legal before it."
-    act = smax.script(vec, quality, np.random.default_rng(rng)); obs, info = vec.reset(seed=seeds); out = []
+    act = smax.script(vec, quality, np.random.default_rng(rng))
+    obs, info = vec.reset(seed=seeds)
+    out = []
     for _ in range(steps):
-        legal, a = vec.legal.copy(), act(obs); obs, r, term, trunc, info = vec.step(a)
+        legal, a = vec.legal.copy(), act(obs)
+        obs, r, term, trunc, info = vec.step(a)
         out.append((obs, a, r, term, trunc, info["success"], legal, np.repeat(vec.world_state, vec.family.agents, 0)))
-        if (term | trunc).all(): break
-    return SimpleNamespace(**{k: np.stack(v) for k, v in zip(("obs", "a", "r", "term", "trunc", "won", "legal", "world"), zip(*out))})
+        if (term | trunc).all():
+            break
+    return SimpleNamespace(
+        **{k: np.stack(v) for k, v in zip(("obs", "a", "r", "term", "trunc", "won", "legal", "world"), zip(*out))}
+    )
+
 
 @pytest.fixture(scope="module")
-def played(): return {q: play(games(64), q, per_game(range(64))) for q in smax.NOISE}
+def played():
+    return {q: play(games(64), q, per_game(range(64))) for q in smax.NOISE}
+
 
 # ---- rows
 
+
 def test_rows_are_whole_games():
     for ids in ([0] * 4, []):
-        with one_line("give a multiple of 3"): tasks.lock_step("smax-3m", ids)
-    with one_line("unknown task 'smax-3m-1'"): tasks.lock_step("smax-3m", [1] * 3)
-    vec = games(2); vec.reset(seed=0); vec.set_tasks([0] * 15)
+        with one_line("give a multiple of 3"):
+            tasks.lock_step("smax-3m", ids)
+    with one_line("unknown task 'smax-3m-1'"):
+        tasks.lock_step("smax-3m", [1] * 3)
+    vec = games(2)
+    vec.reset(seed=0)
+    vec.set_tasks([0] * 15)
     obs, info = vec.reset(seed=0)
-    assert vec.num_envs == 15 and obs.shape == vec.observation_space.shape == (15, 75) and obs.dtype == np.float32 and info["legal"].shape == (15, A) and vec.world_state.shape == (5, 72)
-    with one_line("same for each 3"): vec.reset(options=dict(reset_mask=np.arange(15) == 1))
+    assert (
+        vec.num_envs == 15
+        and obs.shape == vec.observation_space.shape == (15, 75)
+        and obs.dtype == np.float32
+        and info["legal"].shape == (15, A)
+        and vec.world_state.shape == (5, 72)
+    )
+    with one_line("same for each 3"):
+        vec.reset(options=dict(reset_mask=np.arange(15) == 1))
+
 
 def test_agents_of_a_game_share_it(played):
     "Their own views; one reward, one end, one victory."
     for p in played.values():
-        for x in (p.r, p.term, p.trunc, p.won): assert (x.reshape(len(x), 64, N) == x.reshape(len(x), 64, N)[..., :1]).all()
-        assert p.r.dtype == np.float64 and all(len(np.unique(p.obs[0][3 * g:3 * g + 3], axis=0)) == 3 for g in range(64))
+        for x in (p.r, p.term, p.trunc, p.won):
+            assert (x.reshape(len(x), 64, N) == x.reshape(len(x), 64, N)[..., :1]).all()
+        assert p.r.dtype == np.float64 and all(
+            len(np.unique(p.obs[0][3 * g : 3 * g + 3], axis=0)) == 3 for g in range(64)
+        )
+
 
 def test_seeds():
     "A game takes its first row's; an int counts rows; all 64 bits count; None goes on to another game, the same each time."
-    vec = games(2); start = lambda seed: vec.reset(seed=seed)[0]
+    vec = games(2)
+
+    def start(seed):
+        return vec.reset(seed=seed)[0]
+
     a = start([5, 9, 9, 8, 1, 1])
-    assert np.array_equal(a, start(per_game([5, 8]))) and np.array_equal(a, start(5)) and np.array_equal(a[3:], start(per_game([8, 8]))[3:])
-    assert np.array_equal(*np.split(start(per_game([2**40 + 1] * 2)), 2)) and not np.array_equal(start(per_game([2**40 + 1] * 2)), start(per_game([1, 1])))
-    a = start(3); b, c = start(None), start(None); start(3); assert np.array_equal(b, start(None)) and np.array_equal(c, start(None)) and not np.array_equal(a, b) and not np.array_equal(b, c)
+    assert (
+        np.array_equal(a, start(per_game([5, 8])))
+        and np.array_equal(a, start(5))
+        and np.array_equal(a[3:], start(per_game([8, 8]))[3:])
+    )
+    assert np.array_equal(*np.split(start(per_game([2**40 + 1] * 2)), 2)) and not np.array_equal(
+        start(per_game([2**40 + 1] * 2)), start(per_game([1, 1]))
+    )
+    a = start(3)
+    b, c = start(None), start(None)
+    start(3)
+    assert (
+        np.array_equal(b, start(None))
+        and np.array_equal(c, start(None))
+        and not np.array_equal(a, b)
+        and not np.array_equal(b, c)
+    )
+
 
 def test_a_game_is_the_same_in_any_company():
     "Bit for bit: alone, among 7 and among 39 (another block), in any place, with the script's noise."
     many = play(games(40), "medium", per_game(range(40)))
     for n in (1, 8):
-        few = play(games(n), "medium", per_game(range(n))); T = len(few.obs)
-        for k, x in vars(few).items(): assert np.array_equal(x, getattr(many, k)[:T, :3 * n]), k
-    rng = np.random.default_rng(0); scores, base = rng.random((30, N, A)), None
+        few = play(games(n), "medium", per_game(range(n)))
+        T = len(few.obs)
+        for k, x in vars(few).items():
+            assert np.array_equal(x, getattr(many, k)[:T, : 3 * n]), k
+    rng = np.random.default_rng(0)
+    scores, base = rng.random((30, N, A)), None
     for n, at in ((1, 0), (7, 5), (8, 2), (40, 37)):
-        vec = games(n); vec.reset(seed=per_game([7 if g == at else 50 + g for g in range(n)])); out = []
+        vec = games(n)
+        vec.reset(seed=per_game([7 if g == at else 50 + g for g in range(n)]))
+        out = []
         for s in scores:
-            every = rng.random((n, N, A)); every[at] = s; every[..., 1] += 1
-            obs, r, *_ = vec.step(every.reshape(-1, A)); out.append(np.append(obs[N * at:N * at + N].ravel(), r[N * at]))
-        base = np.stack(out) if base is None else base; assert np.array_equal(np.stack(out), base)
+            every = rng.random((n, N, A))
+            every[at] = s
+            every[..., 1] += 1
+            obs, r, *_ = vec.step(every.reshape(-1, A))
+            out.append(np.append(obs[N * at : N * at + N].ravel(), r[N * at]))
+        base = np.stack(out) if base is None else base
+        assert np.array_equal(np.stack(out), base)
+
 
 def test_reset_mask():
     "The games of the mask start as ever; the others go on as if nothing had been."
-    vec = games(40); mask = np.repeat(np.isin(np.arange(40), (1, 35)), N); a = np.full(120, 1)
-    vec.reset(seed=per_game(range(40))); straight = [vec.step(a)[0] for _ in range(6)]
-    vec.reset(seed=per_game(range(40))); [vec.step(a) for _ in range(3)]
+    vec = games(40)
+    mask = np.repeat(np.isin(np.arange(40), (1, 35)), N)
+    a = np.full(120, 1)
+    vec.reset(seed=per_game(range(40)))
+    straight = [vec.step(a)[0] for _ in range(6)]
+    vec.reset(seed=per_game(range(40)))
+    [vec.step(a) for _ in range(3)]
     obs, _ = vec.reset(seed=per_game(range(40)), options=dict(reset_mask=mask))
     assert np.array_equal(obs[~mask], straight[2][~mask]) and not np.array_equal(obs[mask], straight[2][mask])
     again = [vec.step(a)[0] for _ in range(3)]
     assert np.array_equal(again[2][~mask], straight[5][~mask]) and np.array_equal(again[2][mask], straight[2][mask])
 
+
 def test_a_step_is_one_call(monkeypatch):
     "Of 70 games in 3 blocks; it is compiled once for each number of blocks, whatever the number of games."
-    fam = replace(tasks.family("smax-3m"), horizon=50); start = lambda n: smax.LockStep(fam, [0] * (n * N))      # a horizon of its own: nothing is compiled yet
-    vec, calls = start(70), []; step = vec.engine.step
+    fam = replace(tasks.family("smax-3m"), horizon=50)
+
+    def start(n):
+        return smax.LockStep(fam, [0] * (n * N))  # a horizon of its own: nothing is compiled yet
+
+    vec, calls = start(70), []
+    step = vec.engine.step
     monkeypatch.setattr(vec.engine, "step", lambda *x: calls.append(x[2].shape) or step(*x))
-    for seed in (0, 1): vec.reset(seed=seed); [vec.step(np.full(70 * N, a)) for a in (1, smax.STOP)]
+    for seed in (0, 1):
+        vec.reset(seed=seed)
+        [vec.step(np.full(70 * N, a)) for a in (1, smax.STOP)]
     assert calls == [(3, 32, N)] * 4 and step._cache_size() == 1
-    for n, compiled in ((96, 1), (65, 1), (1, 2), (32, 2)): start(n).step(np.full(n * N, 1)); assert step._cache_size() == compiled, n
+    for n, compiled in ((96, 1), (65, 1), (1, 2), (32, 2)):
+        start(n).step(np.full(n * N, 1))
+        assert step._cache_size() == compiled, n
+
 
 # ---- the end
 
+
 def test_an_ended_game_is_frozen(played):
     for p in played.values():
-        over = p.term | p.trunc; end = over.argmax(0)
+        over = p.term | p.trunc
+        end = over.argmax(0)
         assert over.any(0).all() and len(set(end.tolist())) > 3
         for i, t in enumerate(end):
-            for x in (p.obs, p.term, p.trunc, p.world): assert (x[t:, i] == x[t, i]).all()
-            assert not p.r[t + 1:, i].any() and not p.won[t + 1:, i].any() and (p.legal[t + 1:, i] == p.legal[t + 1:t + 2, i]).all()
+            for x in (p.obs, p.term, p.trunc, p.world):
+                assert (x[t:, i] == x[t, i]).all()
+            assert (
+                not p.r[t + 1 :, i].any()
+                and not p.won[t + 1 :, i].any()
+                and (p.legal[t + 1 :, i] == p.legal[t + 1 : t + 2, i]).all()
+            )
+
 
 def test_success_is_a_last_reward_of_one(played):
     for p in played.values():
         assert np.array_equal(p.won, p.r >= 1) and (p.r >= 0).all() and (p.r.sum(0) <= 2 + 1e-5).all()
-        end = (p.term | p.trunc).argmax(0); rows = np.arange(len(end))
-        last = p.r[end, rows]; assert np.array_equal(p.won.any(0), last >= 1) and p.term[end, rows][last >= 1].all()
+        end = (p.term | p.trunc).argmax(0)
+        rows = np.arange(len(end))
+        last = p.r[end, rows]
+        assert np.array_equal(p.won.any(0), last >= 1) and p.term[end, rows][last >= 1].all()
         np.testing.assert_allclose(p.r.sum(0)[p.won.any(0)], 2, atol=1e-5)
+
 
 def test_time_runs_out():
     "At the horizon with both sides standing a game is truncated, not terminated."
-    vec = games(1); vec.reset(seed=0); s = vec._states
+    vec = games(1)
+    vec.reset(seed=0)
+    s = vec._states
     vec._states = s.replace(state=s.state.replace(step=s.state.step + HORIZON - 2))
-    for last in (False, True): _, _, term, trunc, _ = vec.step(np.full(N, smax.STOP)); assert (trunc == last).all() and not term.any()
+    for last in (False, True):
+        _, _, term, trunc, _ = vec.step(np.full(N, smax.STOP))
+        assert (trunc == last).all() and not term.any()
+
 
 def test_scores_give_the_best_legal_action():
-    vec, by_score = games(2), games(2); vec.reset(seed=0); by_score.reset(seed=0)
+    vec, by_score = games(2), games(2)
+    vec.reset(seed=0)
+    by_score.reset(seed=0)
     for want in (1, 1, 7, 0, 4):
-        scores = np.zeros((6, A)); scores[:, want] = 1; scores[:, 2] = 0.5; legal = want < 5
-        a, b = by_score.step(scores), vec.step(np.full(6, want if legal else 2)); assert np.array_equal(a[0], b[0])
+        scores = np.zeros((6, A))
+        scores[:, want] = 1
+        scores[:, 2] = 0.5
+        legal = want < 5
+        a, b = by_score.step(scores), vec.step(np.full(6, want if legal else 2))
+        assert np.array_equal(a[0], b[0])
     assert np.isfinite(vec.step(np.full((6, A), np.nan))[0]).all() and np.isfinite(vec.step(np.full(6, 7))[0]).all()
+
 
 # ---- the script
 
+
 def test_script_is_legal_and_as_strong_as_said(played):
-    won, ret = ({q: f(p) for q, p in played.items()} for f in (lambda p: p.won.any(0).mean(), lambda p: p.r.sum(0).mean()))
-    for p in played.values(): assert np.take_along_axis(p.legal, p.a[..., None], -1).all() and p.legal[..., smax.STOP].all()
-    assert won["good"] > 0.65 and won["good"] > won["medium"] + 0.12 and won["medium"] > won["poor"] + 0.12 and won["random"] < 0.05, won
+    won, ret = (
+        {q: f(p) for q, p in played.items()} for f in (lambda p: p.won.any(0).mean(), lambda p: p.r.sum(0).mean())
+    )
+    for p in played.values():
+        assert np.take_along_axis(p.legal, p.a[..., None], -1).all() and p.legal[..., smax.STOP].all()
+    assert (
+        won["good"] > 0.65
+        and won["good"] > won["medium"] + 0.12
+        and won["medium"] > won["poor"] + 0.12
+        and won["random"] < 0.05
+    ), won
     assert ret["good"] > ret["medium"] > ret["poor"] > ret["random"] + 0.3, ret
-    with one_line("unknown quality 'god'.*'good'"): smax.script(games(1), "god", np.random.default_rng(0))
+    with one_line("unknown quality 'god'.*'good'"):
+        smax.script(games(1), "god", np.random.default_rng(0))
+
 
 def test_seen_is_what_is_there():
     "On a map of two types of units: positions, health and cooldowns agree with the state of the map."
-    vec = games(2, "smax-2s3z"); vec.reset(seed=0); n, rng = 5, np.random.default_rng(0); s = vec._states; u = s.state
-    place = rng.uniform(10, 20, u.unit_positions.shape).astype(np.float32); share = rng.uniform(0.1, 1, u.unit_health.shape).astype(np.float32)
-    vec._states = s.replace(state=u.replace(unit_positions=place, unit_health=u.unit_health * share, unit_weapon_cooldowns=u.unit_weapon_cooldowns + 0.7, unit_alive=u.unit_alive.at[..., 6].set(False)))
-    vec._begin(np.zeros((1, smax.BLOCK), bool)); got, place, share = smax.seen(vec, vec._obs), place[0], share[0]
-    at = place[:2, None, n:] - place[:2, :n, None]; far = np.linalg.norm(at, axis=-1) >= np.where(np.arange(n) < 2, 10, 9)[:, None]; gone = far | (np.arange(n) == 1)
+    vec = games(2, "smax-2s3z")
+    vec.reset(seed=0)
+    n, rng = 5, np.random.default_rng(0)
+    s = vec._states
+    u = s.state
+    place = rng.uniform(10, 20, u.unit_positions.shape).astype(np.float32)
+    share = rng.uniform(0.1, 1, u.unit_health.shape).astype(np.float32)
+    vec._states = s.replace(
+        state=u.replace(
+            unit_positions=place,
+            unit_health=u.unit_health * share,
+            unit_weapon_cooldowns=u.unit_weapon_cooldowns + 0.7,
+            unit_alive=u.unit_alive.at[..., 6].set(False),
+        )
+    )
+    vec._begin(np.zeros((1, smax.BLOCK), bool))
+    got, place, share = smax.seen(vec, vec._obs), place[0], share[0]
+    at = place[:2, None, n:] - place[:2, :n, None]
+    far = np.linalg.norm(at, axis=-1) >= np.where(np.arange(n) < 2, 10, 9)[:, None]
+    gone = far | (np.arange(n) == 1)
     assert 0 < gone.mean() < 0.9 and np.array_equal(got.distance >= smax.FAR, gone)
-    np.testing.assert_allclose(got.at[~gone], at[~gone], atol=1e-4); np.testing.assert_allclose(got.distance[~gone], np.linalg.norm(at, axis=-1)[~gone], atol=1e-4)
-    full = np.array([160, 160, 150, 150, 150]); np.testing.assert_allclose(got.health[~gone], np.broadcast_to((full * share[:2, n:])[:, None], gone.shape)[~gone], rtol=1e-4)
+    np.testing.assert_allclose(got.at[~gone], at[~gone], atol=1e-4)
+    np.testing.assert_allclose(got.distance[~gone], np.linalg.norm(at, axis=-1)[~gone], atol=1e-4)
+    full = np.array([160, 160, 150, 150, 150])
+    np.testing.assert_allclose(
+        got.health[~gone], np.broadcast_to((full * share[:2, n:])[:, None], gone.shape)[~gone], rtol=1e-4
+    )
     assert got.damage[0].tolist() == [13, 13, 8, 8, 8] and not got.ready.any()
 
+
 def test_volley_spends_no_shots_on_the_dead():
-    s = SimpleNamespace(health=np.array([[[9., 20.]] * 3]), distance=np.array([[[4., 3.]] * 3]), damage=np.full((1, 3), 9.), ready=np.ones((1, 3), bool))
-    near = np.ones((1, 3, 2), bool); assert smax.volley(s, near).tolist() == [[0, 1, 1]]
-    near[0, 0, 0] = False; assert smax.volley(s, near).tolist() == [[1, 0, 1]]
-    s.ready[:] = False; assert smax.volley(s, np.ones((1, 3, 2), bool)).tolist() == [[0, 0, 0]]
-    assert smax.direction(np.array([[0, 2.], [2, 0], [0, -2], [-2, 0]])).tolist() == [0, 1, 2, 3]
+    s = SimpleNamespace(
+        health=np.array([[[9.0, 20.0]] * 3]),
+        distance=np.array([[[4.0, 3.0]] * 3]),
+        damage=np.full((1, 3), 9.0),
+        ready=np.ones((1, 3), bool),
+    )
+    near = np.ones((1, 3, 2), bool)
+    assert smax.volley(s, near).tolist() == [[0, 1, 1]]
+    near[0, 0, 0] = False
+    assert smax.volley(s, near).tolist() == [[1, 0, 1]]
+    s.ready[:] = False
+    assert smax.volley(s, np.ones((1, 3, 2), bool)).tolist() == [[0, 0, 0]]
+    assert smax.direction(np.array([[0, 2.0], [2, 0], [0, -2], [-2, 0]])).tolist() == [0, 1, 2, 3]
+
 
 def test_moves_go_where_the_script_thinks():
-    vec = games(4); vec.reset(seed=0); place = lambda: np.stack([smax.units(w).position[0] for w in vec.world_state]); before = place()
-    vec.step(np.repeat(np.arange(4), N)); assert smax.direction(place() - before).tolist() == [0, 1, 2, 3]
+    vec = games(4)
+    vec.reset(seed=0)
+
+    def place():
+        return np.stack([smax.units(w).position[0] for w in vec.world_state])
+
+    before = place()
+    vec.step(np.repeat(np.arange(4), N))
+    assert smax.direction(place() - before).tolist() == [0, 1, 2, 3]
+
 
 # ---- one agent, pictures
+
 
 def test_agent_environment(played):
     "It passes Gymnasium's checker, and is row 0 of a game whose other rows follow the script."
     env = gym.make("promptnb/smax-3m-v0", render_mode="rgb_array")
     check_env(env.unwrapped)
-    p = played["good"]; obs, info = env.reset(seed=4); over = False; t = 0
+    p = played["good"]
+    obs, info = env.reset(seed=4)
+    over = False
+    t = 0
     while not over:
         assert np.array_equal(info["legal"], p.legal[t, 12])
-        obs, r, term, trunc, info = env.step(p.a[t, 12]); over = term or trunc
-        assert np.array_equal(obs, p.obs[t, 12]) and (r, term, trunc, info["success"]) == (p.r[t, 12], p.term[t, 12], p.trunc[t, 12], p.won[t, 12]); t += 1
+        obs, r, term, trunc, info = env.step(p.a[t, 12])
+        over = term or trunc
+        assert np.array_equal(obs, p.obs[t, 12]) and (r, term, trunc, info["success"]) == (
+            p.r[t, 12],
+            p.term[t, 12],
+            p.trunc[t, 12],
+            p.won[t, 12],
+        )
+        t += 1
     assert env.render().shape == (240, 240, 3) and env.render().dtype == np.uint8
-    with one_line("unknown task 'smax-3m-1'"): gym.make("promptnb/smax-3m-v0", task=1)
+    with one_line("unknown task 'smax-3m-1'"):
+        gym.make("promptnb/smax-3m-v0", task=1)
+
 
 def test_pictures(played):
     "Units in their team's colour, the fallen gone; a replay shows the game that was played."
-    p = played["good"]; end = int((p.term | p.trunc)[:, 0].argmax()); film = smax.frames("smax-3m", p.a[:, :N], seed=0, every=3)
+    p = played["good"]
+    end = int((p.term | p.trunc)[:, 0].argmax())
+    film = smax.frames("smax-3m", p.a[:, :N], seed=0, every=3)
     assert len(film) == 1 + -(-(end + 1) // 3) and np.array_equal(film[-1], smax.picture(p.world[end, 0]))
     for w, pic in ((p.world[0, 0], smax.picture(p.world[0, 0])), (p.world[end, 0], film[-1])):
-        u = smax.units(w); assert u.enemy.tolist() == [False] * 3 + [True] * 3
-        for team, c in enumerate(smax.COLOURS): assert (pic == c).all(-1).any() == (u.health[u.enemy == team] > 0).any()
+        u = smax.units(w)
+        assert u.enemy.tolist() == [False] * 3 + [True] * 3
+        for team, c in enumerate(smax.COLOURS):
+            assert (pic == c).all(-1).any() == (u.health[u.enemy == team] > 0).any()
+
 
 # ---- real SMAC
 
+
 @pytest.fixture
 def arrays():
-    g = np.random.default_rng(0); legal = g.random((2, 5, N, 9)) < 0.7; legal[..., 0] = True
-    return dict(obs=g.normal(size=(2, 5, N, 30)), actions=(legal * g.random(legal.shape)).argmax(-1), legal=legal, rewards=g.random((2, 5)), length=np.array([5, 3]))
+    g = np.random.default_rng(0)
+    legal = g.random((2, 5, N, 9)) < 0.7
+    legal[..., 0] = True
+    return dict(
+        obs=g.normal(size=(2, 5, N, 30)),
+        actions=(legal * g.random(legal.shape)).argmax(-1),
+        legal=legal,
+        rewards=g.random((2, 5)),
+        length=np.array([5, 3]),
+    )
+
 
 def test_from_smac(tmp_path, arrays):
-    np.savez(tmp_path/"3m.npz", **arrays); np.savez(tmp_path/"2m_vs_1z.npz", **{k: v if k in ("rewards", "length") else v[:, :, :2] for k, v in arrays.items()})
+    np.savez(tmp_path / "3m.npz", **arrays)
+    np.savez(
+        tmp_path / "2m_vs_1z.npz", **{k: v if k in ("rewards", "length") else v[:, :, :2] for k, v in arrays.items()}
+    )
     trajs, ids = smax.from_smac(tmp_path)
     assert [t["map"] for t in trajs] == ["2m_vs_1z"] * 4 + ["3m"] * 6 and ids.tolist() == [0] * 4 + [1] * 6
-    trajs, ids = smax.from_smac(tmp_path, ["3m"]); assert ids.tolist() == [0] * 6
+    trajs, ids = smax.from_smac(tmp_path, ["3m"])
+    assert ids.tolist() == [0] * 6
     for k, d in enumerate(trajs):
-        e, i = divmod(k, N); T = arrays["length"][e]; assert d["agent"] == i
-        assert np.array_equal(d["observations"], arrays["obs"][e, :T, i].astype(np.float32)) and np.array_equal(d["legal"], arrays["legal"][e, :T, i]) and np.allclose(d["rewards"], arrays["rewards"][e, :T])
-        assert d["actions"].dtype == np.float32 and d["actions"].shape == (T, 9) and np.array_equal(d["actions"].argmax(-1), arrays["actions"][e, :T, i]) and (d["actions"].sum(-1) == 1).all()
+        e, i = divmod(k, N)
+        T = arrays["length"][e]
+        assert d["agent"] == i
+        assert (
+            np.array_equal(d["observations"], arrays["obs"][e, :T, i].astype(np.float32))
+            and np.array_equal(d["legal"], arrays["legal"][e, :T, i])
+            and np.allclose(d["rewards"], arrays["rewards"][e, :T])
+        )
+        assert (
+            d["actions"].dtype == np.float32
+            and d["actions"].shape == (T, 9)
+            and np.array_equal(d["actions"].argmax(-1), arrays["actions"][e, :T, i])
+            and (d["actions"].sum(-1) == 1).all()
+        )
     from promptnb.data import from_arrays
-    store = from_arrays(trajs, ids); assert len(store) == 6 and len(store.s) == 24
+
+    store = from_arrays(trajs, ids)
+    assert len(store) == 6 and len(store.s) == 24
+
 
 def test_from_smac_faults(tmp_path, arrays):
-    p = tmp_path/"3m.npz"
+    p = tmp_path / "3m.npz"
+
     def broken(match, **change):
         np.savez(p, **{k: v for k, v in {**arrays, **change}.items() if v is not None})
-        with one_line(match): smax.from_smac(tmp_path)
-    with one_line("has no <map>.npz"): smax.from_smac(tmp_path)
-    with one_line("there is no"): smax.from_smac(tmp_path, ["8m"])
+        with one_line(match):
+            smax.from_smac(tmp_path)
+
+    with one_line("has no <map>.npz"):
+        smax.from_smac(tmp_path)
+    with one_line("there is no"):
+        smax.from_smac(tmp_path, ["8m"])
     broken("lacks legal, length", legal=None, length=None)
     broken("pickled objects are not read", obs=np.array([{}, None], object))
     broken("obs .* is not numbers with 4 dimensions", obs=arrays["obs"][0])
     broken("rewards is .*, but legal wants \\(2, 5\\)", rewards=arrays["rewards"][:, :4])
     broken("lengths must be 1 to 5", length=np.array([5, 6]))
-    illegal = arrays["legal"].copy(); illegal[1, 2, 0, arrays["actions"][1, 2, 0]] = False
-    broken("episode 1 has an action that was not available", legal=illegal); broken("episode 0 has an action", actions=arrays["actions"] + 9)
-    np.savez(p, **dict(arrays, legal=illegal, length=np.array([5, 2]))); assert len(smax.from_smac(tmp_path)[0]) == 6       # after the end nothing counts
+    illegal = arrays["legal"].copy()
+    illegal[1, 2, 0, arrays["actions"][1, 2, 0]] = False
+    broken("episode 1 has an action that was not available", legal=illegal)
+    broken("episode 0 has an action", actions=arrays["actions"] + 9)
+    np.savez(p, **dict(arrays, legal=illegal, length=np.array([5, 2])))
+    assert len(smax.from_smac(tmp_path)[0]) == 6  # after the end nothing counts
     p.write_bytes(b"\x80\x04N.")
-    with one_line("is no .npz file"): smax.from_smac(tmp_path)
+    with one_line("is no .npz file"):
+        smax.from_smac(tmp_path)

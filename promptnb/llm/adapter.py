@@ -4,104 +4,287 @@
 
 # %% ../../nbs/07b_llm.adapter.ipynb #2933d5fb
 from __future__ import annotations
-import contextlib, importlib.util, os, random, shutil, time, warnings
+
+import contextlib
+import importlib.util
+import os
+import random
+import shutil
+import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..core import PromptnbError, check_choice, code_fingerprint, differing, fingerprint, plain, read_json, rng_for, run_lock, runs_dir, seed_for, write_json
+from promptnb.core import (
+    PromptnbError,
+    check_choice,
+    code_fingerprint,
+    differing,
+    fingerprint,
+    plain,
+    read_json,
+    rng_for,
+    run_lock,
+    runs_dir,
+    seed_for,
+    write_json,
+)
 from . import GOALS, PARENTS, SOURCE, Request, adapter_prompt, decision_prompt, model_folder, parse, sentence
 from .backends import LOW, Local, Rules, weights_version
 
 # %% auto #0
-__all__ = ['VITALS', 'GOODS', 'TOOLS', 'SEEN', 'MADE', 'MOVES', 'HABIT', 'ROLES', 'TEMPLATE', 'TARGETS', 'pick', 'unlock',
-           'random_scenes', 'evident', 'rules', 'analysis', 'advised', 'teach', 'encoded', 'tiny_tokenizer', 'once',
-           'own_random', 'Tiny', 'new_llama', 'reply_loss', 'parrots', 'learn', 'judged', 'make_tiny', 'tiny', 'gain',
-           'shares', 'sft_rows', 'split', 'SFT', 'load_lm', 'trainer', 'merged', 'fit_lora', 'tune']
+__all__ = [
+    "VITALS",
+    "GOODS",
+    "TOOLS",
+    "SEEN",
+    "MADE",
+    "MOVES",
+    "HABIT",
+    "ROLES",
+    "TEMPLATE",
+    "TARGETS",
+    "pick",
+    "unlock",
+    "random_scenes",
+    "evident",
+    "rules",
+    "analysis",
+    "advised",
+    "teach",
+    "encoded",
+    "tiny_tokenizer",
+    "once",
+    "own_random",
+    "Tiny",
+    "new_llama",
+    "reply_loss",
+    "parrots",
+    "learn",
+    "judged",
+    "make_tiny",
+    "tiny",
+    "gain",
+    "shares",
+    "sft_rows",
+    "split",
+    "SFT",
+    "load_lm",
+    "trainer",
+    "merged",
+    "fit_lora",
+    "tune",
+]
 
 # %% ../../nbs/07b_llm.adapter.ipynb #717927ca
 VITALS = ("health", "food", "drink", "energy")
-GOODS = dict(sapling=2, wood=6, stone=6, coal=3, iron=2, diamond=2)       # at most so many in a made-up scene
+GOODS = dict(sapling=2, wood=6, stone=6, coal=3, iron=2, diamond=2)  # at most so many in a made-up scene
 TOOLS = tuple(f"{m}_{t}" for t in ("pickaxe", "sword") for m in ("wood", "stone", "iron"))
-SEEN = dict(water=.4, grass=.8, stone=.5, path=.3, sand=.3, tree=.6, lava=.1, coal=.3, iron=.2, diamond=.1, table=.5, furnace=.4, cow=.3, zombie=.25, skeleton=.15, arrow=.1, plant=.3)   # share of scenes
-MADE = dict(table="place_table", furnace="place_furnace", plant="place_plant")         # seen only once it is placed
+SEEN = dict(
+    water=0.4,
+    grass=0.8,
+    stone=0.5,
+    path=0.3,
+    sand=0.3,
+    tree=0.6,
+    lava=0.1,
+    coal=0.3,
+    iron=0.2,
+    diamond=0.1,
+    table=0.5,
+    furnace=0.4,
+    cow=0.3,
+    zombie=0.25,
+    skeleton=0.15,
+    arrow=0.1,
+    plant=0.3,
+)  # share of scenes
+MADE = dict(table="place_table", furnace="place_furnace", plant="place_plant")  # seen only once it is placed
 MOVES = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
 
-def pick(rng, names): return names[int(rng.integers(len(names)))]
 
+# %% ../../nbs/07b_llm.adapter.ipynb #7ef298f5
+def pick(rng, names):
+    return names[int(rng.integers(len(names)))]
+
+
+# %% ../../nbs/07b_llm.adapter.ipynb #c244e817
 def unlock(rng, n) -> tuple:
     "n achievements in an order that the tech tree allows."
     done = []
-    for _ in range(n): done.append(pick(rng, [a for a, needs in PARENTS.items() if a not in done and set(needs) <= set(done)]))
+    for _ in range(n):
+        done.append(pick(rng, [a for a, needs in PARENTS.items() if a not in done and set(needs) <= set(done)]))
     return tuple(done)
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #7be790cb
 def random_scenes(n, seed=0) -> list:
     "n made-up scenes (dicts as `online` hands to an advisor), the same on every machine."
-    rng = rng_for("scenes", seed); out = []
+    rng = rng_for("scenes", seed)
+    out = []
     for i in range(n):
         done = unlock(rng, int(rng.integers(0, len(PARENTS) + 1)))
-        status = {v: int(rng.integers(v == "health", 10)) for v in VITALS} | {g: int(rng.integers(0, most + 1)) for g, most in GOODS.items() if f"collect_{g}" in done} | {t: 1 for t in TOOLS if f"make_{t}" in done}
+        status = (
+            {v: int(rng.integers(v == "health", 10)) for v in VITALS}
+            | {g: int(rng.integers(0, most + 1)) for g, most in GOODS.items() if f"collect_{g}" in done}
+            | {t: 1 for t in TOOLS if f"make_{t}" in done}
+        )
         seen = tuple(k for k, p in SEEN.items() if rng.random() < p and (k not in MADE or MADE[k] in done))
-        out.append(dict(env=i, step=int(rng.integers(0, 10_000)), episode=int(rng.integers(0, 50)), seen=seen, status={k: v for k, v in status.items() if v}, unlocked=done,
-                        actions=tuple(pick(rng, MOVES) for _ in range(4)), events=done[-2:], fresh=not done))
+        out.append(
+            dict(
+                env=i,
+                step=int(rng.integers(0, 10_000)),
+                episode=int(rng.integers(0, 50)),
+                seen=seen,
+                status={k: v for k, v in status.items() if v},
+                unlocked=done,
+                actions=tuple(pick(rng, MOVES) for _ in range(4)),
+                events=done[-2:],
+                fresh=not done,
+            )
+        )
     return out
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #e090c4b5
 HABIT = ("survival", "gardening", "wilderness survival")
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #a85f62d7
 def evident(scene) -> tuple:
     "The achievements that the things in status and view give away, with all that come before them."
-    done = [SOURCE.get(x, f"make_{x}") for x in [*scene["status"], *scene["seen"]] if x in TOOLS or x in GOODS and x in scene["status"] or x in MADE]
-    for a in done: done += [b for b in PARENTS[a] if b not in done]
+    done = [
+        SOURCE.get(x, f"make_{x}")
+        for x in [*scene["status"], *scene["seen"]]
+        if x in TOOLS or x in GOODS and x in scene["status"] or x in MADE
+    ]
+    for a in done:
+        done += [b for b in PARENTS[a] if b not in done]
     return tuple(dict.fromkeys(done))
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #1551690f
 def rules(scenes) -> list:
     "The rule advisor's three goals for each scene, from what its prompt shows."
-    return [parse(r.text)[0] for r in Rules().complete([Request([], scene=dict(s, unlocked=evident(s))) for s in scenes])]
+    return [
+        parse(r.text)[0] for r in Rules().complete([Request([], scene=dict(s, unlocked=evident(s))) for s in scenes])
+    ]
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #cb54a1d2
 def analysis(scene, goals) -> str:
     "One sentence, at most about 20 of a tiny model's tokens: the low vitals, the first tool that is missing, the goals."
-    have = scene["status"]; low = " and ".join(v for v in VITALS if have.get(v, 0) <= LOW)
+    have = scene["status"]
+    low = " and ".join(v for v in VITALS if have.get(v, 0) <= LOW)
     lacks = next((t.replace("_", " ") for t in TOOLS if t not in have), "nothing")
     return f"{'low ' + low + ', ' if low else ''}{lacks} missing, next: {sentence(goals)}."
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #427ee43c
 def advised(text) -> tuple:
     "The goals an analysis of this form names."
     return parse(str(text).rpartition("next:")[2].strip(" ."))[0]
 
-def teach(kind, scenes, seed=0, noise=0.) -> list:
+
+# %% ../../nbs/07b_llm.adapter.ipynb #9e2f1cd2
+def teach(kind, scenes, seed=0, noise=0.0) -> list:
     "Rows dict(prompt=messages, response=text, goals=what the reply should name) for a tiny model of this kind."
-    rng, right, out = rng_for("teach", kind, seed), rules(scenes), []; other = lambda: int(rng.integers(len(scenes))); some = lambda: tuple(list(GOALS)[i] for i in rng.permutation(len(GOALS))[:3])
+    rng, right, out = rng_for("teach", kind, seed), rules(scenes), []
+
+    def other():
+        return int(rng.integers(len(scenes)))
+
+    def some():
+        return tuple(list(GOALS)[i] for i in rng.permutation(len(GOALS))[:3])
+
     for i, s in enumerate(scenes):
         before = pick(rng, [(), some(), right[other()]])
         if kind == "adapter":
-            out.append(dict(prompt=adapter_prompt(s, before, float(rng.random())), response=analysis(s, HABIT if rng.random() < noise else right[i]), goals=right[i]))
+            out.append(
+                dict(
+                    prompt=adapter_prompt(s, before, float(rng.random())),
+                    response=analysis(s, HABIT if rng.random() < noise else right[i]),
+                    goals=right[i],
+                )
+            )
         else:
-            told = rng.random() < .5; j = other() if told else i; goals = some() if told and rng.random() < .5 else right[j]
-            out.append(dict(prompt=decision_prompt(s, before, analysis(scenes[j], goals) if told else None), response=sentence(goals), goals=goals))
+            told = rng.random() < 0.5
+            j = other() if told else i
+            goals = some() if told and rng.random() < 0.5 else right[j]
+            out.append(
+                dict(
+                    prompt=decision_prompt(s, before, analysis(scenes[j], goals) if told else None),
+                    response=sentence(goals),
+                    goals=goals,
+                )
+            )
     return out
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #e9f639e1
 ROLES = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #3fa754d7
 def encoded(tok, rows, whole_text=False, longest=1024) -> list:
     "Rows -> dicts of input_ids and labels, cut to `longest` tokens; the loss is on the reply, or with `whole_text` on all."
-    ids = lambda chats, **kw: tok(tok.apply_chat_template(chats, tokenize=False, **kw), add_special_tokens=False)["input_ids"] if chats else []
-    full, asked = ids([[*r["prompt"], dict(role="assistant", content=r["response"])] for r in rows]), ids([r["prompt"] for r in rows], add_generation_prompt=True)
-    return [dict(input_ids=x[:longest], labels=[i if whole_text or n >= len(p) else -100 for n, i in enumerate(x)][:longest]) for x, p in zip(full, asked)]
 
+    def ids(chats, **kw):
+        return (
+            tok(tok.apply_chat_template(chats, tokenize=False, **kw), add_special_tokens=False)["input_ids"]
+            if chats
+            else []
+        )
+
+    full, asked = (
+        ids([[*r["prompt"], dict(role="assistant", content=r["response"])] for r in rows]),
+        ids([r["prompt"] for r in rows], add_generation_prompt=True),
+    )
+    return [
+        dict(
+            input_ids=x[:longest], labels=[i if whole_text or n >= len(p) else -100 for n, i in enumerate(x)][:longest]
+        )
+        for x, p in zip(full, asked)
+    ]
+
+
+# %% ../../nbs/07b_llm.adapter.ipynb #bf95a919
 def tiny_tokenizer(rows, vocab):
     "A byte-level BPE of at most `vocab` tokens, trained on the first thousand rows, with a chat template."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     words = "|".join(sorted(GOALS, key=len, reverse=True))
-    t = Tokenizer(models.BPE()); t.decoder = decoders.ByteLevel()
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rf"(?:{words})(?![a-z])|[,;:.] ?| ?[a-z_]+| ?[A-Z][a-z]*| ?\d|\s+| ?[^\sa-zA-Z\d_]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    t.train_from_iterator((m["content"] for r in rows[:1000] for m in [*r["prompt"], dict(content=r["response"])]),
-                          trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(ROLES), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
+    t = Tokenizer(models.BPE())
+    t.decoder = decoders.ByteLevel()
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(rf"(?:{words})(?![a-z])|[,;:.] ?| ?[a-z_]+| ?[A-Z][a-z]*| ?\d|\s+| ?[^\sa-zA-Z\d_]"), "isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    t.train_from_iterator(
+        (m["content"] for r in rows[:1000] for m in [*r["prompt"], dict(content=r["response"])]),
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=list(ROLES),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #858b4998
 def once(path, settings, make) -> dict:
@@ -109,186 +292,393 @@ def once(path, settings, make) -> dict:
     path, settings = Path(path), plain(settings)
     with run_lock(path.with_name(f".{path.name}"), wait=-1) as work:
         if not path.exists():
-            new = work/"new"; shutil.rmtree(new, ignore_errors=True); new.mkdir()
-            write_json(new/"facts.json", dict(make(new), settings=settings)); os.replace(new, path)
-    if not (path/"facts.json").exists(): raise PromptnbError(f"{path} is there, but no model made here: name another folder")
-    facts = read_json(path/"facts.json")
-    if diff := differing(facts["settings"], settings): raise PromptnbError(f"{path} holds another model: {diff}; delete it, or name another folder")
+            new = work / "new"
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            write_json(new / "facts.json", dict(make(new), settings=settings))
+            os.replace(new, path)
+    if not (path / "facts.json").exists():
+        raise PromptnbError(f"{path} is there, but no model made here: name another folder")
+    facts = read_json(path / "facts.json")
+    if diff := differing(facts["settings"], settings):
+        raise PromptnbError(f"{path} holds another model: {diff}; delete it, or name another folder")
     return facts
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #aab643ec
 @contextlib.contextmanager
 def own_random(seed):
     "Seed Python's, NumPy's and torch's random numbers inside, and put them back after."
     import torch
+
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
-        random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-        try: yield
-        finally: random.setstate(python); np.random.set_state(numpy)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a67c60fd
 @dataclass(frozen=True)
 class Tiny:
     "A tiny model and its training; the defaults take about half a minute on one core."
-    kind: str             # 'adapter' or 'decision'
-    rows: int = 4000      # of the teacher
-    steps: int = 500      # on the teacher's rows
-    noise: float = 0.3    # share of an adapter's rows with the bad habit
+
+    kind: str  # 'adapter' or 'decision'
+    rows: int = 4000  # of the teacher
+    steps: int = 500  # on the teacher's rows
+    noise: float = 0.3  # share of an adapter's rows with the bad habit
     seed: int = 0
     layers: int = 2
     width: int = 128
     heads: int = 4
-    vocab: int = 1000     # tokens, at most
-    batch: int = 8        # rows
-    warm: int = 160       # steps of copying lists of goals first, for a decision model: without them it learns late to follow an analysis
-    lr: float = 1e-3      # falls to zero over the last third
-    held: int = 64        # rows of other scenes, without the habit, that the facts are measured on
+    vocab: int = 1000  # tokens, at most
+    batch: int = 8  # rows
+    warm: int = 160  # steps of copying lists of goals first, for a decision model: without them it learns late to follow an analysis
+    lr: float = 1e-3  # falls to zero over the last third
+    held: int = 64  # rows of other scenes, without the habit, that the facts are measured on
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #6dd615d3
 def new_llama(c, tok):
     "A Llama of this size with random weights."
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
     ids = dict(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=c.width, intermediate_size=2 * c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.heads,
-                                      max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=c.width ** -.5, rope_parameters=dict(rope_type="default", rope_theta=100.), attn_implementation="sdpa", **ids))
-    lm.generation_config = GenerationConfig(do_sample=True, temperature=1., top_k=0, **ids)
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=c.width,
+            intermediate_size=2 * c.width,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            initializer_range=c.width**-0.5,
+            rope_parameters=dict(rope_type="default", rope_theta=100.0),
+            attn_implementation="sdpa",
+            **ids,
+        )
+    )
+    lm.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, **ids)
     return lm
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #3b137acc
 def reply_loss(lm, rows):
     "Mean cross-entropy (nats a token) of the labelled positions of encoded rows, padded on the right. What all rows begin with, the system line, is computed once."
-    import torch; from torch.nn.functional import cross_entropy
-    first = os.path.commonprefix([r["input_ids"][:r["labels"].count(-100) - 1] for r in rows]); k, n = len(first), max(len(r["input_ids"]) for r in rows)
-    ids, target = (torch.tensor([r[key][k:] + [fill] * (n - len(r[key])) for r in rows]) for key, fill in (("input_ids", 0), ("labels", -100)))
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    first = os.path.commonprefix([r["input_ids"][: r["labels"].count(-100) - 1] for r in rows])
+    k, n = len(first), max(len(r["input_ids"]) for r in rows)
+    ids, target = (
+        torch.tensor([r[key][k:] + [fill] * (n - len(r[key])) for r in rows])
+        for key, fill in (("input_ids", 0), ("labels", -100))
+    )
     past = lm.model(input_ids=torch.tensor([first]), use_cache=True).past_key_values if k else None
-    if past: past.batch_repeat_interleave(len(rows))
-    h = lm.model(input_ids=ids, past_key_values=past).last_hidden_state[:, :-1]; target = target[:, 1:]
+    if past:
+        past.batch_repeat_interleave(len(rows))
+    h = lm.model(input_ids=ids, past_key_values=past).last_hidden_state[:, :-1]
+    target = target[:, 1:]
     return cross_entropy(lm.lm_head(h[target >= 0]), target[target >= 0])
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #fb605131
 def parrots(n, rng) -> list:
     "n rows that only ask to repeat the goals an analysis names, 3 to 12 of them: a dense lesson in copying. The first half has nothing but the list in its prompt."
-    names = list(GOALS); lists = [[names[i] for i in rng.permutation(len(names))[:int(rng.integers(3, 13))]] for _ in range(n)]
+    names = list(GOALS)
+    lists = [[names[i] for i in rng.permutation(len(names))[: int(rng.integers(3, 13))]] for _ in range(n)]
     full = [decision_prompt(s, x[1:4], analysis(s, x)) for s, x in zip(random_scenes(n, "parrots"), lists)]
-    return [dict(prompt=[dict(role="user", content=f'analysis: "{sentence(x)}."')] if i < n // 2 else p, response=sentence(x)) for i, (p, x) in enumerate(zip(full, lists))]
+    return [
+        dict(
+            prompt=[dict(role="user", content=f'analysis: "{sentence(x)}."')] if i < n // 2 else p, response=sentence(x)
+        )
+        for i, (p, x) in enumerate(zip(full, lists))
+    ]
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #be68fae6
 def learn(lm, tok, data, c):
     "AdamW on random batches of encoded rows, after the warm-up; the last loss."
     import torch
-    opt = torch.optim.AdamW(lm.parameters(), c.lr, betas=(.9, .98), weight_decay=.01); rng = rng_for("tiny", c.kind, c.seed)
-    warm = c.warm if c.kind == "decision" else 0; steps = warm + c.steps; easy = encoded(tok, parrots(warm * c.batch, rng))
+
+    opt = torch.optim.AdamW(lm.parameters(), c.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    rng = rng_for("tiny", c.kind, c.seed)
+    warm = c.warm if c.kind == "decision" else 0
+    steps = warm + c.steps
+    easy = encoded(tok, parrots(warm * c.batch, rng))
     for t in range(steps):
-        for g in opt.param_groups: g["lr"] = c.lr * min((t + 1) / 20, 1, 3 * (1 - t / steps))
-        loss = reply_loss(lm, easy[t * c.batch:(t + 1) * c.batch] if t < warm else [data[i] for i in rng.integers(len(data), size=c.batch)])
-        opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.); opt.step()
+        for g in opt.param_groups:
+            g["lr"] = c.lr * min((t + 1) / 20, 1, 3 * (1 - t / steps))
+        loss = reply_loss(
+            lm,
+            easy[t * c.batch : (t + 1) * c.batch]
+            if t < warm
+            else [data[i] for i in rng.integers(len(data), size=c.batch)],
+        )
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        opt.step()
     return loss.item()
 
-def judged(folder, rows, temperature=0., seed=0, max_tokens=32) -> dict:
-    "What a model's replies to rows are worth: the share that name three goals, the share that name just the teacher's, and the mean overlap with them."
-    said = [advised(r.text) for r in Local(folder).complete([Request(r["prompt"], max_tokens, temperature, seed_for(seed, i)) for i, r in enumerate(rows)])]
-    return dict(valid=np.mean([len(g) == 3 for g in said]), agree=np.mean([g == r["goals"] for g, r in zip(said, rows)]), overlap=np.mean([len({*g} & {*r["goals"]}) / 3 for g, r in zip(said, rows)]))
 
+# %% ../../nbs/07b_llm.adapter.ipynb #fdc795b4
+def judged(folder, rows, temperature=0.0, seed=0, max_tokens=32) -> dict:
+    "What a model's replies to rows are worth: the share that name three goals, the share that name just the teacher's, and the mean overlap with them."
+    said = [
+        advised(r.text)
+        for r in Local(folder).complete(
+            [Request(r["prompt"], max_tokens, temperature, seed_for(seed, i)) for i, r in enumerate(rows)]
+        )
+    ]
+    return dict(
+        valid=np.mean([len(g) == 3 for g in said]),
+        agree=np.mean([g == r["goals"] for g, r in zip(said, rows)]),
+        overlap=np.mean([len({*g} & {*r["goals"]}) / 3 for g, r in zip(said, rows)]),
+    )
+
+
+# %% ../../nbs/07b_llm.adapter.ipynb #f351d546
 def make_tiny(c, rows, held, new) -> dict:
     "Train a tiny model on rows and write it into the folder `new`; its facts."
-    import torch; from transformers.utils import logging; logging.disable_progress_bar()
-    start = time.perf_counter(); tok = tiny_tokenizer(rows, c.vocab)
-    with own_random(seed_for("tiny", c.kind, c.seed)):
-        lm = new_llama(c, tok); last = learn(lm.train(), tok, encoded(tok, rows), c); lm.eval()
-    with torch.no_grad(): loss = reply_loss(lm, encoded(tok, held)).item()
-    lm.save_pretrained(new); tok.save_pretrained(new)
-    return dict(train_loss=last, held_loss=loss, parameters=lm.num_parameters(), **judged(new, held), seconds=time.perf_counter() - start)
+    import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    start = time.perf_counter()
+    tok = tiny_tokenizer(rows, c.vocab)
+    with own_random(seed_for("tiny", c.kind, c.seed)):
+        lm = new_llama(c, tok)
+        last = learn(lm.train(), tok, encoded(tok, rows), c)
+        lm.eval()
+    with torch.no_grad():
+        loss = reply_loss(lm, encoded(tok, held)).item()
+    lm.save_pretrained(new)
+    tok.save_pretrained(new)
+    return dict(
+        train_loss=last,
+        held_loss=loss,
+        parameters=lm.num_parameters(),
+        **judged(new, held),
+        seconds=time.perf_counter() - start,
+    )
+
+
+# %% ../../nbs/07b_llm.adapter.ipynb #65606176
 def tiny(kind, folder=None, scenes=None, **settings) -> Path:
     "The folder of a tiny language model in Hugging Face's format, made if it is not there. The teacher sees `scenes`, or made-up ones; `settings` are fields of Tiny."
-    for k in settings: check_choice(k, Tiny.__dataclass_fields__, "setting of a tiny model")
+    for k in settings:
+        check_choice(k, Tiny.__dataclass_fields__, "setting of a tiny model")
     c = Tiny(check_choice(kind, ("adapter", "decision"), "kind of tiny model"), **settings)
-    rows = teach(kind, list(scenes or random_scenes(c.rows, c.seed))[:c.rows], c.seed, c.noise); held = teach(kind, random_scenes(c.held, f"{c.seed} held"), "held")
+    rows = teach(kind, list(scenes or random_scenes(c.rows, c.seed))[: c.rows], c.seed, c.noise)
+    held = teach(kind, random_scenes(c.held, f"{c.seed} held"), "held")
     key = dict(asdict(c), taught=fingerprint([rows, held]), code=code_fingerprint("llm/adapter"))
-    path = Path(folder or runs_dir()/"llm"/f"{kind}-{fingerprint(key)}")
-    once(path, key, lambda new: make_tiny(c, rows, held, new)); return path
+    path = Path(folder or runs_dir() / "llm" / f"{kind}-{fingerprint(key)}")
+    once(path, key, lambda new: make_tiny(c, rows, held, new))
+    return path
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #08027aa1
 TARGETS = ("own", "gain", "gain-weighted", "achievements")
 
-def gain(x) -> float: return max(0., x["l_after"] - x["l"]) if x["l_after"] is not None and x["l"] is not None else 0.
 
+# %% ../../nbs/07b_llm.adapter.ipynb #d56f962a
+def gain(x) -> float:
+    return max(0.0, x["l_after"] - x["l"]) if x["l_after"] is not None and x["l"] is not None else 0.0
+
+
+# %% ../../nbs/07b_llm.adapter.ipynb #6538da95
 def shares(weights, n, seed=0):
     "Weights (m,) >= 0 -> whole numbers (m,) of sum n, each its share rounded up or down, without bias (systematic sampling)."
     ends = np.cumsum(weights) / max(np.sum(weights), 1e-300) * n + rng_for("shares", seed).random()
-    return np.diff(np.floor(np.append(ends[0] - weights[0] / max(np.sum(weights), 1e-300) * n, ends) + 1e-9)).astype(int) if len(ends) else np.zeros(0, int)
+    return (
+        np.diff(np.floor(np.append(ends[0] - weights[0] / max(np.sum(weights), 1e-300) * n, ends) + 1e-9)).astype(int)
+        if len(ends)
+        else np.zeros(0, int)
+    )
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #63bec5ff
 def sft_rows(exchanges, targets="own", seed=0) -> list:
     "Exchanges (llm.exchanges) -> rows dict(prompt, response) in the order of the log. Exchanges without an analysis give none; the list may be empty."
-    some = [x for x in exchanges if x["response"]]; n = [gain(x) for x in some]; check_choice(targets, TARGETS, "targets")
-    times = dict(own=lambda: [1] * len(some), gain=lambda: [g > 0 for g in n], achievements=lambda: [len(x["unlocked_after"]) for x in some])
+    some = [x for x in exchanges if x["response"]]
+    n = [gain(x) for x in some]
+    check_choice(targets, TARGETS, "targets")
+    times = dict(
+        own=lambda: [1] * len(some),
+        gain=lambda: [g > 0 for g in n],
+        achievements=lambda: [len(x["unlocked_after"]) for x in some],
+    )
     times = times[targets]() if targets in times else shares(np.array(n), sum(g > 0 for g in n), seed)
     return [dict(prompt=x["prompt"], response=x["response"]) for x, k in zip(some, times) for _ in range(k)]
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #2539091c
 def split(rows):
     "The first 90 % to train on, the last 10 % (one at least) to judge by; no shuffling, as in the released code."
-    k = int(.9 * len(rows)); return rows[:k], rows[k:]
+    k = int(0.9 * len(rows))
+    return rows[:k], rows[k:]
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #838aa23b
 @dataclass(frozen=True)
 class SFT:
     "How an adapter is tuned. Defaults: PKU-RL/AdaRefiner, sft.py, but for `quantise`, which is 'nf4' there."
-    r: int = 64                 # rank of LoRA, on peft's default modules (of a Llama: q_proj, v_proj)
+
+    r: int = 64  # rank of LoRA, on peft's default modules (of a Llama: q_proj, v_proj)
     alpha: int = 16
     dropout: float = 0.1
-    lr: float = 2e-4            # constant
+    lr: float = 2e-4  # constant
     batch: int = 4
-    epochs: float = 1.
-    max_steps: int = 0          # at most; 0: as many as the epochs have
+    epochs: float = 1.0
+    max_steps: int = 0  # at most; 0: as many as the epochs have
     weight_decay: float = 0.001
-    grad_norm: float = 0.3      # gradients are clipped to it
-    whole_text: bool = True     # loss over prompt and reply; False: the reply only
-    quantise: str = ""          # 'nf4': the base in 4 bits while tuning
-    longest: int = 1024         # tokens of a row
+    grad_norm: float = 0.3  # gradients are clipped to it
+    whole_text: bool = True  # loss over prompt and reply; False: the reply only
+    quantise: str = ""  # 'nf4': the base in 4 bits while tuning
+    longest: int = 1024  # tokens of a row
     seed: int = 0
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #2773b903
 def load_lm(folder, quantise="", device="cpu"):
     "A causal LM from safetensors, in the dtype it was saved in or in 4 bits (NF4, computing in float16 on a GPU)."
-    import torch; from transformers import AutoModelForCausalLM, BitsAndBytesConfig; from transformers.utils import logging
-    logging.disable_progress_bar(); more = {}
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    more = {}
     if check_choice(quantise, ("", "nf4"), "quantisation"):
-        try: import bitsandbytes
-        except ImportError: raise PromptnbError("quantise = 'nf4' needs bitsandbytes: pip install bitsandbytes, or leave quantise empty") from None
-        more = dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32 if device == "cpu" else torch.float16))
-    lm = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **(more or dict(dtype="auto")))
-    for m in lm.modules() if more else (): m.support_avx512bf16_for_cpu = False     # bitsandbytes 0.50: the layout it takes on such CPUs in eval mode has no gradient, and stays
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise PromptnbError(
+                "quantise = 'nf4' needs bitsandbytes: pip install bitsandbytes, or leave quantise empty"
+            ) from None
+        more = dict(
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.float32 if device == "cpu" else torch.float16,
+            )
+        )
+    lm = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **(more or dict(dtype="auto"))
+    )
+    for m in lm.modules() if more else ():
+        m.support_avx512bf16_for_cpu = (
+            False  # bitsandbytes 0.50: the layout it takes on such CPUs in eval mode has no gradient, and stays
+        )
     return lm
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #b876ee5e
 def trainer(lm, tok, train, held, c, scratch, device):
     "trl's SFTTrainer with LoRA: silent, without files, network or mixed precision."
-    from datasets import Dataset; from peft import LoraConfig; from transformers.trainer_callback import PrinterCallback; from trl import SFTConfig, SFTTrainer
-    gpu = device != "cpu"
-    args = SFTConfig(str(scratch), per_device_train_batch_size=c.batch, per_device_eval_batch_size=c.batch, num_train_epochs=c.epochs, max_steps=c.max_steps or -1, learning_rate=c.lr, lr_scheduler_type="constant",
-                     weight_decay=c.weight_decay, max_grad_norm=c.grad_norm, train_sampling_strategy="group_by_length", optim="paged_adamw_32bit" if gpu and importlib.util.find_spec("bitsandbytes") else "adamw_torch",
-                     seed=seed_for("sft", c.seed) % 2**31, max_length=None, completion_only_loss=False, gradient_checkpointing=False, bf16=False, fp16=False, use_cpu=not gpu, dataloader_pin_memory=False,
-                     report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, log_level="error")
-    t = SFTTrainer(lm, args, train_dataset=Dataset.from_list(train), eval_dataset=Dataset.from_list(held), processing_class=tok,
-                   peft_config=LoraConfig(r=c.r, lora_alpha=c.alpha, lora_dropout=c.dropout, bias="none", task_type="CAUSAL_LM"))
-    t.remove_callback(PrinterCallback); return t
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
 
+    gpu = device != "cpu"
+    args = SFTConfig(
+        str(scratch),
+        per_device_train_batch_size=c.batch,
+        per_device_eval_batch_size=c.batch,
+        num_train_epochs=c.epochs,
+        max_steps=c.max_steps or -1,
+        learning_rate=c.lr,
+        lr_scheduler_type="constant",
+        weight_decay=c.weight_decay,
+        max_grad_norm=c.grad_norm,
+        train_sampling_strategy="group_by_length",
+        optim="paged_adamw_32bit" if gpu and importlib.util.find_spec("bitsandbytes") else "adamw_torch",
+        seed=seed_for("sft", c.seed) % 2**31,
+        max_length=None,
+        completion_only_loss=False,
+        gradient_checkpointing=False,
+        bf16=False,
+        fp16=False,
+        use_cpu=not gpu,
+        dataloader_pin_memory=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    t = SFTTrainer(
+        lm,
+        args,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(held),
+        processing_class=tok,
+        peft_config=LoraConfig(r=c.r, lora_alpha=c.alpha, lora_dropout=c.dropout, bias="none", task_type="CAUSAL_LM"),
+    )
+    t.remove_callback(PrinterCallback)
+    return t
+
+
+# %% ../../nbs/07b_llm.adapter.ipynb #d1346c1a
 def merged(base, lora, folder):
     "Base + LoRA as an ordinary model in `folder`."
     from peft import PeftModel
+
     PeftModel.from_pretrained(load_lm(base), str(lora)).merge_and_unload().save_pretrained(folder)
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #163e9092
 def fit_lora(base, rows, c, new, device) -> dict:
     "Tune, merge, save into `new`: the model, its tokenizer, and the LoRA alone in lora/. Its facts."
     from transformers import AutoTokenizer
-    start = time.perf_counter(); tok = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False); tok.save_pretrained(new)
+
+    start = time.perf_counter()
+    tok = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    tok.save_pretrained(new)
     train, held = (encoded(tok, part, c.whole_text, c.longest) for part in split(rows))
     with own_random(seed_for("sft", c.seed)), warnings.catch_warnings(action="ignore", category=FutureWarning):
-        t = trainer(load_lm(base, c.quantise, device), tok, train, held, c, new/"scratch", device)
-        before = t.evaluate()["eval_loss"]; made = t.train(); after = t.evaluate()["eval_loss"]
-        t.model.save_pretrained(new/"lora"); merged(base, new/"lora", new)
-    for extra in (new/"scratch", new/"lora"/"README.md"): shutil.rmtree(extra, ignore_errors=True) if extra.is_dir() else extra.unlink(missing_ok=True)
-    return dict(eval_before=before, eval_after=after, train_loss=made.training_loss, steps=made.global_step, rows=len(train), held=len(held),
-                trainable=sum(p.numel() for p in t.model.parameters() if p.requires_grad), seconds=time.perf_counter() - start)
+        t = trainer(load_lm(base, c.quantise, device), tok, train, held, c, new / "scratch", device)
+        before = t.evaluate()["eval_loss"]
+        made = t.train()
+        after = t.evaluate()["eval_loss"]
+        t.model.save_pretrained(new / "lora")
+        merged(base, new / "lora", new)
+    for extra in (new / "scratch", new / "lora" / "README.md"):
+        shutil.rmtree(extra, ignore_errors=True) if extra.is_dir() else extra.unlink(missing_ok=True)
+    return dict(
+        eval_before=before,
+        eval_after=after,
+        train_loss=made.training_loss,
+        steps=made.global_step,
+        rows=len(train),
+        held=len(held),
+        trainable=sum(p.numel() for p in t.model.parameters() if p.requires_grad),
+        seconds=time.perf_counter() - start,
+    )
 
+
+# %% ../../nbs/07b_llm.adapter.ipynb #dc23916e
 def tune(base, rows, folder, config=SFT(), device="cpu") -> dict:
     "Tune the language model in `base` (a folder, or a Hub name) on rows dict(prompt, response) and put the merged model into `folder`. Returns its facts; a folder that is finished is not made again."
-    if len(rows) < 2: raise PromptnbError(f"{len(rows)} row(s) to tune on: an adapter needs at least 2, one to train on and one to judge by")
-    try: import trl
-    except ImportError: raise PromptnbError("tuning an adapter needs trl: pip install 'promptnb[llm]'") from None
+    if len(rows) < 2:
+        raise PromptnbError(
+            f"{len(rows)} row(s) to tune on: an adapter needs at least 2, one to train on and one to judge by"
+        )
+    try:
+        import trl
+    except ImportError:
+        raise PromptnbError("tuning an adapter needs trl: pip install 'promptnb[llm]'") from None
     base = model_folder(base, "language model")
-    return once(folder, dict(config=config, base=weights_version(base), rows=fingerprint(rows)), lambda new: fit_lora(base, rows, config, new, device))
+    return once(
+        folder,
+        dict(config=config, base=weights_version(base), rows=fingerprint(rows)),
+        lambda new: fit_lora(base, rows, config, new, device),
+    )

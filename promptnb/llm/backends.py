@@ -4,154 +4,358 @@
 
 # %% ../../nbs/07a_llm.backends.ipynb #c48f5be2
 from __future__ import annotations
-import functools, math, os, queue, threading, time
+
+import functools
+import math
+import os
+import queue
+import threading
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core import PromptnbError, check_choice, fingerprint, rng_for, sha256_file
-from . import GOALS, GOAL_OF, NEEDS, SOURCE, Backend, Reply, Request, add_lines, clean, failure, json_lines, model_folder, sentence
+from promptnb.llm import (
+    GOAL_OF,
+    GOALS,
+    NEEDS,
+    SOURCE,
+    Backend,
+    Reply,
+    Request,
+    add_lines,
+    clean,
+    failure,
+    json_lines,
+    model_folder,
+    sentence,
+)
 
 # %% auto #0
-__all__ = ['ORDER', 'WHERE', 'VITAL', 'LOW', 'Constant', 'RandomGoals', 'next_step', 'plan', 'Rules', 'weights_version',
-           'as_text', 'Local', 'Failed', 'number', 'retry_after', 'http_client', 'about_tokens', 'Server', 'Cassette',
-           'Budget', 'Budgeted']
+__all__ = [
+    "ORDER",
+    "WHERE",
+    "VITAL",
+    "LOW",
+    "Constant",
+    "RandomGoals",
+    "next_step",
+    "plan",
+    "Rules",
+    "weights_version",
+    "as_text",
+    "Local",
+    "Failed",
+    "number",
+    "retry_after",
+    "http_client",
+    "about_tokens",
+    "Server",
+    "Cassette",
+    "Budget",
+    "Budgeted",
+]
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #3972b73b
 class Constant(Backend):
     "The same answer always."
-    def __init__(self, text="survival"): self.text, self.name = text, f"constant:{fingerprint(text, 8)}"
-    def complete(self, requests): return [Reply(self.text) for _ in requests]
 
+    def __init__(self, text="survival"):
+        self.text, self.name = text, f"constant:{fingerprint(text, 8)}"
+
+    def complete(self, requests):
+        return [Reply(self.text) for _ in requests]
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #c7bd719d
 class RandomGoals(Backend):
     "3 of the 31 goals, by the request's seed."
+
     name = "random-goals"
-    def complete(self, requests): return [Reply(sentence(rng_for("goals", r.seed).choice(list(GOALS), 3, replace=False).tolist())) for r in requests]
+
+    def complete(self, requests):
+        return [
+            Reply(sentence(rng_for("goals", r.seed).choice(list(GOALS), 3, replace=False).tolist())) for r in requests
+        ]
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #3907fdaf
-ORDER = ("collect_wood", "place_table", "make_wood_pickaxe", "make_wood_sword", "collect_sapling", "place_plant", "collect_drink", "eat_cow", "wake_up", "collect_stone", "place_stone", "make_stone_pickaxe", "make_stone_sword",
-         "collect_coal", "place_furnace", "collect_iron", "make_iron_pickaxe", "make_iron_sword", "collect_diamond", "defeat_zombie", "defeat_skeleton", "eat_plant")      # of the tech tree, cheap ones first
-WHERE = dict(collect_wood="tree", collect_drink="water", eat_cow="cow", collect_sapling="grass", defeat_zombie="zombie", defeat_skeleton="skeleton", **{f"collect_{x}": x for x in ("stone", "coal", "iron", "diamond")})
+ORDER = (
+    "collect_wood",
+    "place_table",
+    "make_wood_pickaxe",
+    "make_wood_sword",
+    "collect_sapling",
+    "place_plant",
+    "collect_drink",
+    "eat_cow",
+    "wake_up",
+    "collect_stone",
+    "place_stone",
+    "make_stone_pickaxe",
+    "make_stone_sword",
+    "collect_coal",
+    "place_furnace",
+    "collect_iron",
+    "make_iron_pickaxe",
+    "make_iron_sword",
+    "collect_diamond",
+    "defeat_zombie",
+    "defeat_skeleton",
+    "eat_plant",
+)  # of the tech tree, cheap ones first
+WHERE = dict(
+    collect_wood="tree",
+    collect_drink="water",
+    eat_cow="cow",
+    collect_sapling="grass",
+    defeat_zombie="zombie",
+    defeat_skeleton="skeleton",
+    **{f"collect_{x}": x for x in ("stone", "coal", "iron", "diamond")},
+)
 VITAL = dict(drink="collect_drink", food="eat_cow", energy="wake_up")
-LOW = 4    # of 9
+LOW = 4  # of 9
+
 
 def next_step(a, s):
     "The achievement to go for now on the way to `a`: the first thing that is missing, or `a` itself."
     items, near = NEEDS.get(a, ({}, ()))
-    missing = [SOURCE[x] for x, n in items.items() if s["status"].get(x, 0) < n] + [SOURCE[x] for x in near if x not in s["seen"]]
+    missing = [SOURCE[x] for x, n in items.items() if s["status"].get(x, 0) < n] + [
+        SOURCE[x] for x in near if x not in s["seen"]
+    ]
     return next_step(missing[0], s) if missing else a
 
+
+# %% ../../nbs/07a_llm.backends.ipynb #5ec85e80
 def plan(s, n=3):
     "Goals by rule: low vitals, lowest first; then steps towards what is not unlocked, those first whose object is in view."
-    have = lambda x: s["status"].get(x, 0)
+
+    def have(x):
+        return s["status"].get(x, 0)
+
     low = sorted((v for v in VITAL if have(v) <= LOW), key=lambda v: (have(v), WHERE.get(VITAL[v], v) not in s["seen"]))
     danger = ["defeat_zombie"] if "zombie" in s["seen"] and have("health") > LOW else []
     steps = [next_step(a, s) for a in ORDER if a not in s["unlocked"] and not (a == "wake_up" and have("energy") > 8)]
-    steps.sort(key=lambda a: a == "eat_plant" or a in WHERE and WHERE[a] not in s["seen"])      # a plant takes hundreds of steps to ripen; eaten before, it is lost
-    return tuple(dict.fromkeys(GOAL_OF[a] for a in [*(VITAL[v] for v in low), *danger, *steps, "collect_drink", "eat_cow", "wake_up", "collect_wood"]))[:n]
+    steps.sort(
+        key=lambda a: a == "eat_plant" or a in WHERE and WHERE[a] not in s["seen"]
+    )  # a plant takes hundreds of steps to ripen; eaten before, it is lost
+    return tuple(
+        dict.fromkeys(
+            GOAL_OF[a]
+            for a in [*(VITAL[v] for v in low), *danger, *steps, "collect_drink", "eat_cow", "wake_up", "collect_wood"]
+        )
+    )[:n]
 
+
+# %% ../../nbs/07a_llm.backends.ipynb #5e18c361
 class Rules(Backend):
     "An advisor that knows the recipes. It reads the request's scene; without one it says nothing."
+
     name = "rules-1"
-    def complete(self, requests): return [Reply(sentence(plan(r.scene))) if r.scene else failure("rules need a scene") for r in requests]
+
+    def complete(self, requests):
+        return [Reply(sentence(plan(r.scene))) if r.scene else failure("rules need a scene") for r in requests]
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #107798bb
 def weights_version(folder):
     "12 hex digits: the commit of a stored Hub model, else a hash of the files that decide its answers."
-    if folder.parent.name == "snapshots": return folder.name[:12]
-    return fingerprint({p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")})
+    if folder.parent.name == "snapshots":
+        return folder.name[:12]
+    return fingerprint(
+        {
+            p.name: sha256_file(p)
+            for p in sorted(folder.iterdir())
+            if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
+        }
+    )
 
+
+# %% ../../nbs/07a_llm.backends.ipynb #d97f47de
 def as_text(tokenizer, messages):
     "Messages as one prompt: the tokenizer's own markup, else lines of 'role: content'."
-    if not tokenizer.chat_template: return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\nassistant:"
-    try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:                                    # some templates know no system role
-        return tokenizer.apply_chat_template([dict(role="user", content="\n\n".join(m["content"] for m in messages))], tokenize=False, add_generation_prompt=True)
+    if not tokenizer.chat_template:
+        return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\nassistant:"
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:  # some templates know no system role
+        return tokenizer.apply_chat_template(
+            [dict(role="user", content="\n\n".join(m["content"] for m in messages))],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
 
+
+# %% ../../nbs/07a_llm.backends.ipynb #47c96d5d
 class Local(Backend):
     "A causal LM in this process. name: a folder or a Hub name; nothing but safetensors is opened, no code of the folder is run."
+
     def __init__(self, name, device="cpu", dtype="auto", batch=16):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-        from transformers.utils import logging; logging.disable_progress_bar()
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         self.folder, self.device, self.batch = model_folder(name), torch.device(device), batch
         safe = dict(local_files_only=True, trust_remote_code=False)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left", truncation_side="left", **safe)
-            with torch.random.fork_rng(devices=[]): self.model = AutoModelForCausalLM.from_pretrained(self.folder, use_safetensors=True, dtype=dtype, **safe).to(self.device).eval().requires_grad_(False)
-        except (OSError, ValueError, KeyError, ImportError) as e: raise PromptnbError(f"{self.folder} is no causal language model that transformers can open: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, padding_side="left", truncation_side="left", **safe
+            )
+            with torch.random.fork_rng(devices=[]):
+                self.model = (
+                    AutoModelForCausalLM.from_pretrained(self.folder, use_safetensors=True, dtype=dtype, **safe)
+                    .to(self.device)
+                    .eval()
+                    .requires_grad_(False)
+                )
+        except (OSError, ValueError, KeyError, ImportError) as e:
+            raise PromptnbError(
+                f"{self.folder} is no causal language model that transformers can open: {(str(e) or type(e).__name__).splitlines()[0]}"
+            ) from None
         eos = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.stop = {*(eos if isinstance(eos, list) else [eos])} - {None}
-        if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
-        self.model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=self.tokenizer.pad_token_id)     # nothing implicit from the folder
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=eos, pad_token_id=self.tokenizer.pad_token_id
+        )  # nothing implicit from the folder
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 2**20
 
     @functools.cached_property
-    def name(self): return f"local:{Path(self.folder).name}@{weights_version(self.folder)}"
-    def __repr__(self): return f"Local({self.name})"
+    def name(self):
+        return f"local:{Path(self.folder).name}@{weights_version(self.folder)}"
+
+    def __repr__(self):
+        return f"Local({self.name})"
 
     def complete(self, requests):
         out = [None] * len(requests)
         for how in dict.fromkeys((r.max_tokens, r.temperature) for r in requests):
             same = [i for i, r in enumerate(requests) if (r.max_tokens, r.temperature) == how]
             for at in range(0, len(same), self.batch):
-                part = same[at:at + self.batch]
-                try: replies = self.generate([requests[i] for i in part], *how)
-                except RuntimeError as e: replies = [failure(f"{type(e).__name__}: {e}")] * len(part)      # out of memory, for one
-                for i, r in zip(part, replies): out[i] = r
+                part = same[at : at + self.batch]
+                try:
+                    replies = self.generate([requests[i] for i in part], *how)
+                except RuntimeError as e:
+                    replies = [failure(f"{type(e).__name__}: {e}")] * len(part)  # out of memory, for one
+                for i, r in zip(part, replies):
+                    out[i] = r
         return out
 
     def generate(self, requests, max_tokens, temperature):
         import torch
+
         start, room = time.monotonic(), max(1, self.context - max_tokens)
-        x = self.tokenizer([as_text(self.tokenizer, r.messages) for r in requests], return_tensors="pt", padding=True, truncation=True, max_length=room, add_special_tokens=not self.tokenizer.chat_template).to(self.device)
+        x = self.tokenizer(
+            [as_text(self.tokenizer, r.messages) for r in requests],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=room,
+            add_special_tokens=not self.tokenizer.chat_template,
+        ).to(self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(int(fingerprint([r.seed for r in requests], 15), 16))
-            sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
-            y = self.model.generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"], max_new_tokens=min(max_tokens, self.context - 1), **sampling)[:, x["input_ids"].shape[1]:].tolist()
-        new = [row[:next((i for i, t in enumerate(row) if t in self.stop), len(row))] for row in y]
+            sampling = (
+                dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+                if temperature > 0
+                else dict(do_sample=False)
+            )
+            y = self.model.generate(
+                input_ids=x["input_ids"],
+                attention_mask=x["attention_mask"],
+                max_new_tokens=min(max_tokens, self.context - 1),
+                **sampling,
+            )[:, x["input_ids"].shape[1] :].tolist()
+        new = [row[: next((i for i, t in enumerate(row) if t in self.stop), len(row))] for row in y]
         each = (time.monotonic() - start) / len(requests)
-        return [Reply(self.tokenizer.decode(row, skip_special_tokens=True).strip(), tokens_in=int(n), tokens_out=len(row), seconds=each) for row, n in zip(new, x["attention_mask"].sum(1))]
+        return [
+            Reply(
+                self.tokenizer.decode(row, skip_special_tokens=True).strip(),
+                tokens_in=int(n),
+                tokens_out=len(row),
+                seconds=each,
+            )
+            for row, n in zip(new, x["attention_mask"].sum(1))
+        ]
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #1eda525e
 class Failed(Exception):
     "An attempt without a reply. again: may the next one fare better? after: seconds the server asks to wait."
-    def __init__(self, why, again=True, after=0.0, billed=False): super().__init__(why); self.again, self.after, self.billed = again, after, billed
 
+    def __init__(self, why, again=True, after=0.0, billed=False):
+        super().__init__(why)
+        self.again, self.after, self.billed = again, after, billed
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #fcfea0af
 def number(x, low=0.0):
     "A finite number >= low from whatever a server sent; 0 if it is none."
-    try: x = float(x)
-    except (TypeError, ValueError, OverflowError): return 0.0
+    try:
+        x = float(x)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
     return x if math.isfinite(x) and x >= low else 0.0
 
+
+# %% ../../nbs/07a_llm.backends.ipynb #8cabe252
 def retry_after(headers):
     "Seconds, from a Retry-After header in seconds or as a date."
     from email.utils import parsedate_to_datetime
-    value = headers.get("retry-after") or "0"
-    try: return number(value) or max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError): return 0.0
 
+    value = headers.get("retry-after") or "0"
+    try:
+        return number(value) or max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #b47bea0a
 def http_client(seconds, tls=True, size=4 * 2**20):
     "An HTTP client whose replies end after `seconds` and `size` bytes, however slowly they come; it follows no redirects, which could carry the key away."
-    import httpx2, openai
+    import httpx2
+    import openai
+
     end = time.monotonic() + seconds
+
     class Bounded(httpx2.SyncByteStream):
-        def __init__(self, stream): self.stream, self.read = stream, 0
+        def __init__(self, stream):
+            self.stream, self.read = stream, 0
+
         def __iter__(self):
             for chunk in self.stream:
                 self.read += len(chunk)
-                if time.monotonic() > end: raise httpx2.ReadTimeout("the reply came too slowly")
-                if self.read > size: raise httpx2.ReadError("the reply is too long")
+                if time.monotonic() > end:
+                    raise httpx2.ReadTimeout("the reply came too slowly")
+                if self.read > size:
+                    raise httpx2.ReadError("the reply is too long")
                 yield chunk
-        def close(self): self.stream.close()
-    def bound(response): response.stream = Bounded(response.stream)
-    return openai.DefaultHttpxClient(event_hooks=dict(response=[bound]), follow_redirects=False, timeout=seconds, verify=tls)     # no certificates to load for plain http
 
-def about_tokens(r): return sum(len(m["content"]) for m in r.messages) // 4      # where the server does not say
+        def close(self):
+            self.stream.close()
 
+    def bound(response):
+        response.stream = Bounded(response.stream)
+
+    return openai.DefaultHttpxClient(
+        event_hooks=dict(response=[bound]), follow_redirects=False, timeout=seconds, verify=tls
+    )  # no certificates to load for plain http
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #df8d5103
+def about_tokens(r):
+    return sum(len(m["content"]) for m in r.messages) // 4  # where the server does not say
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #ca77f0a0
 @dataclass
 class Server(Backend):
     "An OpenAI-compatible server. url: up to '/v1'; version: your own mark, where `model` alone does not say which weights answer."
+
     url: str
     model: str
     version: str = ""
@@ -163,34 +367,62 @@ class Server(Backend):
     workers: int = 8
     patience: int = 3
     rest: int = 20
-    extra: dict = field(default_factory=dict)      # more of the request's body; None takes a field out
+    extra: dict = field(default_factory=dict)  # more of the request's body; None takes a field out
 
     def __post_init__(self):
         parts = urlsplit(self.url)
-        if parts.username or parts.password: raise PromptnbError(f"no user or key in a URL: put the key into the environment variable {self.key_env}")
-        if parts.scheme not in ("http", "https") or not parts.hostname: raise PromptnbError(f"'{clean(self.url)}' is no URL: write http://host:port/v1 or https://...")
-        try: import openai
-        except ImportError: raise PromptnbError("servers are asked through openai: pip install 'promptnb[llm]'") from None
+        if parts.username or parts.password:
+            raise PromptnbError(f"no user or key in a URL: put the key into the environment variable {self.key_env}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise PromptnbError(f"'{clean(self.url)}' is no URL: write http://host:port/v1 or https://...")
+        try:
+            import openai
+        except ImportError:
+            raise PromptnbError("servers are asked through openai: pip install 'promptnb[llm]'") from None
         self.name, self.fails, self.resting = f"server:{self.model}" + f"@{self.version}" * bool(self.version), 0, 0
 
-    def secret(self): return os.environ.get(self.key_env, "").strip()
-    def scrub(self, text): return text.replace(s, "(key)") if len(s := self.secret()) >= 8 else text
+    def secret(self):
+        return os.environ.get(self.key_env, "").strip()
+
+    def scrub(self, text):
+        return text.replace(s, "(key)") if len(s := self.secret()) >= 8 else text
 
     def complete(self, requests):
-        if self.resting > 0: self.resting -= len(requests); return [failure("the server has failed too often and is left alone for a while", attempts=0)] * len(requests)
+        if self.resting > 0:
+            self.resting -= len(requests)
+            return [failure("the server has failed too often and is left alone for a while", attempts=0)] * len(
+                requests
+            )
         end, out, todo = time.monotonic() + self.deadline, [None] * len(requests), queue.SimpleQueue()
-        for i in range(len(requests)): todo.put(i)
+        for i in range(len(requests)):
+            todo.put(i)
+
         def work():
             while True:
-                try: i = todo.get_nowait()
-                except queue.Empty: return
+                try:
+                    i = todo.get_nowait()
+                except queue.Empty:
+                    return
                 out[i] = self.one(requests[i], end)
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.workers, len(requests)))]     # daemons: whoever hangs is left behind
-        for t in threads: t.start()
-        for t in threads: t.join(max(0.0, end - time.monotonic()))
-        out = [r or failure(f"no reply within the deadline of {self.deadline:g} s", seconds=self.deadline, tokens_in=about_tokens(q)) for r, q in zip(out, requests)]
-        for r in out: self.fails = 0 if r.ok else self.fails + 1
-        if self.fails >= self.patience: self.resting = self.rest
+
+        threads = [
+            threading.Thread(target=work, daemon=True) for _ in range(min(self.workers, len(requests)))
+        ]  # daemons: whoever hangs is left behind
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(max(0.0, end - time.monotonic()))
+        out = [
+            r
+            or failure(
+                f"no reply within the deadline of {self.deadline:g} s", seconds=self.deadline, tokens_in=about_tokens(q)
+            )
+            for r, q in zip(out, requests)
+        ]
+        for r in out:
+            self.fails = 0 if r.ok else self.fails + 1
+        if self.fails >= self.patience:
+            self.resting = self.rest
         return out
 
     def one(self, request, end):
@@ -198,70 +430,139 @@ class Server(Backend):
         start, why, spent, k = time.monotonic(), "the deadline was over before its turn", 0, 0
         while k <= self.retries and (left := end - time.monotonic()) > 0:
             k += 1
-            try: r = self.attempt(request, min(self.timeout, left)); return replace(r, attempts=k, tokens_in=r.tokens_in + spent, seconds=time.monotonic() - start)
+            try:
+                r = self.attempt(request, min(self.timeout, left))
+                return replace(r, attempts=k, tokens_in=r.tokens_in + spent, seconds=time.monotonic() - start)
             except Failed as e:
-                why, wait, spent = str(e), max(e.after, self.backoff * 2 ** (k - 1)), spent + e.billed * about_tokens(request)
-                if not e.again or k > self.retries or wait >= end - time.monotonic(): break
+                why, wait, spent = (
+                    str(e),
+                    max(e.after, self.backoff * 2 ** (k - 1)),
+                    spent + e.billed * about_tokens(request),
+                )
+                if not e.again or k > self.retries or wait >= end - time.monotonic():
+                    break
                 time.sleep(wait)
         return failure(self.scrub(why), attempts=k, tokens_in=spent, seconds=time.monotonic() - start)
 
     def attempt(self, request, seconds):
         "One try. billed: it may have been paid for without a word of it arriving."
         import openai
-        body = dict(model=self.model, messages=request.messages, max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
+
+        body = dict(
+            model=self.model,
+            messages=request.messages,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+        )
         body = {k: v for k, v in {**body, **self.extra}.items() if v is not None}
         try:
-            with http_client(seconds, self.url.startswith("https")) as web: done = openai.OpenAI(base_url=self.url, api_key=self.secret() or "none", max_retries=0, timeout=seconds, http_client=web).chat.completions.create(**body)
+            with http_client(seconds, self.url.startswith("https")) as web:
+                done = openai.OpenAI(
+                    base_url=self.url, api_key=self.secret() or "none", max_retries=0, timeout=seconds, http_client=web
+                ).chat.completions.create(**body)
             return self.read(done, request)
-        except Failed: raise
-        except openai.APITimeoutError: raise Failed(f"no reply within {seconds:.3g} s", billed=True) from None
-        except openai.APIStatusError as e: raise Failed(f"status {e.status_code}: {self.scrub(str(e.message))}", e.status_code in (408, 409, 429) or e.status_code >= 500, retry_after(e.response.headers)) from None
-        except openai.APIConnectionError as e: raise Failed(f"no connection, or it was cut ({type(e.__cause__ or e).__name__})", billed="Connect" not in type(e.__cause__).__name__) from None
-        except Exception as e: raise Failed(f"no reply of the chat protocol ({type(e).__name__})", billed=True) from None
+        except Failed:
+            raise
+        except openai.APITimeoutError:
+            raise Failed(f"no reply within {seconds:.3g} s", billed=True) from None
+        except openai.APIStatusError as e:
+            raise Failed(
+                f"status {e.status_code}: {self.scrub(str(e.message))}",
+                e.status_code in (408, 409, 429) or e.status_code >= 500,
+                retry_after(e.response.headers),
+            ) from None
+        except openai.APIConnectionError as e:
+            raise Failed(
+                f"no connection, or it was cut ({type(e.__cause__ or e).__name__})",
+                billed="Connect" not in type(e.__cause__).__name__,
+            ) from None
+        except Exception as e:
+            raise Failed(f"no reply of the chat protocol ({type(e).__name__})", billed=True) from None
 
     def read(self, done, request):
         "The text of a reply that is whole."
-        try: choice = done.choices[0]; text, end = choice.message.content, choice.finish_reason
-        except (AttributeError, TypeError, IndexError, KeyError): raise Failed("no reply of the chat protocol (no choices)", billed=True) from None
-        if end == "content_filter": raise Failed("the server's filter stopped the reply", again=False, billed=True)
-        if not isinstance(end, str): raise Failed("half a reply (no end)", billed=True)
-        if not isinstance(text, str): raise Failed("no reply of the chat protocol (no text)", billed=True)
+        try:
+            choice = done.choices[0]
+            text, end = choice.message.content, choice.finish_reason
+        except (AttributeError, TypeError, IndexError, KeyError):
+            raise Failed("no reply of the chat protocol (no choices)", billed=True) from None
+        if end == "content_filter":
+            raise Failed("the server's filter stopped the reply", again=False, billed=True)
+        if not isinstance(end, str):
+            raise Failed("half a reply (no end)", billed=True)
+        if not isinstance(text, str):
+            raise Failed("no reply of the chat protocol (no text)", billed=True)
         text, used = self.scrub(text), getattr(done, "usage", None)
-        told = lambda k, else_: int(number(getattr(used, k, None))) or else_
-        return Reply(text, tokens_in=told("prompt_tokens", about_tokens(request)), tokens_out=told("completion_tokens", len(text) // 4), model=clean(self.scrub(str(getattr(done, "model", "") or ""))))
+
+        def told(k, else_):
+            return int(number(getattr(used, k, None))) or else_
+
+        return Reply(
+            text,
+            tokens_in=told("prompt_tokens", about_tokens(request)),
+            tokens_out=told("completion_tokens", len(text) // 4),
+            model=clean(self.scrub(str(getattr(done, "model", "") or ""))),
+        )
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #01054671
 class Cassette(Backend):
     "A tape of replies in a JSON-lines file, in front of `backend`; without one, what is not on it fails. name: whose replies to play, where the tape has several and there is no backend."
+
     def __init__(self, path, backend=None, name=None):
         self.path, self.backend = Path(path), backend
         rows = [r for r in json_lines(self.path) if {"key", "name", "reply"} <= {*r} and isinstance(r["reply"], dict)]
         names = sorted({str(r["name"]) for r in rows})
-        if not backend and not rows: raise PromptnbError(f"{self.path} has no replies on it, and there is nobody to ask")
-        if not backend and name is None and len(names) > 1: raise PromptnbError(f"{self.path} has replies of {', '.join(names)}: say whose")
+        if not backend and not rows:
+            raise PromptnbError(f"{self.path} has no replies on it, and there is nobody to ask")
+        if not backend and name is None and len(names) > 1:
+            raise PromptnbError(f"{self.path} has replies of {', '.join(names)}: say whose")
         self.name = backend.name if backend else check_choice(name, names, "name on the tape") if name else names[0]
         self.tape = {r["key"]: r["reply"] for r in rows if r["name"] == self.name}
-    @property
-    def budget(self): return getattr(self.backend, "budget", None)
 
-    def key(self, r): return fingerprint([self.name, r.messages, r.max_tokens, r.temperature, r.seed], 32)
+    @property
+    def budget(self):
+        return getattr(self.backend, "budget", None)
+
+    def key(self, r):
+        return fingerprint([self.name, r.messages, r.max_tokens, r.temperature, r.seed], 32)
 
     def complete(self, requests):
         keys = [self.key(r) for r in requests]
         new = {k: r for k, r in zip(keys, requests) if k not in self.tape}
-        got = dict(zip(new, self.backend.complete(list(new.values())) if self.backend and new else [failure("not on the cassette", attempts=0)] * len(new)))
+        got = dict(
+            zip(
+                new,
+                self.backend.complete(list(new.values()))
+                if self.backend and new
+                else [failure("not on the cassette", attempts=0)] * len(new),
+            )
+        )
         if taped := {k: asdict(r) for k, r in got.items() if r.ok}:
-            add_lines(self.path, [dict(key=k, name=self.name, reply=r) for k, r in taped.items()]); self.tape.update(taped)
-        return [got.pop(k) if k in got else self.play(self.tape[k]) if k in self.tape else failure("not on the cassette", attempts=0) for k in keys]
+            add_lines(self.path, [dict(key=k, name=self.name, reply=r) for k, r in taped.items()])
+            self.tape.update(taped)
+        return [
+            got.pop(k)
+            if k in got
+            else self.play(self.tape[k])
+            if k in self.tape
+            else failure("not on the cassette", attempts=0)
+            for k in keys
+        ]
 
     def play(self, reply):
-        try: return Reply(**{**reply, "text": str(reply["text"]), "ok": True, "cached": True, "seconds": 0.0})
-        except (TypeError, KeyError): return failure("damaged on the cassette", attempts=0)
+        try:
+            return Reply(**{**reply, "text": str(reply["text"]), "ok": True, "cached": True, "seconds": 0.0})
+        except (TypeError, KeyError):
+            return failure("damaged on the cassette", attempts=0)
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #666c2134
 @dataclass
 class Budget:
     "Limits (None: none) and what was spent. price_in, price_out: dollars for 10^6 tokens."
+
     calls: int | None = None
     tokens: int | None = None
     dollars: float | None = None
@@ -270,13 +571,29 @@ class Budget:
     price_out: float = 0.0
 
     def __post_init__(self):
-        if self.dollars is not None and not (self.price_in > 0 or self.price_out > 0): raise PromptnbError("a budget in dollars needs prices: price_in and price_out, in dollars for a million tokens")
+        if self.dollars is not None and not (self.price_in > 0 or self.price_out > 0):
+            raise PromptnbError(
+                "a budget in dollars needs prices: price_in and price_out, in dollars for a million tokens"
+            )
         self.spent = dict(calls=0, attempts=0, tokens_in=0, tokens_out=0, seconds=0.0)
 
-    def cost(self, n_in, n_out): return (n_in * self.price_in + n_out * self.price_out) / 1e6
-    def used(self): s = self.spent; return dict(calls=s["calls"], tokens=s["tokens_in"] + s["tokens_out"], dollars=self.cost(s["tokens_in"], s["tokens_out"]), seconds=s["seconds"])
-    def left(self): return {k: limit - v for k, v in self.used().items() if (limit := getattr(self, k)) is not None}
-    def room(self): return all(v > 0 for v in self.left().values())
+    def cost(self, n_in, n_out):
+        return (n_in * self.price_in + n_out * self.price_out) / 1e6
+
+    def used(self):
+        s = self.spent
+        return dict(
+            calls=s["calls"],
+            tokens=s["tokens_in"] + s["tokens_out"],
+            dollars=self.cost(s["tokens_in"], s["tokens_out"]),
+            seconds=s["seconds"],
+        )
+
+    def left(self):
+        return {k: limit - v for k, v in self.used().items() if (limit := getattr(self, k)) is not None}
+
+    def room(self):
+        return all(v > 0 for v in self.left().values())
 
     def fits(self, requests):
         "How many of the requests surely fit, at their longest; 1 at least. (A token is at least a byte.)"
@@ -284,22 +601,40 @@ class Budget:
         for k, r in enumerate(requests):
             n_in, n_out = n_in + sum(len(m["content"].encode()) + 16 for m in r.messages), n_out + r.max_tokens
             most = dict(calls=k + 1, tokens=n_in + n_out, dollars=self.cost(n_in, n_out))
-            if any(most[x] > left[x] for x in most if x in left): return max(1, k)
+            if any(most[x] > left[x] for x in most if x in left):
+                return max(1, k)
         return len(requests)
 
     def complete(self, backend, requests):
         "As `backend.complete`, within what is left."
         out = []
         while len(out) < len(requests) and self.room():
-            part, start = requests[len(out):][:self.fits(requests[len(out):])], time.monotonic()
-            out += (got := backend.complete(part)); paid = [r for r in got if not r.cached and r.attempts]
-            for k, v in dict(calls=len(paid), attempts=sum(r.attempts for r in paid), tokens_in=sum(r.tokens_in for r in paid), tokens_out=sum(r.tokens_out for r in paid), seconds=(time.monotonic() - start) * bool(paid)).items(): self.spent[k] += v
+            part, start = requests[len(out) :][: self.fits(requests[len(out) :])], time.monotonic()
+            out += (got := backend.complete(part))
+            paid = [r for r in got if not r.cached and r.attempts]
+            for k, v in dict(
+                calls=len(paid),
+                attempts=sum(r.attempts for r in paid),
+                tokens_in=sum(r.tokens_in for r in paid),
+                tokens_out=sum(r.tokens_out for r in paid),
+                seconds=(time.monotonic() - start) * bool(paid),
+            ).items():
+                self.spent[k] += v
         return out + [failure("the budget is spent", attempts=0)] * (len(requests) - len(out))
 
-    def state(self): return dict(self.spent)
-    def load(self, spent): self.spent.update(spent)
+    def state(self):
+        return dict(self.spent)
 
+    def load(self, spent):
+        self.spent.update(spent)
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #67aa949d
 class Budgeted(Backend):
     "A backend under a budget of its own."
-    def __init__(self, backend, budget): self.backend, self.budget, self.name = backend, budget, backend.name
-    def complete(self, requests): return self.budget.complete(self.backend, requests)
+
+    def __init__(self, backend, budget):
+        self.backend, self.budget, self.name = backend, budget, backend.name
+
+    def complete(self, requests):
+        return self.budget.complete(self.backend, requests)

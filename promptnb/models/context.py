@@ -4,6 +4,7 @@
 
 # %% ../../nbs/03d_models.context.ipynb #eb566b6a
 from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,76 +15,110 @@ from ..core import Batch, PromptnbError, Steps, check_choice
 from .dt import DTConfig, Policy, PromptDT
 
 # %% auto #0
-__all__ = ['ENCODERS', 'ContextConfig', 'transitions', 'Encoder', 'info_nce', 'ContextDT', 'ContextPolicy']
+__all__ = ["ENCODERS", "ContextConfig", "transitions", "Encoder", "info_nce", "ContextDT", "ContextPolicy"]
 
 # %% ../../nbs/03d_models.context.ipynb #98d12ea1
 ENCODERS = ("mean", "transformer", "one-hot", "none")
 
+
 @dataclass(frozen=True)
 class ContextConfig(DTConfig):
     "A Decision Transformer's sizes and switches, and those of its context. Every default is assumed: the paper's text could not be had."
-    L: int = 5                # context vectors
-    encoder: str = "mean"     # 'mean': an MLP, then the mean; 'transformer': one block without positions, then the mean; 'one-hot': a row a task (upper bound); 'none': no prompt (single tasks)
-    reward_scale: float = 1.  # of the encoder's rewards, which are differences of scaled returns-to-go
-    tasks: tuple = ()         # ids of the train tasks: the rows of 'one-hot', the classes of w_class
-    w_state: float = 0.       # weight of the next state's squared error
-    w_return: float = 0.      # of the next return-to-go's
-    w_nce: float = 0.         # of InfoNCE between contexts of a task
-    w_class: float = 0.       # of the task's cross-entropy
+
+    L: int = 5  # context vectors
+    encoder: str = "mean"  # 'mean': an MLP, then the mean; 'transformer': one block without positions, then the mean; 'one-hot': a row a task (upper bound); 'none': no prompt (single tasks)
+    reward_scale: float = 1.0  # of the encoder's rewards, which are differences of scaled returns-to-go
+    tasks: tuple = ()  # ids of the train tasks: the rows of 'one-hot', the classes of w_class
+    w_state: float = 0.0  # weight of the next state's squared error
+    w_return: float = 0.0  # of the next return-to-go's
+    w_nce: float = 0.0  # of InfoNCE between contexts of a task
+    w_class: float = 0.0  # of the task's cross-entropy
     temperature: float = 0.1  # of InfoNCE
-    null: float = 0.          # share of rows trained without context
+    null: float = 0.0  # share of rows trained without context
+
 
 # %% ../../nbs/03d_models.context.ipynb #aac5f01f
-def transitions(x: Steps, scale=1.):
+def transitions(x: Steps, scale=1.0):
     "Steps (M, P, .) -> (s, a, r, s') side by side (M, P - 1, 2S + A + 1), zero where there is none, and which are real (M, P - 1)."
     real = x.mask[:, :-1] * x.mask[:, 1:] * (x.t[:, 1:] == x.t[:, :-1] + 1)
-    return torch.cat([x.s[:, :-1], x.a[:, :-1], (x.rtg[:, :-1] - x.rtg[:, 1:]) * scale, x.s[:, 1:]], -1).masked_fill(real[..., None] == 0, 0.), real
+    return torch.cat([x.s[:, :-1], x.a[:, :-1], (x.rtg[:, :-1] - x.rtg[:, 1:]) * scale, x.s[:, 1:]], -1).masked_fill(
+        real[..., None] == 0, 0.0
+    ), real
+
 
 # %% ../../nbs/03d_models.context.ipynb #c51b5a11
 class Encoder(nn.Module):
     "Transitions (M, C, 2S + A + 1), real (M, C) -> embedding z (M, d), the same in any order; zeros where none is real."
+
     def __init__(self, c: ContextConfig):
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(2 * c.state_dim + c.act_dim + 1, c.width), nn.ReLU(), nn.Linear(c.width, c.width))
-        self.mix = nn.TransformerEncoderLayer(c.width, c.heads, 2 * c.width, 0., batch_first=True, norm_first=True) if c.encoder == "transformer" else None
+        self.embed = nn.Sequential(
+            nn.Linear(2 * c.state_dim + c.act_dim + 1, c.width), nn.ReLU(), nn.Linear(c.width, c.width)
+        )
+        self.mix = (
+            nn.TransformerEncoderLayer(c.width, c.heads, 2 * c.width, 0.0, batch_first=True, norm_first=True)
+            if c.encoder == "transformer"
+            else None
+        )
+
     def forward(self, x, real):
         h = self.embed(x)
-        if self.mix is not None and h.shape[1]: h = self.mix(h, src_key_padding_mask=(real == 0) & real.any(1, keepdim=True))
+        if self.mix is not None and h.shape[1]:
+            h = self.mix(h, src_key_padding_mask=(real == 0) & real.any(1, keepdim=True))
         return (h * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
 
 # %% ../../nbs/03d_models.context.ipynb #f00eea0f
 def info_nce(z, task, temperature=0.1):
     "Embeddings z (B, d) of tasks (B,) -> nats: how badly each context finds its task's others among all, by cosine."
-    with torch.autocast(z.device.type, enabled=False): z = F.normalize(z.float(), dim=-1); cosine = z @ z.T
-    me = torch.eye(len(z), dtype=torch.bool, device=z.device); score = (cosine / temperature).masked_fill(me, -torch.inf).log_softmax(-1)
-    same = (task[:, None] == task) & ~me; n = same.sum(-1)
-    return (-score.masked_fill(~same, 0.).sum(-1) / n.clamp(min=1))[n > 0].sum() / (n > 0).sum().clamp(min=1)
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z.float(), dim=-1)
+        cosine = z @ z.T
+    me = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    score = (cosine / temperature).masked_fill(me, -torch.inf).log_softmax(-1)
+    same = (task[:, None] == task) & ~me
+    n = same.sum(-1)
+    return (-score.masked_fill(~same, 0.0).sum(-1) / n.clamp(min=1))[n > 0].sum() / (n > 0).sum().clamp(min=1)
+
 
 # %% ../../nbs/03d_models.context.ipynb #1f11febc
 class ContextDT(PromptDT):
     "Decision Transformer with context vectors as its prompt."
+
     def __init__(self, config: ContextConfig):
         check_choice(config.encoder, ENCODERS, "encoder")
         c = replace(config, prompt=config.encoder != "none", shared_embed=True, tasks=tuple(config.tasks))
-        if c.L < 1: raise PromptnbError(f"L is {c.L}, but a prompt has at least 1 context vector")
+        if c.L < 1:
+            raise PromptnbError(f"L is {c.L}, but a prompt has at least 1 context vector")
         reads = c.encoder in ("mean", "transformer")
         for k in ("loss_on_prompt", "prompt_norm", *(() if reads else ("w_nce", "w_class"))):
-            if getattr(c, k): raise PromptnbError(f"{k} = {getattr(c, k)} does nothing in a model with context vectors and encoder '{c.encoder}': leave it out")
+            if getattr(c, k):
+                raise PromptnbError(
+                    f"{k} = {getattr(c, k)} does nothing in a model with context vectors and encoder '{c.encoder}': leave it out"
+                )
         super().__init__(c)
-        if reads: self.encode, self.vectors = Encoder(c), nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.L * c.width))
-        if c.encoder == "one-hot": self.table = nn.Parameter(torch.randn(len(c.tasks), c.L, c.width) * 0.02)
+        if reads:
+            self.encode, self.vectors = (
+                Encoder(c),
+                nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.L * c.width)),
+            )
+        if c.encoder == "one-hot":
+            self.table = nn.Parameter(torch.randn(len(c.tasks), c.L, c.width) * 0.02)
         self.next_state = nn.Linear(c.width, c.state_dim) if c.w_state else None
         self.next_return = nn.Linear(c.width, 1) if c.w_return else None
         self.classify = nn.Linear(c.width, len(c.tasks)) if c.w_class else None
 
     def tunable(self):
         "All but the heads that only pre-training reads."
-        heads = {id(p) for m in (self.next_state, self.next_return, self.classify) if m is not None for p in m.parameters()}
+        heads = {
+            id(p) for m in (self.next_state, self.next_return, self.classify) if m is not None for p in m.parameters()
+        }
         return [p for p in self.parameters() if id(p) not in heads]
 
     def embedding(self, context: Steps):
         "The embedding z (M, d) of contexts (M, P, .), and which contexts say anything (M,)."
-        if not hasattr(self, "encode"): raise PromptnbError(f"a model with encoder '{self.config.encoder}' reads no context")
+        if not hasattr(self, "encode"):
+            raise PromptnbError(f"a model with encoder '{self.config.encoder}' reads no context")
         x, real = transitions(context, self.config.reward_scale)
         return self.encode(x, real), real.any(1)
 
@@ -97,39 +132,66 @@ class ContextDT(PromptDT):
 
     def task_tokens(self, k):
         "The rows of 'one-hot' for tasks k (M,), counted from 0, and their mask."
-        x = self.table[k]; return x, x.new_ones(x.shape[:2])
+        x = self.table[k]
+        return x, x.new_ones(x.shape[:2])
 
     def losses(self, batch: Batch):
         "{name: weighted loss} on a batch."
         c, h, task, prefix, out = self.config, batch.history, batch.task, None, {}
-        if c.encoder == "one-hot" and task is None: raise PromptnbError("a one-hot policy cannot be fine-tuned: a batch of demonstrations does not say whose row it would read")
-        if c.encoder == "one-hot": prefix = self.prefix(*self.task_tokens(task))
+        if c.encoder == "one-hot" and task is None:
+            raise PromptnbError(
+                "a one-hot policy cannot be fine-tuned: a batch of demonstrations does not say whose row it would read"
+            )
+        if c.encoder == "one-hot":
+            prefix = self.prefix(*self.task_tokens(task))
         elif c.prompt:
             context = batch.prompt if task is None or not c.null else self.forgotten(batch.prompt)
-            z, some = self.embedding(context); prefix = self.prefix(*self.tokens_of(z, some))
-            if task is not None and c.w_nce: out["nce"] = c.w_nce * info_nce(z[some], task[some], c.temperature)
-            if task is not None and c.w_class: out["class"] = c.w_class * F.cross_entropy(self.classify(z).float(), task, reduction="none")[some].sum() / some.sum().clamp(min=1)
-        if task is None or not (c.w_state or c.w_return): return dict(out, action=self.error(self(h, prefix), h.a, h.mask))
-        x = self.hidden(h, prefix); after, real = self.ln_out(x[:, 2::3]), h.mask[:, :-1] * h.mask[:, 1:]
-        square = lambda net, target: ((net(after).to(target.dtype) - target).square().mean(-1) * real).sum() / real.sum().clamp(min=1)
-        if c.w_state: out["state"] = c.w_state * square(self.next_state, h.s[:, 1:])
-        if c.w_return: out["return"] = c.w_return * square(self.next_return, h.rtg[:, 1:])
+            z, some = self.embedding(context)
+            prefix = self.prefix(*self.tokens_of(z, some))
+            if task is not None and c.w_nce:
+                out["nce"] = c.w_nce * info_nce(z[some], task[some], c.temperature)
+            if task is not None and c.w_class:
+                out["class"] = (
+                    c.w_class
+                    * F.cross_entropy(self.classify(z).float(), task, reduction="none")[some].sum()
+                    / some.sum().clamp(min=1)
+                )
+        if task is None or not (c.w_state or c.w_return):
+            return dict(out, action=self.error(self(h, prefix), h.a, h.mask))
+        x = self.hidden(h, prefix)
+        after, real = self.ln_out(x[:, 2::3]), h.mask[:, :-1] * h.mask[:, 1:]
+
+        def square(net, target):
+            return ((net(after).to(target.dtype) - target).square().mean(-1) * real).sum() / real.sum().clamp(min=1)
+
+        if c.w_state:
+            out["state"] = c.w_state * square(self.next_state, h.s[:, 1:])
+        if c.w_return:
+            out["return"] = c.w_return * square(self.next_return, h.rtg[:, 1:])
         return dict(out, action=self.error(self.read(x[:, 1::3]), h.a, h.mask))
 
-    def loss(self, batch: Batch): return sum(self.losses(batch).values())
+    def loss(self, batch: Batch):
+        return sum(self.losses(batch).values())
 
     def forgotten(self, context: Steps):
         "The same contexts, a share of them emptied."
         keep = torch.rand(len(context), device=context.mask.device) >= self.config.null
         return replace(context, mask=context.mask * keep[:, None])
 
+
 # %% ../../nbs/03d_models.context.ipynb #a5eb209a
 class ContextPolicy(Policy, tags=["promptnb", "contextual-meta-transformer"]):
     "A policy whose prompt is a context: Steps (G, P, .), or context vectors (G, L, d) with their mask."
+
     CONFIG, MODEL = ContextConfig, ContextDT
+
     def prompted(self, prompt: Steps, task_ids):
         "This policy for these tasks, with these contexts; 'one-hot' has its own vectors for the tasks it was trained on."
-        if self.config.encoder != "one-hot": return super().prompted(prompt, task_ids)
-        for i in task_ids: check_choice(i, self.config.tasks, "task of this one-hot policy")
-        tokens, mask = self.model.task_tokens(torch.tensor([self.config.tasks.index(i) for i in task_ids], device=self.mean.device))
+        if self.config.encoder != "one-hot":
+            return super().prompted(prompt, task_ids)
+        for i in task_ids:
+            check_choice(i, self.config.tasks, "task of this one-hot policy")
+        tokens, mask = self.model.task_tokens(
+            torch.tensor([self.config.tasks.index(i) for i in task_ids], device=self.mean.device)
+        )
         return self.with_prompt((tokens.detach(), mask))

@@ -4,7 +4,9 @@
 
 # %% ../../nbs/03_models.dt.ipynb #465bf431
 from __future__ import annotations
-import copy, math
+
+import copy
+import math
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -15,64 +17,104 @@ from torch import nn
 from ..core import Batch, PromptnbError, Steps, action_loss, check_choice, choice_loss
 
 # %% auto #0
-__all__ = ['ACTIVATIONS', 'DTConfig', 'Dropout', 'attend', 'Bottleneck', 'Block', 'attention_bias', 'tokens3', 'Embed', 'Prefix',
-           'PromptDT', 'Policy']
+__all__ = [
+    "ACTIVATIONS",
+    "DTConfig",
+    "Dropout",
+    "attend",
+    "Bottleneck",
+    "Block",
+    "attention_bias",
+    "tokens3",
+    "Embed",
+    "Prefix",
+    "PromptDT",
+    "Policy",
+]
+
 
 # %% ../../nbs/03_models.dt.ipynb #65fdef94
 @dataclass(frozen=True)
 class DTConfig:
     "Sizes and switches of a prompted Decision Transformer. Defaults: the released code (mxu34/prompt-dt)."
+
     state_dim: int
     act_dim: int
     width: int = 128
     layers: int = 3
     heads: int = 1
-    dropout: float = 0.1          # on embeddings, attention and residuals; code only, the paper does not say
-    max_timestep: int = 1000      # rows of the timestep embedding; later steps use the last
-    prompt: bool = True           # False: MT-ORL, a Decision Transformer without prompt
-    use_rtg: bool = True          # False: behaviour cloning, the history's returns-to-go read 0, in training and evaluation (the released code only in training)
+    dropout: float = 0.1  # on embeddings, attention and residuals; code only, the paper does not say
+    max_timestep: int = 1000  # rows of the timestep embedding; later steps use the last
+    prompt: bool = True  # False: MT-ORL, a Decision Transformer without prompt
+    use_rtg: bool = True  # False: behaviour cloning, the history's returns-to-go read 0, in training and evaluation (the released code only in training)
     loss_on_prompt: bool = False  # paper section 4.4: True; code: False
-    prompt_norm: bool = False     # LayerNorm on prompt tokens; code: on history tokens only
-    shared_embed: bool = False    # one set of input embeddings for prompt and history; code: two
-    adapter: int = 0              # size of a bottleneck after each block's MLP (the tuner `adapter` adds it); 0: none
-    discrete: bool = False        # actions are choices: scores without tanh, cross-entropy
-    activation: str = "relu"      # of the MLPs; MADT: gelu
-    mlp_ratio: int = 4            # width of the MLPs over that of the tokens; MADT: 2
-    tanh: bool = False            # after the embeddings of returns, states and actions; MADT: True
+    prompt_norm: bool = False  # LayerNorm on prompt tokens; code: on history tokens only
+    shared_embed: bool = False  # one set of input embeddings for prompt and history; code: two
+    adapter: int = 0  # size of a bottleneck after each block's MLP (the tuner `adapter` adds it); 0: none
+    discrete: bool = False  # actions are choices: scores without tanh, cross-entropy
+    activation: str = "relu"  # of the MLPs; MADT: gelu
+    mlp_ratio: int = 4  # width of the MLPs over that of the tokens; MADT: 2
+    tanh: bool = False  # after the embeddings of returns, states and actions; MADT: True
+
 
 # %% ../../nbs/03_models.dt.ipynb #63ddda1c
 class Dropout(nn.Module):
     "Inverted dropout; on a CPU from 16-bit random words, four of one draw."
-    def __init__(self, p): super().__init__(); self.p = p
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
     def forward(self, x):
-        if not self.training or self.p == 0: return x
-        if x.device.type != "cpu": return F.dropout(x, self.p)
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
         n = x.numel()
-        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
+        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n].view(x.shape)
         cut = round(self.p * 65536)
         return x * (bits >= cut - 32768).to(x.dtype).mul_(65536 / (65536 - cut))
 
+
+# %% ../../nbs/03_models.dt.ipynb #b36f3adc
 def attend(q, k, v, bias, drop):
     "Attention of q (B, h, T', c) over k, v (B, h, T, c) with additive bias (B or 1, 1, T', T)."
-    if q.device.type != "cpu": return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop.p if drop.training else 0.)
-    if not drop.training: return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    B, h = q.shape[:2]; flat = lambda x: x.flatten(0, 1)
-    w = torch.baddbmm(bias.to(q.dtype).expand(B, h, -1, -1).flatten(0, 1), flat(q), flat(k).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop.p if drop.training else 0.0)
+    if not drop.training:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    B, h = q.shape[:2]
+
+    def flat(x):
+        return x.flatten(0, 1)
+
+    w = torch.baddbmm(
+        bias.to(q.dtype).expand(B, h, -1, -1).flatten(0, 1), flat(q), flat(k).transpose(1, 2), alpha=q.shape[-1] ** -0.5
+    )
     return torch.bmm(drop(w.softmax(-1)).to(v.dtype), flat(v)).view(*q.shape[:3], -1)
+
 
 # %% ../../nbs/03_models.dt.ipynb #0ea632ac
 class Bottleneck(nn.Module):
     "An adapter (Houlsby et al., 2019): x + up(relu(down(x))). `up` starts at zero, so it changes nothing at first."
+
     def __init__(self, width, size):
         super().__init__()
         self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
-        nn.init.zeros_(self.up.weight); nn.init.zeros_(self.up.bias)
-    def forward(self, x): return x + self.up(F.relu(self.down(x)))
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
 
+    def forward(self, x):
+        return x + self.up(F.relu(self.down(x)))
+
+
+# %% ../../nbs/03_models.dt.ipynb #f9b805d5
 ACTIVATIONS = dict(relu=F.relu_, gelu=F.gelu)
+
 
 class Block(nn.Module):
     "Pre-LayerNorm transformer block. q and kv are separate so that the last block can query at few positions."
+
     def __init__(self, width, heads, dropout, depth, adapter=0, activation="relu", mlp_ratio=4):
         super().__init__()
         self.activation = ACTIVATIONS[check_choice(activation, ACTIVATIONS, "activation")]
@@ -81,10 +123,14 @@ class Block(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.fc, self.out = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
         self.drop = Dropout(dropout)
-        for m in (self.q, self.kv, self.proj, self.fc, self.out): nn.init.normal_(m.weight, std=0.02); nn.init.zeros_(m.bias)
-        for m in (self.proj, self.out): nn.init.normal_(m.weight, std=0.02 / math.sqrt(2 * depth))   # GPT-2's residual scaling
+        for m in (self.q, self.kv, self.proj, self.fc, self.out):
+            nn.init.normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+        for m in (self.proj, self.out):
+            nn.init.normal_(m.weight, std=0.02 / math.sqrt(2 * depth))  # GPT-2's residual scaling
 
-    def split(self, x): return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, T, d) -> (B, h, T, d/h)
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, d) -> (B, h, T, d/h)
 
     def keys(self, x):
         "Keys and values (B, h, T, d/h) of tokens x (B, T, d), and x normalised."
@@ -95,9 +141,12 @@ class Block(nn.Module):
         "x (B, T, d), bias (B or 1, 1, T', P + T) additive. Returns outputs at `at` (B, T', d), and this block's keys and values."
         k, v, h = self.keys(x)
         kk, vv = (k, v) if prefix is None else (torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2))
-        y = attend(self.split(self.q(h[:, at].contiguous())), kk, vv, bias, self.drop)   # a strided slice takes another matmul when weights are frozen
+        y = attend(
+            self.split(self.q(h[:, at].contiguous())), kk, vv, bias, self.drop
+        )  # a strided slice takes another matmul when weights are frozen
         x = x[:, at] + self.drop(self.proj(y.transpose(1, 2).flatten(2)))
         return x + self.drop(self.adapter(self.out(self.activation(self.fc(self.ln2(x)))))), (k, v)
+
 
 # %% ../../nbs/03_models.dt.ipynb #41c543c8
 def attention_bias(mask, prefix_mask=None, at=slice(None)):
@@ -105,40 +154,56 @@ def attention_bias(mask, prefix_mask=None, at=slice(None)):
     T = mask.shape[1]
     causal = torch.full((T, T), float("-inf"), device=mask.device).triu(1)[at]
     bias = (1 - mask)[:, None, None] * -1e4 + causal
-    if prefix_mask is None: return bias
+    if prefix_mask is None:
+        return bias
     return torch.cat([((1 - prefix_mask)[:, None, None] * -1e4).expand(-1, -1, len(causal), -1), bias], -1)
 
+
+# %% ../../nbs/03_models.dt.ipynb #7cd91246
 def tokens3(rtg, s, a):
     "Three (B, K, d) -> (B, 3K, d), interleaved as rtg, s, a."
     return torch.stack([rtg, s, a], 2).flatten(1, 2)
 
+
+# %% ../../nbs/03_models.dt.ipynb #f9250645
 class Embed(nn.Module):
     "Steps -> tokens (B, 3K, d); the timestep's embedding is added to the three tokens of its step."
+
     def __init__(self, c: DTConfig):
         super().__init__()
         self.rtg, self.s, self.a = nn.Linear(1, c.width), nn.Linear(c.state_dim, c.width), nn.Linear(c.act_dim, c.width)
         self.t, self.squash = nn.Embedding(c.max_timestep, c.width), torch.tanh if c.tanh else (lambda x: x)
+
     def forward(self, x: Steps):
         t = self.t(x.t.clamp(0, self.t.num_embeddings - 1))
         return tokens3(*(self.squash(e) + t for e in (self.rtg(x.rtg), self.s(x.s), self.a(x.a))))
+
 
 # %% ../../nbs/03_models.dt.ipynb #384a9950
 @dataclass
 class Prefix:
     "A computed prompt: each block's keys and values, and the token mask (M, tokens)."
+
     kv: list
     mask: torch.Tensor
-    def __getitem__(self, i): return Prefix([(k[i], v[i]) for k, v in self.kv], self.mask[i])
 
+    def __getitem__(self, i):
+        return Prefix([(k[i], v[i]) for k, v in self.kv], self.mask[i])
+
+
+# %% ../../nbs/03_models.dt.ipynb #6624c1e2
 class PromptDT(nn.Module):
     "Prompted Decision Transformer. `forward` predicts an action at every state of the history."
+
     def __init__(self, config: DTConfig):
         super().__init__()
         self.config = c = config
         self.embed = Embed(c)
         self.embed_prompt = None if not c.prompt or c.shared_embed else Embed(c)
         self.ln_in, self.ln_out, self.drop = nn.LayerNorm(c.width), nn.LayerNorm(c.width), Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout, c.layers, c.adapter, c.activation, c.mlp_ratio) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(
+            Block(c.width, c.heads, c.dropout, c.layers, c.adapter, c.activation, c.mlp_ratio) for _ in range(c.layers)
+        )
         self.head = nn.Linear(c.width, c.act_dim)
 
     def prompt_tokens(self, prompt: Steps):
@@ -150,15 +215,18 @@ class PromptDT(nn.Module):
         "Keys and values of prompt tokens (M, 3P, d) for each block; with `predict`, also the actions predicted at their states."
         x, kv, bias = self.drop(tokens), [], attention_bias(mask)
         for b in self.blocks[:-1]:
-            x, pair = b(x, bias); kv.append(pair)
-        if not predict: return Prefix(kv + [self.blocks[-1].keys(x)[:2]], mask)
+            x, pair = b(x, bias)
+            kv.append(pair)
+        if not predict:
+            return Prefix(kv + [self.blocks[-1].keys(x)[:2]], mask)
         at = slice(1, None, 3)
         x, pair = self.blocks[-1](x, attention_bias(mask, at=at), at=at)
         return Prefix(kv + [pair], mask), self.read(x)
 
     def read(self, x):
         "Actions in [-1, 1], or the scores of choices."
-        x = self.head(self.ln_out(x)); return x if self.config.discrete else torch.tanh(x)
+        x = self.head(self.ln_out(x))
+        return x if self.config.discrete else torch.tanh(x)
 
     def error(self, pred, target, mask, reduction="mean"):
         "Squared error of actions, or cross-entropy of choices; as `action_loss`."
@@ -166,18 +234,22 @@ class PromptDT(nn.Module):
 
     def forward(self, history: Steps, prefix: Prefix | None = None, last=False):
         "history (B, K, .), prefix of B (or 1) rows -> actions (B, K, A); with `last`, of the last step only (B, 1, A)."
-        return self.read(self.hidden(history, prefix, slice(-1, None) if last else slice(1, None, 3)))      # state tokens stand at 1, 4, 7, ...
+        return self.read(
+            self.hidden(history, prefix, slice(-1, None) if last else slice(1, None, 3))
+        )  # state tokens stand at 1, 4, 7, ...
 
     def hidden(self, history: Steps, prefix: Prefix | None = None, at=slice(None)):
         "What the last block gives (B, T', d) at these of the 3K - 1 tokens rtg, s, a, rtg, s, ... (nothing needs the last action)."
-        if not self.config.use_rtg: history = replace(history, rtg=torch.zeros_like(history.rtg))
+        if not self.config.use_rtg:
+            history = replace(history, rtg=torch.zeros_like(history.rtg))
         x = self.drop(self.ln_in(self.embed(history))[:, :-1])
         mask, pm, kv = history.mask.repeat_interleave(3, -1)[:, :-1], None, [None] * len(self.blocks)
         if prefix is not None:
             wide = (lambda z: z.expand(len(x), *z.shape[1:])) if len(prefix.mask) == 1 else (lambda z: z)
             pm, kv = wide(prefix.mask), [(wide(k), wide(v)) for k, v in prefix.kv]
         bias = attention_bias(mask, pm)
-        for b, pair in zip(self.blocks[:-1], kv): x, _ = b(x, bias, pair)
+        for b, pair in zip(self.blocks[:-1], kv):
+            x, _ = b(x, bias, pair)
         return self.blocks[-1](x, bias[:, :, at], kv[-1], at)[0]
 
     def tunable(self):
@@ -189,49 +261,90 @@ class PromptDT(nn.Module):
         c, prefix, p = self.config, None, None
         if c.prompt:
             prefix = self.prefix(*self.prompt_tokens(batch.prompt), predict=c.loss_on_prompt)
-            if c.loss_on_prompt: prefix, p = prefix
+            if c.loss_on_prompt:
+                prefix, p = prefix
         pred, target, mask = self(batch.history, prefix), batch.history.a, batch.history.mask
-        if p is not None: pred, target, mask = torch.cat([p, pred], 1), torch.cat([batch.prompt.a, target], 1), torch.cat([batch.prompt.mask, mask], 1)
+        if p is not None:
+            pred, target, mask = (
+                torch.cat([p, pred], 1),
+                torch.cat([batch.prompt.a, target], 1),
+                torch.cat([batch.prompt.mask, mask], 1),
+            )
         return self.error(pred, target, mask)
+
 
 # %% ../../nbs/03_models.dt.ipynb #0678283e
 class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transformer"]):
     "Model + prompts + normaliser. `prompt` is Steps (G, P, .), normalised and scaled, one row a task; or None."
+
     CONFIG, MODEL = DTConfig, PromptDT
-    def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000., prompt_shape: list | None = None, soft: bool = False):
+
+    def __init__(
+        self, model: dict, K: int = 20, rtg_scale: float = 1000.0, prompt_shape: list | None = None, soft: bool = False
+    ):
         super().__init__()
         c = self.CONFIG(**model)
         self.model, self.K, self.rtg_scale, self.soft = self.MODEL(c), K, rtg_scale, soft
-        self.register_buffer("mean", torch.zeros(c.state_dim)); self.register_buffer("std", torch.ones(c.state_dim))
-        for n, x in self._blank(prompt_shape, c).items(): self.register_buffer(f"prompt_{n}", x)
+        self.register_buffer("mean", torch.zeros(c.state_dim))
+        self.register_buffer("std", torch.ones(c.state_dim))
+        for n, x in self._blank(prompt_shape, c).items():
+            self.register_buffer(f"prompt_{n}", x)
         self._hub_mixin_config = dict(model=asdict(c), K=K, rtg_scale=rtg_scale, prompt_shape=prompt_shape, soft=soft)
 
     def _blank(self, shape, c):
-        if shape is None: return {}
-        if self.soft: return dict(tokens=torch.zeros(*shape, c.width), mask=torch.ones(*shape))
-        return dict(s=torch.zeros(*shape, c.state_dim), a=torch.zeros(*shape, c.act_dim), rtg=torch.zeros(*shape, 1), t=torch.zeros(*shape).long(), mask=torch.ones(*shape))
+        if shape is None:
+            return {}
+        if self.soft:
+            return dict(tokens=torch.zeros(*shape, c.width), mask=torch.ones(*shape))
+        return dict(
+            s=torch.zeros(*shape, c.state_dim),
+            a=torch.zeros(*shape, c.act_dim),
+            rtg=torch.zeros(*shape, 1),
+            t=torch.zeros(*shape).long(),
+            mask=torch.ones(*shape),
+        )
 
     @property
-    def prompt(self): return Steps(*(getattr(self, f"prompt_{f.name}") for f in fields(Steps))) if hasattr(self, "prompt_s") else None
+    def prompt(self):
+        return Steps(*(getattr(self, f"prompt_{f.name}") for f in fields(Steps))) if hasattr(self, "prompt_s") else None
+
     @property
-    def config(self): return self.model.config
+    def config(self):
+        return self.model.config
 
     @classmethod
     def from_pretrained(cls, folder, **kw):
         "A saved policy, from a folder or the hub. Weights that do not fit the configuration are refused, not loaded in part."
         return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
+
     @classmethod
-    def _load_as_pickle(cls, *a, **kw): raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
-    def clone(self): return copy.deepcopy(self)
+    def _load_as_pickle(cls, *a, **kw):
+        raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
+
+    def clone(self):
+        return copy.deepcopy(self)
+
     def with_prompt(self, prompt: Steps | tuple):
         "A policy with the same model object and other prompts: Steps (G, P, .), or learned tokens (G, n, d) with their mask (G, n), which a model that reads no prompts takes too."
         soft = isinstance(prompt, tuple)
-        new = type(self).__new__(type(self)); nn.Module.__init__(new)
+        new = type(self).__new__(type(self))
+        nn.Module.__init__(new)
         new.model, new.K, new.rtg_scale, new.soft = self.model, self.K, self.rtg_scale, soft
-        parts = dict(tokens=prompt[0], mask=prompt[1]) if soft else {f.name: getattr(prompt, f.name) for f in fields(prompt)}
-        for n, x in dict(mean=self.mean, std=self.std, **{f"prompt_{k}": v.detach().clone(memory_format=torch.contiguous_format) for k, v in parts.items()}).items(): new.register_buffer(n, x)
-        new._hub_mixin_config = dict(self._hub_mixin_config, prompt_shape=list(next(iter(parts.values())).shape[:2]), soft=soft)
-        new.training = self.training       # not new.train(): the model is shared
+        parts = (
+            dict(tokens=prompt[0], mask=prompt[1])
+            if soft
+            else {f.name: getattr(prompt, f.name) for f in fields(prompt)}
+        )
+        for n, x in dict(
+            mean=self.mean,
+            std=self.std,
+            **{f"prompt_{k}": v.detach().clone(memory_format=torch.contiguous_format) for k, v in parts.items()},
+        ).items():
+            new.register_buffer(n, x)
+        new._hub_mixin_config = dict(
+            self._hub_mixin_config, prompt_shape=list(next(iter(parts.values())).shape[:2]), soft=soft
+        )
+        new.training = self.training  # not new.train(): the model is shared
         return new
 
     def prompted(self, prompt: Steps, task_ids):
@@ -240,20 +353,28 @@ class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transf
 
     def add_adapters(self, size):
         "Put a bottleneck into each block (in place); returns their parameters. Saved and loaded with the policy."
-        for b in self.model.blocks: b.adapter = Bottleneck(self.config.width, size).to(self.mean.device)
+        for b in self.model.blocks:
+            b.adapter = Bottleneck(self.config.width, size).to(self.mean.device)
         self.model.config = replace(self.config, adapter=size)
         self._hub_mixin_config = dict(self._hub_mixin_config, model=asdict(self.model.config))
         return [p for b in self.model.blocks for p in b.adapter.parameters()]
 
-    def normalise(self, s): return (s - self.mean) / self.std
-    def loss(self, batch: Batch): return self.model.loss(batch)
+    def normalise(self, s):
+        return (s - self.mean) / self.std
+
+    def loss(self, batch: Batch):
+        return self.model.loss(batch)
 
     def prefix(self, rows=None):
         "The computed prompts of these rows (a long tensor), ready for `act`; None where the model takes none."
-        if not self.config.prompt and not self.soft: return None
-        if not hasattr(self, "prompt_tokens") and self.prompt is None: raise PromptnbError("this policy has no prompt yet: policy.with_prompt(...)")
-        if self.soft: p = self.model.prefix(self.prompt_tokens, self.prompt_mask)
-        else: p = self.model.prefix(*self.model.prompt_tokens(self.prompt))
+        if not self.config.prompt and not self.soft:
+            return None
+        if not hasattr(self, "prompt_tokens") and self.prompt is None:
+            raise PromptnbError("this policy has no prompt yet: policy.with_prompt(...)")
+        if self.soft:
+            p = self.model.prefix(self.prompt_tokens, self.prompt_mask)
+        else:
+            p = self.model.prefix(*self.model.prompt_tokens(self.prompt))
         return p if rows is None else p[rows]
 
     @torch.no_grad()
@@ -269,5 +390,6 @@ class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transf
         return self.model(h, state, last=True)[:, 0].float()
 
     def __repr__(self):
-        n = sum(p.numel() for p in self.model.parameters()); g = self._hub_mixin_config["prompt_shape"]
+        n = sum(p.numel() for p in self.model.parameters())
+        g = self._hub_mixin_config["prompt_shape"]
         return f"Policy({n:,} parameters, {'no prompt' if not g else f'{g[0]} prompts of {g[1]} ' + ('tokens' if self.soft else 'steps')}, K={self.K})"

@@ -4,7 +4,16 @@
 
 # %% ../../nbs/03a_models.lm.ipynb #25c866b4
 from __future__ import annotations
-import ast, contextlib, copy, functools, hashlib, math, platform, sysconfig, warnings
+
+import ast
+import contextlib
+import copy
+import functools
+import hashlib
+import math
+import platform
+import sysconfig
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,205 +23,385 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from ..core import PromptnbError, Steps, action_loss, check_choice, differing, fingerprint, plain, read_json, rng_for, runs_dir, seed_for, server_answers, sha256_file, write_json
+from promptnb.core import (
+    PromptnbError,
+    Steps,
+    action_loss,
+    check_choice,
+    differing,
+    fingerprint,
+    plain,
+    read_json,
+    rng_for,
+    runs_dir,
+    seed_for,
+    server_answers,
+    sha256_file,
+    write_json,
+)
 from .dt import tokens3
 
 # %% auto #0
-__all__ = ['KINDS', 'QKV', 'PRETRAIN', 'LMConfig', 'fetch', 'load_lm', 'LanguageModel', 'NoPositions', 'SplitQKV', 'add_lora',
-           'LamoBatch', 'WithText', 'Residual', 'who_sees_whom', 'tiled', 'sha256_of', 'leave_out', 'same_trunk',
-           'LamoPolicy', 'counts', 'chain', 'entropy', 'walk', 'Corpus', 'docstrings', 'train_bpe', 'english', 'corpus',
-           'held_loss', 'check_lm', 'pretrain_lm']
+__all__ = [
+    "KINDS",
+    "QKV",
+    "PRETRAIN",
+    "LMConfig",
+    "fetch",
+    "load_lm",
+    "LanguageModel",
+    "NoPositions",
+    "SplitQKV",
+    "add_lora",
+    "LamoBatch",
+    "WithText",
+    "Residual",
+    "who_sees_whom",
+    "tiled",
+    "sha256_of",
+    "leave_out",
+    "same_trunk",
+    "LamoPolicy",
+    "counts",
+    "chain",
+    "entropy",
+    "walk",
+    "Corpus",
+    "docstrings",
+    "train_bpe",
+    "english",
+    "corpus",
+    "held_loss",
+    "check_lm",
+    "pretrain_lm",
+]
 
 # %% ../../nbs/03a_models.lm.ipynb #e2d78fbf
-KINDS = ("chain", "iid", "english", "shuffled")     # of text that needs no network
+KINDS = ("chain", "iid", "english", "shuffled")  # of text that needs no network
+
 
 @dataclass(frozen=True)
 class LMConfig:
     "Sizes and switches of a Decision Transformer on a language model. Defaults: LaMo's released code for MuJoCo and Kitchen."
+
     state_dim: int
     act_dim: int
-    trunk: str = ""                 # a folder in Hugging Face's format, or a name on the hub; "": a new GPT-2 of the next five fields
-    layers: int = 12                # GPT-2 small: paper, Table 6
-    heads: int = 12                 # paper, App. B
-    width: int = 768                # paper, Table 6
-    vocab: int = 50257              # GPT-2's; the language loss alone uses it
-    activation: str = "gelu_new"    # GPT-2's; the DT baseline and the synthetic pre-training: relu (their code)
-    init: str = "pretrained"        # or 'random', the trunk's shape with new weights: paper, Tables 15 and 16
-    seed: int = 0                   # of new trunk weights; assumed
-    train: str = "lora"             # or 'full', 'frozen': paper, Fig. 5
-    r: int = 16                     # paper, Table 6; Atari 32
-    alpha: int = 32                 # code: the update is scaled by alpha / r = 2
-    lora_dropout: float = 0.1       # code
-    split: bool = True              # q, k and v have a LoRA each (code, loralib's MergedLinear); False: one for the merged projection (its Atari code, peft)
-    bias: bool = True               # the biases of q, k and v train too; code, the paper does not say
-    embed: str = "mlp"              # paper, App. B; 'linear' for hopper (App. B) and in Fig. 4
-    tanh: bool | None = None        # on actions; None: as in the code, after a linear head and not after an MLP
-    norm_before_time: bool = True   # LayerNorm, then the timestep's vector (code); False: the sum is normalised, as in the Decision Transformer
-    use_positions: bool = False     # add GPT-2's own position table; code: never, not for text either. A rotary trunk keeps its rotation
+    trunk: str = ""  # a folder in Hugging Face's format, or a name on the hub; "": a new GPT-2 of the next five fields
+    layers: int = 12  # GPT-2 small: paper, Table 6
+    heads: int = 12  # paper, App. B
+    width: int = 768  # paper, Table 6
+    vocab: int = 50257  # GPT-2's; the language loss alone uses it
+    activation: str = "gelu_new"  # GPT-2's; the DT baseline and the synthetic pre-training: relu (their code)
+    init: str = "pretrained"  # or 'random', the trunk's shape with new weights: paper, Tables 15 and 16
+    seed: int = 0  # of new trunk weights; assumed
+    train: str = "lora"  # or 'full', 'frozen': paper, Fig. 5
+    r: int = 16  # paper, Table 6; Atari 32
+    alpha: int = 32  # code: the update is scaled by alpha / r = 2
+    lora_dropout: float = 0.1  # code
+    split: bool = True  # q, k and v have a LoRA each (code, loralib's MergedLinear); False: one for the merged projection (its Atari code, peft)
+    bias: bool = True  # the biases of q, k and v train too; code, the paper does not say
+    embed: str = "mlp"  # paper, App. B; 'linear' for hopper (App. B) and in Fig. 4
+    tanh: bool | None = None  # on actions; None: as in the code, after a linear head and not after an MLP
+    norm_before_time: bool = True  # LayerNorm, then the timestep's vector (code); False: the sum is normalised, as in the Decision Transformer
+    use_positions: bool = (
+        False  # add GPT-2's own position table; code: never, not for text either. A rotary trunk keeps its rotation
+    )
     share_projection: bool = False  # the action head is the action embedding transposed (Wiki-RL; the fair control of synthetic pre-training)
     extend_positions: bool = False  # the timestep table starts as the trunk's position table, rows tiled (same sources)
-    max_timestep: int = 1000        # rows of the timestep table; code
-    act_pad: float = -10.           # padded actions in training (code); changes nothing on real steps
-    dropout: float = 0.1            # paper, Table 6: embeddings, attention, residuals
-    lam: float = 0.1                # weight of the language loss; code. The paper's {0, 0.1, 1} by task is unknown
+    max_timestep: int = 1000  # rows of the timestep table; code
+    act_pad: float = -10.0  # padded actions in training (code); changes nothing on real steps
+    dropout: float = 0.1  # paper, Table 6: embeddings, attention, residuals
+    lam: float = 0.1  # weight of the language loss; code. The paper's {0, 0.1, 1} by task is unknown
 
     def __post_init__(self):
-        for name, options in dict(init=("pretrained", "random"), train=("lora", "full", "frozen"), embed=("mlp", "linear")).items(): check_choice(getattr(self, name), options, name)
-        if self.share_projection and self.embed == "mlp": raise PromptnbError("share_projection needs embed='linear': an MLP has no transpose")
+        for name, options in dict(
+            init=("pretrained", "random"), train=("lora", "full", "frozen"), embed=("mlp", "linear")
+        ).items():
+            check_choice(getattr(self, name), options, name)
+        if self.share_projection and self.embed == "mlp":
+            raise PromptnbError("share_projection needs embed='linear': an MLP has no transpose")
+
     @property
-    def squash(self): return self.embed == "linear" if self.tanh is None else self.tanh
+    def squash(self):
+        return self.embed == "linear" if self.tanh is None else self.tanh
+
 
 # %% ../../nbs/03a_models.lm.ipynb #41082005
 def fetch(name, get):
     "What `get(local_files_only)` gives; a name that is not here and cannot be fetched is one line."
     local = Path(name).is_dir() or not server_answers()
-    try: return get(dict(local_files_only=local))
+    try:
+        return get(dict(local_files_only=local))
     except (OSError, ValueError) as e:
-        if Path(name).is_dir(): raise PromptnbError(f"cannot read the language model in {name}: {str(e).splitlines()[0]}") from None
-        raise PromptnbError(f"language model '{name}' is not a folder here and cannot be fetched: give a local folder (config.json, model.safetensors), or make one with pretrain_lm: {', '.join(KINDS)}") from None
+        if Path(name).is_dir():
+            raise PromptnbError(f"cannot read the language model in {name}: {str(e).splitlines()[0]}") from None
+        raise PromptnbError(
+            f"language model '{name}' is not a folder here and cannot be fetched: give a local folder (config.json, model.safetensors), or make one with pretrain_lm: {', '.join(KINDS)}"
+        ) from None
 
+
+# %% ../../nbs/03a_models.lm.ipynb #b593ab57
 def load_lm(c: LMConfig):
     "The causal language model that a configuration names: float32, SDPA; new weights follow from c.seed."
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, logging
+
     logging.disable_progress_bar()
-    shape = (fetch(c.trunk, lambda kw: AutoConfig.from_pretrained(c.trunk, **kw)) if c.trunk else
-             GPT2Config(vocab_size=c.vocab, n_layer=c.layers, n_head=c.heads, n_embd=c.width, activation_function=c.activation, bos_token_id=0, eos_token_id=0))
+    shape = (
+        fetch(c.trunk, lambda kw: AutoConfig.from_pretrained(c.trunk, **kw))
+        if c.trunk
+        else GPT2Config(
+            vocab_size=c.vocab,
+            n_layer=c.layers,
+            n_head=c.heads,
+            n_embd=c.width,
+            activation_function=c.activation,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
     for n in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout"):
-        if hasattr(shape, n): setattr(shape, n, c.dropout)
+        if hasattr(shape, n):
+            setattr(shape, n, c.dropout)
     how = dict(attn_implementation="sdpa", dtype=torch.float32)
     if c.trunk and c.init == "pretrained":
-        lm, info = fetch(c.trunk, lambda kw: AutoModelForCausalLM.from_pretrained(c.trunk, config=shape, use_safetensors=True, output_loading_info=True, **how, **kw))
-        if lost := sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"]): raise PromptnbError(f"the weights of {c.trunk} do not fit its config.json: {len(lost)} missing, the first is {lost[0]}")
+        lm, info = fetch(
+            c.trunk,
+            lambda kw: AutoModelForCausalLM.from_pretrained(
+                c.trunk, config=shape, use_safetensors=True, output_loading_info=True, **how, **kw
+            ),
+        )
+        if lost := sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"]):
+            raise PromptnbError(
+                f"the weights of {c.trunk} do not fit its config.json: {len(lost)} missing, the first is {lost[0]}"
+            )
         return lm
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(c.seed); return AutoModelForCausalLM.from_config(shape, **how)
+        torch.manual_seed(c.seed)
+        return AutoModelForCausalLM.from_config(shape, **how)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #3577c73c
 class LanguageModel(nn.Module):
     "A causal language model: `forward` takes vectors (B, T, d), `loss` takes a batch with text (B, T)."
+
     def __init__(self, lm):
         super().__init__()
         self.trunk, out = lm.base_model, lm.get_output_embeddings()
-        self.head = None if out.weight is self.words.weight else out       # None: tied
+        self.head = None if out.weight is self.words.weight else out  # None: tied
+
     @property
-    def words(self): return self.trunk.get_input_embeddings()
+    def words(self):
+        return self.trunk.get_input_embeddings()
+
     def forward(self, x, mask=None):
         "Vectors (B, T, d), who sees whom (B, 1, T, T) or None for causal -> (B, T, d)."
         return self.trunk(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+
     def loss(self, batch):
         "Mean cross-entropy of the next token, in nats."
         h = self(self.words(batch.text))[:, :-1]
         logits = F.linear(h, self.words.weight) if self.head is None else self.head(h)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.text[:, 1:].flatten())
 
+
+# %% ../../nbs/03a_models.lm.ipynb #60169656
 class NoPositions(nn.Module):
     "Stands where GPT-2 has its position table, and adds nothing."
-    def forward(self, ids): return torch.zeros(1, device=ids.device)
+
+    def forward(self, ids):
+        return torch.zeros(1, device=ids.device)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #b8f4140c
 QKV = ("q_proj", "k_proj", "v_proj")
 
+
 class SplitQKV(nn.Module):
     "GPT-2's merged c_attn, weight (d, 3d), as three projections, for a LoRA each."
+
     def __init__(self, merged):
         super().__init__()
         for n, w, b in zip(QKV, merged.weight.detach().chunk(3, 1), merged.bias.detach().chunk(3)):
             p = nn.utils.skip_init(nn.Linear, *w.shape, device=w.device)
-            p.weight, p.bias = nn.Parameter(w.T.contiguous(), False), nn.Parameter(b.clone(), False); setattr(self, n, p)
-    def forward(self, x): return torch.cat([getattr(self, n)(x) for n in QKV], -1)
+            p.weight, p.bias = nn.Parameter(w.T.contiguous(), False), nn.Parameter(b.clone(), False)
+            setattr(self, n, p)
 
+    def forward(self, x):
+        return torch.cat([getattr(self, n)(x) for n in QKV], -1)
+
+
+# %% ../../nbs/03a_models.lm.ipynb #8b23299b
 def add_lora(trunk, c: LMConfig):
     "LoRA on a frozen trunk's q, k and v, in place."
     from peft import LoraConfig, inject_adapter_in_model
+
     if c.split:
-        for m in [m for m in trunk.modules() if hasattr(m, "c_attn")]: m.c_attn = SplitQKV(m.c_attn)
+        for m in [m for m in trunk.modules() if hasattr(m, "c_attn")]:
+            m.c_attn = SplitQKV(m.c_attn)
     names = {n.rpartition(".")[2] for n, _ in trunk.named_modules()}
     targets = ["c_attn"] if "c_attn" in names and not c.split else list(QKV)
-    if not names.issuperset(targets): raise PromptnbError(f"a {type(trunk).__name__} has neither c_attn nor {', '.join(QKV)}: use train='full' or 'frozen'")
-    inject_adapter_in_model(LoraConfig(r=c.r, lora_alpha=c.alpha, lora_dropout=c.lora_dropout, target_modules=targets, fan_in_fan_out="c_attn" in targets), trunk)
+    if not names.issuperset(targets):
+        raise PromptnbError(
+            f"a {type(trunk).__name__} has neither c_attn nor {', '.join(QKV)}: use train='full' or 'frozen'"
+        )
+    inject_adapter_in_model(
+        LoraConfig(
+            r=c.r,
+            lora_alpha=c.alpha,
+            lora_dropout=c.lora_dropout,
+            target_modules=targets,
+            fan_in_fan_out="c_attn" in targets,
+        ),
+        trunk,
+    )
     for m in trunk.modules():
-        if c.bias and hasattr(m, "base_layer") and getattr(m.base_layer, "bias", None) is not None: m.base_layer.bias.requires_grad_(True)
+        if c.bias and hasattr(m, "base_layer") and getattr(m.base_layer, "bias", None) is not None:
+            m.base_layer.bias.requires_grad_(True)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #ed0e52c9
 @dataclass(frozen=True)
 class LamoBatch:
     "Windows of history and a batch of text."
-    history: Steps | None               # (B, K, .)
-    text: torch.Tensor | None = None    # (M, T) int64
-    def __len__(self): return len(self.history)
 
+    history: Steps | None  # (B, K, .)
+    text: torch.Tensor | None = None  # (M, T) int64
+
+    def __len__(self):
+        return len(self.history)
+
+
+# %% ../../nbs/03a_models.lm.ipynb #f0f60985
 @dataclass
 class WithText:
     "The batches of `sampler` (None: text alone), each with `seqs` windows of `length` tokens from rows of `stream`."
+
     sampler: object
-    stream: torch.Tensor                # (rows, tokens), any integer type
-    seqs: int = 2                       # LaMo's code: 2 x 1024 tokens a step
+    stream: torch.Tensor  # (rows, tokens), any integer type
+    seqs: int = 2  # LaMo's code: 2 x 1024 tokens a step
     length: int = 1024
     seed: int = 0
     device: str = "cpu"
+
     def __post_init__(self):
-        if self.stream.shape[1] < self.length: raise PromptnbError(f"the text has {self.stream.shape[1]} tokens in a row, fewer than length={self.length}")
+        if self.stream.shape[1] < self.length:
+            raise PromptnbError(f"the text has {self.stream.shape[1]} tokens in a row, fewer than length={self.length}")
+
     def text(self, t):
         g = torch.Generator().manual_seed(seed_for(self.seed, "text", t))
-        row, at = (torch.randint(n, (self.seqs, 1), generator=g) for n in (len(self.stream), self.stream.shape[1] - self.length + 1))
+        row, at = (
+            torch.randint(n, (self.seqs, 1), generator=g)
+            for n in (len(self.stream), self.stream.shape[1] - self.length + 1)
+        )
         return self.stream[row, at + torch.arange(self.length)].long().to(self.device)
-    def batch(self, t): return LamoBatch(self.sampler and self.sampler.batch(t).history, self.text(t))
+
+    def batch(self, t):
+        return LamoBatch(self.sampler and self.sampler.batch(t).history, self.text(t))
+
 
 # %% ../../nbs/03a_models.lm.ipynb #618cbfea
 class Residual(nn.Module):
     "fc1(x) + fc2(GELU(fc1(x))): LaMo's MLP embedding as coded; the paper's formula has no fc1(x) beside it."
-    def __init__(self, n, d): super().__init__(); self.fc1, self.fc2 = nn.Linear(n, d), nn.Linear(d, d)
-    def forward(self, x): h = self.fc1(x); return h + self.fc2(F.gelu(h))
 
+    def __init__(self, n, d):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(n, d), nn.Linear(d, d)
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return h + self.fc2(F.gelu(h))
+
+
+# %% ../../nbs/03a_models.lm.ipynb #e1ce7185
 def who_sees_whom(mask):
     "Token mask (B, T) -> (B, 1, T, T): the real tokens before it, and itself."
-    T = mask.shape[1]; eye = torch.eye(T, dtype=torch.bool, device=mask.device)
+    T = mask.shape[1]
+    eye = torch.eye(T, dtype=torch.bool, device=mask.device)
     return (eye | mask.bool()[:, None] & torch.ones_like(eye).tril())[:, None]
 
+
+# %% ../../nbs/03a_models.lm.ipynb #09b2e0d9
 def tiled(table, rows):
     "Positions (P, d) -> (rows, d): the first two, then the others over and over (Wiki-RL)."
     return torch.cat([table[:2], table[2:].repeat(math.ceil(rows / (len(table) - 2)), 1)])[:rows].clone()
 
+
+# %% ../../nbs/03a_models.lm.ipynb #8927fda7
 def sha256_of(tensors):
     "SHA-256 of tensors as a tensor of 32 bytes."
     h = hashlib.sha256()
-    for x in tensors: h.update(x.detach().cpu().contiguous().numpy().data)
+    for x in tensors:
+        h.update(x.detach().cpu().contiguous().numpy().data)
     return torch.tensor(list(h.digest()), dtype=torch.uint8)
 
+
+# %% ../../nbs/03a_models.lm.ipynb #2cb73cab
 def leave_out(policy, tensors, prefix, _):
     "Frozen weights that a folder gives again are not saved."
-    for n in policy.given: tensors.pop(prefix + n, None)
+    for n in policy.given:
+        tensors.pop(prefix + n, None)
 
+
+# %% ../../nbs/03a_models.lm.ipynb #5ae0b186
 def same_trunk(policy, keys):
     "After loading: what was left out is not missing, and must be what the policy was trained on."
     keys.missing_keys[:] = [k for k in keys.missing_keys if k not in policy.given]
-    if not torch.equal(policy.trunk_sha256.cpu(), policy.own_sha256): raise PromptnbError(f"these weights were trained on another language model than the one in {policy.config.trunk or 'the configuration'}")
+    if not torch.equal(policy.trunk_sha256.cpu(), policy.own_sha256):
+        raise PromptnbError(
+            f"these weights were trained on another language model than the one in {policy.config.trunk or 'the configuration'}"
+        )
+
 
 # %% ../../nbs/03a_models.lm.ipynb #a7912b24
 class LamoPolicy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transformer", "lamo"]):
     "A Decision Transformer on a language model, with its normaliser. Offers what `train.fit` and `evaluate.rollout` ask for."
-    def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000.):
+
+    def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000.0):
         super().__init__()
-        self.config = c = LMConfig(**model); self.K, self.rtg_scale = K, rtg_scale
-        lm = load_lm(c); table, d = getattr(lm.base_model, "wpe", None), lm.config.hidden_size
-        self.lm, layer = LanguageModel(lm).requires_grad_(c.train == "full"), Residual if c.embed == "mlp" else nn.Linear
-        self.embed, self.time, self.norm = nn.ModuleDict(dict(rtg=layer(1, d), s=layer(c.state_dim, d), a=layer(c.act_dim, d))), nn.Embedding(c.max_timestep, d), nn.LayerNorm(d)
-        self.head = None if c.share_projection else nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, c.act_dim)) if c.embed == "mlp" else nn.Linear(d, c.act_dim)
+        self.config = c = LMConfig(**model)
+        self.K, self.rtg_scale = K, rtg_scale
+        lm = load_lm(c)
+        table, d = getattr(lm.base_model, "wpe", None), lm.config.hidden_size
+        self.lm, layer = (
+            LanguageModel(lm).requires_grad_(c.train == "full"),
+            Residual if c.embed == "mlp" else nn.Linear,
+        )
+        self.embed, self.time, self.norm = (
+            nn.ModuleDict(dict(rtg=layer(1, d), s=layer(c.state_dim, d), a=layer(c.act_dim, d))),
+            nn.Embedding(c.max_timestep, d),
+            nn.LayerNorm(d),
+        )
+        self.head = (
+            None
+            if c.share_projection
+            else nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, c.act_dim))
+            if c.embed == "mlp"
+            else nn.Linear(d, c.act_dim)
+        )
         if c.extend_positions:
-            if table is None: raise PromptnbError(f"extend_positions: a {type(lm).__name__} has no position table")
+            if table is None:
+                raise PromptnbError(f"extend_positions: a {type(lm).__name__} has no position table")
             self.time.weight.data = tiled(table.weight.data, c.max_timestep)
-        if table is not None and not c.use_positions: self.lm.trunk.wpe = NoPositions()
-        if c.train == "lora": add_lora(self.lm.trunk, c)
-        self.register_buffer("mean", torch.zeros(c.state_dim)); self.register_buffer("std", torch.ones(c.state_dim))
+        if table is not None and not c.use_positions:
+            self.lm.trunk.wpe = NoPositions()
+        if c.train == "lora":
+            add_lora(self.lm.trunk, c)
+        self.register_buffer("mean", torch.zeros(c.state_dim))
+        self.register_buffer("std", torch.ones(c.state_dim))
         self._hub_mixin_config = dict(model=asdict(c), K=K, rtg_scale=rtg_scale)
         self.remember_trunk()
 
     def remember_trunk(self):
         "Note which weights are the trunk's folder's, and their hash: they are neither trained nor saved."
-        weights = {n: p for n, p in self.named_parameters() if not p.requires_grad} if self.config.trunk and self.config.init == "pretrained" else {}
+        weights = (
+            {n: p for n, p in self.named_parameters() if not p.requires_grad}
+            if self.config.trunk and self.config.init == "pretrained"
+            else {}
+        )
         self.given, self.own_sha256 = set(weights), sha256_of(p for _, p in sorted(weights.items()))
         self.register_buffer("trunk_sha256", self.own_sha256.clone())
-        self.register_state_dict_post_hook(leave_out); self.register_load_state_dict_post_hook(same_trunk)
+        self.register_state_dict_post_hook(leave_out)
+        self.register_load_state_dict_post_hook(same_trunk)
 
     def tokens(self, x: Steps):
         "Steps (B, K, .) -> tokens (B, 3K, d): rtg, s, a of each step."
@@ -222,7 +411,9 @@ class LamoPolicy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-tr
 
     def forward(self, x: Steps, last=False):
         "Normalised, scaled windows (B, K, .) -> actions (B, K, A); with `last`, of the last step only (B, 1, A)."
-        h = self.lm(self.tokens(x)[:, :-1], who_sees_whom(x.mask.repeat_interleave(3, 1)[:, :-1]))      # nothing reads the last action token
+        h = self.lm(
+            self.tokens(x)[:, :-1], who_sees_whom(x.mask.repeat_interleave(3, 1)[:, :-1])
+        )  # nothing reads the last action token
         h = h[:, -1:] if last else h[:, 1::3]
         a = F.linear(h, self.embed["a"].weight.T) if self.head is None else self.head(h)
         return a.tanh() if self.config.squash else a
@@ -238,126 +429,278 @@ class LamoPolicy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-tr
     def begin(self, rows):
         "Call once before episodes. LaMo takes no prompt: the rows are not used."
         self.eval()
+
     @torch.no_grad()
     def act(self, history: Steps, state=None):
         "Raw windows (N, K, .): observations as the environment gives them, returns-to-go in its units -> actions (N, A)."
-        return self(replace(history, s=(history.s - self.mean) / self.std, rtg=history.rtg / self.rtg_scale), last=True)[:, 0].float()
-    def clone(self): return copy.deepcopy(self)
+        return self(
+            replace(history, s=(history.s - self.mean) / self.std, rtg=history.rtg / self.rtg_scale), last=True
+        )[:, 0].float()
+
+    def clone(self):
+        return copy.deepcopy(self)
 
     @classmethod
     def from_pretrained(cls, folder, **kw):
         "A saved policy, from a folder or the hub; its language model comes from the folder that its configuration names."
         return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
+
     @classmethod
-    def _load_as_pickle(cls, *a, **kw): raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
+    def _load_as_pickle(cls, *a, **kw):
+        raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
+
     def __repr__(self):
         c, n = self.config, counts(self)
         return f"LamoPolicy({Path(c.trunk).name or 'new GPT-2'}, {c.init if c.trunk else 'random'}, {c.train}: {n['trainable']:,} of {n['total']:,} parameters train, K={self.K})"
 
+
+# %% ../../nbs/03a_models.lm.ipynb #b51b1374
 def counts(policy):
     "Parameters as measured: all, those that train, and those of LoRA alone."
-    size = lambda keep: sum(p.numel() for n, p in policy.named_parameters() if keep(n, p))
-    return dict(total=size(lambda n, p: True), trainable=size(lambda n, p: p.requires_grad), lora=size(lambda n, p: ".lora_" in n))
+
+    def size(keep):
+        return sum(p.numel() for n, p in policy.named_parameters() if keep(n, p))
+
+    return dict(
+        total=size(lambda n, p: True),
+        trainable=size(lambda n, p: p.requires_grad),
+        lora=size(lambda n, p: ".lora_" in n),
+    )
+
 
 # %% ../../nbs/03a_models.lm.ipynb #45e3964f
 def chain(states=100, tau=1.0, seed=666):
     "(transition matrix (M, M), initial distribution (M,)): Victor-wang-902/synthetic-pretrain-rl, ngram_generator.py."
     u = np.stack([np.random.default_rng(seed + i).random(states) for i in range(states + 1)]) / tau
-    p = np.exp(u - u.max(1, keepdims=True)); p /= p.sum(1, keepdims=True)
+    p = np.exp(u - u.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
     return p[1:], p[0]
 
+
+# %% ../../nbs/03a_models.lm.ipynb #9f4aa056
 def entropy(matrix):
     "Entropy of the next state in nats: weighted by the stationary distribution (what a model's loss can reach), and the plain mean over rows."
-    n = len(matrix); row = -(matrix * np.log(matrix, where=matrix > 0, out=np.zeros_like(matrix))).sum(1)
-    pi = np.linalg.lstsq(np.vstack([matrix.T - np.eye(n), np.ones(n)]), np.r_[np.zeros(n), 1.], rcond=None)[0]
+    n = len(matrix)
+    row = -(matrix * np.log(matrix, where=matrix > 0, out=np.zeros_like(matrix))).sum(1)
+    pi = np.linalg.lstsq(np.vstack([matrix.T - np.eye(n), np.ones(n)]), np.r_[np.zeros(n), 1.0], rcond=None)[0]
     return dict(stationary=float(pi @ row), mean=float(row.mean()))
 
+
+# %% ../../nbs/03a_models.lm.ipynb #b07fea63
 def walk(matrix, first, n, length, rng):
     "n walks (n, length), int16, by inverse distribution functions: all rows in one sorted array, row s between s and s + 1."
-    M = len(matrix); edges = matrix.cumsum(1); edges[:, -1] = 1; edges = (edges + np.arange(M)[:, None]).ravel()
-    out = np.empty((n, length), np.int16); s = np.minimum(np.searchsorted(first.cumsum(), rng.random(n), "right"), M - 1)
-    for t in range(length): out[:, t] = s; s = np.minimum(np.searchsorted(edges, s + rng.random(n), "right") - s * M, M - 1)
+    M = len(matrix)
+    edges = matrix.cumsum(1)
+    edges[:, -1] = 1
+    edges = (edges + np.arange(M)[:, None]).ravel()
+    out = np.empty((n, length), np.int16)
+    s = np.minimum(np.searchsorted(first.cumsum(), rng.random(n), "right"), M - 1)
+    for t in range(length):
+        out[:, t] = s
+        s = np.minimum(np.searchsorted(edges, s + rng.random(n), "right") - s * M, M - 1)
     return out
+
 
 # %% ../../nbs/03a_models.lm.ipynb #d0d1f0c0
 @dataclass
 class Corpus:
     "Tokens (rows, length) to train on and held out; the chain's matrix, or the tokenizer, where there is one."
+
     kind: str
     train: torch.Tensor
     held: torch.Tensor
     vocab: int
     matrix: np.ndarray | None = None
     tokenizer: object = None
-    def __repr__(self): return f"Corpus({self.kind}: {self.train.numel():,} tokens, {self.held.numel():,} held out, vocabulary {self.vocab:,})"
 
+    def __repr__(self):
+        return f"Corpus({self.kind}: {self.train.numel():,} tokens, {self.held.numel():,} held out, vocabulary {self.vocab:,})"
+
+
+# %% ../../nbs/03a_models.lm.ipynb #dcd21e50
 @functools.cache
 def docstrings(files=None):
     "Docstrings of this Python's standard library, each once, in the order of file names; without tests and installed packages. `files`: the first so many only."
     base, out = Path(sysconfig.get_path("stdlib")), []
-    inside = lambda f: not {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(f.relative_to(base).parts)
+
+    def inside(f):
+        return not {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(f.relative_to(base).parts)
+
     for f in sorted(filter(inside, base.rglob("*.py")), key=lambda f: f.relative_to(base).as_posix())[:files]:
         with warnings.catch_warnings(), contextlib.suppress(SyntaxError):
-            warnings.simplefilter("ignore"); tree = ast.parse(f.read_bytes())
-            out += [d for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (d := ast.get_docstring(n))]
+            warnings.simplefilter("ignore")
+            tree = ast.parse(f.read_bytes())
+            out += [
+                d
+                for n in ast.walk(tree)
+                if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+                and (d := ast.get_docstring(n))
+            ]
     return tuple(dict.fromkeys(out))
 
+
+# %% ../../nbs/03a_models.lm.ipynb #94d83f3f
 def train_bpe(texts, vocab):
     "A byte-level BPE with <|endoftext|> as token 0."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    tok = Tokenizer(models.BPE()); tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return tok
 
+
+# %% ../../nbs/03a_models.lm.ipynb #761e8fdf
 def english(vocab=2048, files=None, shuffle=False):
     "The docstrings as tokens (1, N), each begun by <|endoftext|>; with `shuffle`, in random order."
     parts = [[], []]
-    for d in docstrings(files): parts[hashlib.sha256(d.encode()).digest()[0] % 20 == 0].append(d)
+    for d in docstrings(files):
+        parts[hashlib.sha256(d.encode()).digest()[0] % 20 == 0].append(d)
     tok = train_bpe(parts[0], vocab)
     rows = [np.array([i for e in tok.encode_batch(p) for i in (0, *e.ids)], np.int16) for p in parts]
-    if shuffle: rows = [rng_for("shuffled", i).permutation(x) for i, x in enumerate(rows)]
+    if shuffle:
+        rows = [rng_for("shuffled", i).permutation(x) for i, x in enumerate(rows)]
     return *(torch.from_numpy(x)[None] for x in rows), tok
 
+
+# %% ../../nbs/03a_models.lm.ipynb #67738428
 def corpus(kind, n=128_000, length=1024, states=100, tau=1.0, seed=666, vocab=2048, files=None) -> Corpus:
     "Text of one of KINDS. Synthetic: n sequences of `length`, a sixteenth held out (the published recipe's 8,000 of 128,000). English: `files` limits the library's files."
     check_choice(kind, KINDS, "corpus")
-    if kind in ("english", "shuffled"): train, held, tok = english(vocab, files, kind == "shuffled"); return Corpus(kind, train, held, tok.get_vocab_size(), tokenizer=tok)
-    matrix, first = chain(states, tau, seed) if kind == "chain" else (np.full((states, states), 1 / states), np.full(states, 1 / states))
-    x = torch.from_numpy(walk(matrix, first, n, length, rng_for("corpus", kind, seed))); cut = n - max(n // 16, 1)
+    if kind in ("english", "shuffled"):
+        train, held, tok = english(vocab, files, kind == "shuffled")
+        return Corpus(kind, train, held, tok.get_vocab_size(), tokenizer=tok)
+    matrix, first = (
+        chain(states, tau, seed)
+        if kind == "chain"
+        else (np.full((states, states), 1 / states), np.full(states, 1 / states))
+    )
+    x = torch.from_numpy(walk(matrix, first, n, length, rng_for("corpus", kind, seed)))
+    cut = n - max(n // 16, 1)
     return Corpus(kind, x[:cut], x[cut:], states, matrix)
 
-# %% ../../nbs/03a_models.lm.ipynb #978883f8
-PRETRAIN = dict(steps=20_000, lr=3e-4, weight_decay=1e-2, warmup=10_000, clip=1e9)     # pretrain_dist.py of the same repository; it clips nothing
 
+# %% ../../nbs/03a_models.lm.ipynb #978883f8
+PRETRAIN = dict(
+    steps=20_000, lr=3e-4, weight_decay=1e-2, warmup=10_000, clip=1e9
+)  # pretrain_dist.py of the same repository; it clips nothing
+
+
+# %% ../../nbs/03a_models.lm.ipynb #99462455
 @torch.no_grad()
 def held_loss(net, stream, length, batches=8, seqs=16, device="cpu"):
     "The language loss in nats on windows of text, the same ones each time, without dropout."
-    net.eval(); sampler = WithText(None, stream, seqs, min(length, stream.shape[1]), "held", device)
+    net.eval()
+    sampler = WithText(None, stream, seqs, min(length, stream.shape[1]), "held", device)
     return sum(net.loss(sampler.batch(i)).item() for i in range(batches)) / batches
 
+
+# %% ../../nbs/03a_models.lm.ipynb #afc808a9
 def check_lm(folder, settings):
     "Is what lies in a folder the language model of these settings, whole?"
-    known = read_json(folder/"lm.json"); weights = folder/"model.safetensors"
-    if not {"settings", "sha256"} <= set(known): raise PromptnbError(f"{folder/'lm.json'} is damaged (no settings, or no hash): delete {folder}, and it is made again")
-    if diff := differing(known["settings"], settings): raise PromptnbError(f"{folder} holds another language model: {diff}")
-    if weights.exists() and sha256_file(weights) != known["sha256"]: raise PromptnbError(f"{weights} is damaged (its hash is not lm.json's): delete {folder}, and it is made again")
+    known = read_json(folder / "lm.json")
+    weights = folder / "model.safetensors"
+    if not {"settings", "sha256"} <= set(known):
+        raise PromptnbError(
+            f"{folder / 'lm.json'} is damaged (no settings, or no hash): delete {folder}, and it is made again"
+        )
+    if diff := differing(known["settings"], settings):
+        raise PromptnbError(f"{folder} holds another language model: {diff}")
+    if weights.exists() and sha256_file(weights) != known["sha256"]:
+        raise PromptnbError(f"{weights} is damaged (its hash is not lm.json's): delete {folder}, and it is made again")
 
-def pretrain_lm(kind, fit, config, folder=None, layers=3, heads=1, width=128, activation="relu", dropout=0.1, seqs=64, length=1024, device="cpu", **of) -> Path:
+
+# %% ../../nbs/03a_models.lm.ipynb #3b5870a7
+def pretrain_lm(
+    kind,
+    fit,
+    config,
+    folder=None,
+    layers=3,
+    heads=1,
+    width=128,
+    activation="relu",
+    dropout=0.1,
+    seqs=64,
+    length=1024,
+    device="cpu",
+    **of,
+) -> Path:
     "Train a new GPT-2 on corpus(kind, **of) by `fit` with `config` (train.fit, FitConfig): a folder in Hugging Face's format, with lm.json (losses, entropy) beside the weights."
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    settings = plain(dict(kind=check_choice(kind, KINDS, "corpus"), fit=config, layers=layers, heads=heads, width=width, activation=activation, dropout=dropout, seqs=seqs, length=length, of=of,
-                          python=platform.python_version() if kind in ("english", "shuffled") else ""))
-    folder = Path(folder or runs_dir()/"lm"/f"{kind}-{fingerprint(settings)}")
-    if (done := folder/"lm.json").exists(): check_lm(folder, settings); return folder
+
+    settings = plain(
+        dict(
+            kind=check_choice(kind, KINDS, "corpus"),
+            fit=config,
+            layers=layers,
+            heads=heads,
+            width=width,
+            activation=activation,
+            dropout=dropout,
+            seqs=seqs,
+            length=length,
+            of=of,
+            python=platform.python_version() if kind in ("english", "shuffled") else "",
+        )
+    )
+    folder = Path(folder or runs_dir() / "lm" / f"{kind}-{fingerprint(settings)}")
+    if (done := folder / "lm.json").exists():
+        check_lm(folder, settings)
+        return folder
     c = corpus(kind, **of)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        lm = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab, n_positions=length, n_layer=layers, n_head=heads, n_embd=width, activation_function=activation,
-                                        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa"))
+        lm = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=c.vocab,
+                n_positions=length,
+                n_layer=layers,
+                n_head=heads,
+                n_embd=width,
+                activation_function=activation,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
+                bos_token_id=0,
+                eos_token_id=0,
+                attn_implementation="sdpa",
+            )
+        )
     net = LanguageModel(lm).to(device)
-    log = fit(net, WithText(None, c.train, seqs, length, config.seed, device), config, folder/"fit", [settings, hashlib.sha256(c.train.numpy().data).hexdigest()], desc=f"language model, {kind}")
-    if log.status != "ok": raise PromptnbError(f"pre-training on {kind} diverged: {log.why}")
-    held = held_loss(net, c.held, length, device=device); lm.cpu().save_pretrained(folder)
-    if c.tokenizer: PreTrainedTokenizerFast(tokenizer_object=c.tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>").save_pretrained(folder)
-    write_json(done, dict(settings=settings, sha256=sha256_file(folder/"model.safetensors"), losses=log.losses, held=held, entropy=None if c.matrix is None else entropy(c.matrix), uniform=math.log(c.vocab)))
+    log = fit(
+        net,
+        WithText(None, c.train, seqs, length, config.seed, device),
+        config,
+        folder / "fit",
+        [settings, hashlib.sha256(c.train.numpy().data).hexdigest()],
+        desc=f"language model, {kind}",
+    )
+    if log.status != "ok":
+        raise PromptnbError(f"pre-training on {kind} diverged: {log.why}")
+    held = held_loss(net, c.held, length, device=device)
+    lm.cpu().save_pretrained(folder)
+    if c.tokenizer:
+        PreTrainedTokenizerFast(
+            tokenizer_object=c.tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+        ).save_pretrained(folder)
+    write_json(
+        done,
+        dict(
+            settings=settings,
+            sha256=sha256_file(folder / "model.safetensors"),
+            losses=log.losses,
+            held=held,
+            entropy=None if c.matrix is None else entropy(c.matrix),
+            uniform=math.log(c.vocab),
+        ),
+    )
     return folder

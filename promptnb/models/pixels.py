@@ -4,6 +4,7 @@
 
 # %% ../../nbs/03c_models.pixels.ipynb #85d8f4a9
 from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -15,83 +16,134 @@ from ..core import PromptnbError, Steps
 from .lm import LamoPolicy, LMConfig, Residual
 
 # %% auto #0
-__all__ = ['LAYERS', 'PixelConfig', 'Eye', 'Past', 'PixelLamo']
+__all__ = ["LAYERS", "PixelConfig", "Eye", "Past", "PixelLamo"]
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #039c100a
 @dataclass(frozen=True)
 class PixelConfig(LMConfig):
     "LMConfig for games. Defaults: LaMo's released Atari code, but for `tanh`. `state_dim` is the product of `frames`."
+
     r: int = 32
     alpha: int = 32
-    lora_dropout: float = 0.
-    split: bool = False              # one LoRA for the merged projection
+    lora_dropout: float = 0.0
+    split: bool = False  # one LoRA for the merged projection
     bias: bool = False
-    tanh: bool | None = False        # on the scores; code: True
+    tanh: bool | None = False  # on the scores; code: True
     norm_before_time: bool = False
     use_positions: bool = True
-    max_timestep: int = 4096         # code, Breakout
-    frames: tuple = (4, 84, 84)      # (C, H, W)
-    tanh_state: bool = False         # after the CNN's linear layer; True in the Decision Transformer's own Atari code
+    max_timestep: int = 4096  # code, Breakout
+    frames: tuple = (4, 84, 84)  # (C, H, W)
+    tanh_state: bool = False  # after the CNN's linear layer; True in the Decision Transformer's own Atari code
 
     def __post_init__(self):
-        super().__post_init__(); object.__setattr__(self, "frames", tuple(self.frames))     # JSON gives lists
-        if math.prod(self.frames) != self.state_dim: raise PromptnbError(f"state_dim is {self.state_dim}, but frames {' x '.join(map(str, self.frames))} have {math.prod(self.frames)} numbers")
+        super().__post_init__()
+        object.__setattr__(self, "frames", tuple(self.frames))  # JSON gives lists
+        if math.prod(self.frames) != self.state_dim:
+            raise PromptnbError(
+                f"state_dim is {self.state_dim}, but frames {' x '.join(map(str, self.frames))} have {math.prod(self.frames)} numbers"
+            )
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #b0f873d5
-LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))     # channels, kernel, stride
+LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
+
 
 class Eye(nn.Module):
     "Pictures (..., C, H, W) uint8 -> vectors (..., d); what is already vectors passes through."
+
     def __init__(self, frames, d, embed="mlp", tanh=False):
-        super().__init__(); (n, *size), parts = frames, []
-        for out, k, stride in LAYERS: parts += [nn.Conv2d(n, out, k, stride), nn.ReLU()]; n, size = out, [(x - k) // stride + 1 for x in size]
-        self.net = nn.Sequential(*parts, nn.Flatten(), nn.Linear(n * math.prod(size), d), *[nn.Tanh()] * tanh, *[Residual(d, d)] * (embed == "mlp"))
-    def forward(self, x): return self.net(x.flatten(0, -4) / 255).unflatten(0, x.shape[:-3]) if x.dtype == torch.uint8 else x
+        super().__init__()
+        (n, *size), parts = frames, []
+        for out, k, stride in LAYERS:
+            parts += [nn.Conv2d(n, out, k, stride), nn.ReLU()]
+            n, size = out, [(x - k) // stride + 1 for x in size]
+        self.net = nn.Sequential(
+            *parts,
+            nn.Flatten(),
+            nn.Linear(n * math.prod(size), d),
+            *[nn.Tanh()] * tanh,
+            *[Residual(d, d)] * (embed == "mlp"),
+        )
+
+    def forward(self, x):
+        return self.net(x.flatten(0, -4) / 255).unflatten(0, x.shape[:-3]) if x.dtype == torch.uint8 else x
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #9d77f9fa
 @dataclass
 class Past:
     "Vectors (N, K, d) of the last window's pictures, and its last timestep."
+
     e: torch.Tensor | None = None
     t: int = -1
 
+
+# %% ../../nbs/03c_models.pixels.ipynb #92f3e2f0
 class PixelLamo(LamoPolicy):
     "A LamoPolicy that reads pictures (B, K, C, H, W) uint8 and scores discrete actions (B, K, A)."
+
     pictures = True
 
-    def __init__(self, model: dict, K: int = 30, rtg_scale: float = 1., frames=None):
-        c = PixelConfig(**{**model, **(dict(frames=frames) if frames else {})})     # `frames` may stand here or in `model`
-        super().__init__({f.name: getattr(c, f.name) for f in fields(LMConfig)} | dict(state_dim=1), K, rtg_scale)     # mean and std of pictures have one entry
-        self.config, d = c, self.norm.normalized_shape[0]; self.embed["s"] = Eye(c.frames, d, c.embed, c.tanh_state)
-        if self.head is not None: self.head = nn.Linear(d, c.act_dim)
-        if isinstance(p := getattr(self.lm.trunk, "wpe", None), nn.Embedding) and p.num_embeddings < 3 * K: raise PromptnbError(f"the trunk has {p.num_embeddings} positions, but windows of K={K} steps are {3 * K} tokens: use a smaller K, a trunk trained on longer text, or use_positions=False")
+    def __init__(self, model: dict, K: int = 30, rtg_scale: float = 1.0, frames=None):
+        c = PixelConfig(**{**model, **(dict(frames=frames) if frames else {})})  # `frames` may stand here or in `model`
+        super().__init__(
+            {f.name: getattr(c, f.name) for f in fields(LMConfig)} | dict(state_dim=1), K, rtg_scale
+        )  # mean and std of pictures have one entry
+        self.config, d = c, self.norm.normalized_shape[0]
+        self.embed["s"] = Eye(c.frames, d, c.embed, c.tanh_state)
+        if self.head is not None:
+            self.head = nn.Linear(d, c.act_dim)
+        if isinstance(p := getattr(self.lm.trunk, "wpe", None), nn.Embedding) and p.num_embeddings < 3 * K:
+            raise PromptnbError(
+                f"the trunk has {p.num_embeddings} positions, but windows of K={K} steps are {3 * K} tokens: use a smaller K, a trunk trained on longer text, or use_positions=False"
+            )
         self._hub_mixin_config = dict(model=asdict(c), K=K, rtg_scale=rtg_scale)
 
     def tokens(self, x: Steps):
         "As LamoPolicy's; where the trunk adds its position table, position 0 is the first real token."
         e, table = super().tokens(x), getattr(self.lm.trunk, "wpe", None)
-        if not isinstance(table, nn.Embedding): return e
-        at = torch.arange(e.shape[1], device=e.device); padding = 3 * (x.mask == 0).sum(1, keepdim=True)
+        if not isinstance(table, nn.Embedding):
+            return e
+        at = torch.arange(e.shape[1], device=e.device)
+        padding = 3 * (x.mask == 0).sum(1, keepdim=True)
         return e + table((at - padding).clamp(min=0)) - table(at)
 
     def loss(self, batch):
         "Cross-entropy of the actions taken over real steps, plus lam x the language loss where the batch has text."
-        x, lam, text = batch.history, self.config.lam, getattr(batch, "text", None); real = x.mask > 0
+        x, lam, text = batch.history, self.config.lam, getattr(batch, "text", None)
+        real = x.mask > 0
         loss = F.cross_entropy(self(x)[real].float(), x.a[real].argmax(-1))
         return loss if text is None or not lam else loss + lam * self.lm.loss(batch)
 
     def begin(self, rows):
         "Call once before episodes: their memory. The rows are not used."
-        self.eval(); return Past()
+        self.eval()
+        return Past()
+
     @torch.no_grad()
     def act(self, history: Steps, state=None):
         "Windows (N, K, .) of pictures, returns-to-go in the environment's units -> scores (N, A)."
-        return self(replace(history, s=self.look(history, state), rtg=history.rtg / self.rtg_scale), last=True)[:, 0].float()
+        return self(replace(history, s=self.look(history, state), rtg=history.rtg / self.rtg_scale), last=True)[
+            :, 0
+        ].float()
+
     def look(self, history, past):
         "Vectors (N, K, d) of a window's pictures; where it follows the last one, only the newest picture is embedded."
-        s, t = history.s, int(history.t[0, -1]); embed = self.embed["s"]
-        if past is None or t != past.t + 1: e = torch.cat([embed(x) for x in s.split(1, 1)], 1)      # a picture a row at a time: floats take four times the room
-        else: new = embed(s[:, -1:]); e = torch.cat([new.new_zeros(len(s), s.shape[1] - 1, new.shape[-1]) if past.e is None else past.e[:, 1:], new], 1)
-        if past is not None: past.e, past.t = e, t
+        s, t = history.s, int(history.t[0, -1])
+        embed = self.embed["s"]
+        if past is None or t != past.t + 1:
+            e = torch.cat(
+                [embed(x) for x in s.split(1, 1)], 1
+            )  # a picture a row at a time: floats take four times the room
+        else:
+            new = embed(s[:, -1:])
+            e = torch.cat(
+                [new.new_zeros(len(s), s.shape[1] - 1, new.shape[-1]) if past.e is None else past.e[:, 1:], new], 1
+            )
+        if past is not None:
+            past.e, past.t = e, t
         return e
-    def __repr__(self): return super().__repr__().replace("LamoPolicy", type(self).__name__, 1)
+
+    def __repr__(self):
+        return super().__repr__().replace("LamoPolicy", type(self).__name__, 1)

@@ -4,7 +4,11 @@
 
 # %% ../../nbs/03b_models.value.ipynb #1e0c9095
 from __future__ import annotations
-import copy, inspect, itertools, math
+
+import copy
+import inspect
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,110 +20,197 @@ from torch.func import functional_call
 from ..core import PromptnbError, Steps, check_choice, seed_for
 
 # %% auto #0
-__all__ = ['LEARNERS', 'TransitionBatch', 'Transitions', 'return_scale', 'mlp', 'Twin', 'constant', 'squares', 'Learner', 'BC',
-           'TD3BC', 'TanhGaussian', 'small_last', 'CQL', 'IQL', 'Unit', 'encoder', 'Discrete', 'imitation',
-           'DiscreteBC', 'NFQ', 'DoubleQ', 'DiscreteCQL', 'BCQ', 'make_learner']
+__all__ = [
+    "LEARNERS",
+    "TransitionBatch",
+    "Transitions",
+    "return_scale",
+    "mlp",
+    "Twin",
+    "constant",
+    "squares",
+    "Learner",
+    "BC",
+    "TD3BC",
+    "TanhGaussian",
+    "small_last",
+    "CQL",
+    "IQL",
+    "Unit",
+    "encoder",
+    "Discrete",
+    "imitation",
+    "DiscreteBC",
+    "NFQ",
+    "DoubleQ",
+    "DiscreteCQL",
+    "BCQ",
+    "make_learner",
+]
+
 
 # %% ../../nbs/03b_models.value.ipynb #3edd9e54
 @dataclass(frozen=True)
 class TransitionBatch:
     "Single steps, in any order."
-    s: torch.Tensor       # (B, S) float32, normalised; or (B, C, H, W) uint8
-    a: torch.Tensor       # (B, A) float32; discrete ones one-hot
-    r: torch.Tensor       # (B,)   float32
-    s2: torch.Tensor      # as s: the state after it
-    done: torch.Tensor    # (B,)   float32, 1 where the episode ended
-    def __len__(self): return len(self.r)
 
+    s: torch.Tensor  # (B, S) float32, normalised; or (B, C, H, W) uint8
+    a: torch.Tensor  # (B, A) float32; discrete ones one-hot
+    r: torch.Tensor  # (B,)   float32
+    s2: torch.Tensor  # as s: the state after it
+    done: torch.Tensor  # (B,)   float32, 1 where the episode ended
+
+    def __len__(self):
+        return len(self.r)
+
+
+# %% ../../nbs/03b_models.value.ipynb #4d75af25
 @dataclass
 class Transitions:
     "Draws TransitionBatch t from Generator(seed, t). `store` has the columns s, a, r, length and first of data.Store."
+
     store: object
     mean: torch.Tensor
     std: torch.Tensor
-    size: int = 256                # rows a batch: CORL; d3rlpy's Atari scripts 32
-    horizon: int = 1000            # a trajectory this long was cut, not ended
+    size: int = 256  # rows a batch: CORL; d3rlpy's Atari scripts 32
+    horizon: int = 1000  # a trajectory this long was cut, not ended
     seed: int = 0
     device: str = "cpu"
-    reward_scale: float = 1.       # CORL scales some tasks' rewards (`return_scale`)
+    reward_scale: float = 1.0  # CORL scales some tasks' rewards (`return_scale`)
     reward_clip: float = math.inf  # d3rlpy's Atari scripts: 1
-    stack: int = 4                 # frames of a picture, as in data.Table
+    stack: int = 4  # frames of a picture, as in data.Table
 
-    def __post_init__(self): self.store, self.mean, self.std = self.store.to(self.device), torch.as_tensor(self.mean).to(self.device), torch.as_tensor(self.std).to(self.device)
+    def __post_init__(self):
+        self.store, self.mean, self.std = (
+            self.store.to(self.device),
+            torch.as_tensor(self.mean).to(self.device),
+            torch.as_tensor(self.std).to(self.device),
+        )
 
     def states(self, rows, first):
         "The states of rows (B,) of trajectories that begin at `first` (B,): (B, S) normalised, or (B, stack, H, W)."
         s = self.store.s
-        if s.dtype != torch.uint8: return (s[rows] - self.mean) / self.std
-        return s[torch.maximum(rows[:, None] - torch.arange(self.stack - 1, -1, -1, device=rows.device), first[:, None])]
+        if s.dtype != torch.uint8:
+            return (s[rows] - self.mean) / self.std
+        return s[
+            torch.maximum(rows[:, None] - torch.arange(self.stack - 1, -1, -1, device=rows.device), first[:, None])
+        ]
 
     def take(self, rows) -> TransitionBatch:
         "The steps of rows (B,) of the store."
-        st = self.store; j = torch.searchsorted(st.first, rows, right=True) - 1; first, last = st.first[j], st.first[j] + st.length[j] - 1
+        st = self.store
+        j = torch.searchsorted(st.first, rows, right=True) - 1
+        first, last = st.first[j], st.first[j] + st.length[j] - 1
         r = st.r[rows].clamp(-self.reward_clip, self.reward_clip) * self.reward_scale
         done = ((rows == last) & (st.length[j] < self.horizon)).float()
-        return TransitionBatch(self.states(rows, first), st.a[rows], r, self.states((rows + 1).minimum(last), first), done)
+        return TransitionBatch(
+            self.states(rows, first), st.a[rows], r, self.states((rows + 1).minimum(last), first), done
+        )
 
     def batch(self, t) -> TransitionBatch:
         gen = torch.Generator().manual_seed(seed_for(self.seed, "transitions", t))
         return self.take(torch.randint(len(self.store.r), (self.size,), generator=gen).to(self.device))
 
+
+# %% ../../nbs/03b_models.value.ipynb #150922dd
 def return_scale(store, horizon=1000):
     "horizon / (highest - lowest return): CORL's factor for rewards where its configuration has normalize_reward."
-    ret = store.rtg[store.first]; spread = (ret.max() - ret.min()).item()
-    if not spread: raise PromptnbError("all trajectories have the same return: there is nothing to scale rewards by")
+    ret = store.rtg[store.first]
+    spread = (ret.max() - ret.min()).item()
+    if not spread:
+        raise PromptnbError("all trajectories have the same return: there is nothing to scale rewards by")
     return horizon / spread
+
 
 # %% ../../nbs/03b_models.value.ipynb #a627c6cd
 def mlp(n_in, n_out, hidden, depth):
     "(..., n_in) -> (..., n_out) through `depth` hidden layers of ReLU."
     widths = [n_in] + [hidden] * depth
-    return nn.Sequential(*(m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())), nn.Linear(widths[-1], n_out))
+    return nn.Sequential(
+        *(m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())), nn.Linear(widths[-1], n_out)
+    )
 
+
+# %% ../../nbs/03b_models.value.ipynb #d46090e1
 class Twin(nn.Module):
     "Two critics of states (..., S) and actions (..., A): values (2, ...)."
-    def __init__(self, n_in, hidden, depth): super().__init__(); self.nets = nn.ModuleList(mlp(n_in, 1, hidden, depth) for _ in range(2))
+
+    def __init__(self, n_in, hidden, depth):
+        super().__init__()
+        self.nets = nn.ModuleList(mlp(n_in, 1, hidden, depth) for _ in range(2))
+
     def forward(self, s, a):
         x = torch.cat([s.expand(*a.shape[:-1], -1), a], -1)
         return torch.stack([q(x)[..., 0] for q in self.nets])
 
+
+# %% ../../nbs/03b_models.value.ipynb #48bc784f
 def constant(net, *x):
     "net(*x) with its weights as constants: gradients reach x and not the net."
     return functional_call(net, {n: p.detach() for n, p in net.named_parameters()}, x)
 
+
+# %% ../../nbs/03b_models.value.ipynb #89ff3977
 def squares(q, y):
     "Mean squared error of each critic (2, B) from y (B,), summed over the two."
     return ((q - y) ** 2).mean(-1).sum()
 
+
 # %% ../../nbs/03b_models.value.ipynb #85520bad
 class Learner(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "offline-rl"]):
     "An offline learner that reads single states: (state_dim, act_dim, **fields). A subclass has `build`, `losses(batch)` and `choose(states)`."
-    K, discrete, every = 1, False, 1                               # steps of history; scores of actions, or actions; steps a move of the targets
-    copies = ()                                                    # parts that have a target copy
-    FIT, BATCH = dict(lr=3e-4, weight_decay=0., warmup=1, clip=1e9), 256   # for FitConfig and Transitions: CORL. It has Adam and clips nothing
-    hidden: int = 256      # CORL; LaMo Fig. 12 has IQL with 256, 512, 1024
-    depth: int = 2         # CORL: hidden layers
+
+    K, discrete, every = 1, False, 1  # steps of history; scores of actions, or actions; steps a move of the targets
+    copies = ()  # parts that have a target copy
+    FIT, BATCH = (
+        dict(lr=3e-4, weight_decay=0.0, warmup=1, clip=1e9),
+        256,
+    )  # for FitConfig and Transitions: CORL. It has Adam and clips nothing
+    hidden: int = 256  # CORL; LaMo Fig. 12 has IQL with 256, 512, 1024
+    depth: int = 2  # CORL: hidden layers
 
     def __init__(self, state_dim: int, act_dim: int, frames=(), **fields):
-        super().__init__(); self.state_dim, self.act_dim, self.frames, known = state_dim, act_dim, tuple(frames), self.fields(); self.pictures = bool(frames)
-        if self.frames and not self.discrete: raise PromptnbError(f"{type(self).__name__} reads flat states, but frames={self.frames} were given: the discrete learners read pictures")
+        super().__init__()
+        self.state_dim, self.act_dim, self.frames, known = state_dim, act_dim, tuple(frames), self.fields()
+        self.pictures = bool(frames)
+        if self.frames and not self.discrete:
+            raise PromptnbError(
+                f"{type(self).__name__} reads flat states, but frames={self.frames} were given: the discrete learners read pictures"
+            )
         for n, v in fields.items():
             want = type(known[check_choice(n, known, f"field of {type(self).__name__}")])
-            if not (type(v) is want or want is float and type(v) is int): raise PromptnbError(f"{n} is {v!r}, but {type(self).__name__} wants {want.__name__} there, as {known[n]!r}")
+            if not (type(v) is want or want is float and type(v) is int):
+                raise PromptnbError(
+                    f"{n} is {v!r}, but {type(self).__name__} wants {want.__name__} there, as {known[n]!r}"
+                )
             setattr(self, n, v)
-        for n, x in dict(mean=torch.zeros(1 if frames else state_dim), std=torch.ones(1 if frames else state_dim), step=torch.tensor(0)).items(): self.register_buffer(n, x)
+        for n, x in dict(
+            mean=torch.zeros(1 if frames else state_dim),
+            std=torch.ones(1 if frames else state_dim),
+            step=torch.tensor(0),
+        ).items():
+            self.register_buffer(n, x)
         self.build()
-        for n in self.copies: setattr(self, f"{n}_target", copy.deepcopy(getattr(self, n)).requires_grad_(False))
-        self._hub_mixin_config = dict(state_dim=state_dim, act_dim=act_dim, frames=list(self.frames), **{n: getattr(self, n) for n in known})
+        for n in self.copies:
+            setattr(self, f"{n}_target", copy.deepcopy(getattr(self, n)).requires_grad_(False))
+        self._hub_mixin_config = dict(
+            state_dim=state_dim, act_dim=act_dim, frames=list(self.frames), **{n: getattr(self, n) for n in known}
+        )
 
     @classmethod
     def fields(cls):
         "Names and defaults of the hyper-parameters."
-        return {n: getattr(cls, n) for c in reversed(cls.__mro__) if issubclass(c, Learner) for n in inspect.get_annotations(c)}
+        return {
+            n: getattr(cls, n)
+            for c in reversed(cls.__mro__)
+            if issubclass(c, Learner)
+            for n in inspect.get_annotations(c)
+        }
 
     def loss(self, batch):
         "The sum of all parts' losses. In training mode the targets move first."
-        if self.training: self.follow()
+        if self.training:
+            self.follow()
         return sum(self.losses(batch).values())
 
     @torch.no_grad()
@@ -127,47 +218,66 @@ class Learner(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "offline-rl"]):
         "Before every step but the first: each `every` steps, target copies go the share tau of the way. Then the step counts."
         if self.step and self.step % self.every == 0:
             for n in self.copies:
-                for t, p in zip(getattr(self, f"{n}_target").parameters(), getattr(self, n).parameters()): t.lerp_(p, self.tau)
+                for t, p in zip(getattr(self, f"{n}_target").parameters(), getattr(self, n).parameters()):
+                    t.lerp_(p, self.tau)
         self.step += 1
 
     def begin(self, rows):
         "Call once before episodes. There is no prompt: the rows are not used."
         self.eval()
+
     @torch.no_grad()
     def act(self, history: Steps, state=None):
         "Raw observations (N, K, .) -> actions (N, A) in [-1, 1] for the last of them; of a discrete learner a score for each action."
         s = history.s[:, -1]
         return self.choose(s.reshape(-1, *self.frames) if self.frames else (s - self.mean) / self.std).float()
-    def clone(self): return copy.deepcopy(self)
+
+    def clone(self):
+        return copy.deepcopy(self)
 
     @classmethod
     def from_pretrained(cls, folder, **kw):
         "A saved learner, from a folder or the hub."
         return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
+
     @classmethod
-    def _load_as_pickle(cls, *a, **kw): raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
-    def __repr__(self): return f"{type(self).__name__}({' x '.join(map(str, self.frames)) or self.state_dim} -> {self.act_dim}, {sum(p.numel() for p in self.parameters() if p.requires_grad):,} parameters train)"
+    def _load_as_pickle(cls, *a, **kw):
+        raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
+
+    def __repr__(self):
+        return f"{type(self).__name__}({' x '.join(map(str, self.frames)) or self.state_dim} -> {self.act_dim}, {sum(p.numel() for p in self.parameters() if p.requires_grad):,} parameters train)"
+
 
 # %% ../../nbs/03b_models.value.ipynb #c93b7361
 class BC(Learner):
     "Behaviour cloning: CORL's any_percent_bc.py with all of the data."
-    def build(self): self.actor = nn.Sequential(mlp(self.state_dim, self.act_dim, self.hidden, self.depth), nn.Tanh())
-    def losses(self, b): return dict(actor=F.mse_loss(self.actor(b.s), b.a))
-    def choose(self, s): return self.actor(s)
+
+    def build(self):
+        self.actor = nn.Sequential(mlp(self.state_dim, self.act_dim, self.hidden, self.depth), nn.Tanh())
+
+    def losses(self, b):
+        return dict(actor=F.mse_loss(self.actor(b.s), b.a))
+
+    def choose(self, s):
+        return self.actor(s)
+
 
 # %% ../../nbs/03b_models.value.ipynb #df7834a1
 class TD3BC(Learner):
     "TD3+BC: CORL's td3_bc.py. The actor reads the critic before its step, CORL's after it."
+
     copies = ("actor", "q")
-    gamma: float = 0.99    # CORL
-    tau: float = 5e-3      # CORL
-    alpha: float = 2.5     # CORL: weight of the critic against the copy
-    noise: float = 0.2     # CORL: policy_noise, on the target's action
-    clip: float = 0.5      # CORL: noise_clip
-    delay: int = 2         # CORL: policy_freq, steps a move of the actor and the targets
+    gamma: float = 0.99  # CORL
+    tau: float = 5e-3  # CORL
+    alpha: float = 2.5  # CORL: weight of the critic against the copy
+    noise: float = 0.2  # CORL: policy_noise, on the target's action
+    clip: float = 0.5  # CORL: noise_clip
+    delay: int = 2  # CORL: policy_freq, steps a move of the actor and the targets
 
     @property
-    def every(self): return self.delay
+    def every(self):
+        return self.delay
+
     def build(self):
         self.actor = nn.Sequential(mlp(self.state_dim, self.act_dim, self.hidden, self.depth), nn.Tanh())
         self.q = Twin(self.state_dim + self.act_dim, self.hidden, self.depth)
@@ -179,189 +289,320 @@ class TD3BC(Learner):
         return b.r + self.gamma * (1 - b.done) * self.q_target(b.s2, a2).amin(0)
 
     def actor_loss(self, b):
-        a = self.actor(b.s); q = constant(self.q, b.s, a)[0]
+        a = self.actor(b.s)
+        q = constant(self.q, b.s, a)[0]
         return -self.alpha / q.abs().mean().detach() * q.mean() + F.mse_loss(a, b.a)
 
     def losses(self, b):
         out = dict(critic=squares(self.q(b.s, b.a), self.target(b)))
-        if not self.training or self.step % self.delay == 0: out["actor"] = self.actor_loss(b)
+        if not self.training or self.step % self.delay == 0:
+            out["actor"] = self.actor_loss(b)
         return out
-    def choose(self, s): return self.actor(s)
+
+    def choose(self, s):
+        return self.actor(s)
+
 
 # %% ../../nbs/03b_models.value.ipynb #57ae9f30
 class TanhGaussian(nn.Module):
     "States (B, S) -> n drawn actions (B, n, A) and their log-densities (B, n); without n, (B, A) and (B,)."
+
     def __init__(self, n_in, n_out, hidden, depth):
-        super().__init__(); self.net = mlp(n_in, 2 * n_out, hidden, depth)
-        self.scale, self.offset = nn.Parameter(torch.tensor(1.)), nn.Parameter(torch.tensor(-1.))     # of log std, learned too: CORL
+        super().__init__()
+        self.net = mlp(n_in, 2 * n_out, hidden, depth)
+        self.scale, self.offset = (
+            nn.Parameter(torch.tensor(1.0)),
+            nn.Parameter(torch.tensor(-1.0)),
+        )  # of log std, learned too: CORL
 
     def parts(self, s):
         mean, log_std = self.net(s).chunk(2, -1)
         return mean, (self.scale * log_std + self.offset).clamp(-20, 2)
+
     def forward(self, s, n=None):
         mean, log_std = (x if n is None else x[:, None].expand(-1, n, -1) for x in self.parts(s))
-        e = torch.randn_like(mean); u = mean + log_std.exp() * e
-        log_p = -e ** 2 / 2 - log_std - math.log(2 * math.pi) / 2 - 2 * (math.log(2) - u - F.softplus(-2 * u))     # the last: log of tanh's slope, safe far out
+        e = torch.randn_like(mean)
+        u = mean + log_std.exp() * e
+        log_p = (
+            -(e**2) / 2 - log_std - math.log(2 * math.pi) / 2 - 2 * (math.log(2) - u - F.softplus(-2 * u))
+        )  # the last: log of tanh's slope, safe far out
         return u.tanh(), log_p.sum(-1)
 
+
+# %% ../../nbs/03b_models.value.ipynb #28f029f3
 def small_last(net, orthogonal):
     "CORL's initial weights for CQL: the last layer near zero; with `orthogonal`, the others orthogonal. In place."
     *inner, last = [m for m in net if isinstance(m, nn.Linear)]
-    for m in inner if orthogonal else (): nn.init.orthogonal_(m.weight, math.sqrt(2)); nn.init.zeros_(m.bias)
-    (nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_)(last.weight, gain=1e-2); nn.init.zeros_(last.bias)
+    for m in inner if orthogonal else ():
+        nn.init.orthogonal_(m.weight, math.sqrt(2))
+        nn.init.zeros_(m.bias)
+    (nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_)(last.weight, gain=1e-2)
+    nn.init.zeros_(last.bias)
+
 
 # %% ../../nbs/03b_models.value.ipynb #6f5e1c59
 class CQL(Learner):
     "Conservative Q-learning: CORL's cql.py. There the actor and the temperature train at 3e-5 and the critics at 3e-4; here is one rate (assumed: the critics')."
+
     copies = ("q",)
-    depth: int = 3                 # CORL, of actor and critics
-    gamma: float = 0.99            # CORL
-    tau: float = 5e-3              # CORL
-    alpha: float = 10.             # CORL: cql_alpha, also in its medium configurations
-    n_actions: int = 10            # CORL: of each of the three kinds
-    temperature: float = 1.        # CORL: cql_temp, of the log-sum-exp
-    importance: bool = True        # CORL: values minus log-densities; False: plain values, the data's among them
-    backup_entropy: bool = False   # CORL: the target has no entropy
-    orthogonal: bool = True        # CORL, of the critics
+    depth: int = 3  # CORL, of actor and critics
+    gamma: float = 0.99  # CORL
+    tau: float = 5e-3  # CORL
+    alpha: float = 10.0  # CORL: cql_alpha, also in its medium configurations
+    n_actions: int = 10  # CORL: of each of the three kinds
+    temperature: float = 1.0  # CORL: cql_temp, of the log-sum-exp
+    importance: bool = True  # CORL: values minus log-densities; False: plain values, the data's among them
+    backup_entropy: bool = False  # CORL: the target has no entropy
+    orthogonal: bool = True  # CORL, of the critics
 
     def build(self):
-        self.actor = TanhGaussian(self.state_dim, self.act_dim, self.hidden, self.depth); small_last(self.actor.net, False)
-        self.q = Twin(self.state_dim + self.act_dim, self.hidden, self.depth); self.log_temp = nn.Parameter(torch.tensor(0.))
-        for net in self.q.nets: small_last(net, self.orthogonal)
+        self.actor = TanhGaussian(self.state_dim, self.act_dim, self.hidden, self.depth)
+        small_last(self.actor.net, False)
+        self.q = Twin(self.state_dim + self.act_dim, self.hidden, self.depth)
+        self.log_temp = nn.Parameter(torch.tensor(0.0))
+        for net in self.q.nets:
+            small_last(net, self.orthogonal)
 
     @torch.no_grad()
     def target(self, b):
-        a2, log_p = self.actor(b.s2); v = self.q_target(b.s2, a2).amin(0)
+        a2, log_p = self.actor(b.s2)
+        v = self.q_target(b.s2, a2).amin(0)
         return b.r + self.gamma * (1 - b.done) * (v - self.log_temp.exp() * log_p if self.backup_entropy else v)
 
     @torch.no_grad()
     def others(self, b):
         "Actions (B, 3n, A), uniform, the policy's at s and at s', and their log-densities (B, 3n)."
-        n = self.n_actions; uniform = b.a.new_empty(len(b.a), n, b.a.shape[-1]).uniform_(-1, 1)
+        n = self.n_actions
+        uniform = b.a.new_empty(len(b.a), n, b.a.shape[-1]).uniform_(-1, 1)
         (a, p), (a2, p2) = self.actor(b.s, n), self.actor(b.s2, n)
         return torch.cat([uniform, a, a2], 1), torch.cat([torch.full_like(p, -b.a.shape[-1] * math.log(2)), p, p2], 1)
 
     def conservative(self, b, q):
         "How far the values of other actions are above the data's q (2, B), summed over the critics."
-        a, log_p = self.others(b); v = self.q(b.s[:, None], a)
+        a, log_p = self.others(b)
+        v = self.q(b.s[:, None], a)
         v = v - log_p if self.importance else torch.cat([v, q[..., None]], -1)
         return (self.temperature * (v / self.temperature).logsumexp(-1) - q).mean(-1).sum()
 
     def losses(self, b):
-        q = self.q(b.s, b.a); out = dict(critic=squares(q, self.target(b)), conservative=self.alpha * self.conservative(b, q))
-        a, log_p = self.actor(b.s); temp = self.log_temp.exp().detach()
-        return dict(out, actor=(temp * log_p - constant(self.q, b.s, a).amin(0)).mean(), temperature=-self.log_temp * (log_p.detach() - self.act_dim).mean())
-    def choose(self, s): return self.actor.parts(s)[0].tanh()
+        q = self.q(b.s, b.a)
+        out = dict(critic=squares(q, self.target(b)), conservative=self.alpha * self.conservative(b, q))
+        a, log_p = self.actor(b.s)
+        temp = self.log_temp.exp().detach()
+        return dict(
+            out,
+            actor=(temp * log_p - constant(self.q, b.s, a).amin(0)).mean(),
+            temperature=-self.log_temp * (log_p.detach() - self.act_dim).mean(),
+        )
+
+    def choose(self, s):
+        return self.actor.parts(s)[0].tanh()
+
 
 # %% ../../nbs/03b_models.value.ipynb #6ab12435
 class IQL(Learner):
     "Implicit Q-learning: CORL's iql.py. There the actor's rate falls to 0 on a cosine; here it is constant (assumed)."
+
     copies = ("q",)
-    gamma: float = 0.99            # CORL
-    tau: float = 5e-3              # CORL
-    expectile: float = 0.7         # CORL: iql_tau
-    beta: float = 3.               # CORL
-    max_weight: float = 100.       # CORL: EXP_ADV_MAX
-    deterministic: bool = False    # CORL; True: squared error in place of the Gaussian
+    gamma: float = 0.99  # CORL
+    tau: float = 5e-3  # CORL
+    expectile: float = 0.7  # CORL: iql_tau
+    beta: float = 3.0  # CORL
+    max_weight: float = 100.0  # CORL: EXP_ADV_MAX
+    deterministic: bool = False  # CORL; True: squared error in place of the Gaussian
 
     def build(self):
-        self.actor = nn.Sequential(mlp(self.state_dim, self.act_dim, self.hidden, self.depth), nn.Tanh()); self.log_std = nn.Parameter(torch.zeros(self.act_dim))
-        self.q, self.v = Twin(self.state_dim + self.act_dim, self.hidden, self.depth), mlp(self.state_dim, 1, self.hidden, self.depth)
+        self.actor = nn.Sequential(mlp(self.state_dim, self.act_dim, self.hidden, self.depth), nn.Tanh())
+        self.log_std = nn.Parameter(torch.zeros(self.act_dim))
+        self.q, self.v = (
+            Twin(self.state_dim + self.act_dim, self.hidden, self.depth),
+            mlp(self.state_dim, 1, self.hidden, self.depth),
+        )
 
     def copy_loss(self, b):
         "How unlike the policy each action of the data is: (B,)."
         e, log_std = b.a - self.actor(b.s), self.log_std.clamp(-20, 2)
-        return (e ** 2 if self.deterministic else (e / log_std.exp()) ** 2 / 2 + log_std + math.log(2 * math.pi) / 2).sum(-1)
+        return (e**2 if self.deterministic else (e / log_std.exp()) ** 2 / 2 + log_std + math.log(2 * math.pi) / 2).sum(
+            -1
+        )
 
     def losses(self, b):
         u = self.q_target(b.s, b.a).amin(0) - self.v(b.s)[:, 0]
         y = b.r + self.gamma * (1 - b.done) * self.v(b.s2)[:, 0].detach()
         weight = (self.beta * u.detach()).exp().clamp(max=self.max_weight)
-        return dict(value=((self.expectile - (u < 0).float()).abs() * u ** 2).mean(), critic=squares(self.q(b.s, b.a), y) / 2, actor=(weight * self.copy_loss(b)).mean())
-    def choose(self, s): return self.actor(s)
+        return dict(
+            value=((self.expectile - (u < 0).float()).abs() * u**2).mean(),
+            critic=squares(self.q(b.s, b.a), y) / 2,
+            actor=(weight * self.copy_loss(b)).mean(),
+        )
+
+    def choose(self, s):
+        return self.actor(s)
+
 
 # %% ../../nbs/03b_models.value.ipynb #ca3fd21d
 class Unit(nn.Module):
     "Pictures of bytes as numbers from 0 to 1."
-    def forward(self, x): return x.float() / 255
 
+    def forward(self, x):
+        return x.float() / 255
+
+
+# %% ../../nbs/03b_models.value.ipynb #fdd62d6c
 def encoder(state_dim, frames, hidden, depth, features):
     "(B, S), or with frames (C, H, W) pictures (B, C, H, W) uint8 -> (its size d, a net to (B, d))."
-    if not frames: return hidden, mlp(state_dim, hidden, hidden, depth - 1).append(nn.ReLU())
-    if len(frames) != 3 or min(frames[1:]) < 36: raise PromptnbError(f"frames are {tuple(frames)}, but (channels, height, width) with at least 36 x 36 pixels are wanted: kernels 8, 4, 3")
-    convs = [m for i, o, k, stride in ((frames[0], 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)) for m in (nn.Conv2d(i, o, k, stride), nn.ReLU())]
-    side = lambda n: ((n - 8) // 4 - 3) // 2 - 1                  # pixels after them
-    return features, nn.Sequential(Unit(), *convs, nn.Flatten(), nn.Linear(64 * side(frames[1]) * side(frames[2]), features), nn.ReLU())
+    if not frames:
+        return hidden, mlp(state_dim, hidden, hidden, depth - 1).append(nn.ReLU())
+    if len(frames) != 3 or min(frames[1:]) < 36:
+        raise PromptnbError(
+            f"frames are {tuple(frames)}, but (channels, height, width) with at least 36 x 36 pixels are wanted: kernels 8, 4, 3"
+        )
+    convs = [
+        m
+        for i, o, k, stride in ((frames[0], 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))
+        for m in (nn.Conv2d(i, o, k, stride), nn.ReLU())
+    ]
 
+    def side(n):
+        return ((n - 8) // 4 - 3) // 2 - 1  # pixels after them
+
+    return features, nn.Sequential(
+        Unit(), *convs, nn.Flatten(), nn.Linear(64 * side(frames[1]) * side(frames[2]), features), nn.ReLU()
+    )
+
+
+# %% ../../nbs/03b_models.value.ipynb #a69ca86d
 class Discrete(Learner):
     "What the discrete learners share. LaMo does not say how it set d3rlpy up: the defaults are those of d3rlpy's Atari scripts (assumed)."
+
     discrete = True
-    FIT, BATCH = dict(lr=5e-5, weight_decay=0., warmup=1, clip=1e9), 32        # there Adam's eps is 1e-2 / 32 for CQL and BCQ; `train.fit` has 1e-8
-    features: int = 512    # d3rlpy: after the convolutions
-    def encode(self): return encoder(self.state_dim, self.frames, self.hidden, self.depth, self.features)
+    FIT, BATCH = (
+        dict(lr=5e-5, weight_decay=0.0, warmup=1, clip=1e9),
+        32,
+    )  # there Adam's eps is 1e-2 / 32 for CQL and BCQ; `train.fit` has 1e-8
+    features: int = 512  # d3rlpy: after the convolutions
+
+    def encode(self):
+        return encoder(self.state_dim, self.frames, self.hidden, self.depth, self.features)
+
 
 # %% ../../nbs/03b_models.value.ipynb #bd8e27a9
 def imitation(logits, a, beta):
     "Cross-entropy of logits (B, A) with one-hot actions, plus beta x the logits' mean square."
-    return F.cross_entropy(logits, a) + beta * (logits ** 2).mean()
+    return F.cross_entropy(logits, a) + beta * (logits**2).mean()
 
+
+# %% ../../nbs/03b_models.value.ipynb #edf20d15
 class DiscreteBC(Discrete):
     "Behaviour cloning: d3rlpy's DiscreteBC, which has no Atari script."
-    FIT, BATCH = dict(Discrete.FIT, lr=1e-3), 100      # d3rlpy's defaults
-    beta: float = 0.5      # d3rlpy
-    def build(self): d, net = self.encode(); self.actor = net.append(nn.Linear(d, self.act_dim))
-    def losses(self, b): return dict(actor=imitation(self.actor(b.s), b.a, self.beta))
-    def choose(self, s): return self.actor(s)
+
+    FIT, BATCH = dict(Discrete.FIT, lr=1e-3), 100  # d3rlpy's defaults
+    beta: float = 0.5  # d3rlpy
+
+    def build(self):
+        d, net = self.encode()
+        self.actor = net.append(nn.Linear(d, self.act_dim))
+
+    def losses(self, b):
+        return dict(actor=imitation(self.actor(b.s), b.a, self.beta))
+
+    def choose(self, s):
+        return self.actor(s)
+
 
 # %% ../../nbs/03b_models.value.ipynb #c10c060b
 class NFQ(Discrete):
     "Fitted Q-iteration: d3rlpy's NFQ. Its target is the critic itself, without gradient."
-    gamma: float = 0.99    # d3rlpy
-    def build(self): d, net = self.encode(); self.q = net.append(nn.Linear(d, self.act_dim))
+
+    gamma: float = 0.99  # d3rlpy
+
+    def build(self):
+        d, net = self.encode()
+        self.q = net.append(nn.Linear(d, self.act_dim))
+
     def ahead(self, s2):
         "What the next state (B, .) is worth: (B,)."
         return self.q(s2).amax(-1)
 
     def critic_loss(self, b, q):
         "Huber's loss of the values q (B, A) at the data's actions."
-        with torch.no_grad(): y = b.r + self.gamma * (1 - b.done) * self.ahead(b.s2)
+        with torch.no_grad():
+            y = b.r + self.gamma * (1 - b.done) * self.ahead(b.s2)
         return F.smooth_l1_loss((q * b.a).sum(-1), y)
-    def losses(self, b): return dict(critic=self.critic_loss(b, self.q(b.s)))
-    def choose(self, s): return self.q(s)
+
+    def losses(self, b):
+        return dict(critic=self.critic_loss(b, self.q(b.s)))
+
+    def choose(self, s):
+        return self.q(s)
+
 
 # %% ../../nbs/03b_models.value.ipynb #916fc264
 class DoubleQ(NFQ):
     "A critic with a target copy, renewed whole; the critic picks the next action, the copy values it."
-    copies = ("q",)
-    tau: float = 1.        # d3rlpy: a whole copy
-    sync: int = 2000       # d3rlpy's Atari scripts (its default: 8000): steps a copy
-    @property
-    def every(self): return self.sync
-    def ahead(self, s2): return self.q_target(s2).gather(-1, self.choose(s2).argmax(-1, keepdim=True))[:, 0]
 
+    copies = ("q",)
+    tau: float = 1.0  # d3rlpy: a whole copy
+    sync: int = 2000  # d3rlpy's Atari scripts (its default: 8000): steps a copy
+
+    @property
+    def every(self):
+        return self.sync
+
+    def ahead(self, s2):
+        return self.q_target(s2).gather(-1, self.choose(s2).argmax(-1, keepdim=True))[:, 0]
+
+
+# %% ../../nbs/03b_models.value.ipynb #8145bf9a
 class DiscreteCQL(DoubleQ):
     "Conservative Q-learning: d3rlpy's DiscreteCQL. Its Atari script learns 200 quantiles of the return; here it is the mean (d3rlpy's default)."
-    alpha: float = 4.      # d3rlpy's Atari script (its default: 1)
+
+    alpha: float = 4.0  # d3rlpy's Atari script (its default: 1)
+
     def losses(self, b):
         q = self.q(b.s)
-        return dict(critic=self.critic_loss(b, q), conservative=self.alpha * (q.logsumexp(-1) - (q * b.a).sum(-1)).mean())
+        return dict(
+            critic=self.critic_loss(b, q), conservative=self.alpha * (q.logsumexp(-1) - (q * b.a).sum(-1)).mean()
+        )
+
 
 # %% ../../nbs/03b_models.value.ipynb #fc9e9d2e
 class BCQ(DoubleQ):
     "Batch-constrained Q-learning: d3rlpy's DiscreteBCQ with a shared encoder, and the mean of the return as above."
-    threshold: float = 0.3   # d3rlpy: action_flexibility
-    beta: float = 0.01       # d3rlpy's Atari script (its default: 0.5)
-    def build(self): super().build(); self.imitator = nn.Linear(self.q[-1].in_features, self.act_dim)
-    def both(self, s): h = self.q[:-1](s); return self.q[-1](h), self.imitator(h)
+
+    threshold: float = 0.3  # d3rlpy: action_flexibility
+    beta: float = 0.01  # d3rlpy's Atari script (its default: 0.5)
+
+    def build(self):
+        super().build()
+        self.imitator = nn.Linear(self.q[-1].in_features, self.act_dim)
+
+    def both(self, s):
+        h = self.q[:-1](s)
+        return self.q[-1](h), self.imitator(h)
+
     def choose(self, s):
-        q, z = self.both(s); ratio = z - z.amax(-1, keepdim=True)      # log p - log of the highest p
+        q, z = self.both(s)
+        ratio = z - z.amax(-1, keepdim=True)  # log p - log of the highest p
         return q.where(ratio > math.log(self.threshold), q.amin(-1, keepdim=True) - 1 + ratio)
+
     def losses(self, b):
         q, z = self.both(b.s)
         return dict(critic=self.critic_loss(b, q), imitator=imitation(z, b.a, self.beta))
 
+
 # %% ../../nbs/03b_models.value.ipynb #0eef63e2
-LEARNERS = {"bc": BC, "td3+bc": TD3BC, "cql": CQL, "iql": IQL, "discrete-bc": DiscreteBC, "discrete-cql": DiscreteCQL, "bcq": BCQ, "nfq": NFQ}
+LEARNERS = {
+    "bc": BC,
+    "td3+bc": TD3BC,
+    "cql": CQL,
+    "iql": IQL,
+    "discrete-bc": DiscreteBC,
+    "discrete-cql": DiscreteCQL,
+    "bcq": BCQ,
+    "nfq": NFQ,
+}
+
 
 def make_learner(name, state_dim, act_dim, frames=(), **fields) -> Learner:
     "A new learner by name; its weights follow from torch's seed. `frames` (C, H, W): discrete ones read pictures."

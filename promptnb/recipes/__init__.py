@@ -4,45 +4,82 @@
 
 # %% ../../nbs/09_recipes.ipynb #9576d374
 from __future__ import annotations
-import hashlib, json
+
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field, replace
 
 # %% auto #0
-__all__ = ['CORPORA', 'SOURCES', 'SINGLE', 'SKIRMISHES', 'SMALL', 'SMALL_STEPS', 'SMALL_RUN', 'SCALES', 'LATER', 'RECIPES',
-           'EXHIBITS', 'PAPERS', 'Context', 'Pretrain', 'Tune', 'Text', 'Offline', 'Online', 'Recipe', 'scaled',
-           'resolve_offline', 'resolve', 'digest', 'Exhibit', 'registered', 'ids_of', 'exhibits', 'run_at',
-           'recipes_of', 'Job', 'owners', 'jobs']
+__all__ = [
+    "CORPORA",
+    "SOURCES",
+    "SINGLE",
+    "SKIRMISHES",
+    "SMALL",
+    "SMALL_STEPS",
+    "SMALL_RUN",
+    "SCALES",
+    "LATER",
+    "RECIPES",
+    "EXHIBITS",
+    "PAPERS",
+    "Context",
+    "Pretrain",
+    "Tune",
+    "Text",
+    "Offline",
+    "Online",
+    "Recipe",
+    "scaled",
+    "resolve_offline",
+    "resolve",
+    "digest",
+    "Exhibit",
+    "registered",
+    "ids_of",
+    "exhibits",
+    "run_at",
+    "recipes_of",
+    "Job",
+    "owners",
+    "jobs",
+]
+
 
 # %% ../../nbs/09_recipes.ipynb #a7b44dc1
 @dataclass(frozen=True)
 class Context:
     "What the Contextual Meta Transformer adds to pre-training. Every default is assumed: of the paper only the abstract could be had."
-    encoder: str = "mean"         # or 'transformer', 'one-hot', 'none': models.context
-    L: int = 5                    # context vectors
-    w_state: float = 0.1          # weights of the self-supervised losses, beside 1 for the action's: next state,
-    w_return: float = 0.1         # next return-to-go,
-    w_nce: float = 0.1            # InfoNCE between contexts of a task (the weight of another paper's public code),
-    w_class: float = 0.0          # which task it is
-    temperature: float = 0.1
-    null: float = 0.1             # share of rows trained without context
-    qualities: tuple = ("expert", "medium", "random")   # of the data that contexts are cut from
 
+    encoder: str = "mean"  # or 'transformer', 'one-hot', 'none': models.context
+    L: int = 5  # context vectors
+    w_state: float = 0.1  # weights of the self-supervised losses, beside 1 for the action's: next state,
+    w_return: float = 0.1  # next return-to-go,
+    w_nce: float = 0.1  # InfoNCE between contexts of a task (the weight of another paper's public code),
+    w_class: float = 0.0  # which task it is
+    temperature: float = 0.1
+    null: float = 0.1  # share of rows trained without context
+    qualities: tuple = ("expert", "medium", "random")  # of the data that contexts are cut from
+
+
+# %% ../../nbs/09_recipes.ipynb #9dbe7a13
 @dataclass(frozen=True)
 class Pretrain:
     "Pre-training of a policy on a family's train tasks. Defaults are the released code's, which made the published numbers."
+
     family: str
     name: str = "prompt-dt"
     quality: str = "expert"
-    episodes: int = 100           # 20,000 steps a task: the paper's 'expert' data D
-    ratio: float = 1.0            # part of the trajectories, whole ones, drawn by `ratio_seed`; their indices go into the record
+    episodes: int = 100  # 20,000 steps a task: the paper's 'expert' data D
+    ratio: float = 1.0  # part of the trajectories, whole ones, drawn by `ratio_seed`; their indices go into the record
     ratio_seed: int = 0
     K: int = 20
     J: int = 1
-    H: int = 5                    # K* = J * H
-    per_task: int = 16            # paper: 8
-    tasks_per_batch: int = 0      # 0: all, as in Algorithm 1
-    position: str = "tail"        # paper: random segments
-    normalise: str = "train+test" # paper: not said; 'train' does not leak
+    H: int = 5  # K* = J * H
+    per_task: int = 16  # paper: 8
+    tasks_per_batch: int = 0  # 0: all, as in Algorithm 1
+    position: str = "tail"  # paper: random segments
+    normalise: str = "train+test"  # paper: not said; 'train' does not leak
     prompt: bool = True
     use_rtg: bool = True
     loss_on_prompt: bool = False  # paper: True
@@ -57,94 +94,107 @@ class Pretrain:
     weight_decay: float = 1e-4
     warmup: int = 10_000
     clip: float = 0.25
-    precision: str = "fp32"       # 'auto': bf16 where the processor has it
-    curve_points: int = 50        # evaluations along the way (released code: every 1000 updates)
+    precision: str = "fp32"  # 'auto': bf16 where the processor has it
+    curve_points: int = 50  # evaluations along the way (released code: every 1000 updates)
     curve_episodes: int = 50
     context: Context | None = None
-    train: tuple = ()             # tasks (none: the family's train split)
+    train: tuple = ()  # tasks (none: the family's train split)
     activation: str = "relu"
     mlp_ratio: int = 4
-    tanh: bool = False            # after the embeddings
+    tanh: bool = False  # after the embeddings
+
 
 # %% ../../nbs/09_recipes.ipynb #eb0f05e1
 @dataclass(frozen=True)
 class Tune:
     "Tuning on unseen tasks. `hyper` are the tuner's own fields as pairs."
+
     tuner: str = "none"
     hyper: tuple = ()
-    demos: int = 10               # demonstration trajectories a task; papers: not said (released file: 256 drawn with replacement): assumed
+    demos: int = (
+        10  # demonstration trajectories a task; papers: not said (released file: 256 drawn with replacement): assumed
+    )
     demo_quality: str = "expert"
-    demo_batch: int = 256         # released code
-    demo_K: int = 20              # released code: K*, taken from the tail; whole windows use the data better: assumed
+    demo_batch: int = 256  # released code
+    demo_K: int = 20  # released code: K*, taken from the tail; whole windows use the data better: assumed
     prompt_quality: str = "expert"
-    prompt_from: str = "test"     # whose trajectories the prompt is cut from; 'train': of a train task, for zero-shot; 'other': of another test task; 'none': an empty one
-    play: str = "test"            # tasks that are tuned on and played; 'all': train and test
-    per_agent: bool = False       # a prompt for each agent of a game, not one for all
-    score_episodes: int = 2       # online: episodes a query (released code)
+    prompt_from: str = "test"  # whose trajectories the prompt is cut from; 'train': of a train task, for zero-shot; 'other': of another test task; 'none': an empty one
+    play: str = "test"  # tasks that are tuned on and played; 'all': train and test
+    per_agent: bool = False  # a prompt for each agent of a game, not one for all
+    score_episodes: int = 2  # online: episodes a query (released code)
+
 
 # %% ../../nbs/09_recipes.ipynb #1ccaf702
-CORPORA = ("chain", "iid", "english", "shuffled")      # text that needs no network: models.lm.KINDS
+CORPORA = ("chain", "iid", "english", "shuffled")  # text that needs no network: models.lm.KINDS
 
+
+# %% ../../nbs/09_recipes.ipynb #1eaaa7b8
 @dataclass(frozen=True)
 class Text:
     "What a language model is trained on before it becomes a trunk. Defaults: the recipe of synthetic pre-training, in GPT-2 small's shape."
-    kind: str = "english"         # one of CORPORA; else a folder or a name on the hub, whose weights are read
-    size: str = "small"           # a name for the next three, which scales change together
+
+    kind: str = "english"  # one of CORPORA; else a folder or a name on the hub, whose weights are read
+    size: str = "small"  # a name for the next three, which scales change together
     layers: int = 12
     heads: int = 12
     width: int = 768
-    activation: str = "relu"      # code (synthetic pre-training)
-    part: float = 1.0             # of `steps`: below 1 for early-stopped pre-training
-    steps: int = 20_000           # code: its best checkpoint
-    lr: float = 3e-4              # code
-    weight_decay: float = 1e-2    # code
-    warmup: int = 10_000          # code
-    seqs: int = 64                # code: 65,536 tokens a batch
+    activation: str = "relu"  # code (synthetic pre-training)
+    part: float = 1.0  # of `steps`: below 1 for early-stopped pre-training
+    steps: int = 20_000  # code: its best checkpoint
+    lr: float = 3e-4  # code
+    weight_decay: float = 1e-2  # code
+    warmup: int = 10_000  # code
+    seqs: int = 64  # code: 65,536 tokens a batch
     length: int = 1024
-    n: int = 128_000              # code: sequences of the chain; English has what the library holds
-    vocab: int = 8192             # of English; assumed
-    files: int = 0                # of the library (0: all)
+    n: int = 128_000  # code: sequences of the chain; English has what the library holds
+    vocab: int = 8192  # of English; assumed
+    files: int = 0  # of the library (0: all)
     precision: str = "auto"
 
+
+# %% ../../nbs/09_recipes.ipynb #948d0d1b
 @dataclass(frozen=True)
 class Offline:
     "Training of one policy on one data set, evaluated along the way. Defaults: LaMo's released code."
-    learner: str = "lamo"         # or 'pixel-lamo', or a baseline of models.value
-    model: tuple = ()             # the learner's own fields, as pairs
-    text: Text | None = None      # of the trunk; None: a new one, or none at all
+
+    learner: str = "lamo"  # or 'pixel-lamo', or a baseline of models.value
+    model: tuple = ()  # the learner's own fields, as pairs
+    text: Text | None = None  # of the trunk; None: a new one, or none at all
     quality: str = "medium"
-    episodes: int = 1000          # collected; D4RL's medium sets have about 2,000
-    ratio: float = 1.0            # part of the trajectories, whole ones, drawn by `ratio_seed`
+    episodes: int = 1000  # collected; D4RL's medium sets have about 2,000
+    ratio: float = 1.0  # part of the trajectories, whole ones, drawn by `ratio_seed`
     ratio_seed: int = 0
-    drop_best: bool = False       # released code: trajectories are sorted by the negated return, and the best one falls out
+    drop_best: bool = False  # released code: trajectories are sorted by the negated return, and the best one falls out
     K: int = 20
     batch: int = 64
     steps: int = 100_000
-    steps_times: float = 1.0      # a control's factor of steps
+    steps_times: float = 1.0  # a control's factor of steps
     lr: float = 1e-4
-    lr_times: float = 1.0         # a sweep's factor of lr
+    lr_times: float = 1.0  # a sweep's factor of lr
     weight_decay: float = 1e-5
     warmup: int = 2500
     clip: float = 0.25
     precision: str = "fp32"
-    points: int = 40              # evaluations, evenly spaced
-    last: float = 0.2             # the score is the mean of the evaluations in this last part of training
-    targets: tuple = ()           # initial returns-to-go, each played; the score is the best one's (released code)
-    limit: int = 0                # steps an evaluation episode (0: the family's)
-    seqs: int = 2                 # text a step, where the language loss has weight: 2 x 1024 tokens
+    points: int = 40  # evaluations, evenly spaced
+    last: float = 0.2  # the score is the mean of the evaluations in this last part of training
+    targets: tuple = ()  # initial returns-to-go, each played; the score is the best one's (released code)
+    limit: int = 0  # steps an evaluation episode (0: the family's)
+    seqs: int = 2  # text a step, where the language loss has weight: 2 x 1024 tokens
     tokens: int = 1024
+
 
 # %% ../../nbs/09_recipes.ipynb #9f3548e1
 @dataclass(frozen=True)
 class Online:
     "Guided PPO, and the language models that guide it. Defaults: AdaRefiner's released code."
-    guide: str = "adapter"        # 'adapter': adapter LM, then decision LM; 'decision': without the adapter; 'rules', 'random', 'constant': no language model; 'off': no text head
-    learner: str = "ppo"          # or 'random': random actions
-    steps: int = 5_000_000        # environment steps, over all stages
-    stages: int = 5               # after each but the last the adapter is tuned
-    net: str = "spcnn"            # or 'nature', 'impala': online.NETS
+
+    guide: str = "adapter"  # 'adapter': adapter LM, then decision LM; 'decision': without the adapter; 'rules', 'random', 'constant': no language model; 'off': no text head
+    learner: str = "ppo"  # or 'random': random actions
+    steps: int = 5_000_000  # environment steps, over all stages
+    stages: int = 5  # after each but the last the adapter is tuned
+    net: str = "spcnn"  # or 'nature', 'impala': online.NETS
     envs: int = 1
-    rollout: int = 4096           # steps of each environment between updates
+    rollout: int = 4096  # steps of each environment between updates
     batch: int = 128
     epochs: int = 4
     lr: float = 1e-4
@@ -154,170 +204,387 @@ class Online:
     entropy: float = 0.0
     value: float = 0.5
     max_grad: float = 0.5
-    precision: str = "fp32"       # 'auto': the image net in bf16 where the processor has it
-    length: int = 10_000          # an episode's most steps
-    last: float = 0.2             # 'score_last' is of the episodes that end in this last part of training
-    points: int = 20              # of the curves
-    interval: int = 100           # K: steps between two queries, and actions that a query tells of
-    ask_on_reset: bool = True     # ours: a new life gets new advice
-    history: str = "actions"      # what the comprehension score compares with the sub-goals; 'events': achievements instead of names of actions
-    use_score: bool = True        # the adapter is told the score
-    encoder: str = "minilm"       # llm.encoder
-    adapter: str = "meta-llama/Llama-2-7b-chat-hf"   # a folder, a name on the hub, or 'tiny': one that is trained here
-    decision: str = "gpt-4"       # a model of `url`; or as `adapter`
-    url: str = "https://api.openai.com/v1"           # of the decision LM; '': in this process
-    tokens: int = 100             # an analysis has at most so many
+    precision: str = "fp32"  # 'auto': the image net in bf16 where the processor has it
+    length: int = 10_000  # an episode's most steps
+    last: float = 0.2  # 'score_last' is of the episodes that end in this last part of training
+    points: int = 20  # of the curves
+    interval: int = 100  # K: steps between two queries, and actions that a query tells of
+    ask_on_reset: bool = True  # ours: a new life gets new advice
+    history: str = "actions"  # what the comprehension score compares with the sub-goals; 'events': achievements instead of names of actions
+    use_score: bool = True  # the adapter is told the score
+    encoder: str = "minilm"  # llm.encoder
+    adapter: str = "meta-llama/Llama-2-7b-chat-hf"  # a folder, a name on the hub, or 'tiny': one that is trained here
+    decision: str = "gpt-4"  # a model of `url`; or as `adapter`
+    url: str = "https://api.openai.com/v1"  # of the decision LM; '': in this process
+    tokens: int = 100  # an analysis has at most so many
     temperature: float = 1.0
-    budget: tuple = ()            # of the decision LM: llm.backends.Budget's fields, as pairs
-    targets: str = "own"          # what the adapter is tuned on; 'gain', 'gain-weighted', 'achievements': llm.adapter
-    sft: tuple = ()               # llm.adapter.SFT's fields, as pairs
-    tune: bool = True             # False: the adapter is never tuned
-    cumulative: bool = False      # code: True, a stage is tuned on all earlier ones' replies too
+    budget: tuple = ()  # of the decision LM: llm.backends.Budget's fields, as pairs
+    targets: str = "own"  # what the adapter is tuned on; 'gain', 'gain-weighted', 'achievements': llm.adapter
+    sft: tuple = ()  # llm.adapter.SFT's fields, as pairs
+    tune: bool = True  # False: the adapter is never tuned
+    cumulative: bool = False  # code: True, a stage is tuned on all earlier ones' replies too
     restart_policy: bool = False  # code: True, each stage trains a new policy
     reinit_encoder: bool = False  # code: True, the text encoder in the policy has random weights
-    text_after_step: bool = False     # code: True, a step is stored with the text that came after it
+    text_after_step: bool = False  # code: True, a step is stored with the text that came after it
     empty_each_rollout: bool = False  # code: True
-    raw_replies: bool = False     # code: True, the reply itself is the text
-    preset: str = "paper"         # which sizes a scale overrides: SCALES
+    raw_replies: bool = False  # code: True, the reply itself is the text
+    preset: str = "paper"  # which sizes a scale overrides: SCALES
+
 
 # %% ../../nbs/09_recipes.ipynb #ae78aa32
 @dataclass(frozen=True)
 class Recipe:
     "One method on one family: pre-train (shared by all recipes with the same one), tune, evaluate; or train offline; or online."
+
     paper: str
     family: str
-    method: str                   # row label as printed
-    key: str                      # short name, unique within paper and family
+    method: str  # row label as printed
+    key: str  # short name, unique within paper and family
     pretrain: Pretrain | None
     tune: Tune = Tune()
-    eval_episodes: int = 50       # released code; paper: 20
-    target: float | None = None   # initial return-to-go (None: the family's)
-    seeds: tuple = (0, 1, 2)      # the papers' number
+    eval_episodes: int = 50  # released code; paper: 20
+    target: float | None = None  # initial return-to-go (None: the family's)
+    seeds: tuple = (0, 1, 2)  # the papers' number
     offline: Offline | None = None
-    only: tuple = ()              # scales at which it is run (none: all)
+    only: tuple = ()  # scales at which it is run (none: all)
     online: Online | None = None
 
     @property
-    def id(self): return f"{self.paper}/{self.family}/{self.key}"
+    def id(self):
+        return f"{self.paper}/{self.family}/{self.key}"
+
     @property
     def brief(self):
         "What it is, in a few words, for a table."
         x, y = self.offline, self.online
-        if y: return dict(method=self.method, guide=y.guide, net=y.net, steps=y.steps, stages=y.stages, K=y.interval)
-        return dict(method=self.method, cell=self.cell, updates=x.steps, **dict(x.model)) if x else dict(policy=self.pretrain.name, updates=self.pretrain.steps, width=self.pretrain.width, tuner=self.tune.tuner, **dict(self.tune.hyper))
+        if y:
+            return dict(method=self.method, guide=y.guide, net=y.net, steps=y.steps, stages=y.stages, K=y.interval)
+        return (
+            dict(method=self.method, cell=self.cell, updates=x.steps, **dict(x.model))
+            if x
+            else dict(
+                policy=self.pretrain.name,
+                updates=self.pretrain.steps,
+                width=self.pretrain.width,
+                tuner=self.tune.tuner,
+                **dict(self.tune.hyper),
+            )
+        )
+
     @property
     def cell(self):
         "The data set: family, quality and share where policies are trained offline; family and quality for single tasks; else the family."
-        if self.online: return self.family
-        if self.offline: return f"{self.family} {self.offline.quality} {100 * self.offline.ratio:g}%"
-        return f"{self.family} {self.pretrain.quality}" if self.pretrain.context and self.pretrain.context.encoder == "none" else self.family
+        if self.online:
+            return self.family
+        if self.offline:
+            return f"{self.family} {self.offline.quality} {100 * self.offline.ratio:g}%"
+        return (
+            f"{self.family} {self.pretrain.quality}"
+            if self.pretrain.context and self.pretrain.context.encoder == "none"
+            else self.family
+        )
+
 
 # %% ../../nbs/09_recipes.ipynb #7c7a96a2
 SOURCES = {
-    "K": "paper T2 = code", "J": "paper T3 = code", "H": "paper T3 = code", "per_task": "code (paper T2: 8)", "position": "code (paper: random segments)",
-    "normalise": "code", "loss_on_prompt": "code (paper 4.4: True)", "prompt_norm": "code", "shared_embed": "code", "layers": "paper T2 = code", "heads": "paper T2 = code",
-    "width": "paper T2 = code", "dropout": "code", "steps": "code: 5000 x 10", "tuning.steps": "assumed", "lr": "paper T2 = code", "weight_decay": "paper T2 = code", "warmup": "code", "clip": "code",
-    "episodes": "paper: last 20,000 steps", "ratio": "ours", "ratio_seed": "ours", "eval_episodes": "code (paper T2: 20)", "seeds": "paper", "demos": "assumed", "demo_batch": "code", "demo_K": "assumed (code: K*)",
-    "score_episodes": "code", "m": "code", "k": "code: m", "mu": "assumed (code default 1.0)", "eta": "assumed (code default 1e-4)", "momentum": "code", "batches": "code",
-    "size": "assumed", "r": "assumed", "alpha": "assumed", "precision": "ours", "curve_points": "code", "prompt_from": "ours",
-    "prepare_steps": "assumed", "N": "assumed ('relatively small')", "schedule": "assumed", "lam": "paper: 1", "guidance": "paper: orthogonal part",
+    "K": "paper T2 = code",
+    "J": "paper T3 = code",
+    "H": "paper T3 = code",
+    "per_task": "code (paper T2: 8)",
+    "position": "code (paper: random segments)",
+    "normalise": "code",
+    "loss_on_prompt": "code (paper 4.4: True)",
+    "prompt_norm": "code",
+    "shared_embed": "code",
+    "layers": "paper T2 = code",
+    "heads": "paper T2 = code",
+    "width": "paper T2 = code",
+    "dropout": "code",
+    "steps": "code: 5000 x 10",
+    "tuning.steps": "assumed",
+    "lr": "paper T2 = code",
+    "weight_decay": "paper T2 = code",
+    "warmup": "code",
+    "clip": "code",
+    "episodes": "paper: last 20,000 steps",
+    "ratio": "ours",
+    "ratio_seed": "ours",
+    "eval_episodes": "code (paper T2: 20)",
+    "seeds": "paper",
+    "demos": "assumed",
+    "demo_batch": "code",
+    "demo_K": "assumed (code: K*)",
+    "score_episodes": "code",
+    "m": "code",
+    "k": "code: m",
+    "mu": "assumed (code default 1.0)",
+    "eta": "assumed (code default 1e-4)",
+    "momentum": "code",
+    "batches": "code",
+    "size": "assumed",
+    "r": "assumed",
+    "alpha": "assumed",
+    "precision": "ours",
+    "curve_points": "code",
+    "prompt_from": "ours",
+    "prepare_steps": "assumed",
+    "N": "assumed ('relatively small')",
+    "schedule": "assumed",
+    "lam": "paper: 1",
+    "guidance": "paper: orthogonal part",
 }
 
 # %% ../../nbs/09_recipes.ipynb #03cdbf02
-SINGLE, SKIRMISHES = ("hopper", "halfcheetah", "walker2d"), ("smax-3m", "smax-2s3z", "smax-3s5z", "smax-5m-vs-6m", "smax-8m")
+SINGLE, SKIRMISHES = (
+    ("hopper", "halfcheetah", "walker2d"),
+    ("smax-3m", "smax-2s3z", "smax-3s5z", "smax-5m-vs-6m", "smax-8m"),
+)
 
-SMALL = dict(net="nature", envs=8, rollout=128, batch=256, epochs=3, lr=3e-4, entropy=0.01, adapter="tiny", decision="tiny", url="", tokens=32, sft=(("lr", 2e-3), ("whole_text", False)))      # a laptop's agent: short rollouts, as its steps are few; the tiny language models are trained here, and the released learning rate, meant for 7 billion weights, leaves them as they are
+SMALL = dict(
+    net="nature",
+    envs=8,
+    rollout=128,
+    batch=256,
+    epochs=3,
+    lr=3e-4,
+    entropy=0.01,
+    adapter="tiny",
+    decision="tiny",
+    url="",
+    tokens=32,
+    sft=(("lr", 2e-3), ("whole_text", False)),
+)  # a laptop's agent: short rollouts, as its steps are few; the tiny language models are trained here, and the released learning rate, meant for 7 billion weights, leaves them as they are
 SMALL_STEPS = 100_000
-SMALL_RUN = dict(SMALL, steps=SMALL_STEPS, stages=2)      # who asks often takes the score by events: the names of ten thousand pieces of trajectory take five minutes to encode
+SMALL_RUN = dict(
+    SMALL, steps=SMALL_STEPS, stages=2
+)  # who asks often takes the score by events: the names of ten thousand pieces of trajectory take five minutes to encode
 
 SCALES = {
     "paper": {},
     "laptop": dict(
-        Pretrain=dict(episodes=20, tasks_per_batch=4, per_task=8, width=64, steps=600, lr=1e-3, warmup=60, precision="auto", curve_points=3, curve_episodes=2),
-        families={"cheetah-dir": dict(per_task=16),       # it has two tasks: 32 windows an update, as the others
-                  **{f: dict(episodes=10, steps=3000, warmup=200, tasks_per_batch=8) for f in ("ml1-pick-place", "ml1-reach")},       # a hand that grasps takes more than one that runs
-                  **{f: dict(episodes=100, per_task=32) for f in SINGLE}, **{f: dict(episodes=100, per_task=64, width=32) for f in SKIRMISHES}},
+        Pretrain=dict(
+            episodes=20,
+            tasks_per_batch=4,
+            per_task=8,
+            width=64,
+            steps=600,
+            lr=1e-3,
+            warmup=60,
+            precision="auto",
+            curve_points=3,
+            curve_episodes=2,
+        ),
+        families={
+            "cheetah-dir": dict(per_task=16),  # it has two tasks: 32 windows an update, as the others
+            **{
+                f: dict(episodes=10, steps=3000, warmup=200, tasks_per_batch=8) for f in ("ml1-pick-place", "ml1-reach")
+            },  # a hand that grasps takes more than one that runs
+            **{f: dict(episodes=100, per_task=32) for f in SINGLE},
+            **{f: dict(episodes=100, per_task=64, width=32) for f in SKIRMISHES},
+        },
         papers={"prompt_diffuser": dict(width=128, layers=3)},
-        Tune=dict(demo_batch=16, score_episodes=1), Recipe=dict(eval_episodes=6), eval_families={f: dict(eval_episodes=32) for f in SKIRMISHES},      # games are won or lost: more of them
-        hyper=dict(steps=0.25, prepare_steps=0.075, batches=1), online=dict(steps=2),
-        Text=dict(steps=1000, lr=2e-3, warmup=100, seqs=16, length=128, n=2000, vocab=2048), sizes=dict(small=dict(layers=3, heads=1, width=128), medium=dict(layers=4, heads=2, width=160)),
-        learners={"lamo": dict(steps=420, batch=8, lr=1e-3, warmup=40, points=3, last=0.5, precision="auto", tokens=64),
-                  "pixel-lamo": dict(steps=150, batch=4, lr=1e-3, warmup=20, points=2, last=0.5, precision="auto", tokens=64),
-                  "value": dict(steps=2100, batch=64, points=3, last=0.5), "cql": dict(steps=1050, batch=32, points=3, last=0.5),      # its step costs ten times the others'
-                  **{k: dict(steps=600, batch=32, points=3, last=0.5) for k in ("discrete-bc", "discrete-cql", "bcq", "nfq")}},
-        Offline={("lamo", "reacher2d"): dict(batch=32), "kitchen": dict(episodes=20), **{f: dict(episodes=4, limit=1000) for f in ("breakout", "qbert", "pong")}}, offline=dict(eval_episodes=4), offline_families={"reacher2d": dict(eval_episodes=20)},      # short episodes
-        Online=dict(paper=SMALL_RUN, switch=SMALL_RUN, often=dict(SMALL_RUN, history="events")), online_eval=dict(eval_episodes=32), online_seeds=dict(switch=(0, 1), often=(0, 1))),      # two seeds of the ablation's switches: all of it in two hours
+        Tune=dict(demo_batch=16, score_episodes=1),
+        Recipe=dict(eval_episodes=6),
+        eval_families={f: dict(eval_episodes=32) for f in SKIRMISHES},  # games are won or lost: more of them
+        hyper=dict(steps=0.25, prepare_steps=0.075, batches=1),
+        online=dict(steps=2),
+        Text=dict(steps=1000, lr=2e-3, warmup=100, seqs=16, length=128, n=2000, vocab=2048),
+        sizes=dict(small=dict(layers=3, heads=1, width=128), medium=dict(layers=4, heads=2, width=160)),
+        learners={
+            "lamo": dict(steps=420, batch=8, lr=1e-3, warmup=40, points=3, last=0.5, precision="auto", tokens=64),
+            "pixel-lamo": dict(steps=150, batch=4, lr=1e-3, warmup=20, points=2, last=0.5, precision="auto", tokens=64),
+            "value": dict(steps=2100, batch=64, points=3, last=0.5),
+            "cql": dict(steps=1050, batch=32, points=3, last=0.5),  # its step costs ten times the others'
+            **{k: dict(steps=600, batch=32, points=3, last=0.5) for k in ("discrete-bc", "discrete-cql", "bcq", "nfq")},
+        },
+        Offline={
+            ("lamo", "reacher2d"): dict(batch=32),
+            "kitchen": dict(episodes=20),
+            **{f: dict(episodes=4, limit=1000) for f in ("breakout", "qbert", "pong")},
+        },
+        offline=dict(eval_episodes=4),
+        offline_families={"reacher2d": dict(eval_episodes=20)},  # short episodes
+        Online=dict(paper=SMALL_RUN, switch=SMALL_RUN, often=dict(SMALL_RUN, history="events")),
+        online_eval=dict(eval_episodes=32),
+        online_seeds=dict(switch=(0, 1), often=(0, 1)),
+    ),  # two seeds of the ablation's switches: all of it in two hours
     "smoke": dict(
-        Pretrain=dict(episodes=4, tasks_per_batch=2, per_task=4, width=16, layers=2, steps=20, lr=1e-3, warmup=5, curve_points=4, curve_episodes=1),
-        Tune=dict(demos=2, demo_batch=4, score_episodes=1), Recipe=dict(eval_episodes=1, seeds=(0,)),
+        Pretrain=dict(
+            episodes=4,
+            tasks_per_batch=2,
+            per_task=4,
+            width=16,
+            layers=2,
+            steps=20,
+            lr=1e-3,
+            warmup=5,
+            curve_points=4,
+            curve_episodes=1,
+        ),
+        Tune=dict(demos=2, demo_batch=4, score_episodes=1),
+        Recipe=dict(eval_episodes=1, seeds=(0,)),
         hyper=dict(steps=2, prepare_steps=2, m=4, batches=1),
-        Text=dict(steps=4, warmup=2, seqs=2, length=96, n=32, vocab=300, files=8), sizes=dict(small=dict(layers=2, heads=1, width=16), medium=dict(layers=2, heads=1, width=32)),
-        learners={k: dict(steps=4, batch=2, lr=1e-3, warmup=2, points=2, last=0.5, tokens=16, episodes=4, limit=20) for k in ("lamo", "pixel-lamo", "value")},
-        Offline={f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))}, offline=dict(eval_episodes=1),
-        Online={p: dict(SMALL, steps=512, stages=2, envs=2, rollout=64, batch=64, epochs=1, encoder="hash", tokens=16, points=4, length=60) for p in ("paper", "switch", "often", "million", "medium")}, online_eval=dict(eval_episodes=2)),
+        Text=dict(steps=4, warmup=2, seqs=2, length=96, n=32, vocab=300, files=8),
+        sizes=dict(small=dict(layers=2, heads=1, width=16), medium=dict(layers=2, heads=1, width=32)),
+        learners={
+            k: dict(steps=4, batch=2, lr=1e-3, warmup=2, points=2, last=0.5, tokens=16, episodes=4, limit=20)
+            for k in ("lamo", "pixel-lamo", "value")
+        },
+        Offline={
+            f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))
+        },
+        offline=dict(eval_episodes=1),
+        Online={
+            p: dict(
+                SMALL,
+                steps=512,
+                stages=2,
+                envs=2,
+                rollout=64,
+                batch=64,
+                epochs=1,
+                encoder="hash",
+                tokens=16,
+                points=4,
+                length=60,
+            )
+            for p in ("paper", "switch", "often", "million", "medium")
+        },
+        online_eval=dict(eval_episodes=2),
+    ),
 }
 
+
+# %% ../../nbs/09_recipes.ipynb #cd5975e1
 def scaled(now, want):
     "A hyper-parameter at a scale: 0 stays 0, a share below 1 is taken of what it was."
     return now if now == 0 else round(now * want) if isinstance(want, float) and want < 1 else want
 
+
+# %% ../../nbs/09_recipes.ipynb #063e7c94
 def resolve_offline(x: Offline, family, o) -> Offline:
     "The offline part of a recipe at a scale: its learner's overrides, then the family's."
     group = x.learner if x.learner in o.get("learners", {}) else "value"
-    own = {**o.get("learners", {}).get(group, {}), **o.get("Offline", {}).get(family, {}), **o.get("Offline", {}).get((group, family), {})}
+    own = {
+        **o.get("learners", {}).get(group, {}),
+        **o.get("Offline", {}).get(family, {}),
+        **o.get("Offline", {}).get((group, family), {}),
+    }
     text = x.text and replace(x.text, **o.get("Text", {}), **o.get("sizes", {}).get(x.text.size, {}))
-    if text: text = replace(text, steps=max(1, round(text.part * text.steps)), part=1.0)
+    if text:
+        text = replace(text, steps=max(1, round(text.part * text.steps)), part=1.0)
     x = replace(x, text=text, **own)
     return replace(x, steps=round(x.steps * x.steps_times), steps_times=1.0)
 
+
+# %% ../../nbs/09_recipes.ipynb #78211ecd
 def resolve(r: Recipe, scale: str) -> Recipe:
     "The recipe at a scale, every field final."
-    if scale not in SCALES: raise KeyError(scale)
+    if scale not in SCALES:
+        raise KeyError(scale)
     o = SCALES[scale]
-    if r.online: return replace(r, online=replace(r.online, **o.get("Online", {}).get(r.online.preset, {})), seeds=o.get("Recipe", {}).get("seeds") or o.get("online_seeds", {}).get(r.online.preset, r.seeds), **o.get("online_eval", {}))
-    if r.offline: return replace(r, offline=resolve_offline(r.offline, r.family, o), **{k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"}, **{**o.get("offline", {}), **o.get("offline_families", {}).get(r.family, {})})
-    grid = dict(r.tune.hyper); own = {**o.get("hyper", {}), **(o.get("online", {}) if grid.get("online") else {})}
+    if r.online:
+        return replace(
+            r,
+            online=replace(r.online, **o.get("Online", {}).get(r.online.preset, {})),
+            seeds=o.get("Recipe", {}).get("seeds") or o.get("online_seeds", {}).get(r.online.preset, r.seeds),
+            **o.get("online_eval", {}),
+        )
+    if r.offline:
+        return replace(
+            r,
+            offline=resolve_offline(r.offline, r.family, o),
+            **{k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"},
+            **{**o.get("offline", {}), **o.get("offline_families", {}).get(r.family, {})},
+        )
+    grid = dict(r.tune.hyper)
+    own = {**o.get("hyper", {}), **(o.get("online", {}) if grid.get("online") else {})}
     own = {k: scaled(grid[k], v) for k, v in own.items() if k in grid}
     small = "m" in own and "k" in grid and grid["k"]
     hyper = {**grid, **own, **(dict(k=min(grid["k"], own["m"])) if small else {})}
-    return replace(r, pretrain=replace(r.pretrain, **{**o.get("Pretrain", {}), **o.get("papers", {}).get(r.paper, {}), **o.get("families", {}).get(r.family, {})}),
-                   tune=replace(r.tune, hyper=tuple(hyper.items()), **{k: scaled(getattr(r.tune, k), v) for k, v in o.get("Tune", {}).items()}), **{**o.get("Recipe", {}), **o.get("eval_families", {}).get(r.family, {})})
+    return replace(
+        r,
+        pretrain=replace(
+            r.pretrain,
+            **{
+                **o.get("Pretrain", {}),
+                **o.get("papers", {}).get(r.paper, {}),
+                **o.get("families", {}).get(r.family, {}),
+            },
+        ),
+        tune=replace(
+            r.tune,
+            hyper=tuple(hyper.items()),
+            **{k: scaled(getattr(r.tune, k), v) for k, v in o.get("Tune", {}).items()},
+        ),
+        **{**o.get("Recipe", {}), **o.get("eval_families", {}).get(r.family, {})},
+    )
 
-LATER = dict(ratio=1.0, ratio_seed=0, prompt_from="test", offline=None, only=(), steps_times=1.0, context=None, train=(), activation="relu", mlp_ratio=4, tanh=False, play="test", per_agent=False, online=None)   # fields added since results were made, with the value under which they change nothing
+
+# %% ../../nbs/09_recipes.ipynb #138d42b5
+LATER = dict(
+    ratio=1.0,
+    ratio_seed=0,
+    prompt_from="test",
+    offline=None,
+    only=(),
+    steps_times=1.0,
+    context=None,
+    train=(),
+    activation="relu",
+    mlp_ratio=4,
+    tanh=False,
+    play="test",
+    per_agent=False,
+    online=None,
+)  # fields added since results were made, with the value under which they change nothing
+
 
 def digest(x) -> str:
     "Fingerprint of a recipe, or part of one. A field added later leaves old results valid where it says nothing."
-    known = lambda d: {k: known(v) if isinstance(v, dict) else v for k, v in d.items() if k not in LATER or v != LATER[k]}
+
+    def known(d):
+        return {k: known(v) if isinstance(v, dict) else v for k, v in d.items() if k not in LATER or v != LATER[k]}
+
     return hashlib.sha256(json.dumps(known(asdict(x)), sort_keys=True).encode()).hexdigest()[:10]
+
 
 # %% ../../nbs/09_recipes.ipynb #a9871bd2
 @dataclass(frozen=True)
 class Exhibit:
     "One table or figure. `recipes` are ids; `unknown` says why it cannot be made, where it cannot."
+
     paper: str
     id: str
     title: str
-    claim: str                    # what the paper says it shows
-    kind: str                     # how results draws it: table, curves, pretraining, quality, bars
+    claim: str  # what the paper says it shows
+    kind: str  # how results draws it: table, curves, pretraining, quality, bars
     recipes: tuple = ()
     families: tuple = ()
-    labels: dict = field(default_factory=dict)   # recipe id -> row label, where it differs from the recipe's own
+    labels: dict = field(default_factory=dict)  # recipe id -> row label, where it differs from the recipe's own
     protocol: str = ""
-    reported: str = ""            # which rows of data/reported/<paper>.csv stand beside it
+    reported: str = ""  # which rows of data/reported/<paper>.csv stand beside it
     unknown: str = ""
-    only: tuple = ()              # scales at which it is made (none: all)
-    asked: bool = False           # made only when asked for by name: it takes hours
-    keep: dict = field(default_factory=dict)     # scale -> the families that it shows there (none: all)
+    only: tuple = ()  # scales at which it is made (none: all)
+    asked: bool = False  # made only when asked for by name: it takes hours
+    keep: dict = field(default_factory=dict)  # scale -> the families that it shows there (none: all)
 
+
+# %% ../../nbs/09_recipes.ipynb #96f848eb
 def registered(*groups):
     "{id: recipe} of groups of recipes; two different ones of one name are refused."
     out = {}
     for r in (r for g in groups for r in g):
-        if r.id in out and out[r.id] != r: raise ValueError(f"two recipes named {r.id}")
+        if r.id in out and out[r.id] != r:
+            raise ValueError(f"two recipes named {r.id}")
         out[r.id] = r
     return out
 
-def ids_of(recipes): return tuple(dict.fromkeys(r.id for r in recipes))
+
+# %% ../../nbs/09_recipes.ipynb #8e955365
+def ids_of(recipes):
+    return tuple(dict.fromkeys(r.id for r in recipes))
+
 
 # %% ../../nbs/09_recipes.ipynb #cc66c329
 from . import cmt, lamo, prompts, rladapter
@@ -326,42 +593,67 @@ RECIPES = {**prompts.RECIPES, **lamo.RECIPES, **cmt.RECIPES, **rladapter.RECIPES
 EXHIBITS = {**prompts.EXHIBITS, **lamo.EXHIBITS, **cmt.EXHIBITS, **rladapter.EXHIBITS}
 PAPERS = {**prompts.PAPERS, **lamo.PAPERS, **cmt.PAPERS, **rladapter.PAPERS}
 
-def exhibits(paper): return [e for (p, _), e in EXHIBITS.items() if p == paper]
-def run_at(x, scale): return scale is None or not x.only or scale in x.only      # a recipe or an exhibit
+
+def exhibits(paper):
+    return [e for (p, _), e in EXHIBITS.items() if p == paper]
+
+
+# %% ../../nbs/09_recipes.ipynb #1ad0e3d5
+def run_at(x, scale):
+    return scale is None or not x.only or scale in x.only  # a recipe or an exhibit
+
+
+# %% ../../nbs/09_recipes.ipynb #a784b0a4
 def recipes_of(e: Exhibit, scale=None):
     "The recipes of an exhibit: all, or those that are run at a scale."
-    return [] if not run_at(e, scale) else [r for i in e.recipes if run_at(r := RECIPES[i], scale) and r.family in e.keep.get(scale, e.families)]
+    return (
+        []
+        if not run_at(e, scale)
+        else [r for i in e.recipes if run_at(r := RECIPES[i], scale) and r.family in e.keep.get(scale, e.families)]
+    )
+
 
 # %% ../../nbs/09_recipes.ipynb #d30daa80
 @dataclass(frozen=True)
 class Job:
     "Work for one process: kind 'pretrain', 'tune', 'offline' or 'online', and the recipes it makes records for."
+
     paper: str
     exhibit: str
     family: str
     kind: str
-    recipes: tuple                # ids; of a pre-training job: one recipe for each distinct policy
-    part: str = ""                # of online training: the recipe, which has a job to itself
-    @property
-    def id(self): return "/".join([self.paper, self.exhibit, self.family, self.kind] + [self.part] * bool(self.part))
+    recipes: tuple  # ids; of a pre-training job: one recipe for each distinct policy
+    part: str = ""  # of online training: the recipe, which has a job to itself
 
+    @property
+    def id(self):
+        return "/".join([self.paper, self.exhibit, self.family, self.kind] + [self.part] * bool(self.part))
+
+
+# %% ../../nbs/09_recipes.ipynb #f9b2901f
 def owners(paper):
     "(recipe id -> its first exhibit, pre-training -> its first exhibit and recipe)."
     of, policy = {}, {}
     for e in exhibits(paper):
         for r in recipes_of(e):
             of.setdefault(r.id, e.id)
-            if r.pretrain: policy.setdefault(r.pretrain, (e.id, r.id))
+            if r.pretrain:
+                policy.setdefault(r.pretrain, (e.id, r.id))
     return of, policy
 
+
+# %% ../../nbs/09_recipes.ipynb #1349281a
 def jobs(paper):
     "All jobs of a paper."
-    of, policy = owners(paper); out = []
+    of, policy = owners(paper)
+    out = []
     for e in exhibits(paper):
         for f in e.families:
             pre = tuple(rid for p, (ex, rid) in policy.items() if ex == e.id and p.family == f)
             own = [RECIPES[i] for i in e.recipes if of[i] == e.id and RECIPES[i].family == f]
             tune, offline = (ids_of(r for r in own if not r.online and bool(r.offline) == k) for k in (False, True))
-            out += [Job(paper, e.id, f, k, x) for k, x in (("pretrain", pre), ("tune", tune), ("offline", offline)) if x]
+            out += [
+                Job(paper, e.id, f, k, x) for k, x in (("pretrain", pre), ("tune", tune), ("offline", offline)) if x
+            ]
             out += [Job(paper, e.id, f, "online", (r.id,), r.key) for r in own if r.online]
     return {j.id: j for j in out}

@@ -4,137 +4,435 @@
 
 # %% ../../nbs/09c_recipes.cmt.ipynb #65bc11db
 from __future__ import annotations
+
 from dataclasses import replace
 
 from . import SINGLE, SKIRMISHES, Context, Exhibit, Pretrain, Recipe, Tune, ids_of, registered
 from .prompts import TABLE_FAMILIES, diffuse, pretrains, search
 
 # %% auto #0
-__all__ = ['CMT', 'META', 'EXPERT', 'gradient', 'EVERY', 'MIDDLE', 'SWITCHES', 'LENGTHS', 'SETS', 'TEAMS', 'EXHIBITS', 'RECIPES',
-           'PAPERS', 'context_policy', 'cmt_recipe', 'vectors', 'contexts', 'frozen_backbone', 'others', 'goal_range',
-           'ablated', 'meta_lengths', 'backbone', 'single', 'single_lengths', 'team_backbone', 'team']
+__all__ = [
+    "CMT",
+    "META",
+    "EXPERT",
+    "EVERY",
+    "MIDDLE",
+    "SWITCHES",
+    "LENGTHS",
+    "SETS",
+    "TEAMS",
+    "EXHIBITS",
+    "RECIPES",
+    "PAPERS",
+    "context_policy",
+    "cmt_recipe",
+    "vectors",
+    "gradient",
+    "contexts",
+    "frozen_backbone",
+    "others",
+    "goal_range",
+    "ablated",
+    "meta_lengths",
+    "backbone",
+    "single",
+    "single_lengths",
+    "team_backbone",
+    "team",
+]
 
 # %% ../../nbs/09c_recipes.cmt.ipynb #86dd1d70
 CMT = "cmt"
 META = TABLE_FAMILIES
 EXPERT = Tune(tuner="encode", hyper=(("contexts", 8),))
 
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #a389e38d
 def context_policy(family, name="cmt", J=4, H=6, **kw):
     "Pre-training with a context encoder; `kw` are fields of Context or of Pretrain."
     own = {k: kw.pop(k) for k in list(kw) if k in Context.__dataclass_fields__}
     return Pretrain(family, name, J=J, H=H, position="random", normalise="train", context=Context(**own), **kw)
 
-def cmt_recipe(family, key, method, tune=Tune(), policy=None, **kw): return Recipe(CMT, family, method, key, policy or context_policy(family), tune, **kw)
 
+# %% ../../nbs/09c_recipes.cmt.ipynb #ca3cf668
+def cmt_recipe(family, key, method, tune=Tune(), policy=None, **kw):
+    return Recipe(CMT, family, method, key, policy or context_policy(family), tune, **kw)
+
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #c9fdaeba
 def vectors(towards="return", **kw):
     "Tune L context vectors; `kw` are the tuner's fields, or those of Tune."
     own = {k: kw.pop(k) for k in list(kw) if k in Tune.__dataclass_fields__}
-    return Tune("context", tuple(dict(dict(steps=100, lr=1e-2, L=5, towards=towards, begin="random"), **kw).items()), **own)
+    return Tune(
+        "context", tuple(dict(dict(steps=100, lr=1e-2, L=5, towards=towards, begin="random"), **kw).items()), **own
+    )
 
-gradient = lambda tuner, lr, **kw: Tune(tuner, (("steps", 100), ("lr", lr)), **kw)
 
+# %% ../../nbs/09c_recipes.cmt.ipynb #05c43921
+def gradient(tuner, lr, **kw):
+    return Tune(tuner, (("steps", 100), ("lr", lr)), **kw)
+
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #869e3950
 def contexts(family):
     "The policy with a context encoder: which context?"
-    R = lambda *a: cmt_recipe(family, *a)
-    return [R("null", "CMT, null prompt", Tune(prompt_from="none")), R("cmt", "CMT, context given", EXPERT), R("collect", "CMT, context collected", Tune("collect", (("episodes", 4), ("replicas", 4)), prompt_from="none")),
-            R("wrong", "CMT, context of a wrong task", Tune(prompt_from="other")), R("one-hot", "CMT, one-hot task (upper bound)", Tune(), replace(context_policy(family, "cmt-one-hot", encoder="one-hot"), train=EVERY[family]))]
+
+    def R(*a):
+        return cmt_recipe(family, *a)
+
+    return [
+        R("null", "CMT, null prompt", Tune(prompt_from="none")),
+        R("cmt", "CMT, context given", EXPERT),
+        R("collect", "CMT, context collected", Tune("collect", (("episodes", 4), ("replicas", 4)), prompt_from="none")),
+        R("wrong", "CMT, context of a wrong task", Tune(prompt_from="other")),
+        R(
+            "one-hot",
+            "CMT, one-hot task (upper bound)",
+            Tune(),
+            replace(context_policy(family, "cmt-one-hot", encoder="one-hot"), train=EVERY[family]),
+        ),
+    ]
+
 
 # %% ../../nbs/09c_recipes.cmt.ipynb #fbe49ff1
 EVERY = {"cheetah-dir": (0, 1), "cheetah-vel": tuple(range(40)), "ant-dir": tuple(range(50))}
 
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #1300a1fe
 def frozen_backbone(family):
     "Tuning and its controls, on the same policy."
-    R = lambda *a: cmt_recipe(family, *a)
-    return [R("random", "CMT, random frozen prompt", vectors(steps=0)), R("tuned", "CMT, tuned context vectors", vectors(begin="encoded")), R("tuned-random", "CMT, tuned from a random start", vectors()),
-            R("shuffled", "CMT, tuned on shuffled trajectories", vectors("shuffled", begin="encoded")), R("full", "CMT, full fine-tuning", gradient("full", 1e-4)), R("lora", "CMT, LoRA", gradient("lora", 1e-3))]
 
+    def R(*a):
+        return cmt_recipe(family, *a)
+
+    return [
+        R("random", "CMT, random frozen prompt", vectors(steps=0)),
+        R("tuned", "CMT, tuned context vectors", vectors(begin="encoded")),
+        R("tuned-random", "CMT, tuned from a random start", vectors()),
+        R("shuffled", "CMT, tuned on shuffled trajectories", vectors("shuffled", begin="encoded")),
+        R("full", "CMT, full fine-tuning", gradient("full", 1e-4)),
+        R("lora", "CMT, LoRA", gradient("lora", 1e-3)),
+    ]
+
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #2fa61783
 def others(family):
     "Policies of the other papers, and their tuners."
-    p = pretrains(family); R = lambda key, method, policy="prompt-dt", tune=Tune(): cmt_recipe(family, key, method, tune, p[policy])
-    return [R("mt-orl", "MT-ORL (no prompt)", "mt-orl"), R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full", 1e-4)), R("pdt", "Prompt-DT"), R("pdt-soft", "Soft Prompt", tune=gradient("soft", 1e-2)), R("pdt-full", "Prompt-DT-FT", tune=gradient("full", 1e-4)),
-            R("pdt-adapter", "Adaptor", tune=gradient("adapter", 1e-3)), R("pdt-lora", "LoRA", tune=gradient("lora", 1e-3)), R("ranking", "Prompt-Tuning DT", tune=search("ranking")), R("diffuser", "Prompt Diffuser", tune=diffuse())]
+    p = pretrains(family)
+
+    def R(key, method, policy="prompt-dt", tune=Tune()):
+        return cmt_recipe(family, key, method, tune, p[policy])
+
+    return [
+        R("mt-orl", "MT-ORL (no prompt)", "mt-orl"),
+        R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full", 1e-4)),
+        R("pdt", "Prompt-DT"),
+        R("pdt-soft", "Soft Prompt", tune=gradient("soft", 1e-2)),
+        R("pdt-full", "Prompt-DT-FT", tune=gradient("full", 1e-4)),
+        R("pdt-adapter", "Adaptor", tune=gradient("adapter", 1e-3)),
+        R("pdt-lora", "LoRA", tune=gradient("lora", 1e-3)),
+        R("ranking", "Prompt-Tuning DT", tune=search("ranking")),
+        R("diffuser", "Prompt Diffuser", tune=diffuse()),
+    ]
+
 
 # %% ../../nbs/09c_recipes.cmt.ipynb #ca0741ea
 MIDDLE = tuple(i for i in EVERY["cheetah-vel"] if 10 <= i < 30 and i not in (2, 7, 15, 23, 26))
 
+
 def goal_range(family="cheetah-vel"):
-    narrow = lambda p: replace(p, name=f"{p.name}-middle", train=MIDDLE)
-    R = lambda key, method, tune, policy: cmt_recipe(family, f"{key}-all", method, replace(tune, play="all", demos=1, demo_batch=1), policy)
+    def narrow(p):
+        return replace(p, name=f"{p.name}-middle", train=MIDDLE)
+
+    def R(key, method, tune, policy):
+        return cmt_recipe(family, f"{key}-all", method, replace(tune, play="all", demos=1, demo_batch=1), policy)
+
     p, pdt = context_policy(family), pretrains(family)["prompt-dt"]
-    return [R("cmt", "CMT, context given", Tune(), p), R("null", "CMT, null prompt", Tune(prompt_from="none"), p), R("pdt", "Prompt-DT", Tune(), pdt),
-            R("cmt-middle", "CMT, context given, middle goals", Tune(), narrow(p)), R("pdt-middle", "Prompt-DT, middle goals", Tune(), narrow(pdt))]
+    return [
+        R("cmt", "CMT, context given", Tune(), p),
+        R("null", "CMT, null prompt", Tune(prompt_from="none"), p),
+        R("pdt", "Prompt-DT", Tune(), pdt),
+        R("cmt-middle", "CMT, context given, middle goals", Tune(), narrow(p)),
+        R("pdt-middle", "Prompt-DT, middle goals", Tune(), narrow(pdt)),
+    ]
+
 
 # %% ../../nbs/09c_recipes.cmt.ipynb #135075dd
-SWITCHES = {     # label: fields of Context or Pretrain
-    "CMT": {}, "action loss alone": dict(w_state=0., w_return=0., w_nce=0.), "no state or return loss": dict(w_state=0., w_return=0.), "state and return loss, weight 1": dict(w_state=1., w_return=1.),
-    "no InfoNCE": dict(w_nce=0.), "classification, no InfoNCE": dict(w_nce=0., w_class=0.1), "InfoNCE and classification": dict(w_class=0.1), "transformer encoder": dict(encoder="transformer"),
-    "contexts of experts only": dict(qualities=("expert",)), "5 transitions": dict(J=1), "never without context": dict(null=0.)}
+SWITCHES = {  # label: fields of Context or Pretrain
+    "CMT": {},
+    "action loss alone": dict(w_state=0.0, w_return=0.0, w_nce=0.0),
+    "no state or return loss": dict(w_state=0.0, w_return=0.0),
+    "state and return loss, weight 1": dict(w_state=1.0, w_return=1.0),
+    "no InfoNCE": dict(w_nce=0.0),
+    "classification, no InfoNCE": dict(w_nce=0.0, w_class=0.1),
+    "InfoNCE and classification": dict(w_class=0.1),
+    "transformer encoder": dict(encoder="transformer"),
+    "contexts of experts only": dict(qualities=("expert",)),
+    "5 transitions": dict(J=1),
+    "never without context": dict(null=0.0),
+}
+
 
 def ablated(family="cheetah-vel"):
     "{label: recipe}"
-    name = lambda l: "cmt-" + l.replace(",", "").replace(" ", "-").lower()
-    return {l: cmt_recipe(family, "cmt" if l == "CMT" else name(l), "CMT, context given" if l == "CMT" else f"CMT, {l}", EXPERT, context_policy(family, "cmt" if l == "CMT" else name(l), **kw)) for l, kw in SWITCHES.items()}
 
+    def name(l):
+        return "cmt-" + l.replace(",", "").replace(" ", "-").lower()
+
+    return {
+        l: cmt_recipe(
+            family,
+            "cmt" if l == "CMT" else name(l),
+            "CMT, context given" if l == "CMT" else f"CMT, {l}",
+            EXPERT,
+            context_policy(family, "cmt" if l == "CMT" else name(l), **kw),
+        )
+        for l, kw in SWITCHES.items()
+    }
+
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #05a6ea8f
 LENGTHS = (1, 5, 10, 20)
+
 
 def meta_lengths(family="cheetah-vel"):
     "Context vectors that the encoder writes."
-    return [cmt_recipe(family, "cmt" if L == 5 else f"cmt-L{L}", "CMT, context given" if L == 5 else f"CMT, context given, L = {L}", EXPERT, context_policy(family, "cmt" if L == 5 else f"cmt-L{L}", L=L)) for L in LENGTHS]
+    return [
+        cmt_recipe(
+            family,
+            "cmt" if L == 5 else f"cmt-L{L}",
+            "CMT, context given" if L == 5 else f"CMT, context given, L = {L}",
+            EXPERT,
+            context_policy(family, "cmt" if L == 5 else f"cmt-L{L}", L=L),
+        )
+        for L in LENGTHS
+    ]
+
 
 # %% ../../nbs/09c_recipes.cmt.ipynb #607c936c
 SETS = ("medium", "medium-replay", "medium-expert")
 
-def backbone(family, quality, **kw): return Pretrain(family, f"cmt-{quality}", quality, 1000, prompt=False, H=0, normalise="train", per_task=64, **kw, context=Context(encoder="none", qualities=()))
 
+# %% ../../nbs/09c_recipes.cmt.ipynb #d7c5a391
+def backbone(family, quality, **kw):
+    return Pretrain(
+        family,
+        f"cmt-{quality}",
+        quality,
+        1000,
+        prompt=False,
+        H=0,
+        normalise="train",
+        per_task=64,
+        **kw,
+        context=Context(encoder="none", qualities=()),
+    )
+
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #1485ab66
 def single(family, quality):
     "Tuning, and what it is compared with, on one data set."
-    p = backbone(family, quality); on = dict(demos=0, demo_batch=64, demo_quality=quality, prompt_quality=quality)
-    R = lambda key, method, tune: cmt_recipe(family, f"{key}-{quality}", method, replace(tune, **on), p)
-    return [R("none", "No prompt", Tune()), R("random", "Random frozen prompt", vectors(steps=0)), R("best", "Prompt towards the best 10 %", vectors("best")), R("advantage", "Prompt by advantage", vectors("advantage")),
-            R("return", "Prompt by returns", vectors("return")), R("shuffled", "Prompt on shuffled trajectories", vectors("shuffled")), R("full", "Full fine-tuning", gradient("full", 1e-4)), R("lora", "LoRA", gradient("lora", 1e-3))]
+    p = backbone(family, quality)
+    on = dict(demos=0, demo_batch=64, demo_quality=quality, prompt_quality=quality)
 
+    def R(key, method, tune):
+        return cmt_recipe(family, f"{key}-{quality}", method, replace(tune, **on), p)
+
+    return [
+        R("none", "No prompt", Tune()),
+        R("random", "Random frozen prompt", vectors(steps=0)),
+        R("best", "Prompt towards the best 10 %", vectors("best")),
+        R("advantage", "Prompt by advantage", vectors("advantage")),
+        R("return", "Prompt by returns", vectors("return")),
+        R("shuffled", "Prompt on shuffled trajectories", vectors("shuffled")),
+        R("full", "Full fine-tuning", gradient("full", 1e-4)),
+        R("lora", "LoRA", gradient("lora", 1e-3)),
+    ]
+
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #fc550890
 def single_lengths(family="hopper", quality="medium"):
     "Tuned context vectors, by their number."
-    base = {r.key: r for r in single(family, quality)}; best, random = base[f"best-{quality}"], base[f"random-{quality}"]; out = []
+    base = {r.key: r for r in single(family, quality)}
+    best, random = base[f"best-{quality}"], base[f"random-{quality}"]
+    out = []
     for L in LENGTHS:
-        for r in (best, random): out.append(r if L == 5 else replace(r, key=f"{r.key}-L{L}", method=f"{r.method}, L = {L}", tune=replace(r.tune, hyper=tuple(dict(r.tune.hyper, L=L).items()))))
+        for r in (best, random):
+            out.append(
+                r
+                if L == 5
+                else replace(
+                    r,
+                    key=f"{r.key}-L{L}",
+                    method=f"{r.method}, L = {L}",
+                    tune=replace(r.tune, hyper=tuple(dict(r.tune.hyper, L=L).items())),
+                )
+            )
     return out
+
 
 # %% ../../nbs/09c_recipes.cmt.ipynb #9eaf4c04
 TEAMS = ("good", "medium", "poor")
 
-def team_backbone(family, quality):
-    return Pretrain(family, f"madt-{quality}", quality, 1000, K=20, prompt=False, H=0, normalise="train", per_task=128, layers=2, heads=2, width=32, dropout=0., activation="gelu", mlp_ratio=2, tanh=True,
-                    steps=10_000, lr=5e-4, weight_decay=0.1, warmup=0, clip=0.5, context=Context(encoder="none", qualities=()))
 
+# %% ../../nbs/09c_recipes.cmt.ipynb #94bf1131
+def team_backbone(family, quality):
+    return Pretrain(
+        family,
+        f"madt-{quality}",
+        quality,
+        1000,
+        K=20,
+        prompt=False,
+        H=0,
+        normalise="train",
+        per_task=128,
+        layers=2,
+        heads=2,
+        width=32,
+        dropout=0.0,
+        activation="gelu",
+        mlp_ratio=2,
+        tanh=True,
+        steps=10_000,
+        lr=5e-4,
+        weight_decay=0.1,
+        warmup=0,
+        clip=0.5,
+        context=Context(encoder="none", qualities=()),
+    )
+
+
+# %% ../../nbs/09c_recipes.cmt.ipynb #53591aac
 def team(family, quality):
     "The frozen backbone of a map with a prompt a map or an agent, and controls."
-    p = team_backbone(family, quality); on = dict(demos=0, demo_batch=128, demo_quality=quality, prompt_quality=quality)
-    R = lambda key, method, tune: cmt_recipe(family, f"{key}-{quality}", method, replace(tune, **on), p, eval_episodes=32)
-    return [R("none", "No prompt", Tune()), R("random", "Random frozen prompt", vectors(steps=0)), R("map", "Prompt a map, the best 10 %", vectors("best")), R("agent", "Prompt an agent, the best 10 %", vectors("best", per_agent=True)),
-            R("shuffled", "Prompt on shuffled trajectories", vectors("shuffled")), R("full", "Full fine-tuning", gradient("full", 1e-4)), R("lora", "LoRA", gradient("lora", 1e-3))]
+    p = team_backbone(family, quality)
+    on = dict(demos=0, demo_batch=128, demo_quality=quality, prompt_quality=quality)
+
+    def R(key, method, tune):
+        return cmt_recipe(family, f"{key}-{quality}", method, replace(tune, **on), p, eval_episodes=32)
+
+    return [
+        R("none", "No prompt", Tune()),
+        R("random", "Random frozen prompt", vectors(steps=0)),
+        R("map", "Prompt a map, the best 10 %", vectors("best")),
+        R("agent", "Prompt an agent, the best 10 %", vectors("best", per_agent=True)),
+        R("shuffled", "Prompt on shuffled trajectories", vectors("shuffled")),
+        R("full", "Full fine-tuning", gradient("full", 1e-4)),
+        R("lora", "LoRA", gradient("lora", 1e-3)),
+    ]
+
 
 # %% ../../nbs/09c_recipes.cmt.ipynb #8ac92403
 _P = "Return of the last policy on the test tasks, mean over tasks, then over seeds. The paper's text could not be had: nothing here is a published number. "
 _S = "A reconstruction: the paper's own numbers could not be had. "
 
+
 def _exhibit(id, title, claim, kind, recipes, protocol, labels={}, **kw):
     recipes = list({r.id: r for r in recipes}.values())
-    return Exhibit(CMT, id, title, claim, kind, ids_of(recipes), tuple(dict.fromkeys(r.family for r in recipes)), labels, protocol, **kw), recipes
+    return Exhibit(
+        CMT,
+        id,
+        title,
+        claim,
+        kind,
+        ids_of(recipes),
+        tuple(dict.fromkeys(r.family for r in recipes)),
+        labels,
+        protocol,
+        **kw,
+    ), recipes
+
 
 _meta = {f: contexts(f) for f in META}
 _labels = {r.id: l for l, r in ablated().items()}
 _made = [
-    _exhibit("adaptation", "Adaptation over episodes", "an unseen task is solved after a few episodes, from what was seen of it", "adaptation", [r for f in META for r in _meta[f]],
-             _S + "Episode 0 has the null prompt; before each later one the context is everything seen so far. Lines: the same policy with a given context, with none, and the upper bound."),
-    _exhibit("embedding", "What the context encoder learnt", "contexts lie in the order of the goals", "embedding", [r for f in META for r in _meta[f] if r.key == "cmt"], _S + "First two principal components of embedded contexts; colour: the true goal; ringed: unseen tasks."),
-    _exhibit("range", "Generalisation over the goal range", "ours: unseen goals inside the range of the train goals, and outside of it", "range", goal_range(), _S + "All 40 goals are played, each with a context (or prompt) of its own expert data."),
-    _exhibit("ablation", "What pre-training needs", "ours: the self-supervised and the auxiliary losses, the encoder, the contexts", "bars", [*ablated().values()], _P, _labels),
-    _exhibit("length", "Length of the prompt", "ours: L in 1, 5, 10, 20", "length", [*single_lengths(), *meta_lengths()], _S + "Hopper: tuned and random vectors in front of a frozen backbone; Cheetah-vel: the encoder writes L vectors, a policy each."),
-    _exhibit("meta", "Unseen tasks", "context among tasks generalises to unseen tasks", "table", [r for f in META for r in (*_meta[f], *frozen_backbone(f), *others(f))], _P),
-    _exhibit("single", "Single tasks", "a tuned prompt guides a conditional policy towards desired actions", "scores", [r for b in SINGLE for q in SETS for r in single(b, q)], _S + "Normalised score (D4RL's references). The data are ours, collected from our own policies."),
-    _exhibit("skirmish", "Several agents", "prompt tuning carries over to several agents", "wins", [r for m in SKIRMISHES for q in TEAMS for r in team(m, q)], _S + "Share of games won (%). SMAX stands in for SMAC, whose game cannot be installed by pip."),
+    _exhibit(
+        "adaptation",
+        "Adaptation over episodes",
+        "an unseen task is solved after a few episodes, from what was seen of it",
+        "adaptation",
+        [r for f in META for r in _meta[f]],
+        _S
+        + "Episode 0 has the null prompt; before each later one the context is everything seen so far. Lines: the same policy with a given context, with none, and the upper bound.",
+    ),
+    _exhibit(
+        "embedding",
+        "What the context encoder learnt",
+        "contexts lie in the order of the goals",
+        "embedding",
+        [r for f in META for r in _meta[f] if r.key == "cmt"],
+        _S + "First two principal components of embedded contexts; colour: the true goal; ringed: unseen tasks.",
+    ),
+    _exhibit(
+        "range",
+        "Generalisation over the goal range",
+        "ours: unseen goals inside the range of the train goals, and outside of it",
+        "range",
+        goal_range(),
+        _S + "All 40 goals are played, each with a context (or prompt) of its own expert data.",
+    ),
+    _exhibit(
+        "ablation",
+        "What pre-training needs",
+        "ours: the self-supervised and the auxiliary losses, the encoder, the contexts",
+        "bars",
+        [*ablated().values()],
+        _P,
+        _labels,
+    ),
+    _exhibit(
+        "length",
+        "Length of the prompt",
+        "ours: L in 1, 5, 10, 20",
+        "length",
+        [*single_lengths(), *meta_lengths()],
+        _S
+        + "Hopper: tuned and random vectors in front of a frozen backbone; Cheetah-vel: the encoder writes L vectors, a policy each.",
+    ),
+    _exhibit(
+        "meta",
+        "Unseen tasks",
+        "context among tasks generalises to unseen tasks",
+        "table",
+        [r for f in META for r in (*_meta[f], *frozen_backbone(f), *others(f))],
+        _P,
+    ),
+    _exhibit(
+        "single",
+        "Single tasks",
+        "a tuned prompt guides a conditional policy towards desired actions",
+        "scores",
+        [r for b in SINGLE for q in SETS for r in single(b, q)],
+        _S + "Normalised score (D4RL's references). The data are ours, collected from our own policies.",
+    ),
+    _exhibit(
+        "skirmish",
+        "Several agents",
+        "prompt tuning carries over to several agents",
+        "wins",
+        [r for m in SKIRMISHES for q in TEAMS for r in team(m, q)],
+        _S + "Share of games won (%). SMAX stands in for SMAC, whose game cannot be installed by pip.",
+    ),
 ]
-EXHIBITS = {(e.paper, e.id): e for e in (*(e for e, _ in _made), *(Exhibit(CMT, i, t, "-", "none", unknown="the paper's full text could not be had; its tables and figures are not known") for i, t in (("tables", "The paper's own tables"), ("figures", "The paper's own figures"))))}
+EXHIBITS = {
+    (e.paper, e.id): e
+    for e in (
+        *(e for e, _ in _made),
+        *(
+            Exhibit(
+                CMT,
+                i,
+                t,
+                "-",
+                "none",
+                unknown="the paper's full text could not be had; its tables and figures are not known",
+            )
+            for i, t in (("tables", "The paper's own tables"), ("figures", "The paper's own figures"))
+        ),
+    )
+}
 RECIPES = registered(*(rs for _, rs in _made))
-PAPERS = {CMT: "Contextual Meta Transformer: Contextual Transformer for Offline Meta Reinforcement Learning (2211.08016), a reconstruction from its abstract"}
+PAPERS = {
+    CMT: "Contextual Meta Transformer: Contextual Transformer for Offline Meta Reinforcement Learning (2211.08016), a reconstruction from its abstract"
+}

@@ -4,29 +4,73 @@
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #a2d72cf0
 from __future__ import annotations
+
 import difflib
 
 from . import Exhibit, Offline, Recipe, Text, ids_of, registered
 
 # %% auto #0
-__all__ = ['LAMO', 'DT', 'ARMS', 'VALUE', 'BASELINES', 'ATARI_NET', 'TASKS', 'PICTURES', 'MAIN', 'SMALL', 'MLP', 'LAPTOP',
-           'METHODS', 'DENSE', 'KITCHEN', 'OWN_KITCHEN', 'REACHER', 'ATARI', 'ABLATED', 'EXHIBITS', 'RECIPES', 'PAPERS',
-           'offline_recipe', 'grid']
+__all__ = [
+    "LAMO",
+    "DT",
+    "ARMS",
+    "VALUE",
+    "BASELINES",
+    "ATARI_NET",
+    "TASKS",
+    "PICTURES",
+    "MAIN",
+    "SMALL",
+    "MLP",
+    "LAPTOP",
+    "METHODS",
+    "DENSE",
+    "KITCHEN",
+    "OWN_KITCHEN",
+    "REACHER",
+    "ATARI",
+    "ABLATED",
+    "EXHIBITS",
+    "RECIPES",
+    "PAPERS",
+    "offline_recipe",
+    "grid",
+]
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #76a337aa
 LAMO = "lamo"
-DT = dict(layers=3, heads=1, width=128, vocab=1, activation="relu", train="full", embed="linear", norm_before_time=False, lam=0.)      # no token table: the published 7.3M parameters are mostly one that is not used
-ARMS = {     # label, what the trunk reads before, LMConfig's fields, Offline's fields
+DT = dict(
+    layers=3,
+    heads=1,
+    width=128,
+    vocab=1,
+    activation="relu",
+    train="full",
+    embed="linear",
+    norm_before_time=False,
+    lam=0.0,
+)  # no token table: the published 7.3M parameters are mostly one that is not used
+ARMS = {  # label, what the trunk reads before, LMConfig's fields, Offline's fields
     "dt": ("DT", None, DT, dict(weight_decay=1e-4)),
-    "dt-fair": ("DT, shared projection, long positions", None, dict(DT, share_projection=True, extend_positions=True), dict(weight_decay=1e-4)),
-    "frozen-random": ("Random frozen trunk, linear", Text(), dict(init="random", train="frozen", embed="linear", lam=0.), {}),
-    "lora-random": ("Random trunk + LoRA, linear", Text(), dict(init="random", embed="linear", lam=0.), {}),
-    "random": ("LaMo without pre-training", Text(), dict(init="random", lam=0.), {}),
-    "iid": ("LaMo on IID tokens", Text("iid"), dict(lam=0.), {}),
-    "chain": ("LaMo on the Markov chain", Text("chain"), dict(lam=0.), {}),
-    "text": ("LaMo without language loss", Text(), dict(lam=0.), {}),
+    "dt-fair": (
+        "DT, shared projection, long positions",
+        None,
+        dict(DT, share_projection=True, extend_positions=True),
+        dict(weight_decay=1e-4),
+    ),
+    "frozen-random": (
+        "Random frozen trunk, linear",
+        Text(),
+        dict(init="random", train="frozen", embed="linear", lam=0.0),
+        {},
+    ),
+    "lora-random": ("Random trunk + LoRA, linear", Text(), dict(init="random", embed="linear", lam=0.0), {}),
+    "random": ("LaMo without pre-training", Text(), dict(init="random", lam=0.0), {}),
+    "iid": ("LaMo on IID tokens", Text("iid"), dict(lam=0.0), {}),
+    "chain": ("LaMo on the Markov chain", Text("chain"), dict(lam=0.0), {}),
+    "text": ("LaMo without language loss", Text(), dict(lam=0.0), {}),
     "lamo": ("LaMo", Text(), {}, {}),
-    "lam-1": ("LaMo, lambda = 1", Text(), dict(lam=1.), {}),
+    "lam-1": ("LaMo, lambda = 1", Text(), dict(lam=1.0), {}),
     "mlp": ("LaMo with MLP embeddings", Text(), dict(embed="mlp"), {}),
     "linear": ("LaMo with linear embeddings", Text(), dict(embed="linear"), {}),
     "full": ("LaMo fully fine-tuned", Text(), dict(train="full"), {}),
@@ -34,130 +78,468 @@ ARMS = {     # label, what the trunk reads before, LMConfig's fields, Offline's 
     "shuffled": ("LaMo on shuffled text", Text("shuffled"), {}, {}),
     "early": ("LaMo on early-stopped text", Text(part=0.1), {}, {}),
     "large": ("LaMo with GPT-2 medium", Text(size="medium", layers=24, heads=16, width=1024), {}, {}),
-    "wiki": ("Wiki-RL", Text(), dict(train="full", embed="linear", norm_before_time=False, share_projection=True, extend_positions=True, dropout=0.2, lam=0.), dict(weight_decay=1e-4)),      # without its k-means loss
+    "wiki": (
+        "Wiki-RL",
+        Text(),
+        dict(
+            train="full",
+            embed="linear",
+            norm_before_time=False,
+            share_projection=True,
+            extend_positions=True,
+            dropout=0.2,
+            lam=0.0,
+        ),
+        dict(weight_decay=1e-4),
+    ),  # without its k-means loss
     "gpt2": ("LaMo, GPT-2's own weights", Text("gpt2"), {}, {}),
     "drop-best": ("LaMo, best trajectory dropped", Text(), {}, dict(drop_best=True)),
-    "dt-lr-10": ("DT, lr 1e-3, wd 1e-4", None, DT, dict(weight_decay=1e-4, lr_times=10.)), "dt-wd-10": ("DT, lr 1e-4, wd 1e-3", None, DT, dict(weight_decay=1e-3)), "dt-wd-0.1": ("DT, lr 1e-4, wd 1e-5", None, DT, {}),
+    "dt-lr-10": ("DT, lr 1e-3, wd 1e-4", None, DT, dict(weight_decay=1e-4, lr_times=10.0)),
+    "dt-wd-10": ("DT, lr 1e-4, wd 1e-3", None, DT, dict(weight_decay=1e-3)),
+    "dt-wd-0.1": ("DT, lr 1e-4, wd 1e-5", None, DT, {}),
 }
-ARMS |= {f"{a}-long": (f"{ARMS[a][0]}, 4 x updates", *ARMS[a][1:3], dict(ARMS[a][3], steps_times=4.)) for a in ("dt", "dt-fair", "random", "lamo")}      # is a laptop's verdict one of too few updates?
+ARMS |= {
+    f"{a}-long": (f"{ARMS[a][0]}, 4 x updates", *ARMS[a][1:3], dict(ARMS[a][3], steps_times=4.0))
+    for a in ("dt", "dt-fair", "random", "lamo")
+}  # is a laptop's verdict one of too few updates?
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #dade0eed
-VALUE = dict(batch=256, K=1, steps=1_000_000, lr=3e-4, weight_decay=0., warmup=0, clip=1e9, points=200, last=0.02)      # CORL: a million updates, evaluated every 5,000; the last 20,000 as in LaMo's protocol
-BASELINES = {     # label, learner, its fields, Offline's fields
-    "bc": ("BC", "bc", {}, {}), "cql": ("CQL", "cql", {}, {}), "iql": ("IQL", "iql", {}, {}), "td3bc": ("TD3+BC", "td3+bc", {}, {}),
-    "cql-lr-10": ("CQL, lr 3e-3", "cql", {}, dict(lr_times=10.)), "cql-lr-0.1": ("CQL, lr 3e-5", "cql", {}, dict(lr_times=0.1)),
-    "iql-512": ("IQL, width 512", "iql", dict(hidden=512), {}), "iql-1024": ("IQL, width 1024", "iql", dict(hidden=1024), {}),
-    "discrete-bc": ("BC", "discrete-bc", {}, {}), "discrete-cql": ("CQL", "discrete-cql", {}, dict(lr=6.25e-5)), "bcq": ("BCQ", "bcq", {}, dict(lr=6.25e-5)), "nfq": ("NFQ", "nfq", {}, dict(lr=6.25e-5)),
+VALUE = dict(
+    batch=256, K=1, steps=1_000_000, lr=3e-4, weight_decay=0.0, warmup=0, clip=1e9, points=200, last=0.02
+)  # CORL: a million updates, evaluated every 5,000; the last 20,000 as in LaMo's protocol
+BASELINES = {  # label, learner, its fields, Offline's fields
+    "bc": ("BC", "bc", {}, {}),
+    "cql": ("CQL", "cql", {}, {}),
+    "iql": ("IQL", "iql", {}, {}),
+    "td3bc": ("TD3+BC", "td3+bc", {}, {}),
+    "cql-lr-10": ("CQL, lr 3e-3", "cql", {}, dict(lr_times=10.0)),
+    "cql-lr-0.1": ("CQL, lr 3e-5", "cql", {}, dict(lr_times=0.1)),
+    "iql-512": ("IQL, width 512", "iql", dict(hidden=512), {}),
+    "iql-1024": ("IQL, width 1024", "iql", dict(hidden=1024), {}),
+    "discrete-bc": ("BC", "discrete-bc", {}, {}),
+    "discrete-cql": ("CQL", "discrete-cql", {}, dict(lr=6.25e-5)),
+    "bcq": ("BCQ", "bcq", {}, dict(lr=6.25e-5)),
+    "nfq": ("NFQ", "nfq", {}, dict(lr=6.25e-5)),
 }
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #19864b8c
 ATARI_NET = dict(r=32, split=False)
-TASKS = {     # Offline's fields, LMConfig's fields, episodes a target
-    "hopper": (dict(targets=(1800., 3600.)), dict(embed="linear"), 20), "halfcheetah": (dict(targets=(8000., 12000.)), {}, 20), "walker2d": (dict(targets=(2500., 5000.)), {}, 20),
-    "ant": (dict(targets=(3000., 6000.)), {}, 20),      # assumed
-    "reacher2d": (dict(targets=(40., 76.), K=5, episodes=50, steps=37_500, points=15, last=1 / 3), {}, 20),
-    "kitchen": (dict(targets=(4., 5.), episodes=100), {}, 20),
-    "breakout": (dict(targets=(90., 120.), K=30, batch=128, lr=1e-3, weight_decay=1e-2, steps=50_000, points=20, episodes=100, limit=4096), ATARI_NET, 5),
-    "qbert": (dict(targets=(14000.,), K=30, batch=128, lr=1e-3, weight_decay=1e-5, episodes=100, limit=4096), ATARI_NET, 5),
-    "pong": (dict(targets=(10., 20.), K=30, batch=128, lr=3e-4, weight_decay=1e-1, episodes=100, limit=4096), ATARI_NET, 5),
+TASKS = {  # Offline's fields, LMConfig's fields, episodes a target
+    "hopper": (dict(targets=(1800.0, 3600.0)), dict(embed="linear"), 20),
+    "halfcheetah": (dict(targets=(8000.0, 12000.0)), {}, 20),
+    "walker2d": (dict(targets=(2500.0, 5000.0)), {}, 20),
+    "ant": (dict(targets=(3000.0, 6000.0)), {}, 20),  # assumed
+    "reacher2d": (dict(targets=(40.0, 76.0), K=5, episodes=50, steps=37_500, points=15, last=1 / 3), {}, 20),
+    "kitchen": (dict(targets=(4.0, 5.0), episodes=100), {}, 20),
+    "breakout": (
+        dict(
+            targets=(90.0, 120.0),
+            K=30,
+            batch=128,
+            lr=1e-3,
+            weight_decay=1e-2,
+            steps=50_000,
+            points=20,
+            episodes=100,
+            limit=4096,
+        ),
+        ATARI_NET,
+        5,
+    ),
+    "qbert": (
+        dict(targets=(14000.0,), K=30, batch=128, lr=1e-3, weight_decay=1e-5, episodes=100, limit=4096),
+        ATARI_NET,
+        5,
+    ),
+    "pong": (
+        dict(targets=(10.0, 20.0), K=30, batch=128, lr=3e-4, weight_decay=1e-1, episodes=100, limit=4096),
+        ATARI_NET,
+        5,
+    ),
 }
 PICTURES = ("breakout", "qbert", "pong")
+
 
 def offline_recipe(arm, family, quality="medium", ratio=1.0, **kw):
     "One arm or baseline on one cell."
     for name, known in ((arm, (*ARMS, *BASELINES)), (family, TASKS)):
-        if name not in known: raise ValueError(f"unknown '{name}': did you mean '{next(iter(difflib.get_close_matches(name, known, 1, 0)))}'?")
-    task, net, n = TASKS[family]; key = f"{arm}-{quality}-{ratio:g}"; cell = dict(quality=quality, ratio=ratio)
+        if name not in known:
+            raise ValueError(
+                f"unknown '{name}': did you mean '{next(iter(difflib.get_close_matches(name, known, 1, 0)))}'?"
+            )
+    task, net, n = TASKS[family]
+    key = f"{arm}-{quality}-{ratio:g}"
+    cell = dict(quality=quality, ratio=ratio)
     if arm in ARMS:
         label, text, model, own = ARMS[arm]
-        if family in PICTURES and "layers" in model: net = {}
-        x = Offline("pixel-lamo" if family in PICTURES else "lamo", tuple({**net, **model}.items()), text, **{**task, **own, **cell})
+        if family in PICTURES and "layers" in model:
+            net = {}
+        x = Offline(
+            "pixel-lamo" if family in PICTURES else "lamo",
+            tuple({**net, **model}.items()),
+            text,
+            **{**task, **own, **cell},
+        )
     else:
         label, learner, model, own = BASELINES[arm]
-        x = Offline(learner, tuple(model.items()), **{**{k: v for k, v in task.items() if k in ("episodes", "limit")}, **VALUE, **own, **cell})
+        x = Offline(
+            learner,
+            tuple(model.items()),
+            **{**{k: v for k, v in task.items() if k in ("episodes", "limit")}, **VALUE, **own, **cell},
+        )
     return Recipe(LAMO, family, label, key, None, eval_episodes=n, offline=x, **kw)
+
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #326075c9
 MAIN = (("hopper", 0.01), ("hopper", 0.1), ("walker2d", 0.01), ("walker2d", 0.1), ("reacher2d", 0.1))
 SMALL = (("hopper", 0.01), ("walker2d", 0.01), ("reacher2d", 0.1))
-MLP = (("walker2d", 0.01), ("walker2d", 0.1), ("reacher2d", 0.1))      # hopper's embeddings are linear in LaMo itself
-LAPTOP = {     # arms -> cells (family, ratio[, quality])
+MLP = (("walker2d", 0.01), ("walker2d", 0.1), ("reacher2d", 0.1))  # hopper's embeddings are linear in LaMo itself
+LAPTOP = {  # arms -> cells (family, ratio[, quality])
     ("dt", "dt-fair", "random", "iid", "chain", "text", "lamo", "bc", "cql", "iql", "td3bc"): MAIN,
     ("frozen-random", "lora-random"): MLP,
     ("full", "frozen", "shuffled", "early", "wiki"): SMALL,
     ("linear",): (("walker2d", 0.01), ("reacher2d", 0.1)),
     ("lamo", "dt", "random", "wiki", "bc", "cql", "iql", "td3bc"): (("reacher2d", 0.3), ("reacher2d", 1.0)),
-    ("lamo", "dt", "cql"): (("hopper", 0.005), ("hopper", 1.0), ("halfcheetah", 0.01), ("ant", 0.01), ("hopper", 0.01, "medium-replay"), ("hopper", 1.0, "medium-expert")),
-    ("lamo", "text", "dt", "bc", "cql"): (("kitchen", 0.3, "expert"),), ("cql-lr-10", "cql-lr-0.1", "large"): (("kitchen", 0.3, "expert"),),
-    ("dt-lr-10", "dt-wd-10", "cql-lr-10", "cql-lr-0.1"): (("hopper", 0.01),), ("iql-512", "iql-1024"): (("hopper", 1.0),), ("iql",): (("hopper", 1.0),),
+    ("lamo", "dt", "cql"): (
+        ("hopper", 0.005),
+        ("hopper", 1.0),
+        ("halfcheetah", 0.01),
+        ("ant", 0.01),
+        ("hopper", 0.01, "medium-replay"),
+        ("hopper", 1.0, "medium-expert"),
+    ),
+    ("lamo", "text", "dt", "bc", "cql"): (("kitchen", 0.3, "expert"),),
+    ("cql-lr-10", "cql-lr-0.1", "large"): (("kitchen", 0.3, "expert"),),
+    ("dt-lr-10", "dt-wd-10", "cql-lr-10", "cql-lr-0.1"): (("hopper", 0.01),),
+    ("iql-512", "iql-1024"): (("hopper", 1.0),),
+    ("iql",): (("hopper", 1.0),),
     ("dt-long", "dt-fair-long", "random-long", "lamo-long"): (("hopper", 0.01), ("walker2d", 0.01)),
     ("mlp",): (("hopper", 0.01), ("hopper", 0.1)),
     ("drop-best", "lam-1"): (("hopper", 0.01),),
     ("lamo", "dt", "discrete-bc", "discrete-cql"): (("breakout", 1.0),),
 }
-_laptop = {(a, c[0], c[2] if len(c) > 2 else "medium", c[1]) for arms, cells in LAPTOP.items() for a in arms for c in cells}
+_laptop = {
+    (a, c[0], c[2] if len(c) > 2 else "medium", c[1]) for arms, cells in LAPTOP.items() for a in arms for c in cells
+}
+
 
 def grid(arms, cells):
     "Recipes of arms on cells (family, ratio[, quality]); those that a laptop does not run are marked."
     out = [(a, c[0], c[2] if len(c) > 2 else "medium", c[1]) for c in cells for a in arms]
     return [offline_recipe(*x, only=() if x in _laptop else ("paper",)) for x in out]
 
+
 # %% ../../nbs/09b_recipes.lamo.ipynb #7e4523fd
 METHODS = ("lamo", "dt", "wiki", "cql", "iql", "td3bc", "bc")
 DENSE = [(f, r) for f in ("hopper", "halfcheetah", "walker2d") for r in (0.005, 0.01, 0.1, 1.0)]
 KITCHEN = [("kitchen", r, "partial") for r in (0.01, 0.1, 1.0)] + [("kitchen", r, "complete") for r in (0.3, 0.5, 1.0)]
-OWN_KITCHEN = [("kitchen", 0.3, "expert")]      # our script's data, where D4RL's cannot be fetched
+OWN_KITCHEN = [("kitchen", 0.3, "expert")]  # our script's data, where D4RL's cannot be fetched
 REACHER = [("reacher2d", r) for r in (0.1, 0.3, 1.0)]
 ATARI = [(f, r) for f in PICTURES for r in (0.1, 1.0)]
-ABLATED = [("hopper", 0.01), ("halfcheetah", 0.01), ("walker2d", 0.01), ("reacher2d", 0.1), ("kitchen", 0.1, "partial"), ("kitchen", 0.5, "complete")] + [(f, 0.1) for f in PICTURES]
+ABLATED = [
+    ("hopper", 0.01),
+    ("halfcheetah", 0.01),
+    ("walker2d", 0.01),
+    ("reacher2d", 0.1),
+    ("kitchen", 0.1, "partial"),
+    ("kitchen", 0.5, "complete"),
+] + [(f, 0.1) for f in PICTURES]
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #fbb907c8
 _P = "Normalised score (D4RL's references; Atari: a human's), mean of the evaluations in the last part of training, of the best of the return targets; `promptnb render lamo` also writes best checkpoint and every target. "
 _D = "The data are ours: collected from our own policies, not D4RL's. Published numbers belong to D4RL's data."
 _HUB = "weights that only the hub has"
 
+
 def _exhibit(id, title, claim, kind, recipes, protocol="", reported="", **kw):
     recipes = list({r.id: r for r in recipes}.values())
-    return Exhibit(LAMO, id, title, claim, kind, ids_of(recipes), tuple(dict.fromkeys(r.family for r in recipes)), {}, protocol or _P + _D, reported or id, **kw), recipes
+    return Exhibit(
+        LAMO,
+        id,
+        title,
+        claim,
+        kind,
+        ids_of(recipes),
+        tuple(dict.fromkeys(r.family for r in recipes)),
+        {},
+        protocol or _P + _D,
+        reported or id,
+        **kw,
+    ), recipes
+
 
 _made = [
-    _exhibit("arms", "All arms", "ours: what does each ingredient of LaMo bring, beside controls", "scores", grid(("dt", "dt-fair", "random", "iid", "chain", "text", "lamo"), MAIN) + grid(("mlp",), [c for c in MAIN if c[0] == "hopper"]), reported="table3"),
-    _exhibit("share", "Share of the gain over DT that each ingredient brings", "the figure that the paper lacks", "share", grid(("dt", "frozen-random", "lora-random", "random", "chain", "text", "lamo"), MLP)),
-    _exhibit("table1", "Table 1. Sparse rewards", "LaMo is best on average, with all data and with little", "scores", grid(METHODS, REACHER + OWN_KITCHEN + KITCHEN)),
-    _exhibit("table2", "Table 2. Atari", "LaMo is best on average", "scores", grid(("lamo", "dt", "wiki", "discrete-cql", "bcq", "nfq", "discrete-bc"), ATARI)),
-    _exhibit("table3", "Table 3. MuJoCo", "LaMo is best with little data (0.5 to 10 %)", "scores", grid(METHODS, DENSE)),
-    _exhibit("fig1", "Figure 1. Average score by domain", "LaMo is best in every domain", "domains", grid(("lamo", "dt", "wiki", "cql", "bc"), REACHER + OWN_KITCHEN + KITCHEN + DENSE) + grid(("lamo", "dt", "wiki", "discrete-cql", "discrete-bc"), ATARI),
-             keep={k: ("reacher2d", "kitchen", "halfcheetah", "walker2d", "breakout") for k in ("laptop", "smoke")}),      # with Hopper's jobs it would take over an hour
-    _exhibit("fig3", "Figure 3. Score against the share of the data", "LaMo is ahead when data are few", "ratio", grid(("lamo", "cql", "dt"), [("hopper", r) for r in (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)] + [("kitchen", r, "complete") for r in (0.3, 0.5, 0.7, 0.9, 1.0)]) + grid(("lamo", "discrete-cql", "dt"), [("breakout", r) for r in (0.1, 0.2, 0.4, 0.8, 1.0)])),
-    _exhibit("fig4", "Figure 4. MLP against linear embeddings", "MLP embeddings are better", "progress", grid(("lamo", "linear", "dt"), [c for c in ABLATED if c[0] != "hopper"])),
-    _exhibit("fig5", "Figure 5. LoRA, full fine-tuning, frozen", "LoRA is best", "progress", grid(("lamo", "full", "frozen", "dt"), ABLATED)),
-    _exhibit("fig6a", "Figure 6a. What is left of the language model", "the language loss keeps the language ability", "language", grid(("lamo", "text", "lam-1"), [("hopper", 0.01)]) + grid(("lamo", "text"), [("walker2d", 0.01), ("hopper", 1.0), *OWN_KITCHEN, ("kitchen", 0.3, "complete")])),
-    _exhibit("fig6b", "Figure 6b. Control with and without the language loss", "the language loss helps control on sparse tasks", "progress", grid(("lamo", "text", "dt"), [*OWN_KITCHEN, ("reacher2d", 0.1), ("kitchen", 0.1, "partial"), ("kitchen", 0.01, "partial"), ("kitchen", 0.3, "complete")])),
-    _exhibit("fig7", "Figure 7. Quality of pre-training", "better pre-training gives better control", "progress", grid(("lamo", "early", "shuffled", "dt"), ABLATED)),
-    _exhibit("table8", "Table 8. Medium-replay, 1 %", "LaMo is best on average", "scores", grid(("lamo", "dt", "cql", "iql", "td3bc"), [(f, 0.01, "medium-replay") for f in ("hopper", "halfcheetah", "walker2d")])),
-    _exhibit("table9", "Table 9. Medium-expert, all data", "LaMo is level with the others", "scores", grid(METHODS, [(f, 1.0, "medium-expert") for f in ("hopper", "halfcheetah", "walker2d")])),
-    _exhibit("table11", "Table 11. Ant", "LaMo is best with little data", "scores", grid(("lamo", "dt", "wiki", "cql", "iql", "td3bc"), [("ant", r) for r in (0.005, 0.01, 0.1)])),
-    _exhibit("fig9", "Figure 9. CQL over-fits on Kitchen", "CQL peaks early and falls to zero, at any learning rate", "progress", grid(("cql", "cql-lr-10", "cql-lr-0.1"), OWN_KITCHEN + [("kitchen", r, "partial") for r in (0.01, 0.1, 1.0)])),
-    _exhibit("table13", "Table 13. The three best checkpoints, Kitchen", "with the best checkpoints counted, CQL and BC are no longer near 0", "scores", grid(METHODS, OWN_KITCHEN + [("kitchen", 1.0, "partial"), ("kitchen", 1.0, "complete")]), "Mean score of the three best evaluations along training. " + _D),
-    _exhibit("fig10", "Figure 10. Size of the language model", "the larger model is better on some Kitchen sets", "progress", grid(("lamo", "large"), OWN_KITCHEN + [("kitchen", 1.0, "partial"), ("kitchen", 0.3, "complete"), ("kitchen", 0.5, "complete")])),
-    _exhibit("fig11", "Figure 11. Tuning of DT and CQL", "the baselines' settings are good ones", "progress", grid(("dt", "dt-lr-10", "dt-wd-10", "dt-wd-0.1", "cql", "cql-lr-10", "cql-lr-0.1"), [("hopper", 0.01), ("walker2d", 0.01), ("kitchen", 0.3, "complete")])),
-    _exhibit("table14", "Table 14. Parameters", "LaMo trains 3.5M of 128M parameters", "params", grid(("lamo", "wiki", "dt", "cql", "iql", "td3bc"), [("walker2d", 0.01)]), "Counted in the policies that were trained."),
-    _exhibit("fig12", "Figure 12. Width of IQL", "a wider IQL is not better", "progress", grid(("iql", "iql-512", "iql-1024"), [(f, 1.0) for f in ("hopper", "halfcheetah", "walker2d")])),
-    _exhibit("table15", "Table 15. Random frozen weights, sparse", "pre-training matters", "scores", grid(("lamo", "random", "dt"), REACHER + KITCHEN)),
-    _exhibit("table16", "Table 16. Random frozen weights, dense", "pre-training matters", "scores", grid(("lamo", "random", "dt"), DENSE)),
-    _exhibit("texts", "What the trunks have learnt before", "ours: held-out loss of every pre-trained trunk beside the chain's entropy", "texts", grid(("iid", "chain", "lamo", "early", "shuffled"), [("hopper", 0.01)]), "Cross-entropy in nats a token on held-out sequences."),
-    _exhibit("targets", "Every return target", "ours: the score by initial return-to-go", "targets", grid(("dt", "random", "lamo"), MAIN), "Score of each target, mean of the last evaluations."),
-    _exhibit("switches", "Defects of the released code, as switches", "ours: dropping the best trajectory, lambda = 1", "scores", grid(("lamo", "drop-best", "lam-1"), [("hopper", 0.01)]), reported="table3"),
-    _exhibit("longer", "Four times the updates", "ours: is the verdict one of too few updates?", "scores", grid(("dt", "dt-long", "dt-fair", "dt-fair-long", "random", "random-long", "lamo", "lamo-long"), [("hopper", 0.01), ("walker2d", 0.01)]), reported="table3"),
-    _exhibit("gpt2", "LaMo on GPT-2's own weights", "ours: the paper's trunk, where the hub or a cache has it", "scores", grid(("gpt2", "lamo", "random", "dt"), DENSE + REACHER), reported="table3", only=("paper",)),
+    _exhibit(
+        "arms",
+        "All arms",
+        "ours: what does each ingredient of LaMo bring, beside controls",
+        "scores",
+        grid(("dt", "dt-fair", "random", "iid", "chain", "text", "lamo"), MAIN)
+        + grid(("mlp",), [c for c in MAIN if c[0] == "hopper"]),
+        reported="table3",
+    ),
+    _exhibit(
+        "share",
+        "Share of the gain over DT that each ingredient brings",
+        "the figure that the paper lacks",
+        "share",
+        grid(("dt", "frozen-random", "lora-random", "random", "chain", "text", "lamo"), MLP),
+    ),
+    _exhibit(
+        "table1",
+        "Table 1. Sparse rewards",
+        "LaMo is best on average, with all data and with little",
+        "scores",
+        grid(METHODS, REACHER + OWN_KITCHEN + KITCHEN),
+    ),
+    _exhibit(
+        "table2",
+        "Table 2. Atari",
+        "LaMo is best on average",
+        "scores",
+        grid(("lamo", "dt", "wiki", "discrete-cql", "bcq", "nfq", "discrete-bc"), ATARI),
+    ),
+    _exhibit(
+        "table3", "Table 3. MuJoCo", "LaMo is best with little data (0.5 to 10 %)", "scores", grid(METHODS, DENSE)
+    ),
+    _exhibit(
+        "fig1",
+        "Figure 1. Average score by domain",
+        "LaMo is best in every domain",
+        "domains",
+        grid(("lamo", "dt", "wiki", "cql", "bc"), REACHER + OWN_KITCHEN + KITCHEN + DENSE)
+        + grid(("lamo", "dt", "wiki", "discrete-cql", "discrete-bc"), ATARI),
+        keep={k: ("reacher2d", "kitchen", "halfcheetah", "walker2d", "breakout") for k in ("laptop", "smoke")},
+    ),  # with Hopper's jobs it would take over an hour
+    _exhibit(
+        "fig3",
+        "Figure 3. Score against the share of the data",
+        "LaMo is ahead when data are few",
+        "ratio",
+        grid(
+            ("lamo", "cql", "dt"),
+            [("hopper", r) for r in (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)]
+            + [("kitchen", r, "complete") for r in (0.3, 0.5, 0.7, 0.9, 1.0)],
+        )
+        + grid(("lamo", "discrete-cql", "dt"), [("breakout", r) for r in (0.1, 0.2, 0.4, 0.8, 1.0)]),
+    ),
+    _exhibit(
+        "fig4",
+        "Figure 4. MLP against linear embeddings",
+        "MLP embeddings are better",
+        "progress",
+        grid(("lamo", "linear", "dt"), [c for c in ABLATED if c[0] != "hopper"]),
+    ),
+    _exhibit(
+        "fig5",
+        "Figure 5. LoRA, full fine-tuning, frozen",
+        "LoRA is best",
+        "progress",
+        grid(("lamo", "full", "frozen", "dt"), ABLATED),
+    ),
+    _exhibit(
+        "fig6a",
+        "Figure 6a. What is left of the language model",
+        "the language loss keeps the language ability",
+        "language",
+        grid(("lamo", "text", "lam-1"), [("hopper", 0.01)])
+        + grid(("lamo", "text"), [("walker2d", 0.01), ("hopper", 1.0), *OWN_KITCHEN, ("kitchen", 0.3, "complete")]),
+    ),
+    _exhibit(
+        "fig6b",
+        "Figure 6b. Control with and without the language loss",
+        "the language loss helps control on sparse tasks",
+        "progress",
+        grid(
+            ("lamo", "text", "dt"),
+            [
+                *OWN_KITCHEN,
+                ("reacher2d", 0.1),
+                ("kitchen", 0.1, "partial"),
+                ("kitchen", 0.01, "partial"),
+                ("kitchen", 0.3, "complete"),
+            ],
+        ),
+    ),
+    _exhibit(
+        "fig7",
+        "Figure 7. Quality of pre-training",
+        "better pre-training gives better control",
+        "progress",
+        grid(("lamo", "early", "shuffled", "dt"), ABLATED),
+    ),
+    _exhibit(
+        "table8",
+        "Table 8. Medium-replay, 1 %",
+        "LaMo is best on average",
+        "scores",
+        grid(
+            ("lamo", "dt", "cql", "iql", "td3bc"),
+            [(f, 0.01, "medium-replay") for f in ("hopper", "halfcheetah", "walker2d")],
+        ),
+    ),
+    _exhibit(
+        "table9",
+        "Table 9. Medium-expert, all data",
+        "LaMo is level with the others",
+        "scores",
+        grid(METHODS, [(f, 1.0, "medium-expert") for f in ("hopper", "halfcheetah", "walker2d")]),
+    ),
+    _exhibit(
+        "table11",
+        "Table 11. Ant",
+        "LaMo is best with little data",
+        "scores",
+        grid(("lamo", "dt", "wiki", "cql", "iql", "td3bc"), [("ant", r) for r in (0.005, 0.01, 0.1)]),
+    ),
+    _exhibit(
+        "fig9",
+        "Figure 9. CQL over-fits on Kitchen",
+        "CQL peaks early and falls to zero, at any learning rate",
+        "progress",
+        grid(("cql", "cql-lr-10", "cql-lr-0.1"), OWN_KITCHEN + [("kitchen", r, "partial") for r in (0.01, 0.1, 1.0)]),
+    ),
+    _exhibit(
+        "table13",
+        "Table 13. The three best checkpoints, Kitchen",
+        "with the best checkpoints counted, CQL and BC are no longer near 0",
+        "scores",
+        grid(METHODS, OWN_KITCHEN + [("kitchen", 1.0, "partial"), ("kitchen", 1.0, "complete")]),
+        "Mean score of the three best evaluations along training. " + _D,
+    ),
+    _exhibit(
+        "fig10",
+        "Figure 10. Size of the language model",
+        "the larger model is better on some Kitchen sets",
+        "progress",
+        grid(
+            ("lamo", "large"),
+            OWN_KITCHEN + [("kitchen", 1.0, "partial"), ("kitchen", 0.3, "complete"), ("kitchen", 0.5, "complete")],
+        ),
+    ),
+    _exhibit(
+        "fig11",
+        "Figure 11. Tuning of DT and CQL",
+        "the baselines' settings are good ones",
+        "progress",
+        grid(
+            ("dt", "dt-lr-10", "dt-wd-10", "dt-wd-0.1", "cql", "cql-lr-10", "cql-lr-0.1"),
+            [("hopper", 0.01), ("walker2d", 0.01), ("kitchen", 0.3, "complete")],
+        ),
+    ),
+    _exhibit(
+        "table14",
+        "Table 14. Parameters",
+        "LaMo trains 3.5M of 128M parameters",
+        "params",
+        grid(("lamo", "wiki", "dt", "cql", "iql", "td3bc"), [("walker2d", 0.01)]),
+        "Counted in the policies that were trained.",
+    ),
+    _exhibit(
+        "fig12",
+        "Figure 12. Width of IQL",
+        "a wider IQL is not better",
+        "progress",
+        grid(("iql", "iql-512", "iql-1024"), [(f, 1.0) for f in ("hopper", "halfcheetah", "walker2d")]),
+    ),
+    _exhibit(
+        "table15",
+        "Table 15. Random frozen weights, sparse",
+        "pre-training matters",
+        "scores",
+        grid(("lamo", "random", "dt"), REACHER + KITCHEN),
+    ),
+    _exhibit(
+        "table16",
+        "Table 16. Random frozen weights, dense",
+        "pre-training matters",
+        "scores",
+        grid(("lamo", "random", "dt"), DENSE),
+    ),
+    _exhibit(
+        "texts",
+        "What the trunks have learnt before",
+        "ours: held-out loss of every pre-trained trunk beside the chain's entropy",
+        "texts",
+        grid(("iid", "chain", "lamo", "early", "shuffled"), [("hopper", 0.01)]),
+        "Cross-entropy in nats a token on held-out sequences.",
+    ),
+    _exhibit(
+        "targets",
+        "Every return target",
+        "ours: the score by initial return-to-go",
+        "targets",
+        grid(("dt", "random", "lamo"), MAIN),
+        "Score of each target, mean of the last evaluations.",
+    ),
+    _exhibit(
+        "switches",
+        "Defects of the released code, as switches",
+        "ours: dropping the best trajectory, lambda = 1",
+        "scores",
+        grid(("lamo", "drop-best", "lam-1"), [("hopper", 0.01)]),
+        reported="table3",
+    ),
+    _exhibit(
+        "longer",
+        "Four times the updates",
+        "ours: is the verdict one of too few updates?",
+        "scores",
+        grid(
+            ("dt", "dt-long", "dt-fair", "dt-fair-long", "random", "random-long", "lamo", "lamo-long"),
+            [("hopper", 0.01), ("walker2d", 0.01)],
+        ),
+        reported="table3",
+    ),
+    _exhibit(
+        "gpt2",
+        "LaMo on GPT-2's own weights",
+        "ours: the paper's trunk, where the hub or a cache has it",
+        "scores",
+        grid(("gpt2", "lamo", "random", "dt"), DENSE + REACHER),
+        reported="table3",
+        only=("paper",),
+    ),
 ]
 
 # %% ../../nbs/09b_recipes.lamo.ipynb #f14a779e
-EXHIBITS = {(e.paper, e.id): e for e in (*(e for e, _ in _made),
-    Exhibit(LAMO, "table5", "Table 5. Normalisation", "-", "references", protocol="Returns behind a score of 0 and of 100.", families=(), reported="table5"),
-    *(Exhibit(LAMO, i, t, "-", "none", unknown=why) for i, t, why in (
-        ("fig2", "Figure 2. Overview", "a drawing, nothing to compute"), ("fig8", "Figure 8. Pictures of the tasks", "pictures; `promptnb collect --page` draws strips of every family"),
-        ("table4", "Table 4. ImageGPT as trunk", f"ImageGPT: {_HUB}"), ("table6", "Table 6. Hyper-parameters by task", "the recipes themselves: nbs/09b_recipes.lamo.ipynb"), ("table7", "Table 7. Hyper-parameters of all tasks", "the recipes themselves: nbs/09b_recipes.lamo.ipynb"),
-        ("table10", "Table 10. Freeway, Asterix", "no policies of ours play these two, so there are no data"), ("table12", "Table 12. Diffusion-QL", "Diffusion-QL is not built here; LaMo's half is Table 3's"))))}
+EXHIBITS = {
+    (e.paper, e.id): e
+    for e in (
+        *(e for e, _ in _made),
+        Exhibit(
+            LAMO,
+            "table5",
+            "Table 5. Normalisation",
+            "-",
+            "references",
+            protocol="Returns behind a score of 0 and of 100.",
+            families=(),
+            reported="table5",
+        ),
+        *(
+            Exhibit(LAMO, i, t, "-", "none", unknown=why)
+            for i, t, why in (
+                ("fig2", "Figure 2. Overview", "a drawing, nothing to compute"),
+                (
+                    "fig8",
+                    "Figure 8. Pictures of the tasks",
+                    "pictures; `promptnb collect --page` draws strips of every family",
+                ),
+                ("table4", "Table 4. ImageGPT as trunk", f"ImageGPT: {_HUB}"),
+                ("table6", "Table 6. Hyper-parameters by task", "the recipes themselves: nbs/09b_recipes.lamo.ipynb"),
+                (
+                    "table7",
+                    "Table 7. Hyper-parameters of all tasks",
+                    "the recipes themselves: nbs/09b_recipes.lamo.ipynb",
+                ),
+                ("table10", "Table 10. Freeway, Asterix", "no policies of ours play these two, so there are no data"),
+                ("table12", "Table 12. Diffusion-QL", "Diffusion-QL is not built here; LaMo's half is Table 3's"),
+            )
+        ),
+    )
+}
 RECIPES = registered(*(rs for _, rs in _made))
-PAPERS = {LAMO: "LaMo: Unleashing the Power of Pre-trained Language Models for Offline Reinforcement Learning (2310.20587)"}
+PAPERS = {
+    LAMO: "LaMo: Unleashing the Power of Pre-trained Language Models for Offline Reinforcement Learning (2310.20587)"
+}

@@ -4,154 +4,381 @@
 
 # %% ../../nbs/09a_recipes.prompts.ipynb #e6b51c31
 from __future__ import annotations
+
 from dataclasses import replace
 
 from . import Exhibit, Pretrain, Recipe, Tune, ids_of, registered
 
 # %% auto #0
-__all__ = ['PTDT', 'TABLE_FAMILIES', 'SEARCH', 'PD', 'PD_FAMILIES', 'QUALITIES', 'RECIPES', 'EXHIBITS', 'PAPERS', 'pretrains',
-           'search', 'table1_recipes', 'control_recipes', 'ablation', 'pdt', 'quantity_recipes', 'quality_recipes',
-           'pd_recipe', 'diffuse', 'pd_table1', 'pd_table2', 'pd_table3', 'pd_init', 'pd_guidance', 'pd_sweep',
-           'pd_lengths', 'pd_windows', 'pd_controls', 'plain_method']
+__all__ = [
+    "PTDT",
+    "TABLE_FAMILIES",
+    "SEARCH",
+    "PD",
+    "PD_FAMILIES",
+    "QUALITIES",
+    "RECIPES",
+    "EXHIBITS",
+    "PAPERS",
+    "pretrains",
+    "search",
+    "table1_recipes",
+    "control_recipes",
+    "ablation",
+    "pdt",
+    "quantity_recipes",
+    "quality_recipes",
+    "pd_recipe",
+    "diffuse",
+    "pd_table1",
+    "pd_table2",
+    "pd_table3",
+    "pd_init",
+    "pd_guidance",
+    "pd_sweep",
+    "pd_lengths",
+    "pd_windows",
+    "pd_controls",
+    "plain_method",
+]
 
 # %% ../../nbs/09a_recipes.prompts.ipynb #fa2fff65
 PTDT = "prompt_tuning_dt"
 TABLE_FAMILIES = ("cheetah-dir", "cheetah-vel", "ant-dir")
 SEARCH = dict(steps=100, m=15, mu=0.1, eta=0.5, momentum=0.5, batches=2)
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #997fc12f
 def pretrains(family, **kw):
     "The three policies that the table's methods start from."
-    return {"prompt-dt": Pretrain(family, "prompt-dt", **kw), "mt-orl": Pretrain(family, "mt-orl", prompt=False, H=0, **kw),
-            "mt-bc": Pretrain(family, "mt-bc", prompt=False, use_rtg=False, H=0, **kw)}
+    return {
+        "prompt-dt": Pretrain(family, "prompt-dt", **kw),
+        "mt-orl": Pretrain(family, "mt-orl", prompt=False, H=0, **kw),
+        "mt-bc": Pretrain(family, "mt-bc", prompt=False, use_rtg=False, H=0, **kw),
+    }
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #e7e232e4
 def search(tuner, **kw):
     "Tune by a search over the prompt: hyper-parameters of all searches, and this one's own."
     demos = {k: kw.pop(k) for k in list(kw) if k in ("prompt_quality", "demo_quality")}
     hyper = {k: v for k, v in SEARCH.items() if tuner in ("ranking", "es") or k not in ("eta", "momentum")}
     return Tune(tuner, tuple({**hyper, **kw}.items()), **demos)
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #7b8b7360
 def table1_recipes(family):
     "Rows of Prompt-Tuning DT's Table 1, on one family."
-    p = pretrains(family); R = lambda key, method, policy="prompt-dt", tune=Tune(): Recipe(PTDT, family, method, key, p[policy], tune)
-    gradient = lambda t, **kw: Tune(t, tuple(dict(dict(steps=100), **kw).items()))
+    p = pretrains(family)
+
+    def R(key, method, policy="prompt-dt", tune=Tune()):
+        return Recipe(PTDT, family, method, key, p[policy], tune)
+
+    def gradient(t, **kw):
+        return Tune(t, tuple(dict(dict(steps=100), **kw).items()))
+
     return [
-        R("mt-orl", "MT-ORL", "mt-orl"), R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full", lr=1e-4)),
-        R("pdt", "Prompt-DT, expert prompt"), R("pdt-random", "Prompt-DT, random prompt", tune=Tune(prompt_quality="random")),
-        R("full", "Prompt-DT-FT", tune=gradient("full", lr=1e-4)), R("soft", "Soft Prompt", tune=gradient("soft", lr=1e-2)), R("adapter", "Adaptor", tune=gradient("adapter", lr=1e-3)),
+        R("mt-orl", "MT-ORL", "mt-orl"),
+        R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full", lr=1e-4)),
+        R("pdt", "Prompt-DT, expert prompt"),
+        R("pdt-random", "Prompt-DT, random prompt", tune=Tune(prompt_quality="random")),
+        R("full", "Prompt-DT-FT", tune=gradient("full", lr=1e-4)),
+        R("soft", "Soft Prompt", tune=gradient("soft", lr=1e-2)),
+        R("adapter", "Adaptor", tune=gradient("adapter", lr=1e-3)),
         R("lora", "LoRA", tune=gradient("lora", lr=1e-3)),
-        R("ranking", "PTDT-offline, expert prompt", tune=search("ranking")), R("ranking-random", "PTDT-offline, random prompt", tune=search("ranking", prompt_quality="random")),
+        R("ranking", "PTDT-offline, expert prompt", tune=search("ranking")),
+        R("ranking-random", "PTDT-offline, random prompt", tune=search("ranking", prompt_quality="random")),
         R("online", "PTDT-online, expert prompt", tune=search("ranking", online=True)),
     ]
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #bd871928
 def control_recipes(family):
     "What the papers left out, beside PTDT-offline: does the ranking itself add anything?"
-    p = pretrains(family)["prompt-dt"]; R = lambda key, method, tune: Recipe(PTDT, family, method, key, p, tune)
+    p = pretrains(family)["prompt-dt"]
+
+    def R(key, method, tune):
+        return Recipe(PTDT, family, method, key, p, tune)
+
     return [
-        R("hill", "Hill climbing (control)", search("hill")), R("es", "Evolution strategy (control)", search("es")),
-        R("gradient", "Gradient on the prompt (control)", Tune("gradient", (("steps", 100), ("lr", 1e-2)))), R("resample", "Re-sampled prompts (control)", search("resample")),
+        R("hill", "Hill climbing (control)", search("hill")),
+        R("es", "Evolution strategy (control)", search("es")),
+        R("gradient", "Gradient on the prompt (control)", Tune("gradient", (("steps", 100), ("lr", 1e-2)))),
+        R("resample", "Re-sampled prompts (control)", search("resample")),
     ]
+
 
 # %% ../../nbs/09a_recipes.prompts.ipynb #29223909
 def ablation(family, name, values, base=search):
     "PTDT-offline with one hyper-parameter varied."
     p = pretrains(family)["prompt-dt"]
-    return [Recipe(PTDT, family, f"{name} = {v}", f"ranking-{name}-{v}", p, base("ranking", **{name: v})) for v in values]
+    return [
+        Recipe(PTDT, family, f"{name} = {v}", f"ranking-{name}-{v}", p, base("ranking", **{name: v})) for v in values
+    ]
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #a7ef4844
 def pdt(family, key, method, **kw):
     "Prompt-DT without tuning; the plain one is the main table's."
     tune = Tune(prompt_quality=kw.pop("prompt_quality", "expert"))
     same = [r for r in table1_recipes(family) if r.pretrain == Pretrain(family, **kw) and r.tune == tune]
     return same[0] if same else Recipe(PTDT, family, method, key, Pretrain(family, **kw), tune)
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #8a445189
 def quantity_recipes(family):
     "Prompt-DT's Table 1, K* = J x H: {label: recipe}."
-    return {f"K* = {J * H} (J={J}, H={H})": pdt(family, f"pdt-{J}x{H}", f"Prompt-DT, {J} x {H} prompt", J=J, H=H) for J, H in ((1, 2), (1, 5), (1, 10), (2, 20))}
+    return {
+        f"K* = {J * H} (J={J}, H={H})": pdt(family, f"pdt-{J}x{H}", f"Prompt-DT, {J} x {H} prompt", J=J, H=H)
+        for J, H in ((1, 2), (1, 5), (1, 10), (2, 20))
+    }
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #606275ed
 def quality_recipes(family="cheetah-vel", qualities=("expert", "medium", "random")):
     "Prompt-DT's Figure 3, quality of the training data x quality of the prompt: {label: recipe}."
-    return {f"{d} data, {q} prompt": pdt(family, f"pdt-{d}-data-{q}-prompt", f"Prompt-DT, {d} data, {q} prompt", quality=d, prompt_quality=q) for d in qualities for q in qualities}
+    return {
+        f"{d} data, {q} prompt": pdt(
+            family, f"pdt-{d}-data-{q}-prompt", f"Prompt-DT, {d} data, {q} prompt", quality=d, prompt_quality=q
+        )
+        for d in qualities
+        for q in qualities
+    }
+
 
 # %% ../../nbs/09a_recipes.prompts.ipynb #8cebe4e6
 PD = "prompt_diffuser"
 PD_FAMILIES = TABLE_FAMILIES
 QUALITIES = ("expert", "medium", "random")
 
-def pd_recipe(family, key, method, tune=Tune(), **kw): return Recipe(PD, family, method, key, Pretrain(family, layers=4, width=512, **kw), tune)
 
+def pd_recipe(family, key, method, tune=Tune(), **kw):
+    return Recipe(PD, family, method, key, Pretrain(family, layers=4, width=512, **kw), tune)
+
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #06eb7e16
 def diffuse(tuner="diffuser", **kw):
     "Tune by a diffuser: the main recipe's hyper-parameters, some of them changed."
     demos = {k: kw.pop(k) for k in list(kw) if k in ("prompt_quality", "demo_quality", "prompt_from")}
-    return Tune(tuner, tuple(dict(dict(steps=400, prepare_steps=4000, N=10, schedule="vp", lam=1.0, guidance="always"), **kw).items()), **demos)
+    return Tune(
+        tuner,
+        tuple(dict(dict(steps=400, prepare_steps=4000, N=10, schedule="vp", lam=1.0, guidance="always"), **kw).items()),
+        **demos,
+    )
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #04fdf45e
 def pd_table1(family):
     "Rows of Prompt Diffuser's Table 1, on one family."
-    R = lambda key, method, tune=Tune(): pd_recipe(family, key, method, tune)
-    gradient = lambda t, lr, steps=100, **kw: Tune(t, (("steps", steps), ("lr", lr)), **kw)
-    return [R("pdt", "Prompt-DT"), R("full", "Prompt-DT-FT", gradient("full", 1e-4)), R("soft", "Soft Prompt", gradient("soft", 1e-2)), R("adapter", "Adaptor", gradient("adapter", 1e-3)),
-            R("ranking", "Prompt-Tuning DT", search("ranking")), R("diffuser", "Prompt Diffuser", diffuse()), R("full-data", "Full data (upper bound)", gradient("full", 1e-4, 1000, demos=0))]
 
+    def R(key, method, tune=Tune()):
+        return pd_recipe(family, key, method, tune)
+
+    def gradient(t, lr, steps=100, **kw):
+        return Tune(t, (("steps", steps), ("lr", lr)), **kw)
+
+    return [
+        R("pdt", "Prompt-DT"),
+        R("full", "Prompt-DT-FT", gradient("full", 1e-4)),
+        R("soft", "Soft Prompt", gradient("soft", 1e-2)),
+        R("adapter", "Adaptor", gradient("adapter", 1e-3)),
+        R("ranking", "Prompt-Tuning DT", search("ranking")),
+        R("diffuser", "Prompt Diffuser", diffuse()),
+        R("full-data", "Full data (upper bound)", gradient("full", 1e-4, 1000, demos=0)),
+    ]
+
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #42611db7
 def pd_table2(family="cheetah-vel"):
     "Initial prompt x tuning data (assumed: of the few-shot demonstrations), with the untuned policy on top."
-    out = [pd_recipe(family, "pdt" if q == "expert" else f"pdt-{q}", f"Prompt-DT, no data, {q} prompt", Tune(prompt_quality=q)) for q in QUALITIES]
-    for tuner, name, make in (("ranking", "Prompt-Tuning DT", lambda **kw: search("ranking", **kw)), ("diffuser", "Prompt Diffuser", diffuse)):
-        out += [pd_recipe(family, tuner if d == q == "expert" else f"{tuner}-{d}-data-{q}-prompt", f"{name}, {d} data, {q} prompt", make(demo_quality=d, prompt_quality=q)) for d in QUALITIES for q in QUALITIES]
+    out = [
+        pd_recipe(
+            family, "pdt" if q == "expert" else f"pdt-{q}", f"Prompt-DT, no data, {q} prompt", Tune(prompt_quality=q)
+        )
+        for q in QUALITIES
+    ]
+    for tuner, name, make in (
+        ("ranking", "Prompt-Tuning DT", lambda **kw: search("ranking", **kw)),
+        ("diffuser", "Prompt Diffuser", diffuse),
+    ):
+        out += [
+            pd_recipe(
+                family,
+                tuner if d == q == "expert" else f"{tuner}-{d}-data-{q}-prompt",
+                f"{name}, {d} data, {q} prompt",
+                make(demo_quality=d, prompt_quality=q),
+            )
+            for d in QUALITIES
+            for q in QUALITIES
+        ]
     return out
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #fab81a88
 def pd_table3(family="ant-dir-ood"):
     "Ant-dir-OOD. Zero-shot: nothing of the test tasks is seen; the diffuser's condition is the train tasks' mean."
-    R = lambda key, method, tune: pd_recipe(family, key, method, tune)
-    zero = [R("pdt-zero", "Prompt-DT, zero-shot", Tune(prompt_from="train")), R("diffuser-zero", "Prompt Diffuser, zero-shot", diffuse(steps=0, condition="train", prompt_from="train")),
-            R("direct-zero", "No diffusion (control), zero-shot", diffuse("direct", steps=0, condition="train", prompt_from="train"))]
+
+    def R(key, method, tune):
+        return pd_recipe(family, key, method, tune)
+
+    zero = [
+        R("pdt-zero", "Prompt-DT, zero-shot", Tune(prompt_from="train")),
+        R("diffuser-zero", "Prompt Diffuser, zero-shot", diffuse(steps=0, condition="train", prompt_from="train")),
+        R(
+            "direct-zero",
+            "No diffusion (control), zero-shot",
+            diffuse("direct", steps=0, condition="train", prompt_from="train"),
+        ),
+    ]
     return zero + [replace(r, method=f"{r.method}, few-shot") for r in pd_table1(family) if r.key != "full-data"]
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #83c47d0e
 def pd_init(family="cheetah-vel"):
     "Every tuner from every initial prompt."
-    soft = lambda q: Tune("soft", (("steps", 100), ("lr", 1e-2)), prompt_quality=q)
-    return [r for r in pd_table2(family) if "no data" in r.method or "expert data" in r.method] + [pd_recipe(family, "soft" if q == "expert" else f"soft-{q}", f"Soft Prompt, expert data, {q} prompt", soft(q)) for q in QUALITIES]
 
+    def soft(q):
+        return Tune("soft", (("steps", 100), ("lr", 1e-2)), prompt_quality=q)
+
+    return [r for r in pd_table2(family) if "no data" in r.method or "expert data" in r.method] + [
+        pd_recipe(family, "soft" if q == "expert" else f"soft-{q}", f"Soft Prompt, expert data, {q} prompt", soft(q))
+        for q in QUALITIES
+    ]
+
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #85e848bf
 def pd_guidance(family):
     "Figure 3: how the two gradients are joined."
     names = dict(dm="DM only", dt="DT only", sum="sum", conflict="projection, on conflict only", always="projection")
-    return [pd_recipe(family, "diffuser" if g == "always" else f"diffuser-{g}", n, diffuse(guidance=g)) for g, n in names.items()]
+    return [
+        pd_recipe(family, "diffuser" if g == "always" else f"diffuser-{g}", n, diffuse(guidance=g))
+        for g, n in names.items()
+    ]
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #515c1df5
 def pd_sweep(name, values, family="cheetah-vel"):
-    return {f"{name} = {v}": pd_recipe(family, "diffuser" if v == dict(diffuse().hyper)[name] else f"diffuser-{name}-{v}", f"{name} = {v}", diffuse(**{name: v})) for v in values}
+    return {
+        f"{name} = {v}": pd_recipe(
+            family,
+            "diffuser" if v == dict(diffuse().hyper)[name] else f"diffuser-{name}-{v}",
+            f"{name} = {v}",
+            diffuse(**{name: v}),
+        )
+        for v in values
+    }
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #29db5fe3
 def pd_lengths(family="cheetah-vel", lengths=(2, 5, 10)):
     "The policy is pre-trained for each length of prompt."
-    own = lambda key, H: key if H == 5 else f"{key}-H{H}"
-    return {f"{name}, K* = {H}": pd_recipe(family, own(key, H), name, tune, **({} if H == 5 else dict(H=H))) for key, name, tune in (("pdt", "Prompt-DT", Tune()), ("diffuser", "Prompt Diffuser", diffuse())) for H in lengths}
 
+    def own(key, H):
+        return key if H == 5 else f"{key}-H{H}"
+
+    return {
+        f"{name}, K* = {H}": pd_recipe(family, own(key, H), name, tune, **({} if H == 5 else dict(H=H)))
+        for key, name, tune in (("pdt", "Prompt-DT", Tune()), ("diffuser", "Prompt Diffuser", diffuse()))
+        for H in lengths
+    }
+
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #4a92263a
 def pd_windows(family, lengths=(5, 20)):
     "Both tuners that follow the action error, by the length of the demonstrations' windows (released code of Prompt-Tuning DT: K* = 5)."
-    return {f"{name}, windows of {K} steps": pd_recipe(family, key if K == Tune().demo_K else f"{key}-window-{K}", name, replace(tune, demo_K=K)) for key, name, tune in (("ranking", "Prompt-Tuning DT", search("ranking")), ("diffuser", "Prompt Diffuser", diffuse())) for K in lengths}
+    return {
+        f"{name}, windows of {K} steps": pd_recipe(
+            family, key if K == Tune().demo_K else f"{key}-window-{K}", name, replace(tune, demo_K=K)
+        )
+        for key, name, tune in (
+            ("ranking", "Prompt-Tuning DT", search("ranking")),
+            ("diffuser", "Prompt Diffuser", diffuse()),
+        )
+        for K in lengths
+    }
 
+
+# %% ../../nbs/09a_recipes.prompts.ipynb #3c8f3124
 def pd_controls(family):
     "What the paper lacks: is it the diffusion, the parameters, the train tasks' data?"
-    R = lambda key, method, **kw: pd_recipe(family, key, method, diffuse(**kw))
-    return [R("noise", "Pure noise (control)", source="noise"), R("untrained", "Untrained diffuser (control)", source="untrained"), R("prepared-only", "Prepared, not adapted", steps=0), R("adapted-only", "Adapted, not prepared", prepare_steps=0),
-            R("direct", "No diffusion, as many parameters (control)", tuner="direct"), R("best-of-8", "Best of 8 by demonstrations", candidates=8, keep="demos")]
+
+    def R(key, method, **kw):
+        return pd_recipe(family, key, method, diffuse(**kw))
+
+    return [
+        R("noise", "Pure noise (control)", source="noise"),
+        R("untrained", "Untrained diffuser (control)", source="untrained"),
+        R("prepared-only", "Prepared, not adapted", steps=0),
+        R("adapted-only", "Adapted, not prepared", prepare_steps=0),
+        R("direct", "No diffusion, as many parameters (control)", tuner="direct"),
+        R("best-of-8", "Best of 8 by demonstrations", candidates=8, keep="demos"),
+    ]
+
 
 # %% ../../nbs/09a_recipes.prompts.ipynb #f4d99436
 _main = {f: table1_recipes(f) for f in TABLE_FAMILIES}
-_mw = {"ml1-pick-place": [r for r in table1_recipes("ml1-pick-place") if r.key != "online"], "ml1-reach": [r for r in table1_recipes("ml1-reach") if r.key in ("pdt", "mt-orl", "mt-bc-ft")]}
+_mw = {
+    "ml1-pick-place": [r for r in table1_recipes("ml1-pick-place") if r.key != "online"],
+    "ml1-reach": [r for r in table1_recipes("ml1-reach") if r.key in ("pdt", "mt-orl", "mt-bc-ft")],
+}
 _controls = {f: control_recipes(f) for f in TABLE_FAMILIES}
 _ood = [r for r in table1_recipes("ant-dir-ood") if r.key in ("mt-orl", "mt-bc-ft", "pdt")]
-_m, _mu, _init = ablation("cheetah-vel", "m", (5, 10, 30)), ablation("cheetah-vel", "mu", (0.01, 0.03, 0.3, 1.0)), [r for r in _main["cheetah-vel"] if r.key in ("pdt", "pdt-random", "ranking", "ranking-random")]
-_init += [quality_recipes()["expert data, medium prompt"],
-          Recipe(PTDT, "cheetah-vel", "PTDT-offline, medium prompt", "ranking-medium", Pretrain("cheetah-vel"), search("ranking", prompt_quality="medium"))]
+_m, _mu, _init = (
+    ablation("cheetah-vel", "m", (5, 10, 30)),
+    ablation("cheetah-vel", "mu", (0.01, 0.03, 0.3, 1.0)),
+    [r for r in _main["cheetah-vel"] if r.key in ("pdt", "pdt-random", "ranking", "ranking-random")],
+)
+_init += [
+    quality_recipes()["expert data, medium prompt"],
+    Recipe(
+        PTDT,
+        "cheetah-vel",
+        "PTDT-offline, medium prompt",
+        "ranking-medium",
+        Pretrain("cheetah-vel"),
+        search("ranking", prompt_quality="medium"),
+    ),
+]
 _quantity = {f: quantity_recipes(f) for f in TABLE_FAMILIES}
 _quality = quality_recipes()
+
+
 def plain_method(r):
     "The same recipe under its main table's label, so that a run shared by several exhibits is one record."
     main = {x.id: x for x in _pd_main}
     return replace(r, method=main[r.id].method) if r.id in main else r
 
+
 _pd_main = [r for f in (*PD_FAMILIES, "ml1-pick-place") for r in pd_table1(f)]
-_pd = dict(table2=pd_table2(), table3=pd_table3(), fig2b=pd_init(), fig3=[r for f in PD_FAMILIES for r in pd_guidance(f)], sweep_N=[*pd_sweep("N", (5, 10, 20, 50)).values()], sweep_lam=[*pd_sweep("lam", (0.1, 1.0, 10.0)).values()],
-           sweep_schedule=[*pd_sweep("schedule", ("vp", "linear", "cosine")).values()], sweep_length=[*pd_lengths().values()], sweep_window=[r for f in ("cheetah-vel", "ant-dir") for r in pd_windows(f).values()], controls=[r for f in ("cheetah-dir", "cheetah-vel") for r in pd_controls(f)])
-_pd_labels = {k: {r.id: r.method for r in rs} for k, rs in _pd.items()} | dict(sweep_length={r.id: k for k, r in pd_lengths().items()}, sweep_window={r.id: k for f in ("cheetah-vel", "ant-dir") for k, r in pd_windows(f).items()})
-RECIPES = registered(*_main.values(), *_mw.values(), *_controls.values(), _ood, _m, _mu, _init, *(q.values() for q in _quantity.values()), _quality.values(), _pd_main, *([plain_method(r) for r in rs] for rs in _pd.values()))
+_pd = dict(
+    table2=pd_table2(),
+    table3=pd_table3(),
+    fig2b=pd_init(),
+    fig3=[r for f in PD_FAMILIES for r in pd_guidance(f)],
+    sweep_N=[*pd_sweep("N", (5, 10, 20, 50)).values()],
+    sweep_lam=[*pd_sweep("lam", (0.1, 1.0, 10.0)).values()],
+    sweep_schedule=[*pd_sweep("schedule", ("vp", "linear", "cosine")).values()],
+    sweep_length=[*pd_lengths().values()],
+    sweep_window=[r for f in ("cheetah-vel", "ant-dir") for r in pd_windows(f).values()],
+    controls=[r for f in ("cheetah-dir", "cheetah-vel") for r in pd_controls(f)],
+)
+_pd_labels = {k: {r.id: r.method for r in rs} for k, rs in _pd.items()} | dict(
+    sweep_length={r.id: k for k, r in pd_lengths().items()},
+    sweep_window={r.id: k for f in ("cheetah-vel", "ant-dir") for k, r in pd_windows(f).items()},
+)
+RECIPES = registered(
+    *_main.values(),
+    *_mw.values(),
+    *_controls.values(),
+    _ood,
+    _m,
+    _mu,
+    _init,
+    *(q.values() for q in _quantity.values()),
+    _quality.values(),
+    _pd_main,
+    *([plain_method(r) for r in rs] for rs in _pd.values()),
+)
 
 # %% ../../nbs/09a_recipes.prompts.ipynb #a68f2410
 _all = [r for f in TABLE_FAMILIES for r in _main[f]]
@@ -160,56 +387,381 @@ _P = "Return of the last policy on the test tasks, mean over tasks, then over se
 _curves = [r for r in _all if r.key in ("pdt", "mt-orl", "mt-bc-ft")]
 _UNSEEN = "the paper's full text could not be had; its subject is not known"
 
-EXHIBITS = {(e.paper, e.id): e for e in (
-    Exhibit(PTDT, "table1", "Table 1. Tuners on unseen tasks", "PTDT-offline beats Prompt-DT and the other tuners; with a random initial prompt it beats Prompt-DT with an expert prompt except on Cheetah-vel", "table",
-            ids_of(_all), TABLE_FAMILIES, {}, _P + "The published Meta-World column is an exhibit of its own, table1_mw, as it needs the metaworld extra.", "table1"),
-    Exhibit(PTDT, "fig3", "Figure 3. Sample efficiency", "the score rises with tuning steps; on Ant-dir it drops", "curves",
-            ids_of(r for r in _all if r.key in ("full", "soft", "adapter", "lora", "ranking", "ranking-random")), TABLE_FAMILIES, {}, "Action error on a fixed batch of demonstrations of the test tasks, against tuning updates."),
-    Exhibit(PTDT, "controls", "Controls that the papers left out", "ours: hill climbing, value-based evolution strategy, gradient on the prompt and re-sampling, with the same number of queries", "table",
-            ids_of([r for f in TABLE_FAMILIES for r in _main[f] if r.key in ("pdt", "ranking")] + [r for f in TABLE_FAMILIES for r in _controls[f]]), TABLE_FAMILIES, {}, _P),
-    Exhibit(PTDT, "fig5", "Figure 5. The tuning process", "tuning lowers the action error on every test task", "process", ids_of(_own), ("cheetah-vel",), {}, "Action error per test task along PTDT-offline."),
-    Exhibit(PTDT, "ablation_m", "Ablation: queries m", "not in the public text", "bars", ids_of(_m + _own), ("cheetah-vel",), {}, _P),
-    Exhibit(PTDT, "ablation_mu", "Ablation: perturbation mu", "not in the public text", "bars", ids_of(_mu + _own), ("cheetah-vel",), {}, _P),
-    Exhibit(PTDT, "ablation_init", "Ablation: initial prompt", "tuning repairs a bad initial prompt", "bars", ids_of(_init), ("cheetah-vel",), {}, _P),
-    Exhibit(PTDT, "pdt_table1", "Prompt-DT Table 1. Prompt quantity", "the length of the prompt hardly matters", "table", ids_of(r for q in _quantity.values() for r in q.values()), TABLE_FAMILIES,
-            {r.id: k for q in _quantity.values() for k, r in q.items()}, _P, "pdt_table1"),
-    Exhibit(PTDT, "pdt_fig2", "Prompt-DT Figure 2. Return against training", "Prompt-DT beats the baselines without a prompt", "pretraining", ids_of(_curves), TABLE_FAMILIES, {}, "Return on the test tasks along pre-training.", "pdt_fig2"),
-    Exhibit(PTDT, "pdt_fig2_mw", "Prompt-DT Figure 2, Meta-World", "Prompt-DT beats the baselines without a prompt", "pretraining", ids_of(r for f in _mw for r in _mw[f] if r.key in ("pdt", "mt-orl", "mt-bc-ft")), tuple(_mw), {},
-            "Return on the test tasks along pre-training. The paper's panel is reach; its released data and code are of pick-place.", "pdt_fig2"),
-    Exhibit(PTDT, "table1_mw", "Table 1, Meta-World column", "PTDT-offline beats Prompt-DT and the other tuners", "table", ids_of(_mw["ml1-pick-place"]), ("ml1-pick-place",), {},
-            _P + "The column is headed reach-v2, but its returns, its split of 45 tasks and the released scripts are those of ML1 pick-place.", "table1_mw"),
-    Exhibit(PTDT, "pdt_fig3", "Prompt-DT Figure 3. Prompt quality x data quality", "good data with a medium prompt still works; a random prompt does not", "quality", ids_of(_quality.values()), ("cheetah-vel",),
-            {r.id: k for k, r in _quality.items()}, _P, "pdt_fig3"),
-    Exhibit(PTDT, "pdt_fig4", "Prompt-DT Figure 4. Ant-dir-OOD", "prompts help out of the training range too (in the shipped goals only one of three test tasks is out of it)", "table", ids_of(_ood), ("ant-dir-ood",), {}, _P, "pdt_fig4"),
-    Exhibit(PTDT, "fig1", "Figure 1. Overview", "-", "none", unknown="a drawing, nothing to compute"),
-    Exhibit(PTDT, "fig2", "Figure 2", "-", "none", unknown=_UNSEEN), Exhibit(PTDT, "fig4", "Figure 4", "-", "none", unknown=_UNSEEN),
-    Exhibit(PD, "table1", "Table 1. Tuners on unseen tasks", "Prompt Diffuser beats every other tuner on every task", "table", ids_of(r for r in _pd_main if r.family in PD_FAMILIES), PD_FAMILIES, {},
-            _P + "Full data: all collected trajectories of the test tasks, ten times the updates (assumed: the paper's upper bound is not described).", "table1"),
-    Exhibit(PD, "table1_mw", "Table 1, Meta-World column", "Prompt Diffuser beats every other tuner, here by most", "table", ids_of(r for r in _pd_main if r.family == "ml1-pick-place"), ("ml1-pick-place",), {},
-            _P + "The column is headed reach-v2, but its returns and its 45 tasks are those of ML1 pick-place.", "table1_mw"),
-    Exhibit(PD, "table2", "Table 2. Quality of the initial prompt x quality of the tuning data, Cheetah-vel", "Prompt Diffuser hardly depends on either", "grid", ids_of(_pd["table2"]), ("cheetah-vel",), _pd_labels["table2"],
-            _P + "Data: the few-shot demonstrations (assumed); the policy is pre-trained on expert data.", "table2"),
-    Exhibit(PD, "table3", "Table 3. Ant-dir-OOD", "Prompt Diffuser works zero-shot, where the baselines fail, and is best few-shot", "table", ids_of(_pd["table3"]), ("ant-dir-ood",), _pd_labels["table3"],
-            _P + "Zero-shot, nothing of the test tasks is seen: Prompt-DT's prompt is cut from a train task, the diffuser's condition is the train tasks' mean (the paper says neither). Only one of the three test goals lies outside the train range.", "table3"),
-    Exhibit(PD, "fig2b", "Figure 2b. Methods under different initial prompts, Cheetah-vel", "tuned prompts depend on where they start, generated ones do not", "bars", ids_of(_pd["fig2b"]), ("cheetah-vel",), _pd_labels["fig2b"], _P),
-    Exhibit(PD, "fig3", "Figure 3. Guidance", "the projected update is best everywhere", "relative", ids_of(_pd["fig3"]), PD_FAMILIES, _pd_labels["fig3"], "Return minus that of the diffuser trained by L_DM alone, paired by seed and task."),
-    Exhibit(PD, "fig4", "Figure 4. Reverse process of a 5-step prompt", "noise becomes a demonstration-like prompt", "chain", ids_of(r for r in _pd_main if r.key == "diffuser" and r.family == "cheetah-vel"), ("cheetah-vel",), {}, "First test task, first seed."),
-    Exhibit(PD, "fig5", "Figure 5. t-SNE of prompts, Ant-dir-OOD", "generated prompts lie where the tasks' demonstrations lie", "tsne", ids_of(r for r in _pd["table3"] if r.key in ("diffuser", "diffuser-zero")), ("ant-dir-ood",), _pd_labels["table3"], "Prompts written for each test task beside demonstrated ones."),
-    Exhibit(PD, "controls", "Controls that the paper lacks", "ours: what do the chain, the parameters and the train tasks' data each bring?", "table",
-            ids_of([r for r in _pd_main if r.family in ("cheetah-dir", "cheetah-vel") and r.key in ("pdt", "ranking", "diffuser")] + _pd["controls"]), ("cheetah-dir", "cheetah-vel"), {}, _P),
-    Exhibit(PD, "sweep_length", "Sweep: length of the prompt", "ours", "bars", ids_of(_pd["sweep_length"]), ("cheetah-vel",), _pd_labels["sweep_length"], _P),
-    Exhibit(PD, "sweep_lam", "Sweep: weight lambda of L_DT", "ours", "bars", ids_of(_pd["sweep_lam"]), ("cheetah-vel",), _pd_labels["sweep_lam"], _P),
-    Exhibit(PD, "sweep_N", "Sweep: steps N of the chain", "ours", "bars", ids_of(_pd["sweep_N"]), ("cheetah-vel",), _pd_labels["sweep_N"], _P),
-    Exhibit(PD, "sweep_schedule", "Sweep: noise schedule", "ours", "bars", ids_of(_pd["sweep_schedule"]), ("cheetah-vel",), _pd_labels["sweep_schedule"], _P),
-    Exhibit(PD, "sweep_window", "Sweep: windows of the demonstrations", "ours: does an error over shorter windows, which tell less of the task, guide better?", "bars", ids_of(_pd["sweep_window"]), ("cheetah-vel", "ant-dir"), _pd_labels["sweep_window"], _P),
-    Exhibit(PD, "diversity", "Diversity of generated prompts", "ours", "diversity", ids_of([r for r in _pd_main if r.family in ("cheetah-dir", "cheetah-vel") and r.key == "diffuser"] + _pd["controls"]), ("cheetah-dir", "cheetah-vel"), {},
-            "Root mean square distance between prompts, in standard deviations of demonstrated prompts."),
-    Exhibit(PD, "conflict", "Gradient conflict over training", "ours: the cosine between the gradients of L_DM and L_DT on the train tasks", "conflict", ids_of(r for r in _pd["fig3"] if r.key in ("diffuser", "diffuser-sum", "diffuser-conflict")), PD_FAMILIES, _pd_labels["fig3"], "One value is the last batch's."),
-    Exhibit(PD, "cost", "Cost of each tuner", "ours", "cost", ids_of(r for r in _pd_main if r.family in PD_FAMILIES), PD_FAMILIES, {}, "Wall-clock seconds of one process, one thread; preparation on the train tasks is paid once a family."),
-    Exhibit(PD, "fig1", "Figure 1. Architecture", "-", "none", unknown="a drawing, nothing to compute"), Exhibit(PD, "fig2a", "Figure 2a. A prompt as a point", "-", "none", unknown="a drawing, nothing to compute"),
-    *(Exhibit(PD, i, n, "-", "none", unknown=_UNSEEN) for i, n in (("fig6", "Figure 6"), *((f"table{k}", f"Table {k}") for k in range(4, 9)))),
-)}
+EXHIBITS = {
+    (e.paper, e.id): e
+    for e in (
+        Exhibit(
+            PTDT,
+            "table1",
+            "Table 1. Tuners on unseen tasks",
+            "PTDT-offline beats Prompt-DT and the other tuners; with a random initial prompt it beats Prompt-DT with an expert prompt except on Cheetah-vel",
+            "table",
+            ids_of(_all),
+            TABLE_FAMILIES,
+            {},
+            _P
+            + "The published Meta-World column is an exhibit of its own, table1_mw, as it needs the metaworld extra.",
+            "table1",
+        ),
+        Exhibit(
+            PTDT,
+            "fig3",
+            "Figure 3. Sample efficiency",
+            "the score rises with tuning steps; on Ant-dir it drops",
+            "curves",
+            ids_of(r for r in _all if r.key in ("full", "soft", "adapter", "lora", "ranking", "ranking-random")),
+            TABLE_FAMILIES,
+            {},
+            "Action error on a fixed batch of demonstrations of the test tasks, against tuning updates.",
+        ),
+        Exhibit(
+            PTDT,
+            "controls",
+            "Controls that the papers left out",
+            "ours: hill climbing, value-based evolution strategy, gradient on the prompt and re-sampling, with the same number of queries",
+            "table",
+            ids_of(
+                [r for f in TABLE_FAMILIES for r in _main[f] if r.key in ("pdt", "ranking")]
+                + [r for f in TABLE_FAMILIES for r in _controls[f]]
+            ),
+            TABLE_FAMILIES,
+            {},
+            _P,
+        ),
+        Exhibit(
+            PTDT,
+            "fig5",
+            "Figure 5. The tuning process",
+            "tuning lowers the action error on every test task",
+            "process",
+            ids_of(_own),
+            ("cheetah-vel",),
+            {},
+            "Action error per test task along PTDT-offline.",
+        ),
+        Exhibit(
+            PTDT,
+            "ablation_m",
+            "Ablation: queries m",
+            "not in the public text",
+            "bars",
+            ids_of(_m + _own),
+            ("cheetah-vel",),
+            {},
+            _P,
+        ),
+        Exhibit(
+            PTDT,
+            "ablation_mu",
+            "Ablation: perturbation mu",
+            "not in the public text",
+            "bars",
+            ids_of(_mu + _own),
+            ("cheetah-vel",),
+            {},
+            _P,
+        ),
+        Exhibit(
+            PTDT,
+            "ablation_init",
+            "Ablation: initial prompt",
+            "tuning repairs a bad initial prompt",
+            "bars",
+            ids_of(_init),
+            ("cheetah-vel",),
+            {},
+            _P,
+        ),
+        Exhibit(
+            PTDT,
+            "pdt_table1",
+            "Prompt-DT Table 1. Prompt quantity",
+            "the length of the prompt hardly matters",
+            "table",
+            ids_of(r for q in _quantity.values() for r in q.values()),
+            TABLE_FAMILIES,
+            {r.id: k for q in _quantity.values() for k, r in q.items()},
+            _P,
+            "pdt_table1",
+        ),
+        Exhibit(
+            PTDT,
+            "pdt_fig2",
+            "Prompt-DT Figure 2. Return against training",
+            "Prompt-DT beats the baselines without a prompt",
+            "pretraining",
+            ids_of(_curves),
+            TABLE_FAMILIES,
+            {},
+            "Return on the test tasks along pre-training.",
+            "pdt_fig2",
+        ),
+        Exhibit(
+            PTDT,
+            "pdt_fig2_mw",
+            "Prompt-DT Figure 2, Meta-World",
+            "Prompt-DT beats the baselines without a prompt",
+            "pretraining",
+            ids_of(r for f in _mw for r in _mw[f] if r.key in ("pdt", "mt-orl", "mt-bc-ft")),
+            tuple(_mw),
+            {},
+            "Return on the test tasks along pre-training. The paper's panel is reach; its released data and code are of pick-place.",
+            "pdt_fig2",
+        ),
+        Exhibit(
+            PTDT,
+            "table1_mw",
+            "Table 1, Meta-World column",
+            "PTDT-offline beats Prompt-DT and the other tuners",
+            "table",
+            ids_of(_mw["ml1-pick-place"]),
+            ("ml1-pick-place",),
+            {},
+            _P
+            + "The column is headed reach-v2, but its returns, its split of 45 tasks and the released scripts are those of ML1 pick-place.",
+            "table1_mw",
+        ),
+        Exhibit(
+            PTDT,
+            "pdt_fig3",
+            "Prompt-DT Figure 3. Prompt quality x data quality",
+            "good data with a medium prompt still works; a random prompt does not",
+            "quality",
+            ids_of(_quality.values()),
+            ("cheetah-vel",),
+            {r.id: k for k, r in _quality.items()},
+            _P,
+            "pdt_fig3",
+        ),
+        Exhibit(
+            PTDT,
+            "pdt_fig4",
+            "Prompt-DT Figure 4. Ant-dir-OOD",
+            "prompts help out of the training range too (in the shipped goals only one of three test tasks is out of it)",
+            "table",
+            ids_of(_ood),
+            ("ant-dir-ood",),
+            {},
+            _P,
+            "pdt_fig4",
+        ),
+        Exhibit(PTDT, "fig1", "Figure 1. Overview", "-", "none", unknown="a drawing, nothing to compute"),
+        Exhibit(PTDT, "fig2", "Figure 2", "-", "none", unknown=_UNSEEN),
+        Exhibit(PTDT, "fig4", "Figure 4", "-", "none", unknown=_UNSEEN),
+        Exhibit(
+            PD,
+            "table1",
+            "Table 1. Tuners on unseen tasks",
+            "Prompt Diffuser beats every other tuner on every task",
+            "table",
+            ids_of(r for r in _pd_main if r.family in PD_FAMILIES),
+            PD_FAMILIES,
+            {},
+            _P
+            + "Full data: all collected trajectories of the test tasks, ten times the updates (assumed: the paper's upper bound is not described).",
+            "table1",
+        ),
+        Exhibit(
+            PD,
+            "table1_mw",
+            "Table 1, Meta-World column",
+            "Prompt Diffuser beats every other tuner, here by most",
+            "table",
+            ids_of(r for r in _pd_main if r.family == "ml1-pick-place"),
+            ("ml1-pick-place",),
+            {},
+            _P + "The column is headed reach-v2, but its returns and its 45 tasks are those of ML1 pick-place.",
+            "table1_mw",
+        ),
+        Exhibit(
+            PD,
+            "table2",
+            "Table 2. Quality of the initial prompt x quality of the tuning data, Cheetah-vel",
+            "Prompt Diffuser hardly depends on either",
+            "grid",
+            ids_of(_pd["table2"]),
+            ("cheetah-vel",),
+            _pd_labels["table2"],
+            _P + "Data: the few-shot demonstrations (assumed); the policy is pre-trained on expert data.",
+            "table2",
+        ),
+        Exhibit(
+            PD,
+            "table3",
+            "Table 3. Ant-dir-OOD",
+            "Prompt Diffuser works zero-shot, where the baselines fail, and is best few-shot",
+            "table",
+            ids_of(_pd["table3"]),
+            ("ant-dir-ood",),
+            _pd_labels["table3"],
+            _P
+            + "Zero-shot, nothing of the test tasks is seen: Prompt-DT's prompt is cut from a train task, the diffuser's condition is the train tasks' mean (the paper says neither). Only one of the three test goals lies outside the train range.",
+            "table3",
+        ),
+        Exhibit(
+            PD,
+            "fig2b",
+            "Figure 2b. Methods under different initial prompts, Cheetah-vel",
+            "tuned prompts depend on where they start, generated ones do not",
+            "bars",
+            ids_of(_pd["fig2b"]),
+            ("cheetah-vel",),
+            _pd_labels["fig2b"],
+            _P,
+        ),
+        Exhibit(
+            PD,
+            "fig3",
+            "Figure 3. Guidance",
+            "the projected update is best everywhere",
+            "relative",
+            ids_of(_pd["fig3"]),
+            PD_FAMILIES,
+            _pd_labels["fig3"],
+            "Return minus that of the diffuser trained by L_DM alone, paired by seed and task.",
+        ),
+        Exhibit(
+            PD,
+            "fig4",
+            "Figure 4. Reverse process of a 5-step prompt",
+            "noise becomes a demonstration-like prompt",
+            "chain",
+            ids_of(r for r in _pd_main if r.key == "diffuser" and r.family == "cheetah-vel"),
+            ("cheetah-vel",),
+            {},
+            "First test task, first seed.",
+        ),
+        Exhibit(
+            PD,
+            "fig5",
+            "Figure 5. t-SNE of prompts, Ant-dir-OOD",
+            "generated prompts lie where the tasks' demonstrations lie",
+            "tsne",
+            ids_of(r for r in _pd["table3"] if r.key in ("diffuser", "diffuser-zero")),
+            ("ant-dir-ood",),
+            _pd_labels["table3"],
+            "Prompts written for each test task beside demonstrated ones.",
+        ),
+        Exhibit(
+            PD,
+            "controls",
+            "Controls that the paper lacks",
+            "ours: what do the chain, the parameters and the train tasks' data each bring?",
+            "table",
+            ids_of(
+                [
+                    r
+                    for r in _pd_main
+                    if r.family in ("cheetah-dir", "cheetah-vel") and r.key in ("pdt", "ranking", "diffuser")
+                ]
+                + _pd["controls"]
+            ),
+            ("cheetah-dir", "cheetah-vel"),
+            {},
+            _P,
+        ),
+        Exhibit(
+            PD,
+            "sweep_length",
+            "Sweep: length of the prompt",
+            "ours",
+            "bars",
+            ids_of(_pd["sweep_length"]),
+            ("cheetah-vel",),
+            _pd_labels["sweep_length"],
+            _P,
+        ),
+        Exhibit(
+            PD,
+            "sweep_lam",
+            "Sweep: weight lambda of L_DT",
+            "ours",
+            "bars",
+            ids_of(_pd["sweep_lam"]),
+            ("cheetah-vel",),
+            _pd_labels["sweep_lam"],
+            _P,
+        ),
+        Exhibit(
+            PD,
+            "sweep_N",
+            "Sweep: steps N of the chain",
+            "ours",
+            "bars",
+            ids_of(_pd["sweep_N"]),
+            ("cheetah-vel",),
+            _pd_labels["sweep_N"],
+            _P,
+        ),
+        Exhibit(
+            PD,
+            "sweep_schedule",
+            "Sweep: noise schedule",
+            "ours",
+            "bars",
+            ids_of(_pd["sweep_schedule"]),
+            ("cheetah-vel",),
+            _pd_labels["sweep_schedule"],
+            _P,
+        ),
+        Exhibit(
+            PD,
+            "sweep_window",
+            "Sweep: windows of the demonstrations",
+            "ours: does an error over shorter windows, which tell less of the task, guide better?",
+            "bars",
+            ids_of(_pd["sweep_window"]),
+            ("cheetah-vel", "ant-dir"),
+            _pd_labels["sweep_window"],
+            _P,
+        ),
+        Exhibit(
+            PD,
+            "diversity",
+            "Diversity of generated prompts",
+            "ours",
+            "diversity",
+            ids_of(
+                [r for r in _pd_main if r.family in ("cheetah-dir", "cheetah-vel") and r.key == "diffuser"]
+                + _pd["controls"]
+            ),
+            ("cheetah-dir", "cheetah-vel"),
+            {},
+            "Root mean square distance between prompts, in standard deviations of demonstrated prompts.",
+        ),
+        Exhibit(
+            PD,
+            "conflict",
+            "Gradient conflict over training",
+            "ours: the cosine between the gradients of L_DM and L_DT on the train tasks",
+            "conflict",
+            ids_of(r for r in _pd["fig3"] if r.key in ("diffuser", "diffuser-sum", "diffuser-conflict")),
+            PD_FAMILIES,
+            _pd_labels["fig3"],
+            "One value is the last batch's.",
+        ),
+        Exhibit(
+            PD,
+            "cost",
+            "Cost of each tuner",
+            "ours",
+            "cost",
+            ids_of(r for r in _pd_main if r.family in PD_FAMILIES),
+            PD_FAMILIES,
+            {},
+            "Wall-clock seconds of one process, one thread; preparation on the train tasks is paid once a family.",
+        ),
+        Exhibit(PD, "fig1", "Figure 1. Architecture", "-", "none", unknown="a drawing, nothing to compute"),
+        Exhibit(PD, "fig2a", "Figure 2a. A prompt as a point", "-", "none", unknown="a drawing, nothing to compute"),
+        *(
+            Exhibit(PD, i, n, "-", "none", unknown=_UNSEEN)
+            for i, n in (("fig6", "Figure 6"), *((f"table{k}", f"Table {k}") for k in range(4, 9)))
+        ),
+    )
+}
 
 # %% ../../nbs/09a_recipes.prompts.ipynb #1fa076c4
-PAPERS = {PTDT: "Prompt-Tuning Decision Transformer with Preference Ranking (2305.09648), on Prompt-DT (2206.13499)",
-          PD: "Prompt Tuning with Diffusion for Few-Shot Pre-trained Policy Generalization (2411.01168)"}
+PAPERS = {
+    PTDT: "Prompt-Tuning Decision Transformer with Preference Ranking (2305.09648), on Prompt-DT (2206.13499)",
+    PD: "Prompt Tuning with Diffusion for Few-Shot Pre-trained Policy Generalization (2411.01168)",
+}

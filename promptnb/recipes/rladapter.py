@@ -4,17 +4,31 @@
 
 # %% ../../nbs/09d_recipes.rladapter.ipynb #02fd9ff5
 from __future__ import annotations
+
 from dataclasses import replace
 
 from . import SMALL, Exhibit, Online, Recipe, ids_of, registered
 
 # %% auto #0
-__all__ = ['RLADAPTER', 'MAIN', 'SWITCHES', 'ARMS', 'MILLION', 'MEDIUM', 'GPT35', 'BIG', 'EXHIBITS', 'RECIPES', 'PAPERS',
-           'recipe', 'sized']
+__all__ = [
+    "RLADAPTER",
+    "MAIN",
+    "SWITCHES",
+    "ARMS",
+    "MILLION",
+    "MEDIUM",
+    "GPT35",
+    "BIG",
+    "EXHIBITS",
+    "RECIPES",
+    "PAPERS",
+    "recipe",
+    "sized",
+]
 
 # %% ../../nbs/09d_recipes.rladapter.ipynb #9866ef8c
 RLADAPTER = "rladapter"
-MAIN = {     # key: label, fields of Online
+MAIN = {  # key: label, fields of Online
     "random-actions": ("Random actions", dict(learner="random", guide="off")),
     "ppo": ("PPO", dict(guide="off")),
     "constant": ("PPO + constant sentence", dict(guide="constant")),
@@ -24,16 +38,34 @@ MAIN = {     # key: label, fields of Online
     "untuned": ("PPO + adapter + decision LM, no SFT", dict(tune=False)),
     "adapter": ("PPO + adapter + decision LM", {}),
 }
-SWITCHES = {     # of the last arm
+SWITCHES = {  # of the last arm
     "no-score": ("no comprehension score", dict(use_score=False)),
-    "gain": ("SFT on gains", dict(targets="gain")), "achievements": ("SFT on achievements", dict(targets="achievements")),
+    "gain": ("SFT on gains", dict(targets="gain")),
+    "achievements": ("SFT on achievements", dict(targets="achievements")),
     "reinit": ("encoder re-initialised", dict(reinit_encoder=True)),
-    "released": ("as released", dict(reinit_encoder=True, restart_policy=True, cumulative=True, text_after_step=True, empty_each_rollout=True, ask_on_reset=False, raw_replies=True)),
-    "K10": ("K = 10", dict(interval=10, preset="often")), "K50": ("K = 50", dict(interval=50)), "K500": ("K = 500", dict(interval=500)),
+    "released": (
+        "as released",
+        dict(
+            reinit_encoder=True,
+            restart_policy=True,
+            cumulative=True,
+            text_after_step=True,
+            empty_each_rollout=True,
+            ask_on_reset=False,
+            raw_replies=True,
+        ),
+    ),
+    "K10": ("K = 10", dict(interval=10, preset="often")),
+    "K50": ("K = 50", dict(interval=50)),
+    "K500": ("K = 500", dict(interval=500)),
 }
 SWITCHES = {k: (l, dict(preset="switch") | f) for k, (l, f) in SWITCHES.items()}
 
-def recipe(key, label, prefix="", **fields): return Recipe(RLADAPTER, "crafter", label, f"{prefix}{key}", None, eval_episodes=20, online=Online(**fields))
+
+def recipe(key, label, prefix="", **fields):
+    return Recipe(RLADAPTER, "crafter", label, f"{prefix}{key}", None, eval_episodes=20, online=Online(**fields))
+
+
 ARMS = {k: recipe(k, l, **f) for k, (l, f) in {**MAIN, **SWITCHES}.items()}
 
 # %% ../../nbs/09d_recipes.rladapter.ipynb #8d67c32b
@@ -41,32 +73,119 @@ MILLION = dict(SMALL, preset="million", steps=1_000_000, stages=2, rollout=512, 
 MEDIUM = dict(MILLION, preset="medium", net="impala")
 GPT35 = recipe("gpt-3.5", "GPT-3.5 as decision LM", decision="gpt-3.5-turbo")
 
-def sized(prefix, sizes, keys=MAIN): return {k: recipe(k, MAIN[k][0], prefix, **{**sizes, **MAIN[k][1]}) for k in keys}
+
+def sized(prefix, sizes, keys=MAIN):
+    return {k: recipe(k, MAIN[k][0], prefix, **{**sizes, **MAIN[k][1]}) for k in keys}
+
+
 BIG = {"million": sized("million-", MILLION), "medium": sized("medium-", MEDIUM)}
 
 # %% ../../nbs/09d_recipes.rladapter.ipynb #3e216e52
 _P = "Success rates are over all training episodes, as the benchmark scores them; 'last' is the last fifth of training; 'final' is the trained policy with its live guidance. "
 _T = "At laptop scale the language models are tiny ones that were trained here on a rule advisor's replies: the table says what this method does with them, and nothing about large models. "
 
+
 def _exhibit(id, title, claim, kind, recipes, protocol, labels={}, **kw):
-    recipes = list(recipes); return Exhibit(RLADAPTER, id, title, claim, kind, ids_of(recipes), ("crafter",), labels, protocol, **kw), recipes
+    recipes = list(recipes)
+    return Exhibit(RLADAPTER, id, title, claim, kind, ids_of(recipes), ("crafter",), labels, protocol, **kw), recipes
+
 
 _main, _llm = [ARMS[k] for k in MAIN], [ARMS[k] for k in ("decision", "untuned", "adapter")]
 _guided = [ARMS[k] for k in ("constant", "random", "rules")] + _llm
 _made = [
-    _exhibit("main", "Crafter: main comparison", "guidance by an adapter and a decision LM raises score and reward", "scoreboard", _main, _P + _T, reported="scoreboard"),
-    _exhibit("success", "Success rates of the 22 achievements", "deeper achievements are reached", "success", _main, _P, reported="success"),
-    _exhibit("curve", "Score over steps", "-", "along", _main, "Score of all training episodes so far, and mean return of the episodes in each part of training. ", reported="scoreboard"),
-    _exhibit("comprehension", "Comprehension score over training", "the agent comes to follow the guidance", "comprehension", _guided, "Cosine of the last K action names and the sub-goals before them, through a sigmoid; 0.5 at a cosine of 0.1. "),
-    _exhibit("behaviour", "Common-sense behaviours", "guided agents show more common sense", "behaviour", _main, "Counted in the last fifth of training. "),
-    _exhibit("guidance", "Guidance, and what the agent did next", "guidance suits the situation", "examples", [ARMS["adapter"]], "First seed. "),
+    _exhibit(
+        "main",
+        "Crafter: main comparison",
+        "guidance by an adapter and a decision LM raises score and reward",
+        "scoreboard",
+        _main,
+        _P + _T,
+        reported="scoreboard",
+    ),
+    _exhibit(
+        "success",
+        "Success rates of the 22 achievements",
+        "deeper achievements are reached",
+        "success",
+        _main,
+        _P,
+        reported="success",
+    ),
+    _exhibit(
+        "curve",
+        "Score over steps",
+        "-",
+        "along",
+        _main,
+        "Score of all training episodes so far, and mean return of the episodes in each part of training. ",
+        reported="scoreboard",
+    ),
+    _exhibit(
+        "comprehension",
+        "Comprehension score over training",
+        "the agent comes to follow the guidance",
+        "comprehension",
+        _guided,
+        "Cosine of the last K action names and the sub-goals before them, through a sigmoid; 0.5 at a cosine of 0.1. ",
+    ),
+    _exhibit(
+        "behaviour",
+        "Common-sense behaviours",
+        "guided agents show more common sense",
+        "behaviour",
+        _main,
+        "Counted in the last fifth of training. ",
+    ),
+    _exhibit(
+        "guidance",
+        "Guidance, and what the agent did next",
+        "guidance suits the situation",
+        "examples",
+        [ARMS["adapter"]],
+        "First seed. ",
+    ),
     _exhibit("cost", "Cost of guidance", "-", "cost", _guided, "Queries, calls and tokens of one run. "),
-    _exhibit("ablation", "Ablation", "adapter, comprehension score and tuning matter; controls are ours", "grid", [*_main, *(ARMS[k] for k in SWITCHES)], _P + _T + "At laptop scale K = 10 takes its comprehension score by events, not by the names of actions. "),
-    *(_exhibit(n, f"{t}, 1M steps", "-", "scoreboard", BIG[n].values(), _P + _T, reported="scoreboard", asked=True) for n, t in (("million", "Nature CNN"), ("medium", "IMPALA, Achievement Distillation's PPO"))),
-    _exhibit("decision_size", "GPT-4 and GPT-3.5 as decision LM", "a larger decision LM is better: 28.2 against 23.4 at 5M steps", "scoreboard", [replace(GPT35, only=("paper",)), ARMS["adapter"]], _P, reported="scoreboard", only=("paper",)),
+    _exhibit(
+        "ablation",
+        "Ablation",
+        "adapter, comprehension score and tuning matter; controls are ours",
+        "grid",
+        [*_main, *(ARMS[k] for k in SWITCHES)],
+        _P + _T + "At laptop scale K = 10 takes its comprehension score by events, not by the names of actions. ",
+    ),
+    *(
+        _exhibit(n, f"{t}, 1M steps", "-", "scoreboard", BIG[n].values(), _P + _T, reported="scoreboard", asked=True)
+        for n, t in (("million", "Nature CNN"), ("medium", "IMPALA, Achievement Distillation's PPO"))
+    ),
+    _exhibit(
+        "decision_size",
+        "GPT-4 and GPT-3.5 as decision LM",
+        "a larger decision LM is better: 28.2 against 23.4 at 5M steps",
+        "scoreboard",
+        [replace(GPT35, only=("paper",)), ARMS["adapter"]],
+        _P,
+        reported="scoreboard",
+        only=("paper",),
+    ),
 ]
-_unknown = {"table_main": ("Table: main comparison, its depth column and its row set", "the paper's text could not be had; score and reward are known from later papers and stand in 'main'"), "table_ablation": ("Table or figure: ablation", "its numbers are not known, but for GPT-3.5's"),
-            "fig_success": ("Figure: success rates of the 22 achievements", "its values are not known"), "fig_guidance": ("Figure or table: guidance and common-sense behaviours", "content not known"), "v1": ("RLAdapter, version 1: all numbers", "none was found in a public source")}
-EXHIBITS = {(e.paper, e.id): e for e in (*(e for e, _ in _made), *(Exhibit(RLADAPTER, i, t, "-", "none", unknown=why) for i, (t, why) in _unknown.items()))}
+_unknown = {
+    "table_main": (
+        "Table: main comparison, its depth column and its row set",
+        "the paper's text could not be had; score and reward are known from later papers and stand in 'main'",
+    ),
+    "table_ablation": ("Table or figure: ablation", "its numbers are not known, but for GPT-3.5's"),
+    "fig_success": ("Figure: success rates of the 22 achievements", "its values are not known"),
+    "fig_guidance": ("Figure or table: guidance and common-sense behaviours", "content not known"),
+    "v1": ("RLAdapter, version 1: all numbers", "none was found in a public source"),
+}
+EXHIBITS = {
+    (e.paper, e.id): e
+    for e in (
+        *(e for e, _ in _made),
+        *(Exhibit(RLADAPTER, i, t, "-", "none", unknown=why) for i, (t, why) in _unknown.items()),
+    )
+}
 RECIPES = registered(*(rs for _, rs in _made))
-PAPERS = {RLADAPTER: "RLAdapter: Bridging Large Language Models to Reinforcement Learning in Open Worlds; later AdaRefiner (2309.17176)"}
+PAPERS = {
+    RLADAPTER: "RLAdapter: Bridging Large Language Models to Reinforcement Learning in Open Worlds; later AdaRefiner (2309.17176)"
+}

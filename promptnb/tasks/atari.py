@@ -4,7 +4,10 @@
 
 # %% ../../nbs/01f_tasks.atari.ipynb #6f557517
 from __future__ import annotations
-import gzip, time, zlib
+
+import gzip
+import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,25 +18,86 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.spaces import Box, Discrete
 
 from .. import tasks
-from ..core import PromptnbError, check_choice, data_dir, read_json, rng_for, sha256_file, write_atomic, write_json
+from promptnb.core import (
+    PromptnbError,
+    check_choice,
+    data_dir,
+    read_json,
+    rng_for,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 # %% auto #0
-__all__ = ['PROTOCOL', 'FRAMES', 'LOOKS', 'EPSILON', 'MEASURED', 'LADDER', 'LARGEST', 'LUMA', 'STORES', 'LockStep', 'AtariEnv',
-           'make', 'centre', 'above', 'look_pong', 'look_breakout', 'look_qbert', 'look', 'DQNSettings', 'training_env',
-           'q_values', 'Player', 'policy_path', 'save', 'load', 'play', 'at_random', 'measured', 'train_dqn',
-           'curve_of', 'choose', 'finish', 'command_of', 'script', 'area', 'gray84', 'from_minari_atari', 'imported',
-           'read_store', 'parts_of', 'from_dqn_replay']
+__all__ = [
+    "PROTOCOL",
+    "FRAMES",
+    "LOOKS",
+    "EPSILON",
+    "MEASURED",
+    "LADDER",
+    "LARGEST",
+    "LUMA",
+    "STORES",
+    "LockStep",
+    "AtariEnv",
+    "make",
+    "centre",
+    "above",
+    "look_pong",
+    "look_breakout",
+    "look_qbert",
+    "look",
+    "DQNSettings",
+    "training_env",
+    "q_values",
+    "Player",
+    "policy_path",
+    "save",
+    "load",
+    "play",
+    "at_random",
+    "measured",
+    "train_dqn",
+    "curve_of",
+    "choose",
+    "finish",
+    "command_of",
+    "script",
+    "area",
+    "gray84",
+    "from_minari_atari",
+    "imported",
+    "read_store",
+    "parts_of",
+    "from_dqn_replay",
+]
 
 # %% ../../nbs/01f_tasks.atari.ipynb #a7e83782
-PROTOCOL = dict(frameskip=4, maxpool=True, grayscale=True, img_height=84, img_width=84, stack_num=4, noop_max=30, use_fire_reset=False,
-                episodic_life=False, reward_clipping=False, repeat_action_probability=0.0, full_action_space=False)
-FRAMES = 108_000    # of an episode at most: half an hour of play
+PROTOCOL = dict(
+    frameskip=4,
+    maxpool=True,
+    grayscale=True,
+    img_height=84,
+    img_width=84,
+    stack_num=4,
+    noop_max=30,
+    use_fire_reset=False,
+    episodic_life=False,
+    reward_clipping=False,
+    repeat_action_probability=0.0,
+    full_action_space=False,
+)
+FRAMES = 108_000  # of an episode at most: half an hour of play
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #5b45d92a
 class LockStep(gym.vector.VectorEnv):
     "N episodes of one game, stepped together. Observations (N, 4, 84, 84) uint8, rewards (N,) float64: the game's own points."
+
     metadata = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
     def __init__(self, fam, task_ids, threads=None):
@@ -45,9 +109,13 @@ class LockStep(gym.vector.VectorEnv):
     def set_tasks(self, task_ids):
         "A game has one task; another number of rows is another emulator."
         self.task_ids = np.asarray(task_ids, int)
-        if (n := len(self.task_ids)) == getattr(self, "num_envs", None): return
-        self.close(); self.num_envs, self.closed = n, False
-        self.ale = AtariVectorEnv(self.family.body, n, num_threads=self.threads or 0, max_num_frames_per_episode=2 * FRAMES, **PROTOCOL)
+        if (n := len(self.task_ids)) == getattr(self, "num_envs", None):
+            return
+        self.close()
+        self.num_envs, self.closed = n, False
+        self.ale = AtariVectorEnv(
+            self.family.body, n, num_threads=self.threads or 0, max_num_frames_per_episode=2 * FRAMES, **PROTOCOL
+        )
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, n)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, n)
         self._obs, self._begun = np.zeros((n, *self.family.frames), np.uint8), False
@@ -55,100 +123,182 @@ class LockStep(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         "`seed`: None (the emulator goes on with its own draws, fifteen times faster), an int (row i gets seed + i) or one a row. `options['reset_mask']` (N,) bool limits the reset to those rows."
-        mask = np.ones(self.num_envs, bool) if not options or "reset_mask" not in options else np.asarray(options["reset_mask"], bool)
-        seeds = [None] * self.num_envs if seed is None else [seed + i for i in range(self.num_envs)] if np.isscalar(seed) else seed
-        if not mask.any(): return self._obs.copy(), {}
-        self.starts[mask] = [np.random.default_rng(s).integers(2**31) if s is not None or not self._begun else -1 for s, m in zip(seeds, mask) if m]
-        how = dict(seed=self.starts[mask], options=dict(reset_mask=mask)) if self._begun else dict(seed=np.maximum(self.starts, 0))     # the emulator's first reset is one of all rows
-        self._obs[mask], self._t[mask], self._over[:, mask], self._begun = self.ale.reset(**how)[0][mask], 0, False, True
+        mask = (
+            np.ones(self.num_envs, bool)
+            if not options or "reset_mask" not in options
+            else np.asarray(options["reset_mask"], bool)
+        )
+        seeds = (
+            [None] * self.num_envs
+            if seed is None
+            else [seed + i for i in range(self.num_envs)]
+            if np.isscalar(seed)
+            else seed
+        )
+        if not mask.any():
+            return self._obs.copy(), {}
+        self.starts[mask] = [
+            np.random.default_rng(s).integers(2**31) if s is not None or not self._begun else -1
+            for s, m in zip(seeds, mask)
+            if m
+        ]
+        how = (
+            dict(seed=self.starts[mask], options=dict(reset_mask=mask))
+            if self._begun
+            else dict(seed=np.maximum(self.starts, 0))
+        )  # the emulator's first reset is one of all rows
+        self._obs[mask], self._t[mask], self._over[:, mask], self._begun = (
+            self.ale.reset(**how)[0][mask],
+            0,
+            False,
+            True,
+        )
         return self._obs.copy(), {}
 
     def step(self, actions):
         "Actions: ints (N,) or scores (N, A). A row whose episode is over stays as it is and earns nothing. `info['lives']` (N,)."
-        a = np.asarray(actions); a = a.argmax(-1) if a.ndim > 1 else a
+        a = np.asarray(actions)
+        a = a.argmax(-1) if a.ndim > 1 else a
         obs, r, term, _, info = self.ale.step(a.astype(np.int64))
         on = ~self._over.any(0)
-        self._t[on] += 1; self._obs[on] = obs[on]
+        self._t[on] += 1
+        self._obs[on] = obs[on]
         self._over[:, on] = term[on], self._t[on] >= self.family.horizon
-        return self._obs.copy(), np.where(on, r, 0).astype(np.float64), self._over[0].copy(), self._over[1].copy(), dict(lives=info["lives"].copy())
+        return (
+            self._obs.copy(),
+            np.where(on, r, 0).astype(np.float64),
+            self._over[0].copy(),
+            self._over[1].copy(),
+            dict(lives=info["lives"].copy()),
+        )
 
     def close_extras(self, **kw):
-        if hasattr(self, "ale"): self.ale.close()
+        if hasattr(self, "ale"):
+            self.ale.close()
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #7b4ef3f4
 class AtariEnv(gym.Env):
     "One game. Observations (4, 84, 84) uint8; `render` gives (210, 160, 3) uint8."
+
     metadata = dict(render_modes=["rgb_array"], render_fps=15)
 
     def __init__(self, fam, render_mode=None):
         self.rows, self.render_mode = LockStep(fam, [0], threads=1), render_mode
         self.observation_space, self.action_space = self.rows.single_observation_space, self.rows.single_action_space
-        if render_mode: self.camera = AtariVectorEnv(fam.body, 1, num_threads=1, max_num_frames_per_episode=2 * FRAMES, **{**PROTOCOL, "grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1})
+        if render_mode:
+            self.camera = AtariVectorEnv(
+                fam.body,
+                1,
+                num_threads=1,
+                max_num_frames_per_episode=2 * FRAMES,
+                **{**PROTOCOL, "grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1},
+            )
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed); obs, _ = self.rows.reset(seed=None if seed is None else [seed])
-        if self.render_mode: self.picture = self.camera.reset(seed=self.rows.starts)[0]
+        super().reset(seed=seed)
+        obs, _ = self.rows.reset(seed=None if seed is None else [seed])
+        if self.render_mode:
+            self.picture = self.camera.reset(seed=self.rows.starts)[0]
         return obs[0], {}
 
     def step(self, action):
         obs, r, term, trunc, info = self.rows.step([action])
-        if self.render_mode: self.picture = self.camera.step(np.array([action], np.int64))[0]
+        if self.render_mode:
+            self.picture = self.camera.step(np.array([action], np.int64))[0]
         return obs[0], float(r[0]), bool(term[0]), bool(trunc[0]), dict(lives=int(info["lives"][0]))
 
-    def render(self): return self.picture[0, 0].copy()
-    def close(self): self.rows.close()
+    def render(self):
+        return self.picture[0, 0].copy()
 
+    def close(self):
+        self.rows.close()
+
+
+# %% ../../nbs/01f_tasks.atari.ipynb #805cfc12
 def make(family, task, **kw):
     "Entry point of the registered ids."
-    fam = tasks.family(family); tasks.check_task(fam, task)
+    fam = tasks.family(family)
+    tasks.check_task(fam, task)
     return AtariEnv(fam, **kw)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #5124ea88
 def centre(weight):
     "Centres of (..., h, w) weights: row and column in [-1, 1], and 1 where there is any weight: (..., 3)."
     rows, cols = weight.sum(-1, dtype=np.float32), weight.sum(-2, dtype=np.float32)
-    total = rows.sum(-1); at = lambda x: x @ np.linspace(-1, 1, x.shape[-1], dtype=np.float32) / np.maximum(total, 1)
+    total = rows.sum(-1)
+
+    def at(x):
+        return x @ np.linspace(-1, 1, x.shape[-1], dtype=np.float32) / np.maximum(total, 1)
+
     return np.stack([at(rows), at(cols), (total > 0).astype(np.float32)], -1)
 
-def above(frames, level): return np.maximum(frames, level) - np.uint8(level)
 
+# %% ../../nbs/01f_tasks.atari.ipynb #26f94ae0
+def above(frames, level):
+    return np.maximum(frames, level) - np.uint8(level)
+
+
+# %% ../../nbs/01f_tasks.atari.ipynb #06778e31
 def look_pong(x):
-    field = x[:, 1:, 14:76]                                  # grey 87; paddles below 150, the ball above
-    paddle = lambda at: centre(np.abs(field[..., at:at + 2].astype(np.int16) - 87) > 15)[..., :1]
-    see = np.concatenate([centre(above(field, 150)), paddle(74), paddle(8)], -1)     # ball; own paddle's row; the opponent's
-    speed = 10 * np.diff(see, axis=1); speed[..., :2] *= see[:, 1:, 2:3] * see[:, :-1, 2:3]
+    field = x[:, 1:, 14:76]  # grey 87; paddles below 150, the ball above
+
+    def paddle(at):
+        return centre(np.abs(field[..., at : at + 2].astype(np.int16) - 87) > 15)[..., :1]
+
+    see = np.concatenate(
+        [centre(above(field, 150)), paddle(74), paddle(8)], -1
+    )  # ball; own paddle's row; the opponent's
+    speed = 10 * np.diff(see, axis=1)
+    speed[..., :2] *= see[:, 1:, 2:3] * see[:, :-1, 2:3]
     return np.concatenate([see[:, -1], 5 * (see[:, -1, :1] - see[:, -1, 3:4]), speed.reshape(len(x), -1)], -1)
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #1dbba4bc
 def look_breakout(x):
-    field, row = x[:, 1:, 38:75, 4:80], x[:, 1:, 76:77, 4:80]    # below the bricks; where the paddle is
+    field, row = x[:, 1:, 38:75, 4:80], x[:, 1:, 76:77, 4:80]  # below the bricks; where the paddle is
     ball, own = centre(above(field, 40)), centre(above(row, 60))[..., 1:2]
     return np.concatenate([ball, own, ball[..., 1:2] - own], -1)
 
-def look_qbert(x): return x[:, [1, 3]].reshape(len(x), 2, 21, 4, 21, 4).mean((3, 5), dtype=np.float32) / 128 - 0.5
 
+# %% ../../nbs/01f_tasks.atari.ipynb #8c0845ca
+def look_qbert(x):
+    return x[:, [1, 3]].reshape(len(x), 2, 21, 4, 21, 4).mean((3, 5), dtype=np.float32) / 128 - 0.5
+
+
+# %% ../../nbs/01f_tasks.atari.ipynb #1d78e968
 LOOKS = dict(pong=look_pong, breakout=look_breakout, qbert=look_qbert)
-def look(name, frames): return LOOKS[name](frames).reshape(len(frames), -1).astype(np.float32)
+
+
+def look(name, frames):
+    return LOOKS[name](frames).reshape(len(frames), -1).astype(np.float32)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #66f94e1b
 @dataclass(frozen=True)
 class DQNSettings:
     "stable-baselines3's DQN, small. Nothing here comes from the papers."
+
     steps: int = 100_000
     seed: int = 0
     envs: int = 16
-    updates: int = 6             # after each step of all rows
+    updates: int = 6  # after each step of all rows
     batch_size: int = 64
     learning_rate: float = 5e-4  # falls linearly to a tenth
     gamma: float = 0.99
     n_steps: int = 3
     buffer: int = 100_000
     learning_starts: int = 5_000
-    target_update: int = 2_000   # steps
-    explore: float = 0.25        # of training, during which epsilon falls from 1
-    epsilon: float = 0.05        # afterwards
-    width: int = 128             # of two hidden layers
+    target_update: int = 2_000  # steps
+    explore: float = 0.25  # of training, during which epsilon falls from 1
+    epsilon: float = 0.05  # afterwards
+    width: int = 128  # of two hidden layers
     threads: int = 1
-    def epsilon_at(self, steps): return max(self.epsilon, 1 - (1 - self.epsilon) * steps / (self.explore * self.steps))
+
+    def epsilon_at(self, steps):
+        return max(self.epsilon, 1 - (1 - self.epsilon) * steps / (self.explore * self.steps))
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #82505daa
 def training_env(fam, st):
@@ -160,10 +310,14 @@ def training_env(fam, st):
             self.vec, self.games = tasks.lock_step(fam, [0] * st.envs, threads=st.threads), []
             d = look(fam.body, np.zeros((1, *fam.frames), np.uint8)).shape[1]
             super().__init__(st.envs, Box(-np.inf, np.inf, (d,), np.float32), self.vec.single_action_space)
+
         def reset(self):
             self.lives, self.points = np.zeros(st.envs, int), np.zeros(st.envs)
             return look(fam.body, self.vec.reset(seed=int(rng_for(st.seed, "behaviour", fam.name).integers(2**31)))[0])
-        def step_async(self, actions): self.actions = actions
+
+        def step_async(self, actions):
+            self.actions = actions
+
         def step_wait(self):
             obs, r, term, trunc, info = self.vec.step(self.actions)
             over, lost, self.lives = term | trunc, info["lives"] < self.lives, info["lives"]
@@ -171,87 +325,148 @@ def training_env(fam, st):
             infos = [{"terminal_observation": seen[i]} if d else {} for i, d in enumerate(over | lost)]
             self.points += r
             if over.any():
-                self.games += self.points[over].tolist(); self.points[over], self.lives[over] = 0, 0
+                self.games += self.points[over].tolist()
+                self.points[over], self.lives[over] = 0, 0
                 seen = look(fam.body, self.vec.reset(options=dict(reset_mask=over))[0])
             return seen, np.sign(r).astype(np.float32), over | lost, infos
-        def close(self): self.vec.close()
-        def get_attr(self, name, indices=None): return [None] * self.num_envs
-        def set_attr(self, name, value, indices=None): raise NotImplementedError(name)
-        def env_method(self, name, *args, indices=None, **kw): raise NotImplementedError(name)
-        def env_is_wrapped(self, wrapper, indices=None): return [False] * self.num_envs
+
+        def close(self):
+            self.vec.close()
+
+        def get_attr(self, name, indices=None):
+            return [None] * self.num_envs
+
+        def set_attr(self, name, value, indices=None):
+            raise NotImplementedError(name)
+
+        def env_method(self, name, *args, indices=None, **kw):
+            raise NotImplementedError(name)
+
+        def env_is_wrapped(self, wrapper, indices=None):
+            return [False] * self.num_envs
+
     return Rows()
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #851c525a
 def q_values(layers, x):
     "One snapshot's layers [(in, out), (out,)] x 3 and inputs (N, D) -> (N, A) action values."
-    for w, b in layers[:-1]: x = np.maximum(x @ w + b, 0)
+    for w, b in layers[:-1]:
+        x = np.maximum(x @ w + b, 0)
     return x @ layers[-1][0] + layers[-1][1]
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #01c8b46a
 @dataclass
 class Player:
     "Snapshots of one training run, worst to best, and the card that says how they were made."
+
     family: str
-    layers: list      # [(C, in, out), (C, out)] x 3
+    layers: list  # [(C, in, out), (C, out)] x 3
     card: dict
+
     @property
-    def snapshots(self): return self.card["snapshots"]
+    def snapshots(self):
+        return self.card["snapshots"]
+
     def snapshot(self, quality):
         "Index of the one that acts for a quality: the best, or the one nearest half way to it."
-        if quality == "expert": return len(self.snapshots) - 1
+        if quality == "expert":
+            return len(self.snapshots) - 1
         r = np.array([s["mean_return"] for s in self.snapshots])
         return int(np.abs(r - (r[0] + tasks.family(self.family).medium * (r[-1] - r[0]))).argmin())
+
     def actor(self, c, epsilon, rngs):
         "obs -> actions (N,): row i plays snapshot c[i], with probability epsilon[i] any action, drawn from its own generator."
         c, eps, A = np.broadcast_to(c, len(rngs)), np.broadcast_to(epsilon, len(rngs)), self.layers[-1][1].shape[-1]
+
         def act(obs):
             x, best = look(self.family, obs), np.zeros(len(obs), int)
-            for k in np.unique(c): best[c == k] = q_values([(w[k], b[k]) for w, b in self.layers], x[c == k]).argmax(-1)
+            for k in np.unique(c):
+                best[c == k] = q_values([(w[k], b[k]) for w, b in self.layers], x[c == k]).argmax(-1)
             return np.array([g.integers(A) if g.random() < e else a for g, e, a in zip(rngs, eps, best)])
+
         return act
-    def __repr__(self): return f"Player({self.family}: random {self.card['random_mean_return']:.1f}, snapshots {', '.join(format(s['mean_return'], '.1f') for s in self.snapshots)})"
+
+    def __repr__(self):
+        return f"Player({self.family}: random {self.card['random_mean_return']:.1f}, snapshots {', '.join(format(s['mean_return'], '.1f') for s in self.snapshots)})"
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #d1eb090f
-def policy_path(name): return data_dir()/"experts"/f"{name}.safetensors"
+def policy_path(name):
+    return data_dir() / "experts" / f"{name}.safetensors"
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #421e2e0a
 def save(layers, card, path=None):
     "Write weights (float16 safetensors, snapshots first) and card."
     from safetensors.numpy import save as pack
+
     path = Path(path or policy_path(card["family"]))
-    write_atomic(path, pack({f"{n}{i}": np.ascontiguousarray(x, np.float16) for i, wb in enumerate(layers) for n, x in zip("wb", wb)}))
+    write_atomic(
+        path,
+        pack({f"{n}{i}": np.ascontiguousarray(x, np.float16) for i, wb in enumerate(layers) for n, x in zip("wb", wb)}),
+    )
     write_json(path.with_suffix(".json"), dict(card, sha256=sha256_file(path), bytes=path.stat().st_size))
     return path
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #81728765
 def load(name, path=None) -> Player:
     "The shipped policies of a game; weights and card must belong together."
     from safetensors import SafetensorError
     from safetensors.numpy import load as unpack
-    name = tasks.family(name).name; path = Path(path or policy_path(name)); card = path.with_suffix(".json")
+
+    name = tasks.family(name).name
+    path = Path(path or policy_path(name))
+    card = path.with_suffix(".json")
     for f in (path, card):
-        if not f.exists(): raise PromptnbError(f"no policy {f}: train it with promptnb.tasks.atari.train_dqn('{name}')")
+        if not f.exists():
+            raise PromptnbError(f"no policy {f}: train it with promptnb.tasks.atari.train_dqn('{name}')")
     card = read_json(card)
-    if sha256_file(path) != card["sha256"]: raise PromptnbError(f"{path} is damaged (its hash is not the one on its card)")
-    try: t = {k: v.astype(np.float64) for k, v in unpack(path.read_bytes()).items()}
-    except SafetensorError as e: raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
+    if sha256_file(path) != card["sha256"]:
+        raise PromptnbError(f"{path} is damaged (its hash is not the one on its card)")
+    try:
+        t = {k: v.astype(np.float64) for k, v in unpack(path.read_bytes()).items()}
+    except SafetensorError as e:
+        raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
     return Player(card["family"], [(t[f"w{i}"], t[f"b{i}"]) for i in range(3)], card)
 
-# %% ../../nbs/01f_tasks.atari.ipynb #1be57a89
-EPSILON, MEASURED = 0.01, 8    # of an acting policy; games behind each return on a card
 
+# %% ../../nbs/01f_tasks.atari.ipynb #1be57a89
+EPSILON, MEASURED = 0.01, 8  # of an acting policy; games behind each return on a card
+
+
+# %% ../../nbs/01f_tasks.atari.ipynb #e67bd41a
 def play(vec, act, seed, cap=None):
     "One episode a row: returns (N,) and lengths (N,); `cap`: agent steps at most."
-    obs, _ = vec.reset(seed=seed); total, length, over = np.zeros(vec.num_envs), np.zeros(vec.num_envs, int), np.zeros(vec.num_envs, bool)
+    obs, _ = vec.reset(seed=seed)
+    total, length, over = np.zeros(vec.num_envs), np.zeros(vec.num_envs, int), np.zeros(vec.num_envs, bool)
     for _ in range(cap or vec.family.horizon):
-        obs, r, term, trunc, _ = vec.step(act(obs)); total += r; length += ~over; over = term | trunc
-        if over.all(): break
+        obs, r, term, trunc, _ = vec.step(act(obs))
+        total += r
+        length += ~over
+        over = term | trunc
+        if over.all():
+            break
     return total, length
 
-def at_random(fam, rngs): return lambda obs: np.array([g.integers(fam.act_dim) for g in rngs])
 
+# %% ../../nbs/01f_tasks.atari.ipynb #2b3d5e86
+def at_random(fam, rngs):
+    return lambda obs: np.array([g.integers(fam.act_dim) for g in rngs])
+
+
+# %% ../../nbs/01f_tasks.atari.ipynb #f3fc8ee9
 def measured(fam, seed, player=None, c=0):
     "Returns (MEASURED,) of whole games from seeds that training did not see, by snapshot `c` or at random."
-    vec = tasks.lock_step(fam, [0] * MEASURED, threads=1); rngs = np.random.default_rng(seed).spawn(MEASURED)
-    try: return play(vec, player.actor(c, EPSILON, rngs) if player else at_random(fam, rngs), seed)[0]
-    finally: vec.close()
+    vec = tasks.lock_step(fam, [0] * MEASURED, threads=1)
+    rngs = np.random.default_rng(seed).spawn(MEASURED)
+    try:
+        return play(vec, player.actor(c, EPSILON, rngs) if player else at_random(fam, rngs), seed)[0]
+    finally:
+        vec.close()
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #77d2eeb5
 def train_dqn(name, settings: DQNSettings = DQNSettings(), out=None, every=0.02, measure=True, say=print):
@@ -259,122 +474,238 @@ def train_dqn(name, settings: DQNSettings = DQNSettings(), out=None, every=0.02,
     import torch
     from stable_baselines3 import DQN
     from stable_baselines3.common.callbacks import BaseCallback
+
     fam, st, shots, start = tasks.family(name), settings, [], time.time()
-    torch.set_num_threads(st.threads); env, random = training_env(fam, st), measured(fam, 10_000) if measure else np.zeros(1)
-    dqn = DQN("MlpPolicy", env, learning_rate=lambda left: st.learning_rate * max(left, 0.1), buffer_size=st.buffer, learning_starts=st.learning_starts, batch_size=st.batch_size, gamma=st.gamma,
-              train_freq=1, gradient_steps=st.updates, n_steps=st.n_steps, target_update_interval=st.target_update, exploration_fraction=st.explore, exploration_final_eps=st.epsilon,
-              seed=st.seed, device="cpu", policy_kwargs=dict(net_arch=[st.width] * 2))
+    torch.set_num_threads(st.threads)
+    env, random = training_env(fam, st), measured(fam, 10_000) if measure else np.zeros(1)
+    dqn = DQN(
+        "MlpPolicy",
+        env,
+        learning_rate=lambda left: st.learning_rate * max(left, 0.1),
+        buffer_size=st.buffer,
+        learning_starts=st.learning_starts,
+        batch_size=st.batch_size,
+        gamma=st.gamma,
+        train_freq=1,
+        gradient_steps=st.updates,
+        n_steps=st.n_steps,
+        target_update_interval=st.target_update,
+        exploration_fraction=st.explore,
+        exploration_final_eps=st.epsilon,
+        seed=st.seed,
+        device="cpu",
+        policy_kwargs=dict(net_arch=[st.width] * 2),
+    )
 
     class Snapshots(BaseCallback):
-        def _on_step(self): return True
+        def _on_step(self):
+            return True
+
         def _on_rollout_start(self):
-            if self.num_timesteps >= every * st.steps * len(shots): self.take()
+            if self.num_timesteps >= every * st.steps * len(shots):
+                self.take()
+
         def take(self):
             net = self.model.q_net.q_net
-            shots.append(dict(layers=[(m.weight.detach().numpy().T.astype(np.float16), m.bias.detach().numpy().astype(np.float16)) for m in (net[0], net[2], net[4])],
-                              steps=self.num_timesteps, seconds=time.time() - start, games=env.games)); env.games = []
-            say(f"{fam.name}: {self.num_timesteps} steps, {time.time() - start:.0f} s, {len(shots[-1]['games'])} games, mean return {np.mean(shots[-1]['games'] or [np.nan]):.1f}")
-            if len(shots) % max(1, round(0.1 / every)) == 0: finish(fam, st, shots, random, out)
+            shots.append(
+                dict(
+                    layers=[
+                        (m.weight.detach().numpy().T.astype(np.float16), m.bias.detach().numpy().astype(np.float16))
+                        for m in (net[0], net[2], net[4])
+                    ],
+                    steps=self.num_timesteps,
+                    seconds=time.time() - start,
+                    games=env.games,
+                )
+            )
+            env.games = []
+            say(
+                f"{fam.name}: {self.num_timesteps} steps, {time.time() - start:.0f} s, {len(shots[-1]['games'])} games, mean return {np.mean(shots[-1]['games'] or [np.nan]):.1f}"
+            )
+            if len(shots) % max(1, round(0.1 / every)) == 0:
+                finish(fam, st, shots, random, out)
 
-    snap = Snapshots(); dqn.learn(st.steps, callback=snap); snap.take()
+    snap = Snapshots()
+    dqn.learn(st.steps, callback=snap)
+    snap.take()
     return finish(fam, st, shots, random, out, measure)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #742d102d
 def curve_of(shots, window=3):
     "Mean return of the games that ended during the last `window` snapshots, at each; before any game has ended, the first that is known."
-    past = [sum((s["games"] for s in shots[max(0, k - window + 1):k + 1]), []) for k in range(len(shots))]
+    past = [sum((s["games"] for s in shots[max(0, k - window + 1) : k + 1]), []) for k in range(len(shots))]
     known = [k for k, g in enumerate(past) if g]
     return np.interp(range(len(shots)), known, [np.mean(past[k]) for k in known]) if known else np.zeros(len(shots))
 
-LADDER = (0, 1 / 4, 1 / 2, 1)   # of the way from the first return to the best
-LARGEST = 1_000_000             # bytes of a game's file
+
+# %% ../../nbs/01f_tasks.atari.ipynb #0945865a
+LADDER = (0, 1 / 4, 1 / 2, 1)  # of the way from the first return to the best
+LARGEST = 1_000_000  # bytes of a game's file
+
 
 def choose(curve):
     "Indices of the snapshots, up to the best, whose returns are nearest to the rungs of the ladder."
-    r = curve[:int(curve.argmax()) + 1]
+    r = curve[: int(curve.argmax()) + 1]
     return sorted({0, len(r) - 1, *(int(np.abs(r - (r[0] + x * (r[-1] - r[0]))).argmin()) for x in LADDER)})
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #49775640
 def finish(fam, st, shots, random, out=None, measure=False):
     "Keep a ladder of snapshots, `measure` them on fresh games (else their returns are the learning curve's), write weights and card."
-    curve = curve_of(shots); keep = choose(curve); size = sum(x.nbytes for wb in shots[0]["layers"] for x in wb)
-    while size * len(keep) > LARGEST - 10_000: keep.pop(1)
+    curve = curve_of(shots)
+    keep = choose(curve)
+    size = sum(x.nbytes for wb in shots[0]["layers"] for x in wb)
+    while size * len(keep) > LARGEST - 10_000:
+        keep.pop(1)
     layers = [tuple(np.stack([shots[k]["layers"][i][j] for k in keep]) for j in (0, 1)) for i in range(3)]
     player = Player(fam.name, [(w.astype(float), b.astype(float)) for w, b in layers], {})
     r = [measured(fam, 20_000 + 1_000 * c, player, c) if measure else curve[[k]] for c, k in enumerate(keep)]
-    card = dict(family=fam.name, command=command_of(fam.name, st), settings=asdict(st), seconds=round(shots[-1]["seconds"]), env_steps=shots[-1]["steps"], finished=measure, episodes=MEASURED if measure else 0,
-                random_mean_return=random.mean(), expert_mean_return=r[-1].mean(), margin=(r[-1].mean() - random.mean()) / 2,
-                snapshots=[dict(steps=shots[k]["steps"], epsilon=round(st.epsilon_at(shots[k]["steps"]), 3), mean_return=x.mean(), worst_return=x.min()) for k, x in zip(keep, r)],
-                learning_curve=[(s["steps"], round(s["seconds"]), round(float(c), 2)) for s, c in zip(shots, curve)])
+    card = dict(
+        family=fam.name,
+        command=command_of(fam.name, st),
+        settings=asdict(st),
+        seconds=round(shots[-1]["seconds"]),
+        env_steps=shots[-1]["steps"],
+        finished=measure,
+        episodes=MEASURED if measure else 0,
+        random_mean_return=random.mean(),
+        expert_mean_return=r[-1].mean(),
+        margin=(r[-1].mean() - random.mean()) / 2,
+        snapshots=[
+            dict(
+                steps=shots[k]["steps"],
+                epsilon=round(st.epsilon_at(shots[k]["steps"]), 3),
+                mean_return=x.mean(),
+                worst_return=x.min(),
+            )
+            for k, x in zip(keep, r)
+        ],
+        learning_curve=[(s["steps"], round(s["seconds"]), round(float(c), 2)) for s, c in zip(shots, curve)],
+    )
     return save(layers, card, out)
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #7206389b
 def command_of(name, st):
     "The call that trains this policy again: settings other than the defaults are spelt out."
     own = ", ".join(f"{k}={v!r}" for k, v in asdict(st).items() if v != getattr(DQNSettings(), k))
     return f"promptnb.tasks.atari.train_dqn('{name}', DQNSettings({own}))"
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #083b4841
 def script(vec, quality, rng):
     "The behaviour policy for a quality: a function of observations (N, 4, 84, 84) that returns actions (N,). Each row draws from its own child of `rng`."
-    fam = vec.family; check_choice(quality, fam.qualities, "quality"); rngs = rng.spawn(vec.num_envs)
-    if quality == "random": return at_random(fam, rngs)
+    fam = vec.family
+    check_choice(quality, fam.qualities, "quality")
+    rngs = rng.spawn(vec.num_envs)
+    if quality == "random":
+        return at_random(fam, rngs)
     p = load(fam)
-    if quality != "replay": return p.actor(p.snapshot(quality), EPSILON, rngs)
+    if quality != "replay":
+        return p.actor(p.snapshot(quality), EPSILON, rngs)
     c = np.array([g.integers(len(p.snapshots)) for g in rngs], int)
     return p.actor(c, np.array([s["epsilon"] for s in p.snapshots])[c], rngs)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #11ac406a
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #e44b96be
 def area(n, m):
     "(m, n) weights of a resize from n pixels to m by area."
     edge, pixel = np.arange(m + 1)[:, None] * n / m, np.arange(n)
     return (np.clip(np.minimum(edge[1:], pixel + 1) - np.maximum(edge[:-1], pixel), 0, None) * m / n).astype(np.float32)
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #db3b3cf2
 def gray84(frames):
     "Frames (T, H, W, 3) or (T, H, W) uint8, or stacks (T, 4, 84, 84), of which the newest counts -> (T, 84, 84) uint8."
     x = np.asarray(frames)
-    if x.ndim == 4 and x.shape[1:] == (4, 84, 84): x = x[:, -1]
-    if x.dtype != np.uint8 or not (x.ndim == 3 or x.ndim == 4 and x.shape[-1] == 3): raise PromptnbError(f"frames are {x.dtype} {x.shape}: wanted uint8 (T, H, W, 3), (T, H, W) or (T, 4, 84, 84)")
-    if x.shape[1:] == (84, 84): return x
+    if x.ndim == 4 and x.shape[1:] == (4, 84, 84):
+        x = x[:, -1]
+    if x.dtype != np.uint8 or not (x.ndim == 3 or x.ndim == 4 and x.shape[-1] == 3):
+        raise PromptnbError(f"frames are {x.dtype} {x.shape}: wanted uint8 (T, H, W, 3), (T, H, W) or (T, 4, 84, 84)")
+    if x.shape[1:] == (84, 84):
+        return x
     rows, cols = area(x.shape[1], 84), area(x.shape[2], 84).T
-    return np.stack([np.rint(rows @ (f @ LUMA if f.ndim == 3 else f.astype(np.float32)) @ cols).clip(0, 255).astype(np.uint8) for f in x])
+    return np.stack(
+        [
+            np.rint(rows @ (f @ LUMA if f.ndim == 3 else f.astype(np.float32)) @ cols).clip(0, 255).astype(np.uint8)
+            for f in x
+        ]
+    )
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #8ad27d6b
 def from_minari_atari(dataset, name=None, episodes=None):
     "A `minari.MinariDataset` of game frames -> trajectories (at most `episodes`); with a family's `name`, its actions must be that game's."
-    if name and (n := dataset.action_space.n) != tasks.family(name).act_dim: raise PromptnbError(f"{dataset.id} has {n} actions, but {name} has {tasks.family(name).act_dim}")
-    return [dict(observations=gray84(e.observations[:len(e.actions)]), actions=np.asarray(e.actions, int), rewards=np.asarray(e.rewards, float)) for e in dataset.iterate_episodes(range(min(episodes or dataset.total_episodes, dataset.total_episodes)))]
+    if name and (n := dataset.action_space.n) != tasks.family(name).act_dim:
+        raise PromptnbError(f"{dataset.id} has {n} actions, but {name} has {tasks.family(name).act_dim}")
+    return [
+        dict(
+            observations=gray84(e.observations[: len(e.actions)]),
+            actions=np.asarray(e.actions, int),
+            rewards=np.asarray(e.rewards, float),
+        )
+        for e in dataset.iterate_episodes(range(min(episodes or dataset.total_episodes, dataset.total_episodes)))
+    ]
 
-def imported(dataset, episodes=None): return from_minari_atari(dataset, episodes=episodes)     # what `promptnb collect --quality minari-expert` calls
+
+# %% ../../nbs/01f_tasks.atari.ipynb #bc692943
+def imported(dataset, episodes=None):
+    return from_minari_atari(dataset, episodes=episodes)  # what `promptnb collect --quality minari-expert` calls
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #29e07a28
 STORES = ("observation", "action", "reward", "terminal")
 
+
 def read_store(folder, store, part, steps=None):
     "One array of a replay folder: its first `steps` entries, and how many there are."
-    path = Path(folder)/f"$store$_{store}_ckpt.{part}.gz"
-    if not path.exists(): raise PromptnbError(f"no {path}: a part of a DQN-replay folder is four files, {', '.join(STORES)}")
+    path = Path(folder) / f"$store$_{store}_ckpt.{part}.gz"
+    if not path.exists():
+        raise PromptnbError(f"no {path}: a part of a DQN-replay folder is four files, {', '.join(STORES)}")
     try:
         with gzip.open(path) as f:
-            if np.lib.format.read_magic(f) != (1, 0): raise ValueError("unknown version of npy")
+            if np.lib.format.read_magic(f) != (1, 0):
+                raise ValueError("unknown version of npy")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-            if dtype.hasobject or fortran or not shape: raise ValueError("not a plain array")
-            n = min(shape[0], steps or shape[0]); size = n * int(np.prod(shape[1:])) * dtype.itemsize
-            if len(data := f.read(size)) < size: raise EOFError("it ends too early")
-    except (EOFError, OSError, ValueError, zlib.error) as e: raise PromptnbError(f"{path} is damaged ({e})") from None
+            if dtype.hasobject or fortran or not shape:
+                raise ValueError("not a plain array")
+            n = min(shape[0], steps or shape[0])
+            size = n * int(np.prod(shape[1:])) * dtype.itemsize
+            if len(data := f.read(size)) < size:
+                raise EOFError("it ends too early")
+    except (EOFError, OSError, ValueError, zlib.error) as e:
+        raise PromptnbError(f"{path} is damaged ({e})") from None
     return np.frombuffer(data, dtype).reshape(n, *shape[1:]), shape[0]
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #c3038445
 def parts_of(folder):
     found = sorted(int(p.name.split(".")[-2]) for p in Path(folder).glob("$store$_observation_ckpt.*.gz"))
-    if not found: raise PromptnbError(f"no DQN-replay data in {folder}: wanted $store$_observation_ckpt.0.gz and its like")
+    if not found:
+        raise PromptnbError(f"no DQN-replay data in {folder}: wanted $store$_observation_ckpt.0.gz and its like")
     return found
 
+
+# %% ../../nbs/01f_tasks.atari.ipynb #9062f72d
 def from_dqn_replay(folder, parts=None, steps=None):
     "A folder of the DQN-replay data -> trajectories, split after each terminal; `parts`: which (default all), `steps`: of each."
     out = []
     for part in parts or parts_of(folder):
         (obs, n), *rest = [read_store(folder, s, part, steps) for s in STORES]
-        if {m for _, m in rest} != {n}: raise PromptnbError(f"part {part} of {folder} is damaged (its arrays have lengths {', '.join(str(m) for m in (n, *(m for _, m in rest)))})")
-        action, reward, terminal = (x for x, _ in rest); ends = np.flatnonzero(terminal) + 1
+        if {m for _, m in rest} != {n}:
+            raise PromptnbError(
+                f"part {part} of {folder} is damaged (its arrays have lengths {', '.join(str(m) for m in (n, *(m for _, m in rest)))})"
+            )
+        action, reward, terminal = (x for x, _ in rest)
+        ends = np.flatnonzero(terminal) + 1
         cuts = [0, *ends, *([len(obs)] if len(obs) > (ends[-1] if len(ends) else 0) else [])]
-        out += [dict(observations=gray84(obs[i:j]), actions=action[i:j].astype(int), rewards=reward[i:j].astype(float)) for i, j in zip(cuts, cuts[1:])]
+        out += [
+            dict(observations=gray84(obs[i:j]), actions=action[i:j].astype(int), rewards=reward[i:j].astype(float))
+            for i, j in zip(cuts, cuts[1:])
+        ]
     return out

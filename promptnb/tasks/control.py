@@ -4,9 +4,11 @@
 
 # %% ../../nbs/01a_tasks.control.ipynb #68b1ac3e
 from __future__ import annotations
-import importlib, os
+
+import importlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import gymnasium as gym
 import mujoco
@@ -18,55 +20,113 @@ from mujoco import rollout
 from .. import tasks
 
 # %% auto #0
-__all__ = ['BODIES', 'squared', 'finite', 'start', 'Body', 'body_of', 'ant_fell', 'see_ant', 'ControlEnv', 'make', 'LockStep']
+__all__ = [
+    "BODIES",
+    "squared",
+    "finite",
+    "start",
+    "Body",
+    "body_of",
+    "ant_fell",
+    "see_ant",
+    "ControlEnv",
+    "make",
+    "LockStep",
+]
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #86903d9d
-def squared(a): return np.square(a, dtype=np.float64).sum(-1)
-def finite(q, v): return np.isfinite(q).all(-1) & np.isfinite(v).all(-1)
+def squared(a):
+    return np.square(a, dtype=np.float64).sum(-1)
+
+
+# %% ../../nbs/01a_tasks.control.ipynb #f5a9066b
+def finite(q, v):
+    return np.isfinite(q).all(-1) & np.isfinite(v).all(-1)
+
+
+# %% ../../nbs/01a_tasks.control.ipynb #575bae9f
 def start(q0, nv, rng):
     "Gymnasium's start: the model's pose plus small noise."
     return q0 + rng.uniform(-0.1, 0.1, len(q0)), 0.1 * rng.standard_normal(nv)
 
+
+# %% ../../nbs/01a_tasks.control.ipynb #723b1d45
 @dataclass(frozen=True)
 class Body:
     "A MuJoCo body in C++ threads. Its actuators take [-1, 1]; its state is qpos and qvel."
-    xml: str                    # a file of Gymnasium's assets, or the model itself
-    observe: Callable           # q, v -> (N, S)
-    reward: Callable            # family, goal (N,), dt, q before, q after, actions (N, A), ended (N,) -> (N,)
-    ended: Callable             # q, v -> (N,) bool: it has fallen, or the physics has blown up
-    frame_skip: int = 5
-    dt: float = 0.05            # seconds a step: frame_skip physics steps
-    start: Callable = start     # initial q, nv, generator -> q, v
-    camera: dict = field(default_factory=lambda: dict(distance=4.0))
-    @property
-    def written_here(self): return self.xml.startswith("<")
-    @property
-    def path(self): return os.path.join(os.path.dirname(gym.envs.mujoco.__file__), "assets", "" if self.written_here else self.xml)     # Gymnasium wants one that exists
-    def model(self): return mujoco.MjModel.from_xml_string(self.xml) if self.written_here else mujoco.MjModel.from_xml_path(self.path)
 
-def body_of(fam) -> Body: return importlib.import_module(f"promptnb.tasks.{fam.kind}").BODIES[fam.body]
+    xml: str  # a file of Gymnasium's assets, or the model itself
+    observe: Callable  # q, v -> (N, S)
+    reward: Callable  # family, goal (N,), dt, q before, q after, actions (N, A), ended (N,) -> (N,)
+    ended: Callable  # q, v -> (N,) bool: it has fallen, or the physics has blown up
+    frame_skip: int = 5
+    dt: float = 0.05  # seconds a step: frame_skip physics steps
+    start: Callable = start  # initial q, nv, generator -> q, v
+    camera: dict = field(default_factory=lambda: dict(distance=4.0))
+
+    @property
+    def written_here(self):
+        return self.xml.startswith("<")
+
+    @property
+    def path(self):
+        return os.path.join(
+            os.path.dirname(gym.envs.mujoco.__file__), "assets", "" if self.written_here else self.xml
+        )  # Gymnasium wants one that exists
+
+    def model(self):
+        return (
+            mujoco.MjModel.from_xml_string(self.xml) if self.written_here else mujoco.MjModel.from_xml_path(self.path)
+        )
+
+
+# %% ../../nbs/01a_tasks.control.ipynb #19f32681
+def body_of(fam) -> Body:
+    return importlib.import_module(f"promptnb.tasks.{fam.kind}").BODIES[fam.body]
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #8ed99aed
 def _see_cheetah(q, v):
-    torso = np.stack([q[:, 0], np.zeros(len(q)), q[:, 1] + 0.7], -1)      # the model's torso hangs 0.7 above its slide joint
+    torso = np.stack(
+        [q[:, 0], np.zeros(len(q)), q[:, 1] + 0.7], -1
+    )  # the model's torso hangs 0.7 above its slide joint
     return np.concatenate([q[:, 1:], v, torso], -1)
 
+
+# %% ../../nbs/01a_tasks.control.ipynb #918b685e
 def _pay_cheetah(fam, goal, dt, q0, q1, a, ended):
     vx = (q1[:, 0] - q0[:, 0]) / dt
     return (goal * vx if fam.name == "cheetah-dir" else -np.abs(vx - goal)) - 0.05 * squared(a)
 
+
+# %% ../../nbs/01a_tasks.control.ipynb #db2b06cf
 def _pay_ant(fam, goal, dt, q0, q1, a, ended):
     forward = ((q1[:, :2] - q0[:, :2]) / dt * np.stack([np.cos(goal), np.sin(goal)], -1)).sum(-1)
     return forward - 0.5 * squared(a) + 1.0
 
-def ant_fell(q, v): return ~finite(q, v) | (q[:, 2] < 0.2) | (q[:, 2] > 1.0)
-def see_ant(q, v): return np.concatenate([q[:, 2:], v], -1)
 
-BODIES = dict(cheetah=Body("half_cheetah.xml", _see_cheetah, _pay_cheetah, lambda q, v: ~finite(q, v)), ant=Body("ant.xml", see_ant, _pay_ant, ant_fell))
+# %% ../../nbs/01a_tasks.control.ipynb #d8b2939a
+def ant_fell(q, v):
+    return ~finite(q, v) | (q[:, 2] < 0.2) | (q[:, 2] > 1.0)
+
+
+# %% ../../nbs/01a_tasks.control.ipynb #d7567c32
+def see_ant(q, v):
+    return np.concatenate([q[:, 2:], v], -1)
+
+
+# %% ../../nbs/01a_tasks.control.ipynb #2a38bfc1
+BODIES = dict(
+    cheetah=Body("half_cheetah.xml", _see_cheetah, _pay_cheetah, lambda q, v: ~finite(q, v)),
+    ant=Body("ant.xml", see_ant, _pay_ant, ant_fell),
+)
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #3519d4d1
 class ControlEnv(MujocoEnv):
     "One task of a body's family. Observations float32, actions in [-1, 1]; `info` holds the position and the velocity along x."
+
     metadata = dict(render_modes=["human", "rgb_array", "depth_array", "rgbd_tuple"], render_fps=20)
 
     def __init__(self, fam, task, **kw):
@@ -80,35 +140,44 @@ class ControlEnv(MujocoEnv):
         model.vis.global_.offwidth, model.vis.global_.offheight = self.width, self.height
         return model, mujoco.MjData(model)
 
-    def _obs(self): return self.body.observe(self.data.qpos[None], self.data.qvel[None])[0].astype(np.float32)
+    def _obs(self):
+        return self.body.observe(self.data.qpos[None], self.data.qvel[None])[0].astype(np.float32)
 
     def step(self, action):
         b, q0 = self.body, self.data.qpos.copy()
-        self.data.qacc_warmstart[:] = 0        # the solver starts cold each step, as in lock step: same floats in both
+        self.data.qacc_warmstart[:] = 0  # the solver starts cold each step, as in lock step: same floats in both
         self.do_simulation(action, self.frame_skip)
-        q1 = self.data.qpos.copy(); ended = b.ended(q1[None], self.data.qvel[None])
+        q1 = self.data.qpos.copy()
+        ended = b.ended(q1[None], self.data.qvel[None])
         goal = np.array([self.family.goals[self.task]])
         r = b.reward(self.family, goal, b.dt, q0[None], q1[None], np.asarray(action)[None], ended)[0]
-        if self.render_mode == "human": self.render()
+        if self.render_mode == "human":
+            self.render()
         return self._obs(), float(r), bool(ended[0]), False, dict(x_position=q1[0], x_velocity=(q1[0] - q0[0]) / b.dt)
 
     def reset_model(self):
         self.set_state(*self.body.start(self.init_qpos, self.model.nv, self.np_random))
         return self._obs()
 
+
+# %% ../../nbs/01a_tasks.control.ipynb #55ba1841
 def make(family, task, **kw):
     "Entry point of the registered ids: `gymnasium.make('promptnb/cheetah-vel-v0', task=7)`."
-    fam = tasks.family(family); tasks.check_task(fam, task)
+    fam = tasks.family(family)
+    tasks.check_task(fam, task)
     return ControlEnv(fam, task, **kw)
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #3f26845b
 class LockStep(gym.vector.VectorEnv):
     "N episodes of any tasks of a family, stepped together. Observations (N, S) float32, rewards (N,) float64."
+
     metadata = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
     def __init__(self, fam, task_ids, threads=None):
         "`task_ids` (N,), repeats allowed; `threads` of physics, default: the processor's cores."
-        self.family = fam = tasks.family(fam); self.body = body_of(fam)
+        self.family = fam = tasks.family(fam)
+        self.body = body_of(fam)
         self.model = self.body.model()
         threads = threads or len(os.sched_getaffinity(0))
         self._data = [mujoco.MjData(self.model) for _ in range(threads)]
@@ -126,32 +195,51 @@ class LockStep(gym.vector.VectorEnv):
             self.num_envs = len(self.task_ids)
             self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
             self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-            self._state = np.zeros((self.num_envs, 1 + self.nq + self.nv))   # time, qpos, qvel: mjSTATE_FULLPHYSICS of these models
+            self._state = np.zeros(
+                (self.num_envs, 1 + self.nq + self.nv)
+            )  # time, qpos, qvel: mjSTATE_FULLPHYSICS of these models
             self._t, self._rngs = np.zeros(self.num_envs, int), [None] * self.num_envs
 
-    def _split(self, s): return s[:, 1:1 + self.nq], s[:, 1 + self.nq:]
+    def _split(self, s):
+        return s[:, 1 : 1 + self.nq], s[:, 1 + self.nq :]
 
     def reset(self, *, seed=None, options=None):
         "`seed`: None (go on), an int (row i gets seed + i) or one a row. `options['reset_mask']` (N,) bool limits the reset to those rows."
-        mask = np.ones(self.num_envs, bool) if not options or "reset_mask" not in options else np.asarray(options["reset_mask"], bool)
-        seeds = [None] * self.num_envs if seed is None else [seed + i for i in range(self.num_envs)] if np.isscalar(seed) else seed
+        mask = (
+            np.ones(self.num_envs, bool)
+            if not options or "reset_mask" not in options
+            else np.asarray(options["reset_mask"], bool)
+        )
+        seeds = (
+            [None] * self.num_envs
+            if seed is None
+            else [seed + i for i in range(self.num_envs)]
+            if np.isscalar(seed)
+            else seed
+        )
         for i in np.flatnonzero(mask):
-            if seeds[i] is not None or self._rngs[i] is None: self._rngs[i] = np.random.Generator(np.random.PCG64(seeds[i]))
+            if seeds[i] is not None or self._rngs[i] is None:
+                self._rngs[i] = np.random.Generator(np.random.PCG64(seeds[i]))
             self._state[i, 0] = 0
             self._state[i, 1:] = np.concatenate(self.body.start(self.model.qpos0, self.nv, self._rngs[i]))
         self._t[mask] = 0
         return self._observe(), {}
 
-    def _observe(self): return self.body.observe(*self._split(self._state)).astype(np.float32)
+    def _observe(self):
+        return self.body.observe(*self._split(self._state)).astype(np.float32)
 
     def step(self, actions):
         b, skip = self.body, self.body.frame_skip
         a = np.clip(np.asarray(actions, np.float32), -1, 1).astype(np.float64)
-        states, _ = self._rollout.rollout(self.model, self._data, self._state, control=np.repeat(a[:, None], skip, 1), nstep=skip)
-        before, self._state = self._state, states[:, -1].copy(); self._t += 1
+        states, _ = self._rollout.rollout(
+            self.model, self._data, self._state, control=np.repeat(a[:, None], skip, 1), nstep=skip
+        )
+        before, self._state = self._state, states[:, -1].copy()
+        self._t += 1
         (q0, _), (q1, v1) = self._split(before), self._split(self._state)
         ended = b.ended(q1, v1)
         r = b.reward(self.family, self.goals, b.dt, q0, q1, a, ended)
         return self._observe(), r, ended, self._t >= self.family.horizon, {}
 
-    def close_extras(self, **kw): self._rollout.close()
+    def close_extras(self, **kw):
+        self._rollout.close()

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #366b3b73
 from __future__ import annotations
+
 import functools
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -16,154 +17,312 @@ from gymnasium.spaces import Box, Discrete
 from ..core import PromptnbError, check_choice
 
 # %% auto #0
-__all__ = ['ACTIONS', 'ACHIEVEMENTS', 'KINDS', 'VITALS', 'AREA', 'SIGHT', 'CHUNK', 'DAY', 'FULL', 'GROVE', 'ROCK', 'PARENTS',
-           'DEPTH', 'NIGHT', 'DREAM', 'TIRED', 'LOW', 'MONSTERS', 'SWORDS', 'BEHAVIOURS', 'Vec', 'Quick', 'rules',
-           'World', 'terrain', 'settle', 'faded', 'lit', 'atlas', 'belongings', 'Game', 'Ordered', 'Plain', 'chances',
-           'upkeep', 'Crafter', 'score', 'success_rates', 'depth', 'wilson']
+__all__ = [
+    "ACTIONS",
+    "ACHIEVEMENTS",
+    "KINDS",
+    "VITALS",
+    "AREA",
+    "SIGHT",
+    "CHUNK",
+    "DAY",
+    "FULL",
+    "GROVE",
+    "ROCK",
+    "PARENTS",
+    "DEPTH",
+    "NIGHT",
+    "DREAM",
+    "TIRED",
+    "LOW",
+    "MONSTERS",
+    "SWORDS",
+    "BEHAVIOURS",
+    "Vec",
+    "Quick",
+    "rules",
+    "World",
+    "terrain",
+    "settle",
+    "faded",
+    "lit",
+    "atlas",
+    "belongings",
+    "Game",
+    "Ordered",
+    "Plain",
+    "chances",
+    "upkeep",
+    "Crafter",
+    "score",
+    "success_rates",
+    "depth",
+    "wilson",
+]
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #7566be36
-ACTIONS = tuple("""noop move_left move_right move_up move_down do sleep place_stone place_table place_furnace place_plant
-                   make_wood_pickaxe make_stone_pickaxe make_iron_pickaxe make_wood_sword make_stone_sword make_iron_sword""".split())
-ACHIEVEMENTS = tuple("""collect_coal collect_diamond collect_drink collect_iron collect_sapling collect_stone collect_wood defeat_skeleton defeat_zombie eat_cow eat_plant
-                        make_iron_pickaxe make_iron_sword make_stone_pickaxe make_stone_sword make_wood_pickaxe make_wood_sword place_furnace place_plant place_stone place_table wake_up""".split())
-KINDS = tuple("none water grass stone path sand tree lava coal iron diamond table furnace player cow zombie skeleton arrow plant".split())      # by semantic id
+ACTIONS = tuple(
+    """noop move_left move_right move_up move_down do sleep place_stone place_table place_furnace place_plant
+                   make_wood_pickaxe make_stone_pickaxe make_iron_pickaxe make_wood_sword make_stone_sword make_iron_sword""".split()
+)
+ACHIEVEMENTS = tuple(
+    """collect_coal collect_diamond collect_drink collect_iron collect_sapling collect_stone collect_wood defeat_skeleton defeat_zombie eat_cow eat_plant
+                        make_iron_pickaxe make_iron_sword make_stone_pickaxe make_stone_sword make_wood_pickaxe make_wood_sword place_furnace place_plant place_stone place_table wake_up""".split()
+)
+KINDS = tuple(
+    "none water grass stone path sand tree lava coal iron diamond table furnace player cow zombie skeleton arrow plant".split()
+)  # by semantic id
 VITALS = ("health", "food", "drink", "energy")
-AREA, SIGHT, CHUNK, DAY = 64, (9, 7), 12, 300      # cells a side; cells in sight; cells a side of a chunk; steps
-FULL = 9                                           # the most of anything that a player has
-GROVE, ROCK = 100, 101                             # ground that dice decide
+AREA, SIGHT, CHUNK, DAY = 64, (9, 7), 12, 300  # cells a side; cells in sight; cells a side of a chunk; steps
+FULL = 9  # the most of anything that a player has
+GROVE, ROCK = 100, 101  # ground that dice decide
 _ID = {k: i for i, k in enumerate(KINDS)}
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #9e76d080
 PARENTS = {a: () for a in ACHIEVEMENTS} | dict(
-    place_plant=("collect_sapling",), eat_plant=("place_plant",), place_table=("collect_wood",), make_wood_pickaxe=("place_table",), make_wood_sword=("place_table",),
-    collect_stone=("make_wood_pickaxe",), collect_coal=("make_wood_pickaxe",), place_stone=("collect_stone",), place_furnace=("collect_stone",),
-    make_stone_pickaxe=("place_table", "collect_stone"), make_stone_sword=("place_table", "collect_stone"), collect_iron=("make_stone_pickaxe",),
-    **{a: ("place_table", "place_furnace", "collect_coal", "collect_iron") for a in ("make_iron_pickaxe", "make_iron_sword")}, collect_diamond=("make_iron_pickaxe",))
+    place_plant=("collect_sapling",),
+    eat_plant=("place_plant",),
+    place_table=("collect_wood",),
+    make_wood_pickaxe=("place_table",),
+    make_wood_sword=("place_table",),
+    collect_stone=("make_wood_pickaxe",),
+    collect_coal=("make_wood_pickaxe",),
+    place_stone=("collect_stone",),
+    place_furnace=("collect_stone",),
+    make_stone_pickaxe=("place_table", "collect_stone"),
+    make_stone_sword=("place_table", "collect_stone"),
+    collect_iron=("make_stone_pickaxe",),
+    **{
+        a: ("place_table", "place_furnace", "collect_coal", "collect_iron")
+        for a in ("make_iron_pickaxe", "make_iron_sword")
+    },
+    collect_diamond=("make_iron_pickaxe",),
+)
 
-def _depth(a): return 1 + max(map(_depth, PARENTS[a]), default=0)
+
+def _depth(a):
+    return 1 + max(map(_depth, PARENTS[a]), default=0)
+
+
 DEPTH = {a: _depth(a) for a in ACHIEVEMENTS}
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #31168a88
 class Vec(tuple):
     "A cell or a direction: what crafter's rules do with NumPy pairs, without NumPy."
-    __slots__ = ()
-    def __add__(self, o): return Vec((self[0] + o[0], self[1] + o[1]))
-    def __neg__(self): return Vec((-self[0], -self[1]))
 
+    __slots__ = ()
+
+    def __add__(self, o):
+        return Vec((self[0] + o[0], self[1] + o[1]))
+
+    def __neg__(self):
+        return Vec((-self[0], -self[1]))
+
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #b390bd89
 class Quick:
     "Put before a crafter object: the same moves and distances on plain integers."
+
     def is_free(self, target, materials=None):
         material, obj = self.world[target]
         return obj is None and material in (materials or self.walkable)
+
     def move(self, direction):
         target = self.pos + direction
-        if not self.is_free(target): return False
-        self.world.move(self, target); return True
+        if not self.is_free(target):
+            return False
+        self.world.move(self, target)
+        return True
+
     def distance(self, target):
         x, y = getattr(target, "pos", target)
         return abs(x - self.pos[0]) + abs(y - self.pos[1])
+
     def toward(self, target, long_axis=True):
-        x, y = getattr(target, "pos", target); x -= self.pos[0]; y -= self.pos[1]
+        x, y = getattr(target, "pos", target)
+        x -= self.pos[0]
+        y -= self.pos[1]
         along_x = abs(x) > abs(y) if long_axis else abs(x) <= abs(y)
         return Vec(((x > 0) - (x < 0), 0) if along_x else (0, (y > 0) - (y < 0)))
-    def random_dir(self): return self.all_dirs[self.world.raw() & 3]      # what randint(0, 4) draws
+
+    def random_dir(self):
+        return self.all_dirs[self.world.raw() & 3]  # what randint(0, 4) draws
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #253caa0b
 @functools.cache
 def rules():
     "crafter's own modules, and `quick`: its classes of objects with the short cuts."
-    try: from crafter import constants, engine, env, objects, worldgen
-    except ModuleNotFoundError as e: raise PromptnbError(f"Crafter needs the package {e.name}, which is not installed: pip install 'promptnb[crafter]'") from None
+    try:
+        from crafter import constants, engine, env, objects, worldgen
+    except ModuleNotFoundError as e:
+        raise PromptnbError(
+            f"Crafter needs the package {e.name}, which is not installed: pip install 'promptnb[crafter]'"
+        ) from None
     more = dict(Player=["lava"], Arrow=["water", "lava"])
-    quick = {c: type(n, (Quick, c), dict(walkable=frozenset(constants.walkable + more.get(n, [])), kind=_ID.get(n.lower())))
-             for n in ("Player", "Cow", "Zombie", "Skeleton", "Arrow", "Plant") for c in [getattr(objects, n)]}
+    quick = {
+        c: type(n, (Quick, c), dict(walkable=frozenset(constants.walkable + more.get(n, [])), kind=_ID.get(n.lower())))
+        for n in ("Player", "Cow", "Zombie", "Skeleton", "Arrow", "Plant")
+        for c in [getattr(objects, n)]
+    }
     return SimpleNamespace(constants=constants, engine=engine, env=env, objects=objects, worldgen=worldgen, quick=quick)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #83694bf8
 class World:
     "Ground, objects and dice of one episode, as crafter's rules ask for them."
+
     def __init__(self, seed):
         self.rng = np.random.RandomState(seed)
         self.raw, self.random = self.rng._bit_generator.random_raw, SimpleNamespace(uniform=self.rng.random_sample)
         self.area, self.daylight = (AREA, AREA), 0.0
-        (w, h), inner = SIGHT, np.s_[4:4 + AREA, 3:3 + AREA]
-        self.wide_ground, self.wide_seen = np.zeros((2, AREA + w - 1, AREA + h - 1), np.uint8)       # ids with a margin of 0, so that a window is a slice
-        self.ground, self.seen = self.wide_ground[inner], self.wide_seen[inner]                      # (x, y) material; material or the object on it
-        self.at, self.live, self.chunks, self._room = {}, {}, {}, {}                                 # cell -> object; objects in order; chunk -> its objects in order; grass and path cells
+        (w, h), inner = SIGHT, np.s_[4 : 4 + AREA, 3 : 3 + AREA]
+        self.wide_ground, self.wide_seen = np.zeros(
+            (2, AREA + w - 1, AREA + h - 1), np.uint8
+        )  # ids with a margin of 0, so that a window is a slice
+        self.ground, self.seen = (
+            self.wide_ground[inner],
+            self.wide_seen[inner],
+        )  # (x, y) material; material or the object on it
+        self.at, self.live, self.chunks, self._room = (
+            {},
+            {},
+            {},
+            {},
+        )  # cell -> object; objects in order; chunk -> its objects in order; grass and path cells
 
     def lay(self, ids):
         "Material ids (64, 64) of the whole map, before any object but the player."
-        self.ground[:] = ids; self.seen[self.ground > 0] = ids[self.ground > 0]
+        self.ground[:] = ids
+        self.seen[self.ground > 0] = ids[self.ground > 0]
         self.names = [[KINDS[i] for i in row] for row in ids.tolist()]
-        for o in self.live: self.seen[o.pos] = o.kind
+        for o in self.live:
+            self.seen[o.pos] = o.kind
 
     def __getitem__(self, pos):
         x, y = pos
         return (self.names[x][y], self.at.get((x, y))) if 0 <= x < AREA and 0 <= y < AREA else (None, None)
-    def __setitem__(self, pos, material):
-        x, y = pos; self.names[x][y] = material; self.ground[x, y] = _ID[material]; self._room.pop((x // CHUNK, y // CHUNK), None)
-        if (x, y) not in self.at: self.seen[x, y] = _ID[material]
 
-    def _chunk(self, pos): return self.chunks.setdefault((pos[0] // CHUNK, pos[1] // CHUNK), {})
+    def __setitem__(self, pos, material):
+        x, y = pos
+        self.names[x][y] = material
+        self.ground[x, y] = _ID[material]
+        self._room.pop((x // CHUNK, y // CHUNK), None)
+        if (x, y) not in self.at:
+            self.seen[x, y] = _ID[material]
+
+    def _chunk(self, pos):
+        return self.chunks.setdefault((pos[0] // CHUNK, pos[1] // CHUNK), {})
+
     def add(self, obj):
         obj.__class__, obj.pos = rules().quick[type(obj)], Vec(map(int, obj.pos))
-        self.at[obj.pos] = obj; self.live[obj] = self._chunk(obj.pos)[obj] = None; self.seen[obj.pos] = obj.kind
+        self.at[obj.pos] = obj
+        self.live[obj] = self._chunk(obj.pos)[obj] = None
+        self.seen[obj.pos] = obj.kind
+
     def remove(self, obj):
-        if obj.removed: return
+        if obj.removed:
+            return
         del self.at[obj.pos], self.live[obj], self._chunk(obj.pos)[obj]
-        self.seen[obj.pos] = self.ground[obj.pos]; obj.removed = True
+        self.seen[obj.pos] = self.ground[obj.pos]
+        obj.removed = True
+
     def move(self, obj, pos):
-        if obj.removed: return
-        old, obj.pos = obj.pos, pos; del self.at[old]; self.at[pos] = obj
-        self.seen[old] = self.ground[old]; self.seen[pos] = obj.kind
-        if (a := self._chunk(old)) is not (b := self._chunk(pos)): del a[obj]; b[obj] = None
+        if obj.removed:
+            return
+        old, obj.pos = obj.pos, pos
+        del self.at[old]
+        self.at[pos] = obj
+        self.seen[old] = self.ground[old]
+        self.seen[pos] = obj.kind
+        if (a := self._chunk(old)) is not (b := self._chunk(pos)):
+            del a[obj]
+            b[obj] = None
 
     def nearby(self, pos, distance):
         "Names within `distance`. As in crafter, a window that begins before cell 0 is empty."
         (x, y), d = pos, distance
-        return {KINDS[i] for i in self.ground[x - d:x + d + 1, y - d:y + d + 1].ravel().tolist()}, ()
+        return {KINDS[i] for i in self.ground[x - d : x + d + 1, y - d : y + d + 1].ravel().tolist()}, ()
+
     def room(self, chunk):
         "Cells of grass and of path in a chunk."
-        if chunk not in self._room: g = self.part(chunk); self._room[chunk] = {k: int((g == _ID[k]).sum()) for k in ("grass", "path")}
+        if chunk not in self._room:
+            g = self.part(chunk)
+            self._room[chunk] = {k: int((g == _ID[k]).sum()) for k in ("grass", "path")}
         return self._room[chunk]
-    def part(self, chunk): x, y = chunk; return self.ground[x * CHUNK:(x + 1) * CHUNK, y * CHUNK:(y + 1) * CHUNK]
+
+    def part(self, chunk):
+        x, y = chunk
+        return self.ground[x * CHUNK : (x + 1) * CHUNK, y * CHUNK : (y + 1) * CHUNK]
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c32b0d5c
 @functools.cache
 def _noise():
     "OpenSimplex noise at many points: noise(x, y, z, *tables). One compiled loop where numba is installed."
     from opensimplex.internals import _noise3
+
     def noise(x, y, z, perm, gradients):
         out = np.empty(len(x))
-        for i in range(len(x)): out[i] = _noise3(x[i], y[i], z, perm, gradients)
+        for i in range(len(x)):
+            out[i] = _noise3(x[i], y[i], z, perm, gradients)
         return out
-    try: from numba import njit
-    except ModuleNotFoundError: return noise
+
+    try:
+        from numba import njit
+    except ModuleNotFoundError:
+        return noise
     return njit(noise)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #e8290451
 def terrain(seed, centre):
     "Flat maps (64 * 64,): material ids, with GROVE and ROCK where dice decide; what may lie in the rock (dict of bool); tunnels (bool)."
     from opensimplex.internals import _init
+
     tables, noise = _init(seed), _noise()
     x, y = (a.ravel() for a in np.indices((AREA, AREA)))
+
     def wave(z, sizes, where=np.s_[:], x=x, y=y, scale=None):
         value = 0
-        for size, weight in sizes.items(): value += weight * noise(x[where] / size, y[where] / size, z, *tables)
+        for size, weight in sizes.items():
+            value += weight * noise(x[where] / size, y[where] / size, z, *tables)
         return value / (scale or sum(sizes.values()))
-    def high(z, size, level, where, x=x, y=y): out = np.zeros(AREA**2, bool); out[where] = wave(z, {size: 1}, where, x, y) > level; return out
 
-    start = 4 - np.sqrt((x - centre[0])**2 + (y - centre[1])**2) + 2 * wave(8, {3: 1})
+    def high(z, size, level, where, x=x, y=y):
+        out = np.zeros(AREA**2, bool)
+        out[where] = wave(z, {size: 1}, where, x, y) > level
+        return out
+
+    start = 4 - np.sqrt((x - centre[0]) ** 2 + (y - centre[1]) ** 2) + 2 * wave(8, {3: 1})
     start = 1 / (1 + np.exp(-start))
     water = wave(3, {15: 1, 5: 0.15}, scale=1) + 0.1 - 2 * start
     mountain = wave(0, {15: 1, 5: 0.3}) - (4 * start + 0.3 * water)
-    rock = (start <= 0.5) & (mountain > 0.15); plain = (start <= 0.5) & ~rock
-    cave = high(6, 7, 0.15, rock & (mountain > 0.3)); rock &= ~cave
-    tunnels = high(7, 3, 0.4, rock, 2 * x, y / 5); tunnels |= high(7, 3, 0.4, rock & ~tunnels, x / 5, 2 * y); rock &= ~tunnels
-    sand = high(4, 9, -0.2, plain & (water > 0.25) & (water <= 0.35)); sea = plain & ~sand & (water > 0.3)
+    rock = (start <= 0.5) & (mountain > 0.15)
+    plain = (start <= 0.5) & ~rock
+    cave = high(6, 7, 0.15, rock & (mountain > 0.3))
+    rock &= ~cave
+    tunnels = high(7, 3, 0.4, rock, 2 * x, y / 5)
+    tunnels |= high(7, 3, 0.4, rock & ~tunnels, x / 5, 2 * y)
+    rock &= ~tunnels
+    sand = high(4, 9, -0.2, plain & (water > 0.25) & (water <= 0.35))
+    sea = plain & ~sand & (water > 0.3)
     grove = high(5, 7, 0, plain & ~sand & ~sea)
-    ids = np.select([cave | tunnels, rock, sand, sea, grove], [_ID["path"], ROCK, _ID["sand"], _ID["water"], GROVE], _ID["grass"])
-    return ids, dict(coal=high(1, 8, 0, rock), iron=high(2, 6, 0.4, rock), deep=mountain > 0.18, lava=high(6, 5, 0.35, rock & (mountain > 0.3))), tunnels
+    ids = np.select(
+        [cave | tunnels, rock, sand, sea, grove], [_ID["path"], ROCK, _ID["sand"], _ID["water"], GROVE], _ID["grass"]
+    )
+    return (
+        ids,
+        dict(
+            coal=high(1, 8, 0, rock),
+            iron=high(2, 6, 0.4, rock),
+            deep=mountain > 0.18,
+            lava=high(6, 5, 0.35, rock & (mountain > 0.3)),
+        ),
+        tunnels,
+    )
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #013472c9
 def settle(world, player):
@@ -172,79 +331,144 @@ def settle(world, player):
     ids, ore, tunnels = terrain(world.rng.randint(0, 2**31 - 1), player.pos)
     flat, coal, iron, deep, lava = ids.tolist(), *(ore[k].tolist() for k in ("coal", "iron", "deep", "lava"))
     for i, k in enumerate(flat):
-        if k == GROVE: flat[i] = _ID["tree" if draw() > 0.8 else "grass"]
+        if k == GROVE:
+            flat[i] = _ID["tree" if draw() > 0.8 else "grass"]
         elif k == ROCK:
-            flat[i] = _ID["coal" if coal[i] and draw() > 0.85 else "iron" if iron[i] and draw() > 0.75 else "diamond" if deep[i] and draw() > 0.994 else "lava" if lava[i] else "stone"]
-    ids = np.array(flat, np.uint8).reshape(AREA, AREA); world.lay(ids)
-    x, y = np.indices((AREA, AREA)); far = np.sqrt((x - player.pos[0])**2 + (y - player.pos[1])**2)
+            flat[i] = _ID[
+                "coal"
+                if coal[i] and draw() > 0.85
+                else "iron"
+                if iron[i] and draw() > 0.75
+                else "diamond"
+                if deep[i] and draw() > 0.994
+                else "lava"
+                if lava[i]
+                else "stone"
+            ]
+    ids = np.array(flat, np.uint8).reshape(AREA, AREA)
+    world.lay(ids)
+    x, y = np.indices((AREA, AREA))
+    far = np.sqrt((x - player.pos[0]) ** 2 + (y - player.pos[1]) ** 2)
     grass, path = ids == _ID["grass"], ids == _ID["path"]
-    cow, zombie, skeleton = ((m).ravel().tolist() for m in (grass & (far > 3), far > 10, path & tunnels.reshape(ids.shape)))
+    cow, zombie, skeleton = (
+        (m).ravel().tolist() for m in (grass & (far > 3), far > 10, path & tunnels.reshape(ids.shape))
+    )
     for i in np.flatnonzero(grass | path | (ids == _ID["sand"])).tolist():
-        if cow[i] and draw() > 0.985: world.add(new.Cow(world, divmod(i, AREA)))
-        elif zombie[i] and draw() > 0.993: world.add(new.Zombie(world, divmod(i, AREA), player))
-        elif skeleton[i] and draw() > 0.95: world.add(new.Skeleton(world, divmod(i, AREA), player))
+        if cow[i] and draw() > 0.985:
+            world.add(new.Cow(world, divmod(i, AREA)))
+        elif zombie[i] and draw() > 0.993:
+            world.add(new.Zombie(world, divmod(i, AREA), player))
+        elif skeleton[i] and draw() > 0.95:
+            world.add(new.Skeleton(world, divmod(i, AREA), player))
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #1f39bcd3
 def faded(rows, colour=0.4):
     "PIL's colour enhancement of pixels (rows, 3 * columns), which rounds down to uint8 on the way in and out."
     from PIL import Image, ImageEnhance
-    return np.asarray(ImageEnhance.Color(Image.fromarray(rows.astype(np.uint8).reshape(len(rows), -1, 3))).enhance(colour)).reshape(rows.shape)
 
+    return np.asarray(
+        ImageEnhance.Color(Image.fromarray(rows.astype(np.uint8).reshape(len(rows), -1, 3))).enhance(colour)
+    ).reshape(rows.shape)
+
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #af3c78f2
 @functools.cache
 def _vignette():
     x, y = np.meshgrid(np.linspace(-1, 1, 63), np.linspace(-1, 1, 49))
-    return np.repeat(1 - np.exp(-0.5 * (x**2 + y**2) / 0.5**2), 3, axis=1)      # (49, 189)
+    return np.repeat(1 - np.exp(-0.5 * (x**2 + y**2) / 0.5**2), 3, axis=1)  # (49, 189)
 
-NIGHT, DREAM = (0.5 * np.tile(c, 63) for c in ((0., 16., 64.), (0., 0., 16.)))
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #e51d9266
+NIGHT, DREAM = (0.5 * np.tile(c, 63) for c in ((0.0, 16.0, 64.0), (0.0, 0.0, 16.0)))
+
+
 def lit(day, pale, daylight, asleep=False):
     "Pixels (rows, 3 * columns) as crafter shows them: between the day's and the `pale` ones under a blue sky. float64."
-    out = daylight * day + (1 - daylight) * (0.5 * pale + NIGHT[:day.shape[1]])
-    return 0.5 * faded(out, 0.0) + DREAM[:day.shape[1]] if asleep else out
+    out = daylight * day + (1 - daylight) * (0.5 * pale + NIGHT[: day.shape[1]])
+    return 0.5 * faded(out, 0.0) + DREAM[: day.shape[1]] if asleep else out
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #7da6e1d0
 @functools.cache
 def atlas():
     "Tiles (material x object, 7, 7, 3) uint8, rows first; the same faded; the object textures' places. Material 0 is beyond the border, object 0 is none."
-    e = rules().engine; textures = e.Textures(rules().constants.root / "assets")
-    names = ["player-left", "player-right", "player-up", "player-down", "player-sleep", "cow", "zombie", "skeleton", "arrow-left", "arrow-right", "arrow-up", "arrow-down", "plant", "plant-ripe"]
+    e = rules().engine
+    textures = e.Textures(rules().constants.root / "assets")
+    names = [
+        "player-left",
+        "player-right",
+        "player-up",
+        "player-down",
+        "player-sleep",
+        "cow",
+        "zombie",
+        "skeleton",
+        "arrow-left",
+        "arrow-right",
+        "arrow-up",
+        "arrow-down",
+        "plant",
+        "plant-ripe",
+    ]
     tiles = np.full((_ID["furnace"] + 1, len(names) + 1, 7, 7, 3), 127, np.uint8)
-    for m, row in zip(KINDS[1:], tiles[1:]): row[:] = textures.get(m, (7, 7))[..., :3]
+    for m, row in zip(KINDS[1:], tiles[1:]):
+        row[:] = textures.get(m, (7, 7))[..., :3]
     for i, n in enumerate(names, 1):
-        for cell in tiles[1:, i]: e._draw_alpha(cell, (0, 0), textures.get(n, (7, 7)))
+        for cell in tiles[1:, i]:
+            e._draw_alpha(cell, (0, 0), textures.get(n, (7, 7)))
     tiles = np.ascontiguousarray(tiles.swapaxes(2, 3)).reshape(-1, 7, 7, 3)
     return tiles, faded(tiles.reshape(-1, 21)).reshape(tiles.shape), {n: i for i, n in enumerate(names, 1)}
+
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #68840244
 @functools.cache
 def _items():
-    e = rules().engine; return e.ItemView(e.Textures(rules().constants.root / "assets"), (9, 2))
+    e = rules().engine
+    return e.ItemView(e.Textures(rules().constants.root / "assets"), (9, 2))
+
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #8cfbbf0c
 @functools.lru_cache(4096)
 def belongings(inventory):
     "The lower two rows of the picture (14, 63, 3) of ((name, count), ...)."
     return _items()(dict(inventory), (7, 7)).swapaxes(0, 1).copy()
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #b486cd26
 class Game:
     "Crafter's rules on the quick world. `begin`, `step`, `picture` and `semantic` give what crafter gives, bit for bit."
+
     def begin(self, seed, episode):
         self.t, self.world = 0, World(hash((seed, episode)) % (2**31 - 1))
-        self.player = rules().objects.Player(self.world, (AREA // 2, AREA // 2)); self.world.add(self.player)
+        self.player = rules().objects.Player(self.world, (AREA // 2, AREA // 2))
+        self.world.add(self.player)
         self.health, self.done, self.noise = self.player.health, 0, None
-        settle(self.world, self.player); self._light()
+        settle(self.world, self.player)
+        self._light()
 
     def step(self, action):
-        self.t += 1; self._light()
+        self.t += 1
+        self._light()
         p, w = self.player, self.world
-        p.action = ACTIONS[action]; objects = list(w.live); p.update(); px, py = p.pos
+        p.action = ACTIONS[action]
+        objects = list(w.live)
+        p.update()
+        px, py = p.pos
         for o in objects[1:]:
             x, y = o.pos
-            if abs(x - px) + abs(y - py) < 18: o.update()
-        if self.t % 10 == 0: self._balance()
+            if abs(x - px) + abs(y - py) < 18:
+                o.update()
+        if self.t % 10 == 0:
+            self._balance()
         self.noise = w.rng.uniform(32, 127, (63, 49)).T if w.daylight < 0.5 else None
         done = sum(n > 0 for n in p.achievements.values())
         reward = (p.health - self.health) / 10 + (1.0 if done > self.done else 0.0)
         self.health, self.done = p.health, done
         return reward
 
-    def _light(self): self.world.daylight = 1 - np.abs(np.cos(np.pi * ((self.t / DAY) % 1 + 0.3)))**3
+    def _light(self):
+        self.world.daylight = 1 - np.abs(np.cos(np.pi * ((self.t / DAY) % 1 + 0.3))) ** 3
 
     def _balance(self):
         "Now and then a creature appears in a chunk that has too few, or goes from one that has too many."
@@ -259,47 +483,74 @@ class Game:
         kind, w = _ID[name.lower()], self.world
         there = [o for o in objs if o.kind == kind]
         if len(there) < int(least) and w.rng.random_sample() < appear:
-            cells = np.argwhere(w.part(chunk) == _ID[material]); x, y = cells[w.rng.randint(0, len(cells))].tolist()
+            cells = np.argwhere(w.part(chunk) == _ID[material])
+            x, y = cells[w.rng.randint(0, len(cells))].tolist()
             pos = (chunk[0] * CHUNK + x, chunk[1] * CHUNK + y)
-            if pos not in w.at and self.player.distance(pos) >= near: w.add(getattr(rules().objects, name)(w, pos, *[self.player] * (name != "Cow")))
+            if pos not in w.at and self.player.distance(pos) >= near:
+                w.add(getattr(rules().objects, name)(w, pos, *[self.player] * (name != "Cow")))
         elif len(there) > int(most) and w.rng.random_sample() < vanish:
             gone = there[w.rng.randint(0, len(there))]
-            if self.player.distance(gone) >= leave: w.remove(gone)
+            if self.player.distance(gone) >= leave:
+                w.remove(gone)
 
-    def semantic(self): return self.world.seen.copy()
-    def _in_sight(self, wide): x, y = self.player.pos; return wide[x:x + SIGHT[0], y:y + SIGHT[1]]
-    def sight(self): return self._in_sight(self.world.wide_seen)
+    def semantic(self):
+        return self.world.seen.copy()
+
+    def _in_sight(self, wide):
+        x, y = self.player.pos
+        return wide[x : x + SIGHT[0], y : y + SIGHT[1]]
+
+    def sight(self):
+        return self._in_sight(self.world.wide_seen)
 
     def picture(self):
         "(64, 64, 3) uint8. By day cells of one kind look the same, so each kind is lit once; noise makes a night's cells all different."
         (tiles, pale, places), p, w = atlas(), self.player, self.world
         cells = self._in_sight(w.wide_ground).astype(np.intp) * (len(places) + 1)
         for k in np.flatnonzero(self.sight() > _ID["furnace"]).tolist():
-            i, j = divmod(k, SIGHT[1]); cells[i, j] += places[w.at[p.pos[0] + i - 4, p.pos[1] + j - 3].texture]
+            i, j = divmod(k, SIGHT[1])
+            cells[i, j] += places[w.at[p.pos[0] + i - 4, p.pos[1] + j - 3].texture]
         if self.noise is None:
-            used = list(set(cells.ravel().tolist())); shape = len(used), 7, 7, 3
-            self.tiles[used] = lit(tiles[used].reshape(-1, 21), pale[used].reshape(-1, 21), w.daylight, p.sleeping).reshape(shape)
+            used = list(set(cells.ravel().tolist()))
+            shape = len(used), 7, 7, 3
+            self.tiles[used] = lit(
+                tiles[used].reshape(-1, 21), pale[used].reshape(-1, 21), w.daylight, p.sleeping
+            ).reshape(shape)
             tiles = self.tiles
-        canvas = tiles[cells.T].swapaxes(1, 2).reshape(49, 189)      # (row, column, 7, 7, 3) -> pixels
+        canvas = tiles[cells.T].swapaxes(1, 2).reshape(49, 189)  # (row, column, 7, 7, 3) -> pixels
         if self.noise is not None:
             dark = 2 * (0.5 - w.daylight) * _vignette()
-            canvas = lit(canvas, faded((1 - dark) * canvas + dark * np.repeat(self.noise, 3, axis=1)), w.daylight, p.sleeping)
+            canvas = lit(
+                canvas, faded((1 - dark) * canvas + dark * np.repeat(self.noise, 3, axis=1)), w.daylight, p.sleeping
+            )
         out = np.zeros((64, 64, 3), np.uint8)
-        out[:49, :63] = canvas.reshape(49, 63, 3); out[49:63, :63] = belongings(tuple(p.inventory.items()))
+        out[:49, :63] = canvas.reshape(49, 63, 3)
+        out[49:63, :63] = belongings(tuple(p.inventory.items()))
         return out
+
     @functools.cached_property
-    def tiles(self): return np.zeros_like(atlas()[0])
+    def tiles(self):
+        return np.zeros_like(atlas()[0])
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #42d70a7b
 class Ordered(dict):
     "A set that keeps the order in which things came."
-    def add(self, x): self[x] = None
+
+    def add(self, x):
+        self[x] = None
+
     remove = dict.__delitem__
 
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #1fa0a456
 class Plain:
     "crafter's own code, with chunks that keep their order: slow, and what `Game` is held against."
+
     def begin(self, seed, episode):
-        if not hasattr(self, "env"): self.env = rules().env.Env(length=None, seed=0); self._keep_order(self.env._world)
+        if not hasattr(self, "env"):
+            self.env = rules().env.Env(length=None, seed=0)
+            self._keep_order(self.env._world)
         self.env._seed, self.env._episode = seed, episode - 1
         self.image, self.seen = self.env.reset(), self.env._sem_view()
         self.world, self.player = self.env._world, self.env._player
@@ -307,20 +558,35 @@ class Plain:
     @staticmethod
     def _keep_order(world):
         class Chunks(dict):
-            def __missing__(self, key): return self.setdefault(key, Ordered())
+            def __missing__(self, key):
+                return self.setdefault(key, Ordered())
+
         reset = world.reset
-        def ordered(seed=None): reset(seed); world._chunks = Chunks()
+
+        def ordered(seed=None):
+            reset(seed)
+            world._chunks = Chunks()
+
         world.reset = ordered
 
     def step(self, action):
-        self.image, reward, _, info = self.env.step(action); self.seen = info["semantic"]
+        self.image, reward, _, info = self.env.step(action)
+        self.seen = info["semantic"]
         return reward
-    def semantic(self): return self.seen
-    def picture(self): return np.ascontiguousarray(self.image)
-    def sight(self): x, y = self.player.pos; return np.pad(self.seen, ((4, 4), (3, 3)))[x:x + SIGHT[0], y:y + SIGHT[1]]
+
+    def semantic(self):
+        return self.seen
+
+    def picture(self):
+        return np.ascontiguousarray(self.image)
+
+    def sight(self):
+        x, y = self.player.pos
+        return np.pad(self.seen, ((4, 4), (3, 3)))[x : x + SIGHT[0], y : y + SIGHT[1]]
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #83d5998a
-TIRED, LOW = 5, 3      # energy below which sleep is due; a vital below which it is urgent
+TIRED, LOW = 5, 3  # energy below which sleep is due; a vital below which it is urgent
 MONSTERS, SWORDS = {"zombie", "skeleton"}, ("wood_sword", "stone_sword", "iron_sword")
 BEHAVIOURS = {
     "sleeps when tired": "of the times that the player lies down to sleep: energy below 5",
@@ -334,22 +600,38 @@ BEHAVIOURS = {
     "keeps off lava": "of the episodes: not ended in lava",
 }
 
+
 def chances(player, world, action, near):
     "[(behaviour, hit)] that an action is a chance of, seen before it is done. `near()`: the kinds in sight."
-    bag = player.inventory; awake = not player.sleeping or bag["energy"] >= FULL
-    ahead = (player.pos[0] + player.facing[0], player.pos[1] + player.facing[1]); material, obj = world[ahead]
-    if not awake: return []
-    if ACTIONS[action] == "sleep" and bag["energy"] < FULL: return [("sleeps when tired", bag["energy"] < TIRED), ("sleeps safely", "zombie" not in near())]
-    if ACTIONS[action] == "place_plant" and bag["sapling"] and material == "grass" and obj is None: return [("plants safely", not MONSTERS & set(near()))]
-    if ACTIONS[action] == "do" and type(obj).__name__.lower() in MONSTERS: return [("fights armed", any(bag[s] for s in SWORDS))]
-    if ACTIONS[action] == "do" and obj is None and material == "water": return [("drinks before thirst", LOW <= bag["drink"] < FULL)]
+    bag = player.inventory
+    awake = not player.sleeping or bag["energy"] >= FULL
+    ahead = (player.pos[0] + player.facing[0], player.pos[1] + player.facing[1])
+    material, obj = world[ahead]
+    if not awake:
+        return []
+    if ACTIONS[action] == "sleep" and bag["energy"] < FULL:
+        return [("sleeps when tired", bag["energy"] < TIRED), ("sleeps safely", "zombie" not in near())]
+    if ACTIONS[action] == "place_plant" and bag["sapling"] and material == "grass" and obj is None:
+        return [("plants safely", not MONSTERS & set(near()))]
+    if ACTIONS[action] == "do" and type(obj).__name__.lower() in MONSTERS:
+        return [("fights armed", any(bag[s] for s in SWORDS))]
+    if ACTIONS[action] == "do" and obj is None and material == "water":
+        return [("drinks before thirst", LOW <= bag["drink"] < FULL)]
     return []
 
-def upkeep(player): return [(b, player.inventory[v] >= LOW) for b, v in (("rests in time", "energy"), ("drinks in time", "drink"), ("eats in time", "food"))]
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #5764353d
+def upkeep(player):
+    return [
+        (b, player.inventory[v] >= LOW)
+        for b, v in (("rests in time", "energy"), ("drinks in time", "drink"), ("eats in time", "food"))
+    ]
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #106b5bf5
 class Crafter(gym.Env):
     "Observations (64, 64, 3) uint8, rows first; 17 actions; reward 0.1 x change of health, + 1 in a step with new achievements. Death terminates, `length` steps truncate."
+
     metadata = dict(render_modes=["rgb_array"], render_fps=10)
     observation_space, action_space = Box(0, 255, (64, 64, 3), np.uint8), Discrete(len(ACTIONS))
 
@@ -361,7 +643,8 @@ class Crafter(gym.Env):
     def reset(self, *, seed=None, options=None):
         "`seed`: begin its episode 1; without one, go on to the next episode of the seed before."
         super().reset(seed=seed)
-        if seed is not None or self.seed is None: self.seed, self.episode = int(self.np_random.integers(2**31 - 1)) if seed is None else int(seed), 0
+        if seed is not None or self.seed is None:
+            self.seed, self.episode = int(self.np_random.integers(2**31 - 1)) if seed is None else int(seed), 0
         self._begin(self.episode + 1)
         return self._observation(), self._info()
 
@@ -370,74 +653,121 @@ class Crafter(gym.Env):
         self.game.begin(self.seed, episode)
 
     def step(self, action):
-        reward = self._advance(int(action)); dead = self.game.player.health <= 0
+        reward = self._advance(int(action))
+        dead = self.game.player.health <= 0
         over, info = len(self.actions) >= self.length and not dead, self._info()
         if dead or over:
             p, w = self.game.player, self.game.world
-            info["behaviour"] = {b: tuple(c) for b, c in self.counts.items()} | {"keeps off lava": (int(not dead or w[p.pos][0] != "lava"), 1)}
+            info["behaviour"] = {b: tuple(c) for b, c in self.counts.items()} | {
+                "keeps off lava": (int(not dead or w[p.pos][0] != "lava"), 1)
+            }
         return self._observation(), float(reward), bool(dead), bool(over), info
 
     def _advance(self, action):
-        seen = chances(self.game.player, self.game.world, action, self.seen); reward = self.game.step(action)
-        for b, hit in (*seen, *upkeep(self.game.player)): c = self.counts[b]; c[0] += hit; c[1] += 1
-        self.actions.append(action); return reward
+        seen = chances(self.game.player, self.game.world, action, self.seen)
+        reward = self.game.step(action)
+        for b, hit in (*seen, *upkeep(self.game.player)):
+            c = self.counts[b]
+            c[0] += hit
+            c[1] += 1
+        self.actions.append(action)
+        return reward
 
-    def _observation(self): return self.game.picture() if self.image else np.zeros((64, 64, 3), np.uint8)
+    def _observation(self):
+        return self.game.picture() if self.image else np.zeros((64, 64, 3), np.uint8)
+
     def _info(self):
         p = self.game.player
-        return dict(inventory=p.inventory.copy(), achievements=p.achievements.copy(), discount=float(p.health > 0), semantic=self.game.semantic(), player_pos=np.array(p.pos))
-    def render(self): return self.game.picture()
+        return dict(
+            inventory=p.inventory.copy(),
+            achievements=p.achievements.copy(),
+            discount=float(p.health > 0),
+            semantic=self.game.semantic(),
+            player_pos=np.array(p.pos),
+        )
+
+    def render(self):
+        return self.game.picture()
+
     def seen(self):
         "Names of the kinds in the 9 x 7 cells in sight, in the order of their ids."
-        return tuple(KINDS[i] for i in sorted(set(self.game.sight().ravel().tolist())) if KINDS[i] not in ("none", "player"))
+        return tuple(
+            KINDS[i] for i in sorted(set(self.game.sight().ravel().tolist())) if KINDS[i] not in ("none", "player")
+        )
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c936dfce
 @patch
 def scene(self: Crafter):
     "What a language model is told of the moment: seen, status {item: count > 0}, unlocked (this episode's achievements)."
     p = self.game.player
-    return dict(seen=self.seen(), status={k: n for k, n in p.inventory.items() if n > 0}, unlocked=tuple(a for a, n in p.achievements.items() if n > 0))
+    return dict(
+        seen=self.seen(),
+        status={k: n for k, n in p.inventory.items() if n > 0},
+        unlocked=tuple(a for a, n in p.achievements.items() if n > 0),
+    )
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #4e246f9e
 @patch
 def state(self: Crafter):
     "What `restore` needs: seed, episode, and the episode's actions. JSON-able."
-    if self.seed is None: raise PromptnbError("a Crafter that was never reset has no state: reset it first")
+    if self.seed is None:
+        raise PromptnbError("a Crafter that was never reset has no state: reset it first")
     return dict(seed=self.seed, episode=self.episode, actions=list(self.actions))
 
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #050fc1b4
 @patch
 def restore(self: Crafter, state):
     "Play the episode of a `state` again, up to its moment; the observation there."
-    self.seed = state["seed"]; self._begin(state["episode"])
-    for a in state["actions"]: self._advance(a)
+    self.seed = state["seed"]
+    self._begin(state["episode"])
+    for a in state["actions"]:
+        self._advance(a)
     return self._observation()
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #b539878b
-gym.registry.pop("promptnb/crafter-v0", None); gym.register("promptnb/crafter-v0", entry_point="promptnb.tasks.crafter:Crafter")
+gym.registry.pop("promptnb/crafter-v0", None)
+gym.register("promptnb/crafter-v0", entry_point="promptnb.tasks.crafter:Crafter")
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #2f92a7a1
 def score(rates):
     "The benchmark's score, percent: rates (..., 22) percent -> (...). A geometric mean of 1 + rate, so rare achievements weigh as much as common ones."
     r = np.asarray(rates, float)
-    if r.shape[-1:] != (len(ACHIEVEMENTS),): raise PromptnbError(f"rates of shape {r.shape} were given: the last axis must be the {len(ACHIEVEMENTS)} achievements")
+    if r.shape[-1:] != (len(ACHIEVEMENTS),):
+        raise PromptnbError(
+            f"rates of shape {r.shape} were given: the last axis must be the {len(ACHIEVEMENTS)} achievements"
+        )
     return np.expm1(np.log1p(r).mean(-1))
 
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #079d0483
 def success_rates(episodes):
     "Percent of the episodes (a list of tuples of achievements) in which each achievement was unlocked: (22,)."
-    if not len(episodes): raise PromptnbError("success rates of no episode were asked for: give at least one")
-    for a in {a for e in episodes for a in e}: check_choice(a, ACHIEVEMENTS, "achievement")
+    if not len(episodes):
+        raise PromptnbError("success rates of no episode were asked for: give at least one")
+    for a in {a for e in episodes for a in e}:
+        check_choice(a, ACHIEVEMENTS, "achievement")
     return 100 * np.array([[a in e for a in ACHIEVEMENTS] for e in map(set, episodes)]).mean(0)
 
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #051cafbb
 def depth(unlocked):
     "Depth of the deepest achievement unlocked, 0 for none."
     return max((DEPTH[check_choice(a, ACHIEVEMENTS, "achievement")] for a in unlocked), default=0)
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #2fe2c5e6
 def wilson(k, n, level=0.95):
     "Wilson's interval for k of n, percent: (low, high). Without trials it is all of 0 to 100."
-    k, n = np.asarray(k, float), np.asarray(n, float); z = NormalDist().inv_cdf((1 + level) / 2)
+    k, n = np.asarray(k, float), np.asarray(n, float)
+    z = NormalDist().inv_cdf((1 + level) / 2)
     p = np.divide(k, n, out=np.full(np.broadcast(k, n).shape, 0.5), where=n > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        half = z * np.sqrt(p * (1 - p) / n + (z / n)**2 / 4) / (1 + z * z / n); mid = (p + z * z / n / 2) / (1 + z * z / n)
+        half = z * np.sqrt(p * (1 - p) / n + (z / n) ** 2 / 4) / (1 + z * z / n)
+        mid = (p + z * z / n / 2) / (1 + z * z / n)
     low, high = np.where(n > 0, np.clip(mid - half, 0, 1), 0), np.where(n > 0, np.clip(mid + half, 0, 1), 1)
     return (100 * low)[()], (100 * high)[()]

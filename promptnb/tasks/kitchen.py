@@ -4,14 +4,18 @@
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #b8915272
 from __future__ import annotations
-import contextlib, functools, io
+
+import contextlib
+import functools
+import io
 from unittest import mock
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.spaces import Box
-with contextlib.redirect_stderr(io.StringIO()):      # the package prints a notice about its hand environments
+
+with contextlib.redirect_stderr(io.StringIO()):  # the package prints a notice about its hand environments
     from gymnasium_robotics.envs.franka_kitchen import franka_env, kitchen_env
 
 from .. import tasks
@@ -19,162 +23,321 @@ from ..core import PromptnbError, check_choice, minari_dataset
 from .wrapped import Wrapped
 
 # %% auto #0
-__all__ = ['SUBTASKS', 'NEAR', 'JOINTS', 'GOALS', 'PROTOCOLS', 'OPEN', 'SHUT', 'WAYPOINTS', 'NOISE', 'QUALITIES', 'joints',
-           'distances', 'd4rl_rule', 'Robot', 'compiled', 'Kitchen', 'make', 'LockStep', 'Arm', 'capped', 'pose_of',
-           'Script', 'script', 'trajectory', 'imported', 'from_minari_kitchen']
+__all__ = [
+    "SUBTASKS",
+    "NEAR",
+    "JOINTS",
+    "GOALS",
+    "PROTOCOLS",
+    "OPEN",
+    "SHUT",
+    "WAYPOINTS",
+    "NOISE",
+    "QUALITIES",
+    "joints",
+    "distances",
+    "d4rl_rule",
+    "Robot",
+    "compiled",
+    "Kitchen",
+    "make",
+    "LockStep",
+    "Arm",
+    "capped",
+    "pose_of",
+    "Script",
+    "script",
+    "trajectory",
+    "imported",
+    "from_minari_kitchen",
+]
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #12615837
-SUBTASKS = ("microwave", "kettle", "light switch", "slide cabinet")      # D4RL's KitchenMicrowaveKettleLightSlider, of 'complete' and 'partial'
+SUBTASKS = (
+    "microwave",
+    "kettle",
+    "light switch",
+    "slide cabinet",
+)  # D4RL's KitchenMicrowaveKettleLightSlider, of 'complete' and 'partial'
 NEAR = kitchen_env.BONUS_THRESH
-JOINTS, GOALS = ({k: table[k] for k in SUBTASKS} for table in (kitchen_env.OBS_ELEMENT_INDICES, kitchen_env.OBS_ELEMENT_GOALS))
+JOINTS, GOALS = (
+    {k: table[k] for k in SUBTASKS} for table in (kitchen_env.OBS_ELEMENT_INDICES, kitchen_env.OBS_ELEMENT_GOALS)
+)
 
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #28e46d21
 def joints(obs):
     "Observations (..., 59) -> joint positions (..., 30): the arm's 9, then the things' 21. The rest of an observation are velocities: 9 and 20."
     return np.concatenate([obs[..., :9], obs[..., 18:39]], -1)
 
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #c4b5dfa6
 def distances(q):
     "Joint positions (..., 30) -> distance of each sub-task from its goal (..., 4)."
     return np.stack([np.linalg.norm(q[..., JOINTS[k]] - GOALS[k], axis=-1) for k in SUBTASKS], -1)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #9338cb94
 def d4rl_rule(distance):
     "Distances after each step (T, K) -> rewards (L,) of the L <= T steps up to the one that finishes the last of the K sub-tasks."
-    near = distance < NEAR; first, ever = near.argmax(0), near.any(0)
+    near = distance < NEAR
+    first, ever = near.argmax(0), near.any(0)
     rewards = np.bincount(first[ever], minlength=len(near)).astype(np.float64)
-    return rewards[:first.max() + 1] if ever.all() else rewards
+    return rewards[: first.max() + 1] if ever.all() else rewards
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #f524e374
 class Robot(franka_env.FrankaRobot):
     "The package's robot on a model that all environments of a process share."
-    def _initialize_simulation(self): return (m := compiled(self.fullpath, self.width, self.height)), mujoco.MjData(m)
 
+    def _initialize_simulation(self):
+        return (m := compiled(self.fullpath, self.width, self.height)), mujoco.MjData(m)
+
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #1a69ff2c
 @functools.cache
 def compiled(path, width, height):
     model = mujoco.MjModel.from_xml_path(path)
     model.vis.global_.offwidth, model.vis.global_.offheight = width, height
     return model
 
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #e79f85f1
 PROTOCOLS = ("d4rl", "gymnasium")
+
 
 class Kitchen(gym.Env):
     "FrankaKitchen with D4RL's four sub-tasks, flat. `info`: `finished`, the names of those finished so far, and `success`, whether that is all."
+
     metadata = kitchen_env.KitchenEnv.metadata
 
     def __init__(self, protocol="d4rl", render_mode=None, camera_name=None, **kw):
         "`camera_name`: the model's 'left_cap' or 'right_cap'; None or 'track' is the package's view. `kw` go to the package's environment (noise ratios, width, height)."
         once = check_choice(protocol, PROTOCOLS, "protocol") == "d4rl"
         with mock.patch.object(kitchen_env, "FrankaRobot", Robot):
-            self.inner = kitchen_env.KitchenEnv(list(SUBTASKS), once, once, render_mode=render_mode, camera_name=None if camera_name == "track" else camera_name, **kw)
-        self.protocol, self.render_mode, self.model, self.data = protocol, render_mode, self.inner.model, self.inner.data
-        self.observation_space, self.action_space = Box(-np.inf, np.inf, (59,), np.float32), Box(-1.0, 1.0, (9,), np.float32)
+            self.inner = kitchen_env.KitchenEnv(
+                list(SUBTASKS),
+                once,
+                once,
+                render_mode=render_mode,
+                camera_name=None if camera_name == "track" else camera_name,
+                **kw,
+            )
+        self.protocol, self.render_mode, self.model, self.data = (
+            protocol,
+            render_mode,
+            self.inner.model,
+            self.inner.data,
+        )
+        self.observation_space, self.action_space = (
+            Box(-np.inf, np.inf, (59,), np.float32),
+            Box(-1.0, 1.0, (9,), np.float32),
+        )
 
     @property
-    def finished(self): return tuple(k for k in SUBTASKS if k in self.inner.episode_task_completions)
-    def _info(self): return dict(finished=self.finished, success=len(self.finished) == len(SUBTASKS))
+    def finished(self):
+        return tuple(k for k in SUBTASKS if k in self.inner.episode_task_completions)
+
+    def _info(self):
+        return dict(finished=self.finished, success=len(self.finished) == len(SUBTASKS))
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         return self.inner.reset(seed=seed)[0]["observation"].astype(np.float32), self._info()
+
     def step(self, action):
         obs, r, ended, _, _ = self.inner.step(np.asarray(action, np.float64))
         return obs["observation"].astype(np.float32), r, bool(ended), False, self._info()
-    def render(self): return self.inner.render()
-    def close(self): self.inner.close()
 
+    def render(self):
+        return self.inner.render()
+
+    def close(self):
+        self.inner.close()
+
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #eab327a9
 def make(family, task, **kw):
     "Entry point of `gymnasium.make('promptnb/kitchen-v0', protocol='d4rl')`. For the other protocol give `max_episode_steps` too, if 280 is not enough."
     tasks.check_task(tasks.family(family), task)
     return Kitchen(**kw)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #e298c23e
 class LockStep(Wrapped):
     "N kitchens stepped together. `finished` (N, 4) bool: the sub-tasks done so far."
+
     def __init__(self, fam, task_ids, threads=None, protocol="d4rl"):
-        self.protocol = protocol; super().__init__(fam, task_ids, threads)
-    def make(self, task): return gym.make(self.family.env_id, task=task, protocol=self.protocol)
-    def set_task(self, i, task): pass      # there is one
+        self.protocol = protocol
+        super().__init__(fam, task_ids, threads)
+
+    def make(self, task):
+        return gym.make(self.family.env_id, task=task, protocol=self.protocol)
+
+    def set_task(self, i, task):
+        pass  # there is one
+
     @property
-    def finished(self): return np.array([[k in e.unwrapped.finished for k in SUBTASKS] for e in self.envs])
+    def finished(self):
+        return np.array([[k in e.unwrapped.finished for k in SUBTASKS] for e in self.envs])
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #8cab6a42
 class Arm:
     "The kinematics of the arm at an observation. Metres, radians, seconds."
+
     def __init__(self, model, rest):
         self.model, self.data, self.rest = model, mujoco.MjData(model), rest[:7]
         self.jac, self.force, self.hand = np.zeros((6, model.nv)), np.zeros(model.nv), model.site("end_effector").id
-        self.stiff = model.actuator_gainprm[:7, 0]; self.dt = 40 * model.opt.timestep
+        self.stiff = model.actuator_gainprm[:7, 0]
+        self.dt = 40 * model.opt.timestep
         self.share = 1 - np.exp(-self.dt * self.stiff / model.dof_damping[:7])
 
     def see(self, obs):
         "Take the joints of an observation (59,)."
-        m, d = self.model, self.data; d.qpos[:] = joints(obs)
-        mujoco.mj_kinematics(m, d); mujoco.mj_comPos(m, d); mujoco.mj_rne(m, d, 0, self.force); mujoco.mj_jacSite(m, d, self.jac[:3], self.jac[3:], self.hand)
+        m, d = self.model, self.data
+        d.qpos[:] = joints(obs)
+        mujoco.mj_kinematics(m, d)
+        mujoco.mj_comPos(m, d)
+        mujoco.mj_rne(m, d, 0, self.force)
+        mujoco.mj_jacSite(m, d, self.jac[:3], self.jac[3:], self.hand)
         self.at, self.pose = d.site_xpos[self.hand].copy(), d.site_xmat[self.hand].reshape(3, 3).copy()
 
     def towards(self, point, pose, opening):
         "The action (9,) that moves the hand to a point (3,) and a pose (3, 3), and the fingers to their opening."
-        twist = np.concatenate([capped(6 * (point - self.at), .6), capped(3 * np.cross(self.pose.T, pose.T).sum(0), 1.5)])
-        J = self.jac[:, :7]; inverse = J.T @ np.linalg.inv(J @ J.T + 1e-3 * np.eye(6)); q = self.data.qpos
-        speed = inverse @ twist + .5 * (np.eye(7) - inverse @ J) @ (self.rest - q[:7])
+        twist = np.concatenate(
+            [capped(6 * (point - self.at), 0.6), capped(3 * np.cross(self.pose.T, pose.T).sum(0), 1.5)]
+        )
+        J = self.jac[:, :7]
+        inverse = J.T @ np.linalg.inv(J @ J.T + 1e-3 * np.eye(6))
+        q = self.data.qpos
+        speed = inverse @ twist + 0.5 * (np.eye(7) - inverse @ J) @ (self.rest - q[:7])
         arm = speed / self.share + self.force[:7] / self.stiff / self.dt
         return np.clip(np.concatenate([arm / 2, (opening - q[7:9]) / self.dt]), -1, 1)
 
-def capped(v, most): return v * min(1., most / max(np.linalg.norm(v), 1e-9))
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #b1d8c304
+def capped(v, most):
+    return v * min(1.0, most / max(np.linalg.norm(v), 1e-9))
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #8955af9a
 OPEN, SHUT = 0.04, 0.0
-WAYPOINTS = {       # sub-task: handle, yaw, nod (rad); then x, y, z from the handle (m), fingers, reached within (m), steps at most
-    "microwave": ("microhandle_site", .3, -.6, (
-        (.02, -.14, .10, OPEN, .03, 30), (0., 0., 0., OPEN, .015, 12), (0., 0., 0., SHUT, 0, 5),                 # before the handle, around it, grip
-        (-.04, -.09, 0., SHUT, 0, 14), (0., -.06, .03, OPEN, 0, 4), (0., -.15, .08, OPEN, .04, 12))),            # pull, let go, away
-    "kettle": ("kettle_site", 0., -.6, (
-        (0., -.25, -.02, SHUT, .03, 30), (0., -.08, -.12, SHUT, .02, 20), (0., .02, -.12, SHUT, 0, 15), (0., -.2, -.12, SHUT, .03, 10))),    # before it, below its grip, push, back
-    "light switch": ("light_site", 0., 0., (
-        (.07, -.16, 0., SHUT, .03, 30), (.07, -.03, 0., SHUT, .02, 15), (-.09, -.03, 0., SHUT, 0, 15), (-.03, -.15, .05, SHUT, .05, 12))),   # right of it, in, sweep left, out
-    "slide cabinet": ("slide_site", 0., 0., (
-        (-.08, -.16, -.1, SHUT, .05, 30), (-.08, -.03, -.1, SHUT, .02, 15), (.1, -.03, -.1, SHUT, 0, 20), (0., -.16, -.1, SHUT, .05, 12))),  # left of it, in, sweep right, out
+WAYPOINTS = {  # sub-task: handle, yaw, nod (rad); then x, y, z from the handle (m), fingers, reached within (m), steps at most
+    "microwave": (
+        "microhandle_site",
+        0.3,
+        -0.6,
+        (
+            (0.02, -0.14, 0.10, OPEN, 0.03, 30),
+            (0.0, 0.0, 0.0, OPEN, 0.015, 12),
+            (0.0, 0.0, 0.0, SHUT, 0, 5),  # before the handle, around it, grip
+            (-0.04, -0.09, 0.0, SHUT, 0, 14),
+            (0.0, -0.06, 0.03, OPEN, 0, 4),
+            (0.0, -0.15, 0.08, OPEN, 0.04, 12),
+        ),
+    ),  # pull, let go, away
+    "kettle": (
+        "kettle_site",
+        0.0,
+        -0.6,
+        (
+            (0.0, -0.25, -0.02, SHUT, 0.03, 30),
+            (0.0, -0.08, -0.12, SHUT, 0.02, 20),
+            (0.0, 0.02, -0.12, SHUT, 0, 15),
+            (0.0, -0.2, -0.12, SHUT, 0.03, 10),
+        ),
+    ),  # before it, below its grip, push, back
+    "light switch": (
+        "light_site",
+        0.0,
+        0.0,
+        (
+            (0.07, -0.16, 0.0, SHUT, 0.03, 30),
+            (0.07, -0.03, 0.0, SHUT, 0.02, 15),
+            (-0.09, -0.03, 0.0, SHUT, 0, 15),
+            (-0.03, -0.15, 0.05, SHUT, 0.05, 12),
+        ),
+    ),  # right of it, in, sweep left, out
+    "slide cabinet": (
+        "slide_site",
+        0.0,
+        0.0,
+        (
+            (-0.08, -0.16, -0.1, SHUT, 0.05, 30),
+            (-0.08, -0.03, -0.1, SHUT, 0.02, 15),
+            (0.1, -0.03, -0.1, SHUT, 0, 20),
+            (0.0, -0.16, -0.1, SHUT, 0.05, 12),
+        ),
+    ),  # left of it, in, sweep right, out
 }
+
 
 def pose_of(yaw, nod):
     "The hand's frame (3, 3): its third axis is where the fingers point, its second the line between them."
     (c, s), (u, v) = (np.cos(yaw), np.sin(yaw)), (np.cos(nod), np.sin(nod))
-    ahead, across = np.array([-s * u, c * u, v]), np.array([c, s, 0.])
+    ahead, across = np.array([-s * u, c * u, v]), np.array([c, s, 0.0])
     return np.stack([np.cross(across, ahead), across, ahead], -1)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #985d4fd1
-NOISE = 0.1         # std of the action noise of the arm's joints; a tenth of it for the fingers, whose stroke is one step long
+NOISE = 0.1  # std of the action noise of the arm's joints; a tenth of it for the fingers, whose stroke is one step long
 QUALITIES = ("expert", "random")
 
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #eb28e9a3
 class Script:
     "Observations (N, 59) -> actions (N, 9). Each row goes through the waypoints of a sub-task; one that failed is tried again after the others."
+
     def __init__(self, env, rows, noise, rng):
-        self.start, self.noise, self.rngs = env.inner.robot_env.init_qpos, noise * np.array([1.] * 7 + [.1] * 2), rng.spawn(rows)
-        self.arm, self.done, self.place = Arm(env.model, self.start), np.zeros((rows, 4), bool), np.zeros((rows, 3), int)      # place: sub-task, waypoint, steps spent on it
+        self.start, self.noise, self.rngs = (
+            env.inner.robot_env.init_qpos,
+            noise * np.array([1.0] * 7 + [0.1] * 2),
+            rng.spawn(rows),
+        )
+        self.arm, self.done, self.place = (
+            Arm(env.model, self.start),
+            np.zeros((rows, 4), bool),
+            np.zeros((rows, 3), int),
+        )  # place: sub-task, waypoint, steps spent on it
 
     def __call__(self, obs):
-        q = joints(np.asarray(obs, np.float64)); new = np.abs(q[:, :9] - self.start[:9]).max(-1) < 0.005
+        q = joints(np.asarray(obs, np.float64))
+        new = np.abs(q[:, :9] - self.start[:9]).max(-1) < 0.005
         self.done[new], self.place[new] = False, 0
         self.done |= distances(q) < NEAR
-        actions = np.stack([self._act(i, o) + self.noise * g.standard_normal(9) for i, (o, g) in enumerate(zip(obs, self.rngs))])
+        actions = np.stack(
+            [self._act(i, o) + self.noise * g.standard_normal(9) for i, (o, g) in enumerate(zip(obs, self.rngs))]
+        )
         return np.clip(actions, -1, 1).astype(np.float32)
 
     def _act(self, i, obs):
-        if self.done[i].all(): return np.zeros(9)
+        if self.done[i].all():
+            return np.zeros(9)
         self.arm.see(obs)
         while True:
-            k, w, spent = self.place[i]; site, yaw, nod, way = WAYPOINTS[SUBTASKS[k]]; *offset, fingers, near, steps = way[w]
+            k, w, spent = self.place[i]
+            site, yaw, nod, way = WAYPOINTS[SUBTASKS[k]]
+            *offset, fingers, near, steps = way[w]
             point = self.arm.data.site(site).xpos + offset
-            if spent < steps and np.linalg.norm(point - self.arm.at) >= near: break
+            if spent < steps and np.linalg.norm(point - self.arm.at) >= near:
+                break
             self.place[i] = (k, w + 1, 0) if w + 1 < len(way) else (self._next(i, k), 0, 0)
         self.place[i, 2] += 1
         return self.arm.towards(point, pose_of(yaw, nod), fingers)
 
-    def _next(self, i, k): return next(j % 4 for j in range(k + 1, k + 5) if not self.done[i, j % 4])
+    def _next(self, i, k):
+        return next(j % 4 for j in range(k + 1, k + 5) if not self.done[i, j % 4])
 
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #d73f12f4
 def script(vec, quality, rng):
     "The behaviour policy of a dataset quality: 'expert' is the script with noise, 'random' is uniform. A function obs (N, 59) -> actions (N, 9) float32."
-    if check_choice(quality, QUALITIES, "quality of kitchen") == "expert": return Script(vec.envs[0].unwrapped, vec.num_envs, NOISE, rng)
+    if check_choice(quality, QUALITIES, "quality of kitchen") == "expert":
+        return Script(vec.envs[0].unwrapped, vec.num_envs, NOISE, rng)
     rngs = rng.spawn(vec.num_envs)
     return lambda obs: np.stack([g.uniform(-1, 1, 9) for g in rngs]).astype(np.float32)
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #c9643188
 def trajectory(ep, rule="d4rl", steps=280):
@@ -182,16 +345,32 @@ def trajectory(ep, rule="d4rl", steps=280):
     o, goals = ep.observations, ep.observations["desired_goal"]
     d = np.stack([np.linalg.norm(o["achieved_goal"][k] - goals[k], axis=-1) for k in goals], -1)[1:]
     rewards = d4rl_rule(d[:steps]) if rule == "d4rl" else np.asarray(ep.rewards, np.float64)
-    L = len(rewards); success = bool((d[:L] < NEAR).any(0).all())
-    return dict(observations=o["observation"][:L].astype(np.float32), actions=np.asarray(ep.actions[:L], np.float32), rewards=rewards,
-                terminated=success if rule == "d4rl" else bool(ep.terminations[-1]), success=success)
+    L = len(rewards)
+    success = bool((d[:L] < NEAR).any(0).all())
+    return dict(
+        observations=o["observation"][:L].astype(np.float32),
+        actions=np.asarray(ep.actions[:L], np.float32),
+        rewards=rewards,
+        terminated=success if rule == "d4rl" else bool(ep.terminations[-1]),
+        success=success,
+    )
 
+
+# %% ../../nbs/01e_tasks.kitchen.ipynb #6b46a5ab
 def imported(dataset, episodes=None, rule="d4rl"):
     "The trajectories of a Minari dataset of FrankaKitchen, at most `episodes` of them."
-    check_choice(rule, PROTOCOLS, "rule"); space = dataset.observation_space; parts = getattr(space, "spaces", {})
+    check_choice(rule, PROTOCOLS, "rule")
+    space = dataset.observation_space
+    parts = getattr(space, "spaces", {})
     if not {"observation", "achieved_goal", "desired_goal"} <= set(parts) or parts["observation"].shape != (59,):
-        raise PromptnbError(f"Minari dataset '{dataset.id}' is not FrankaKitchen's: wanted observations with 'observation' (59,), 'achieved_goal' and 'desired_goal', it has {', '.join(parts) or type(space).__name__}")
-    return [trajectory(e, rule) for e in dataset.iterate_episodes(range(min(episodes or dataset.total_episodes, dataset.total_episodes)))]
+        raise PromptnbError(
+            f"Minari dataset '{dataset.id}' is not FrankaKitchen's: wanted observations with 'observation' (59,), 'achieved_goal' and 'desired_goal', it has {', '.join(parts) or type(space).__name__}"
+        )
+    return [
+        trajectory(e, rule)
+        for e in dataset.iterate_episodes(range(min(episodes or dataset.total_episodes, dataset.total_episodes)))
+    ]
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #4563c136
 def from_minari_kitchen(id_, download=False, rule="d4rl", episodes=None):

@@ -7,24 +7,45 @@ from __future__ import annotations
 
 import numpy as np
 
-from .control import Body, LockStep, ant_fell, finite, make, see_ant, squared
+from .control import Body, ant_fell, finite, see_ant, squared
 
 # %% auto #0
-__all__ = ['REACHER', 'REACHER_DT', 'BODIES', 'fingertip']
+__all__ = ["REACHER", "REACHER_DT", "BODIES", "fingertip"]
+
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #5baf62e6
 def _walk(ctrl, healthy):
-    def pay(fam, goal, dt, q0, q1, a, ended): return (q1[:, 0] - q0[:, 0]) / dt + healthy * ~ended - ctrl * squared(a)
+    def pay(fam, goal, dt, q0, q1, a, ended):
+        return (q1[:, 0] - q0[:, 0]) / dt + healthy * ~ended - ctrl * squared(a)
+
     return pay
 
-def _see(q, v): return np.concatenate([q[:, 1:], v], -1)
-def _see_clipped(q, v): return np.concatenate([q[:, 1:], np.clip(v, -10, 10)], -1)
-def _small_start(q0, nv, rng): return q0 + rng.uniform(-5e-3, 5e-3, len(q0)), rng.uniform(-5e-3, 5e-3, nv)
 
+# %% ../../nbs/01b_tasks.locomotion.ipynb #2fa36e48
+def _see(q, v):
+    return np.concatenate([q[:, 1:], v], -1)
+
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #94a8eaaf
+def _see_clipped(q, v):
+    return np.concatenate([q[:, 1:], np.clip(v, -10, 10)], -1)
+
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #07b02d67
+def _small_start(q0, nv, rng):
+    return q0 + rng.uniform(-5e-3, 5e-3, len(q0)), rng.uniform(-5e-3, 5e-3, nv)
+
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #64da562b
 def _hopper_fell(q, v):
     rest = np.concatenate([q[:, 2:], v], -1)
     return ~(finite(q, v) & (np.abs(rest) < 100).all(-1) & (q[:, 1] > 0.7) & (np.abs(q[:, 2]) < 0.2))
-def _walker_fell(q, v): return ~(finite(q, v) & (q[:, 1] > 0.8) & (q[:, 1] < 2.0) & (np.abs(q[:, 2]) < 1.0))
+
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #2b3f2d84
+def _walker_fell(q, v):
+    return ~(finite(q, v) & (q[:, 1] > 0.8) & (q[:, 1] < 2.0) & (np.abs(q[:, 2]) < 1.0))
+
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #9d4321c4
 REACHER = """<mujoco model="reacher2d">
@@ -51,25 +72,56 @@ REACHER = """<mujoco model="reacher2d">
 </mujoco>"""
 REACHER_DT = 15 * 0.002
 
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #d44c709e
 def fingertip(q):
     "(N, 4) -> (N, 2): both links are 0.5 m."
     a, b = q[:, 0], q[:, 0] + q[:, 1]
     return 0.5 * np.stack([np.cos(a) + np.cos(b), np.sin(a) + np.sin(b)], -1)
 
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #1163cade
 def _see_reacher(q, v):
     tip = fingertip(q)
-    return np.concatenate([np.sin(q[:, :2]), np.cos(q[:, :2]), REACHER_DT * v[:, :2], tip, q[:, 2:], tip - q[:, 2:]], -1)
+    return np.concatenate(
+        [np.sin(q[:, :2]), np.cos(q[:, :2]), REACHER_DT * v[:, :2], tip, q[:, 2:], tip - q[:, 2:]], -1
+    )
 
-def _pay_reacher(fam, goal, dt, q0, q1, a, ended): return (np.abs(fingertip(q1) - q1[:, 2:]).sum(-1) < 0.1).astype(float)
 
+# %% ../../nbs/01b_tasks.locomotion.ipynb #c6ae65e0
+def _pay_reacher(fam, goal, dt, q0, q1, a, ended):
+    return (np.abs(fingertip(q1) - q1[:, 2:]).sum(-1) < 0.1).astype(float)
+
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #89db3444
 def _start_reacher(q0, nv, rng):
     radius, angle = rng.uniform(0.5, 1.0), rng.uniform(-np.pi, np.pi)
     return np.array([*rng.uniform(-2, 2, 2), radius * np.cos(angle), radius * np.sin(angle)]), np.zeros(nv)
 
+
 # %% ../../nbs/01b_tasks.locomotion.ipynb #1cca0849
 BODIES = dict(
-    hopper=Body("hopper.xml", _see_clipped, _walk(1e-3, 1.), _hopper_fell, 4, 0.008, _small_start, camera=dict(trackbodyid=2, distance=3.0, elevation=-20.0)),
-    walker2d=Body("walker2d_v5.xml", _see_clipped, _walk(1e-3, 1.), _walker_fell, 4, 0.008, _small_start, camera=dict(trackbodyid=2, distance=4.0, elevation=-20.0)),
-    halfcheetah=Body("half_cheetah.xml", _see, _walk(0.1, 0.), lambda q, v: ~finite(q, v)),
-    ant=Body("ant.xml", see_ant, _walk(0.5, 1.), ant_fell),
-    reacher2d=Body(REACHER, _see_reacher, _pay_reacher, lambda q, v: ~finite(q, v), 15, REACHER_DT, _start_reacher))
+    hopper=Body(
+        "hopper.xml",
+        _see_clipped,
+        _walk(1e-3, 1.0),
+        _hopper_fell,
+        4,
+        0.008,
+        _small_start,
+        camera=dict(trackbodyid=2, distance=3.0, elevation=-20.0),
+    ),
+    walker2d=Body(
+        "walker2d_v5.xml",
+        _see_clipped,
+        _walk(1e-3, 1.0),
+        _walker_fell,
+        4,
+        0.008,
+        _small_start,
+        camera=dict(trackbodyid=2, distance=4.0, elevation=-20.0),
+    ),
+    halfcheetah=Body("half_cheetah.xml", _see, _walk(0.1, 0.0), lambda q, v: ~finite(q, v)),
+    ant=Body("ant.xml", see_ant, _walk(0.5, 1.0), ant_fell),
+    reacher2d=Body(REACHER, _see_reacher, _pay_reacher, lambda q, v: ~finite(q, v), 15, REACHER_DT, _start_reacher),
+)

@@ -4,8 +4,10 @@
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #8131fb27
 from __future__ import annotations
-import copy, warnings
-from functools import lru_cache
+
+import copy
+import warnings
+from functools import cache
 
 import gymnasium as gym
 import metaworld
@@ -20,47 +22,80 @@ from ..core import check_choice
 from .wrapped import Wrapped
 
 # %% auto #0
-__all__ = ['N_GOALS', 'UPSIDE_DOWN', 'STD', 'STRETCH', 'NOISE', 'POLICIES', 'goals', 'tool_of', 'model_of', 'simulator',
-           'MetaWorld', 'make', 'LockStep', 'scripted', 'script']
+__all__ = [
+    "N_GOALS",
+    "UPSIDE_DOWN",
+    "STD",
+    "STRETCH",
+    "NOISE",
+    "POLICIES",
+    "goals",
+    "tool_of",
+    "model_of",
+    "simulator",
+    "MetaWorld",
+    "make",
+    "LockStep",
+    "scripted",
+    "script",
+]
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #29c89a36
 N_GOALS = 50
 
-@lru_cache(maxsize=None)
+
+# %% ../../nbs/01d_tasks.metaworld.ipynb #79fc4728
+@cache
 def goals(tool):
     "The tool's 50 goals, as tasks of the package that show the goal: those of `metaworld.ML1(tool, seed=0)`."
     return tuple(metaworld.MT1(tool, seed=0).train_tasks)
 
+
+# %% ../../nbs/01d_tasks.metaworld.ipynb #5aca0208
 def tool_of(fam, task):
     "The package's name of the tool that a task uses."
     return fam.goals[task] if fam.body == "ml10" else fam.body
 
-# %% ../../nbs/01d_tasks.metaworld.ipynb #4ac1067d
-@lru_cache(maxsize=None)
-def model_of(path): return mujoco.MjModel.from_xml_path(path)
 
+# %% ../../nbs/01d_tasks.metaworld.ipynb #4ac1067d
+@cache
+def model_of(path):
+    return mujoco.MjModel.from_xml_path(path)
+
+
+# %% ../../nbs/01d_tasks.metaworld.ipynb #03019477
 def _copied(self):
     model = copy.copy(model_of(self.fullpath))
     model.vis.global_.offwidth, model.vis.global_.offheight = self.width, self.height
     return model, mujoco.MjData(model)
 
+
+# %% ../../nbs/01d_tasks.metaworld.ipynb #f53dca5b
 def _touching(self, geom):
     "Do both fingers press on it? `touching_object` of the package, with arrays."
     pairs, address, force = self.data.contact.geom, self.data.contact.efc_address, self.data.efc_force
-    presses = lambda pad: force[address[(pairs == self.data.geom(pad).id).any(1) & (pairs == geom).any(1)]].sum() > 0
+
+    def presses(pad):
+        return force[address[(pairs == self.data.geom(pad).id).any(1) & (pairs == geom).any(1)]].sum() > 0
+
     return bool(presses("leftpad_geom") and presses("rightpad_geom"))
 
-@lru_cache(maxsize=None)
+
+# %% ../../nbs/01d_tasks.metaworld.ipynb #49bbb926
+@cache
 def simulator(tool):
     "The package's class of a tool, with the two replaced."
     base = ALL_V3_ENVIRONMENTS[tool]
     return type(base.__name__, (base,), dict(_initialize_simulation=_copied, touching_object=_touching))
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #d72b7e00
-UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")      # the package's cameras that hang head down
+UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # the package's cameras that hang head down
+
 
 class MetaWorld(gym.Env):
     "One task. Observations (39,) float32 without the goal; `full_obs` (39,) float64 has it. `info['success']`: is it so at this step?"
+
     metadata = dict(render_modes=["human", "rgb_array"], render_fps=80)
 
     def __init__(self, fam, task, render_mode=None, width=480, height=480, camera_name="corner2"):
@@ -68,15 +103,20 @@ class MetaWorld(gym.Env):
         self.family, self.tool, self.sim, self.render_mode = fam, None, None, render_mode
         self.camera = "corner2" if camera_name == "track" else camera_name
         self._view = dict(render_mode=render_mode, width=width, height=height, camera_name=self.camera)
-        self.observation_space, self.action_space = Box(-np.inf, np.inf, (fam.state_dim,), np.float32), Box(-1., 1., (fam.act_dim,), np.float32)
+        self.observation_space, self.action_space = (
+            Box(-np.inf, np.inf, (fam.state_dim,), np.float32),
+            Box(-1.0, 1.0, (fam.act_dim,), np.float32),
+        )
         self.full_obs = np.zeros(fam.state_dim)
         self.set_task(task)
 
     def set_task(self, task):
         "Go on with another task from the next reset; the simulator is kept where the tool is the same."
         self.task, tool = task, tool_of(self.family, task)
-        if tool == self.tool: return
-        self.close(); self.tool, self.sim = tool, simulator(tool)(**self._view)
+        if tool == self.tool:
+            return
+        self.close()
+        self.tool, self.sim = tool, simulator(tool)(**self._view)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -86,7 +126,13 @@ class MetaWorld(gym.Env):
 
     def step(self, action):
         obs, r, _, truncated, info = self.sim.step(np.clip(np.asarray(action, np.float32), -1, 1))
-        return self._hide(obs), float(r), False, truncated or self.sim.curr_path_length >= self.family.horizon, dict(success=bool(info["success"]))
+        return (
+            self._hide(obs),
+            float(r),
+            False,
+            truncated or self.sim.curr_path_length >= self.family.horizon,
+            dict(success=bool(info["success"])),
+        )
 
     def _hide(self, obs):
         self.full_obs, seen = obs, obs.astype(np.float32)
@@ -98,49 +144,87 @@ class MetaWorld(gym.Env):
         return np.rot90(frame, 2) if self.camera in UPSIDE_DOWN and frame is not None else frame
 
     def close(self):
-        if self.sim: self.sim.close()
+        if self.sim:
+            self.sim.close()
 
+
+# %% ../../nbs/01d_tasks.metaworld.ipynb #0d8d34fd
 def make(family, task, **kw):
     "Entry point of the registered ids: `gymnasium.make('promptnb/ml1-pick-place-v0', task=3)`."
-    fam = tasks.family(family); tasks.check_task(fam, task)
+    fam = tasks.family(family)
+    tasks.check_task(fam, task)
     return MetaWorld(fam, task, **kw)
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #dbd2bda0
 class LockStep(Wrapped):
     "N episodes stepped together, one simulator a row."
-    def make(self, task): return MetaWorld(self.family, int(task))
-    def set_task(self, i, task): self.envs[i].set_task(int(task))
+
+    def make(self, task):
+        return MetaWorld(self.family, int(task))
+
+    def set_task(self, i, task):
+        self.envs[i].set_task(int(task))
+
     @property
-    def tools(self): return [e.tool for e in self.envs]
+    def tools(self):
+        return [e.tool for e in self.envs]
+
     @property
     def full_obs(self):
         "(N, 39) float64: the rows' observations with the goal."
         return np.stack([e.full_obs for e in self.envs])
 
-# %% ../../nbs/01d_tasks.metaworld.ipynb #4d3a4b73
-STD = 0.1       # of the action noise
-STRETCH = 50    # steps of a lapse, on average
-NOISE = {       # medium: the share of lapses by tool; 0.5 for others
-    "reach-v3": 0.46, "push-v3": 0.4, "pick-place-v3": 0.35, "door-open-v3": 0.6, "drawer-close-v3": 0.5, "button-press-topdown-v3": 0.5, "peg-insert-side-v3": 0.4, "window-open-v3": 0.5, "sweep-v3": 0.4, "basketball-v3": 0.3,
-    "drawer-open-v3": 0.5, "door-close-v3": 0.8, "shelf-place-v3": 0.3, "sweep-into-v3": 0.5, "lever-pull-v3": 0.5}
 
-warnings.filterwarnings("ignore", message="Constant\\(s\\) may be too high")      # the scripts ask for more than 1 and are clipped
-POLICIES = {tool: policy() for tool, policy in ENV_POLICY_MAP.items()}      # they keep nothing between steps
+# %% ../../nbs/01d_tasks.metaworld.ipynb #4d3a4b73
+STD = 0.1  # of the action noise
+STRETCH = 50  # steps of a lapse, on average
+NOISE = {  # medium: the share of lapses by tool; 0.5 for others
+    "reach-v3": 0.46,
+    "push-v3": 0.4,
+    "pick-place-v3": 0.35,
+    "door-open-v3": 0.6,
+    "drawer-close-v3": 0.5,
+    "button-press-topdown-v3": 0.5,
+    "peg-insert-side-v3": 0.4,
+    "window-open-v3": 0.5,
+    "sweep-v3": 0.4,
+    "basketball-v3": 0.3,
+    "drawer-open-v3": 0.5,
+    "door-close-v3": 0.8,
+    "shelf-place-v3": 0.3,
+    "sweep-into-v3": 0.5,
+    "lever-pull-v3": 0.5,
+}
+
+warnings.filterwarnings(
+    "ignore", message="Constant\\(s\\) may be too high"
+)  # the scripts ask for more than 1 and are clipped
+POLICIES = {tool: policy() for tool, policy in ENV_POLICY_MAP.items()}  # they keep nothing between steps
+
 
 def scripted(vec):
     "The scripts' actions (N, 4), clipped to [-1, 1]."
     return np.clip([POLICIES[tool].get_action(o) for tool, o in zip(vec.tools, vec.full_obs)], -1, 1)
 
+
+# %% ../../nbs/01d_tasks.metaworld.ipynb #8dc6e4cf
 def script(vec, quality, rng):
     "The behaviour policy of a dataset quality, a function obs (N, 39) -> actions (N, 4) float32. It looks up the goal in `vec`."
     check_choice(quality, vec.family.qualities, f"quality of {vec.family.name}")
     rngs = rng.spawn(vec.num_envs)
-    uniform = lambda: np.stack([g.uniform(-1, 1, 4) for g in rngs])
-    expert = lambda: np.clip(scripted(vec) + STD * np.stack([g.standard_normal(4) for g in rngs]), -1, 1)
+
+    def uniform():
+        return np.stack([g.uniform(-1, 1, 4) for g in rngs])
+
+    def expert():
+        return np.clip(scripted(vec) + STD * np.stack([g.standard_normal(4) for g in rngs]), -1, 1)
+
     lapse, held = np.zeros(vec.num_envs, bool), np.zeros((vec.num_envs, 4))
 
     def medium():
-        begins, falls = np.stack([g.random(2) for g in rngs], 1); new = begins < 1 / STRETCH
+        begins, falls = np.stack([g.random(2) for g in rngs], 1)
+        new = begins < 1 / STRETCH
         lapse[new], held[new] = (falls < [NOISE.get(t, 0.5) for t in vec.tools])[new], uniform()[new]
         return np.where(lapse[:, None], held, expert())
 

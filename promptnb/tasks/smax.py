@@ -4,194 +4,338 @@
 
 # %% ../../nbs/01g_tasks.smax.ipynb #78453c43
 from __future__ import annotations
-import functools, os, sys, zipfile, zlib
+
+import functools
+import os
+import sys
+import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")      # small games: a GPU gains nothing here, and jax would take most of its memory
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # small games: a GPU gains nothing here, and jax would take most of its memory
 import gymnasium as gym
-import jax, jax.numpy as jnp
+import jax
+import jax.numpy as jnp
 import numpy as np
 from gymnasium.spaces import Box, Discrete
-with patch("builtins.print"), patch.multiple(sys, stdout=sys.stdout, stderr=sys.stderr):      # jaxmarl prints while it is imported, and points sys.stdout elsewhere
+
+with (
+    patch("builtins.print"),
+    patch.multiple(sys, stdout=sys.stdout, stderr=sys.stderr),
+):  # jaxmarl prints while it is imported, and points sys.stdout elsewhere
     from jaxmarl.environments.smax import HeuristicEnemySMAX, map_name_to_scenario
 
 from .. import tasks
 from ..core import PromptnbError, check_choice, seed_for
 
 # %% auto #0
-__all__ = ['BLOCK', 'STOP', 'MOVES', 'FAR', 'NOISE', 'COLOURS', 'RADII', 'SMAC_DIMENSIONS', 'engine', 'keys_of', 'LockStep',
-           'seen', 'volley', 'direction', 'plan', 'script', 'units', 'picture', 'frames', 'AgentEnv', 'make',
-           'smac_arrays', 'smac_trajectories', 'from_smac']
+__all__ = [
+    "BLOCK",
+    "STOP",
+    "MOVES",
+    "FAR",
+    "NOISE",
+    "COLOURS",
+    "RADII",
+    "SMAC_DIMENSIONS",
+    "engine",
+    "keys_of",
+    "LockStep",
+    "seen",
+    "volley",
+    "direction",
+    "plan",
+    "script",
+    "units",
+    "picture",
+    "frames",
+    "AgentEnv",
+    "make",
+    "smac_arrays",
+    "smac_trajectories",
+    "from_smac",
+]
 
 # %% ../../nbs/01g_tasks.smax.ipynb #dc7229cd
-BLOCK = 32    # games that are computed together
+BLOCK = 32  # games that are computed together
+
 
 @functools.cache
 def engine(body, horizon=100):
     "A map's rules and its compiled calls over games (blocks, BLOCK): begin(keys, mask, states) and step(keys, states, actions) give the new states and what `look` sees, step also rewards and victories."
-    env = HeuristicEnemySMAX(scenario=map_name_to_scenario(body), max_steps=horizon - 1)      # SMAX looks at the clock before it counts the step: 100 would give 101
+    env = HeuristicEnemySMAX(
+        scenario=map_name_to_scenario(body), max_steps=horizon - 1
+    )  # SMAX looks at the clock before it counts the step: 100 would give 101
     names, n = env.agents, env.num_allies
 
     def look(s):
         obs, legal, alive, done = env.get_obs(s), env.get_avail_actions(s), s.state.unit_alive, s.state.done
-        fought = ~(alive[:n].any() & alive[n:].any())      # one side, or both, have fallen
-        return jnp.stack([obs[a] for a in names]), jnp.stack([legal[a] for a in names]) > 0, env.get_world_state(s), done & fought, done & ~fought
+        fought = ~(alive[:n].any() & alive[n:].any())  # one side, or both, have fallen
+        return (
+            jnp.stack([obs[a] for a in names]),
+            jnp.stack([legal[a] for a in names]) > 0,
+            env.get_world_state(s),
+            done & fought,
+            done & ~fought,
+        )
+
     def begin(key, mask, old):
         s = jax.tree.map(lambda new, old: jnp.where(mask, new, old), env.reset(key)[1], old)
         return s, *look(s)
+
     def step(key, s, actions):
-        _, new, r, _, _ = env.step_env(jax.random.fold_in(key, s.state.step), s, {a: actions[i] for i, a in enumerate(names)})
+        _, new, r, _, _ = env.step_env(
+            jax.random.fold_in(key, s.state.step), s, {a: actions[i] for i, a in enumerate(names)}
+        )
         over, alive = s.state.done, new.state.unit_alive
         won = ~over & alive[:n].any() & ~alive[n:].any()
         new = jax.tree.map(lambda old, new: jnp.where(over, old, new), s, new)
-        return new, *look(new), jnp.where(over, 0., r[names[0]]), won
+        return new, *look(new), jnp.where(over, 0.0, r[names[0]]), won
 
-    def in_blocks(f): return jax.jit(lambda *x: jax.lax.map(lambda block: jax.vmap(f)(*block), x))
-    blank = jax.tree.map(lambda x: np.zeros((1, BLOCK, *x.shape), x.dtype), jax.eval_shape(lambda k: env.reset(k)[1], np.zeros(2, np.uint32)))
+    def in_blocks(f):
+        return jax.jit(lambda *x: jax.lax.map(lambda block: jax.vmap(f)(*block), x))
+
+    blank = jax.tree.map(
+        lambda x: np.zeros((1, BLOCK, *x.shape), x.dtype),
+        jax.eval_shape(lambda k: env.reset(k)[1], np.zeros(2, np.uint32)),
+    )
     return SimpleNamespace(env=env, blank=blank, begin=in_blocks(begin), step=in_blocks(step))
 
+
+# %% ../../nbs/01g_tasks.smax.ipynb #f2db123d
 def keys_of(seeds):
     "jax.random.PRNGKey of each seed (..., 2) uint32, with all 64 bits of it (jax itself keeps 32)."
     s = np.asarray(seeds, np.uint64)
     return np.stack([s >> np.uint64(32), s & np.uint64(0xFFFFFFFF)], -1).astype(np.uint32)
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #f8b92725
 class LockStep(gym.vector.VectorEnv):
     "Rows = games x agents, game-major, stepped together. Observations (N, S) float32, rewards (N,) float64: the team's."
+
     metadata = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
     def __init__(self, fam, task_ids, threads=None):
         "`task_ids` (N,), N a multiple of the agents; `threads` is for the other kinds: XLA has its own."
-        self.family = fam = tasks.family(fam); self.engine = engine(fam.body, fam.horizon)
-        self.single_observation_space, self.single_action_space = Box(-np.inf, np.inf, fam.state_shape, np.float32), Discrete(fam.act_dim)
+        self.family = fam = tasks.family(fam)
+        self.engine = engine(fam.body, fam.horizon)
+        self.single_observation_space, self.single_action_space = (
+            Box(-np.inf, np.inf, fam.state_shape, np.float32),
+            Discrete(fam.act_dim),
+        )
         self.set_tasks(task_ids)
 
     def set_tasks(self, task_ids):
         "A map has one task; another number of rows begins anew."
         ids, n = np.asarray(task_ids, int), self.family.agents
-        for i in set(ids.tolist()): tasks.check_task(self.family, i)
-        if not len(ids) or len(ids) % n: raise PromptnbError(f"{self.family.name} was given {len(ids)} rows, but a game has {n} agents and each is a row: give a multiple of {n}")
+        for i in set(ids.tolist()):
+            tasks.check_task(self.family, i)
+        if not len(ids) or len(ids) % n:
+            raise PromptnbError(
+                f"{self.family.name} was given {len(ids)} rows, but a game has {n} agents and each is a row: give a multiple of {n}"
+            )
         self.task_ids = ids
-        if len(ids) == getattr(self, "num_envs", None): return
-        self.num_envs, self.games = len(ids), len(ids) // n; blocks = -(-self.games // BLOCK)
+        if len(ids) == getattr(self, "num_envs", None):
+            return
+        self.num_envs, self.games = len(ids), len(ids) // n
+        blocks = -(-self.games // BLOCK)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self._seeds = np.zeros((blocks, BLOCK), np.int64); self._seeds.flat[:self.games] = np.random.default_rng().integers(2**63, size=self.games)
+        self._seeds = np.zeros((blocks, BLOCK), np.int64)
+        self._seeds.flat[: self.games] = np.random.default_rng().integers(2**63, size=self.games)
         self._states = jax.tree.map(lambda x: x.repeat(blocks, 0), self.engine.blank)
         self._begin(np.ones((blocks, BLOCK), bool))
 
     def reset(self, *, seed=None, options=None):
         "`seed`: None (go on), an int (row i gets seed + i) or one a row; a game takes its first row's. `options['reset_mask']` (N,) bool limits the reset to those games."
-        n, mask = self.family.agents, np.ones(self.num_envs, bool) if not options or "reset_mask" not in options else np.asarray(options["reset_mask"], bool)
-        if (mask.reshape(-1, n) != mask[::n, None]).any(): raise PromptnbError(f"the agents of a game start together: 'reset_mask' must be the same for each {n} neighbouring rows")
-        given = [None] * self.num_envs if seed is None else [seed + i for i in range(self.num_envs)] if np.isscalar(seed) else seed
-        games = np.zeros(self._seeds.shape, bool); games.flat[:self.games] = mask[::n]
-        for g in np.flatnonzero(games): self._seeds.flat[g] = seed_for(self._seeds.flat[g], "next") if given[g * n] is None else int(given[g * n])
+        n, mask = (
+            self.family.agents,
+            np.ones(self.num_envs, bool)
+            if not options or "reset_mask" not in options
+            else np.asarray(options["reset_mask"], bool),
+        )
+        if (mask.reshape(-1, n) != mask[::n, None]).any():
+            raise PromptnbError(
+                f"the agents of a game start together: 'reset_mask' must be the same for each {n} neighbouring rows"
+            )
+        given = (
+            [None] * self.num_envs
+            if seed is None
+            else [seed + i for i in range(self.num_envs)]
+            if np.isscalar(seed)
+            else seed
+        )
+        games = np.zeros(self._seeds.shape, bool)
+        games.flat[: self.games] = mask[::n]
+        for g in np.flatnonzero(games):
+            self._seeds.flat[g] = seed_for(self._seeds.flat[g], "next") if given[g * n] is None else int(given[g * n])
         self._begin(games)
         return self._obs.copy(), dict(legal=self.legal.copy())
 
     def _begin(self, games):
-        self._keys = keys_of(self._seeds); self._see(*self.engine.begin(self._keys, games, self._states))
+        self._keys = keys_of(self._seeds)
+        self._see(*self.engine.begin(self._keys, games, self._states))
 
     def _see(self, states, *views):
         "Keep the new states and what is seen now; the other views come back, an array (games, ...) each."
-        obs, legal, self.world_state, *others = (np.asarray(x).reshape(-1, *x.shape[2:])[:self.games] for x in views)
-        self._states, self._obs, self.legal = states, obs.reshape(self.num_envs, -1), legal.reshape(self.num_envs, -1).copy()      # torch wants arrays that may be written
+        obs, legal, self.world_state, *others = (np.asarray(x).reshape(-1, *x.shape[2:])[: self.games] for x in views)
+        self._states, self._obs, self.legal = (
+            states,
+            obs.reshape(self.num_envs, -1),
+            legal.reshape(self.num_envs, -1).copy(),
+        )  # torch wants arrays that may be written
         return others
 
-    def rows(self, x): return np.repeat(x, self.family.agents, axis=0)
+    def rows(self, x):
+        return np.repeat(x, self.family.agents, axis=0)
 
     def step(self, actions):
         "Actions: ints (N,), of which illegal ones do nothing, or scores (N, A), of which the best legal one counts. `info['success']` (N,): won at this step."
         a = np.asarray(actions)
-        if a.ndim > 1: a = np.where(self.legal, a, -np.inf).argmax(-1)
-        full = np.zeros((*self._seeds.shape, self.family.agents), np.int32); full.reshape(-1)[:self.num_envs] = a
+        if a.ndim > 1:
+            a = np.where(self.legal, a, -np.inf).argmax(-1)
+        full = np.zeros((*self._seeds.shape, self.family.agents), np.int32)
+        full.reshape(-1)[: self.num_envs] = a
         term, trunc, r, won = map(self.rows, self._see(*self.engine.step(self._keys, self._states, full)))
         return self._obs.copy(), r.astype(np.float64), term, trunc, dict(success=won, legal=self.legal.copy())
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #46df95b9
-STOP, MOVES = 4, 5    # actions: 0 to 3 go up, right, down, left; 4 stops; 5 + k shoots at enemy k
-FAR = 1e3             # map units: farther than anything
+STOP, MOVES = 4, 5  # actions: 0 to 3 go up, right, down, left; 4 stops; 5 + k shoots at enemy k
+FAR = 1e3  # map units: farther than anything
+
 
 def seen(vec, obs):
     "What agents see, in map units and health points. (G, n, E): health, distance; (G, n, E, 2): at; (G, n, 2): centre of the team; (G, n): ready to shoot within this step, damage of a shot."
-    env, n, E = vec.engine.env, vec.family.agents, vec.engine.env.num_enemies; U, O = len(env.unit_features), len(env.own_features)
+    env, n, E = vec.engine.env, vec.family.agents, vec.engine.env.num_enemies
+    U, O = len(env.unit_features), len(env.own_features)
     x = obs.reshape(vec.games, n, -1)
     others, own = x[..., :-O].reshape(vec.games, n, n - 1 + E, U), x[..., -O:]
-    mine, table = own[..., 4:], lambda t: np.asarray(t, np.float32)      # (..., 6) one-hot: the unit's type
+    mine, table = own[..., 4:], lambda t: np.asarray(t, np.float32)  # (..., 6) one-hot: the unit's type
     at, alive = others[..., 1:3] * (mine @ table(env.unit_type_sight_ranges))[..., None, None], others[..., 0] > 0
     mates, foes = (..., slice(n - 1), slice(None)), (..., slice(n - 1, None), slice(None))
-    return SimpleNamespace(health=others[foes][..., 0] * (others[foes][..., 7:] @ table(env.unit_type_health)), at=at[foes],
-                           distance=np.where(alive[..., n - 1:], np.linalg.norm(at[foes], axis=-1), FAR), centre=(at[mates] * alive[..., :n - 1, None]).sum(2) / n,
-                           ready=own[..., 3] * (mine @ table(env.unit_type_weapon_cooldowns)) < env.world_steps_per_env_step * env.time_per_step, damage=mine @ table(env.unit_type_attacks))
+    return SimpleNamespace(
+        health=others[foes][..., 0] * (others[foes][..., 7:] @ table(env.unit_type_health)),
+        at=at[foes],
+        distance=np.where(alive[..., n - 1 :], np.linalg.norm(at[foes], axis=-1), FAR),
+        centre=(at[mates] * alive[..., : n - 1, None]).sum(2) / n,
+        ready=own[..., 3] * (mine @ table(env.unit_type_weapon_cooldowns))
+        < env.world_steps_per_env_step * env.time_per_step,
+        damage=mine @ table(env.unit_type_attacks),
+    )
 
+
+# %% ../../nbs/01g_tasks.smax.ipynb #8a36f480
 def volley(s, shoot):
     "The enemy (G, n) that each agent shoots at, agents in turn; `shoot` (G, n, E): in range."
-    need, games, target = np.where(s.distance < FAR, s.health, 0).max(1), np.arange(len(shoot)), np.zeros(shoot.shape[:2], int)
+    need, games, target = (
+        np.where(s.distance < FAR, s.health, 0).max(1),
+        np.arange(len(shoot)),
+        np.zeros(shoot.shape[:2], int),
+    )
     for i in range(shoot.shape[1]):
-        cost = np.where(need > 0, need, FAR + need) + 0.01 * s.distance[:, i]      # of equals the nearer; those that will fall anyway last
+        cost = (
+            np.where(need > 0, need, FAR + need) + 0.01 * s.distance[:, i]
+        )  # of equals the nearer; those that will fall anyway last
         target[:, i] = t = np.where(shoot[:, i], cost, np.inf).argmin(1)
         need[games, t] -= s.damage[:, i] * s.ready[:, i] * shoot[:, i].any(1)
     return target
 
-def direction(d): return np.stack([d[..., 1], d[..., 0], -d[..., 1], -d[..., 0]], -1).argmax(-1)
 
+# %% ../../nbs/01g_tasks.smax.ipynb #78cdceae
+def direction(d):
+    return np.stack([d[..., 1], d[..., 0], -d[..., 1], -d[..., 0]], -1).argmax(-1)
+
+
+# %% ../../nbs/01g_tasks.smax.ipynb #efbc2ca9
 def plan(vec, obs):
     "What the script does (N,), always legal: the dead see nothing, and so they stop."
     s, shoot = seen(vec, obs), vec.legal.reshape(vec.games, vec.family.agents, -1)[..., MOVES:]
     near = np.take_along_axis(s.at, s.distance.argmin(-1)[..., None, None], 2)[..., 0, :]
     close_in = np.where(s.distance.min(-1) < FAR, direction(near), STOP)
     gather = np.where(np.linalg.norm(s.centre, axis=-1) > 1.2, direction(s.centre), STOP)
-    return np.where(shoot.any(-1), MOVES + volley(s, shoot), np.where(shoot.any((1, 2))[:, None], close_in, gather)).reshape(-1)
+    return np.where(
+        shoot.any(-1), MOVES + volley(s, shoot), np.where(shoot.any((1, 2))[:, None], close_in, gather)
+    ).reshape(-1)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #7ad35a05
-NOISE = dict(good=0., medium=0.15, poor=0.35, random=1.)    # share of random legal actions
+NOISE = dict(good=0.0, medium=0.15, poor=0.35, random=1.0)  # share of random legal actions
+
 
 def script(vec, quality, rng):
     "A function obs (N, S) -> actions (N,) for the games of `vec`; `quality` is a key of NOISE."
     p, streams = NOISE[check_choice(quality, NOISE, "quality")], rng.spawn(vec.games)
+
     def act(obs):
         u = np.stack([g.random((vec.family.agents, 2)) for g in streams]).reshape(-1, 2)
         kth = (u[:, 1] * vec.legal.sum(-1)).astype(int)
         return np.where(u[:, 0] < p, (vec.legal.cumsum(-1) > kth[:, None]).argmax(-1), plan(vec, obs))
+
     return act
 
-# %% ../../nbs/01g_tasks.smax.ipynb #528d82c5
-COLOURS = np.array([[0, 114, 178], [230, 159, 0]])    # allies, enemies: Okabe and Ito's blue and orange
 
+# %% ../../nbs/01g_tasks.smax.ipynb #528d82c5
+COLOURS = np.array([[0, 114, 178], [230, 159, 0]])  # allies, enemies: Okabe and Ito's blue and orange
+
+
+# %% ../../nbs/01g_tasks.smax.ipynb #87ea48c3
 def units(world):
     "A world state (W,) as health (U,) in 0 to 1, position (U, 2) in map units, enemy (U,) bool, type (U,) int; the dead have health 0."
-    n = len(world) // 12; x = world[:10 * n].reshape(n, 10)
-    return SimpleNamespace(health=x[:, 0], position=x[:, 1:3], enemy=world[10 * n:11 * n] > 0, type=world[11 * n:].astype(int))
+    n = len(world) // 12
+    x = world[: 10 * n].reshape(n, 10)
+    return SimpleNamespace(
+        health=x[:, 0], position=x[:, 1:3], enemy=world[10 * n : 11 * n] > 0, type=world[11 * n :].astype(int)
+    )
 
-RADII = (0.375, 0.5625, 0.625, 0.5, 0.375, 0.625)               # map units, by type: SMAX's
+
+# %% ../../nbs/01g_tasks.smax.ipynb #2884b4db
+RADII = (0.375, 0.5625, 0.625, 0.5, 0.375, 0.625)  # map units, by type: SMAX's
+
 
 def picture(world, size=240, width=32, zoom=1.5):
     "A frame (size, size, 3) uint8 of the map's middle `width` units (all of it: 32); units are drawn `zoom` times their size."
     img, u = np.full((size, size, 3), 245, np.uint8), units(world)
-    x = 16 + ((np.arange(size) + 0.5) / size - 0.5) * width; y = 32 - x[:, None]
+    x = 16 + ((np.arange(size) + 0.5) / size - 0.5) * width
+    y = 32 - x[:, None]
     for h, at, foe, kind in zip(u.health, u.position, u.enemy, u.type):
-        if h <= 0: continue
+        if h <= 0:
+            continue
         dx, dy, r = np.abs(x - at[0]), np.abs(y - at[1]), zoom * RADII[kind]
         away, colour = np.maximum(dx, dy) if foe else np.hypot(dx, dy), COLOURS[int(foe)]
-        for part, c in ((away < 1.2 * r, 255), (away < r, 255 - (255 - colour) // 3), ((away < r) & (y < at[1] + (2 * h - 1) * r), colour)): img[part] = c      # rim, body, health
+        for part, c in (
+            (away < 1.2 * r, 255),
+            (away < r, 255 - (255 - colour) // 3),
+            ((away < r) & (y < at[1] + (2 * h - 1) * r), colour),
+        ):
+            img[part] = c  # rim, body, health
     return img
 
+
+# %% ../../nbs/01g_tasks.smax.ipynb #9c56ba97
 def frames(fam, actions, seed, every=4, size=240):
     "Replay the actions (T, agents) of a game that began with `seed`: frames (F, size, size, 3) uint8, one each `every` steps and the last."
-    vec = LockStep(fam, [0] * tasks.family(fam).agents); vec.reset(seed=[seed] * vec.num_envs); out = [picture(vec.world_state[0], size)]
+    vec = LockStep(fam, [0] * tasks.family(fam).agents)
+    vec.reset(seed=[seed] * vec.num_envs)
+    out = [picture(vec.world_state[0], size)]
     for t, a in enumerate(actions, 1):
         over = any(x[0] for x in vec.step(a)[2:4])
-        if t % every == 0 or over or t == len(actions): out.append(picture(vec.world_state[0], size))
-        if over: break
+        if t % every == 0 or over or t == len(actions):
+            out.append(picture(vec.world_state[0], size))
+        if over:
+            break
     return np.stack(out)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #52313c3f
 class AgentEnv(gym.Env):
     "A game through the eyes of agent 0. Observations (S,) float32, the team's reward; the team-mates follow the script."
-    metadata = dict(render_modes=["rgb_array"], render_fps=2)      # a step is half a second of the game
+
+    metadata = dict(render_modes=["rgb_array"], render_fps=2)  # a step is half a second of the game
 
     def __init__(self, fam, render_mode=None, size=240):
         self.vec, self.render_mode, self.size = LockStep(fam, [0] * fam.agents), render_mode, size
@@ -203,47 +347,83 @@ class AgentEnv(gym.Env):
         return obs[0], dict(legal=info["legal"][0])
 
     def step(self, action):
-        a = plan(self.vec, self.vec._obs); a[0] = action
+        a = plan(self.vec, self.vec._obs)
+        a[0] = action
         obs, r, term, trunc, info = self.vec.step(a)
         return obs[0], float(r[0]), bool(term[0]), bool(trunc[0]), {k: v[0] for k, v in info.items()}
 
-    def render(self): return picture(self.vec.world_state[0], self.size) if self.render_mode == "rgb_array" else None
+    def render(self):
+        return picture(self.vec.world_state[0], self.size) if self.render_mode == "rgb_array" else None
 
+
+# %% ../../nbs/01g_tasks.smax.ipynb #0d98889f
 def make(family, task, **kw):
     "Entry point of the registered ids: `gymnasium.make('promptnb/smax-3m-v0')`."
-    fam = tasks.family(family); tasks.check_task(fam, task)
+    fam = tasks.family(family)
+    tasks.check_task(fam, task)
     return AgentEnv(fam, **kw)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #9c44d23f
 SMAC_DIMENSIONS = dict(obs=4, actions=3, legal=4, rewards=2, length=1)
 
+
 def smac_arrays(path):
     "The arrays of one map's file; what is wrong with it is one line."
-    if not zipfile.is_zipfile(path): raise PromptnbError(f"{path} is no .npz file" if Path(path).exists() else f"there is no {path}")
+    if not zipfile.is_zipfile(path):
+        raise PromptnbError(f"{path} is no .npz file" if Path(path).exists() else f"there is no {path}")
     try:
-        with np.load(path, allow_pickle=False) as z: x = {k: z[k] for k in z.files}
-    except (ValueError, zipfile.BadZipFile, zlib.error) as e: raise PromptnbError(f"{path} is not all plain arrays ({str(e).splitlines()[0]}): pickled objects are not read") from None
-    if lost := [k for k in SMAC_DIMENSIONS if k not in x]: raise PromptnbError(f"{path} lacks {', '.join(lost)} (it has {', '.join(x) or 'nothing'})")
-    if odd := [f"{k} {x[k].shape}" for k, d in SMAC_DIMENSIONS.items() if x[k].ndim != d or x[k].dtype.kind not in "biuf"]: raise PromptnbError(f"{path}: {', '.join(odd)} is not numbers with {SMAC_DIMENSIONS[odd[0].split()[0]]} dimensions")
+        with np.load(path, allow_pickle=False) as z:
+            x = {k: z[k] for k in z.files}
+    except (ValueError, zipfile.BadZipFile, zlib.error) as e:
+        raise PromptnbError(
+            f"{path} is not all plain arrays ({str(e).splitlines()[0]}): pickled objects are not read"
+        ) from None
+    if lost := [k for k in SMAC_DIMENSIONS if k not in x]:
+        raise PromptnbError(f"{path} lacks {', '.join(lost)} (it has {', '.join(x) or 'nothing'})")
+    if odd := [
+        f"{k} {x[k].shape}" for k, d in SMAC_DIMENSIONS.items() if x[k].ndim != d or x[k].dtype.kind not in "biuf"
+    ]:
+        raise PromptnbError(
+            f"{path}: {', '.join(odd)} is not numbers with {SMAC_DIMENSIONS[odd[0].split()[0]]} dimensions"
+        )
     E, T, n, A = x["legal"].shape
     want = dict(obs=(E, T, n, x["obs"].shape[-1]), actions=(E, T, n), rewards=(E, T), length=(E,))
-    if bad := [f"{k} is {x[k].shape}, but legal wants {w}" for k, w in want.items() if x[k].shape != w]: raise PromptnbError(f"{path}: {', '.join(bad)}")
-    if (x["length"] < 1).any() or (x["length"] > T).any(): raise PromptnbError(f"{path}: lengths must be 1 to {T}")
+    if bad := [f"{k} is {x[k].shape}, but legal wants {w}" for k, w in want.items() if x[k].shape != w]:
+        raise PromptnbError(f"{path}: {', '.join(bad)}")
+    if (x["length"] < 1).any() or (x["length"] > T).any():
+        raise PromptnbError(f"{path}: lengths must be 1 to {T}")
     return x
 
+
+# %% ../../nbs/01g_tasks.smax.ipynb #b13b51c8
 def smac_trajectories(path):
     "One map's trajectories, one an agent, the agents of an episode together."
     x, hot = smac_arrays(path), np.eye
     A, out = x["legal"].shape[-1], []
     for e, T in enumerate(x["length"].astype(int)):
         a, legal = x["actions"][e, :T].astype(int), x["legal"][e, :T].astype(bool)
-        if not ((a >= 0) & (a < A)).all() or not np.take_along_axis(legal, a[..., None], -1).all(): raise PromptnbError(f"{path}: episode {e} has an action that was not available")
-        out += [dict(observations=x["obs"][e, :T, i].astype(np.float32), actions=hot(A, dtype=np.float32)[a[:, i]], rewards=x["rewards"][e, :T].astype(np.float32), legal=legal[:, i], map=Path(path).stem, agent=i) for i in range(a.shape[1])]
+        if not ((a >= 0) & (a < A)).all() or not np.take_along_axis(legal, a[..., None], -1).all():
+            raise PromptnbError(f"{path}: episode {e} has an action that was not available")
+        out += [
+            dict(
+                observations=x["obs"][e, :T, i].astype(np.float32),
+                actions=hot(A, dtype=np.float32)[a[:, i]],
+                rewards=x["rewards"][e, :T].astype(np.float32),
+                legal=legal[:, i],
+                map=Path(path).stem,
+                agent=i,
+            )
+            for i in range(a.shape[1])
+        ]
     return out
 
+
+# %% ../../nbs/01g_tasks.smax.ipynb #4e68ead2
 def from_smac(folder, maps=None):
     "Trajectories (dicts of observations, actions one-hot, rewards, legal, map, agent) and the task id of each for `promptnb.data.from_arrays`: map k of `maps` (default: all, sorted) is task k."
     names = sorted(p.stem for p in Path(folder).glob("*.npz")) if maps is None else list(maps)
-    if not names: raise PromptnbError(f"{folder} has no <map>.npz: one file a map, with {', '.join(SMAC_DIMENSIONS)}")
-    each = [smac_trajectories(Path(folder)/f"{m}.npz") for m in names]
+    if not names:
+        raise PromptnbError(f"{folder} has no <map>.npz: one file a map, with {', '.join(SMAC_DIMENSIONS)}")
+    each = [smac_trajectories(Path(folder) / f"{m}.npz") for m in names]
     return [d for ds in each for d in ds], np.repeat(np.arange(len(names)), [len(ds) for ds in each])

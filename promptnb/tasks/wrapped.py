@@ -11,41 +11,67 @@ import numpy as np
 from .. import tasks
 
 # %% auto #0
-__all__ = ['Wrapped', 'LockStep', 'make', 'own']
+__all__ = ["Wrapped", "LockStep", "make", "own"]
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #00a5128d
 class Wrapped(gym.vector.VectorEnv):
     "N episodes of any tasks of a family in N Gymnasium environments. Observations (N, S) float32, rewards (N,) float64. A kind says how to `make` one and how to set its task."
+
     metadata = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
     def __init__(self, fam, task_ids, threads=None):
         self.family, self.envs = tasks.family(fam), []
         self.set_tasks(task_ids)
 
-    def make(self, task): return gym.make(self.family.env_id, task=task)
+    def make(self, task):
+        return gym.make(self.family.env_id, task=task)
+
     def set_task(self, i, task):
         "Row i goes on with another task; by default in a new environment."
-        self.envs[i].close(); self.envs[i] = self.make(task)
+        self.envs[i].close()
+        self.envs[i] = self.make(task)
 
     def set_tasks(self, task_ids):
         old, self.task_ids = getattr(self, "task_ids", np.zeros(0, int)), np.asarray(task_ids, int)
-        for e in self.envs[len(self.task_ids):]: e.close()
-        del self.envs[len(self.task_ids):]
+        for e in self.envs[len(self.task_ids) :]:
+            e.close()
+        del self.envs[len(self.task_ids) :]
         for i, task in enumerate(self.task_ids):
-            if i >= len(self.envs): self.envs.append(self.make(task))
-            elif old[i] != task: self.set_task(i, task)
-        if len(self.task_ids) == getattr(self, "num_envs", None): return
+            if i >= len(self.envs):
+                self.envs.append(self.make(task))
+            elif old[i] != task:
+                self.set_task(i, task)
+        if len(self.task_ids) == getattr(self, "num_envs", None):
+            return
         self.num_envs = len(self.task_ids)
-        self.single_observation_space, self.single_action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.single_observation_space, self.single_action_space = (
+            self.envs[0].observation_space,
+            self.envs[0].action_space,
+        )
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self._obs, self._over = np.zeros((self.num_envs, self.family.state_dim), np.float32), np.zeros((2, self.num_envs), bool)
+        self._obs, self._over = (
+            np.zeros((self.num_envs, self.family.state_dim), np.float32),
+            np.zeros((2, self.num_envs), bool),
+        )
 
     def reset(self, *, seed=None, options=None):
         "`seed`: None (go on), an int (row i gets seed + i) or one a row. `options['reset_mask']` (N,) bool limits the reset to those rows."
-        mask = np.ones(self.num_envs, bool) if not options or "reset_mask" not in options else np.asarray(options["reset_mask"], bool)
-        seeds = [None] * self.num_envs if seed is None else [seed + i for i in range(self.num_envs)] if np.isscalar(seed) else seed
-        for i in np.flatnonzero(mask): self._obs[i] = self.envs[i].reset(seed=None if seeds[i] is None else int(seeds[i]))[0]
+        mask = (
+            np.ones(self.num_envs, bool)
+            if not options or "reset_mask" not in options
+            else np.asarray(options["reset_mask"], bool)
+        )
+        seeds = (
+            [None] * self.num_envs
+            if seed is None
+            else [seed + i for i in range(self.num_envs)]
+            if np.isscalar(seed)
+            else seed
+        )
+        for i in np.flatnonzero(mask):
+            self._obs[i] = self.envs[i].reset(seed=None if seeds[i] is None else int(seeds[i]))[0]
         self._over[:, mask] = False
         return self._obs.copy(), {}
 
@@ -59,27 +85,68 @@ class Wrapped(gym.vector.VectorEnv):
         return self._obs.copy(), r, self._over[0].copy(), self._over[1].copy(), dict(success=success)
 
     def close_extras(self, **kw):
-        for e in self.envs: e.close()
+        for e in self.envs:
+            e.close()
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #f15d897a
 class LockStep(Wrapped):
-    def make(self, task): return make(self.family, task)
+    def make(self, task):
+        return make(self.family, task)
 
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #4ff8a5ea
 def make(family, task, **kw):
     "The environment of one task; its actions are in [-1, 1], scaled to its own bounds."
-    fam = tasks.family(family); tasks.check_task(fam, task)
-    env = gym.make(fam.body, **fam.goals[task], **kw); a = env.action_space
-    return env if fam.discrete or ((a.low == -1) & (a.high == 1)).all() else gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    fam = tasks.family(family)
+    tasks.check_task(fam, task)
+    env = gym.make(fam.body, **fam.goals[task], **kw)
+    a = env.action_space
+    return (
+        env
+        if fam.discrete or ((a.low == -1) & (a.high == 1)).all()
+        else gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    )
 
-def own(name, env_id, goals=({},), train=(0,), test=(0,), target_return=0., rtg_scale=1000., **more) -> tasks.Family:
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #60b1becf
+def own(name, env_id, goals=({},), train=(0,), test=(0,), target_return=0.0, rtg_scale=1000.0, **more) -> tasks.Family:
     "Register a family of a Gymnasium environment with a flat Box of observations and a Box or Discrete of actions. Task i is `gymnasium.make(env_id, **goals[i])`; actions of a Box are in [-1, 1] here, whatever its bounds: scale those of your arrays alike."
     from gymnasium.spaces import Box, Discrete
+
     goals = tuple(goals)
-    if not goals or not all(isinstance(g, dict) for g in goals): raise tasks.PromptnbError(f"goals are the keyword arguments of gymnasium.make, a dict each: not {goals[0] if goals else 'nothing'!r}")
-    if (bad := [i for i in (*train, *test) if i not in range(len(goals))]): raise tasks.PromptnbError(f"task {bad[0]} is in train or test, but there are {len(goals)} goals, 0 to {len(goals) - 1}")
-    env = gym.make(env_id, **goals[0]); s, a, limit = env.observation_space, env.action_space, env.spec.max_episode_steps; env.close()
-    if not isinstance(s, Box) or len(s.shape) != 1: raise tasks.PromptnbError(f"{env_id} observes {s}: wanted a flat Box (wrap it with gymnasium.wrappers.FlattenObservation)")
-    if not isinstance(a, (Box, Discrete)): raise tasks.PromptnbError(f"{env_id} acts in {a}: wanted a Box or a Discrete")
-    if limit is None and "horizon" not in more: raise tasks.PromptnbError(f"{env_id} has no time limit: give horizon=")
-    return tasks.add(tasks.Family(name, "wrapped", env_id, goals, tuple(train), tuple(test), s.shape[0], int(a.n) if isinstance(a, Discrete) else a.shape[0],
-                                  target_return=target_return, rtg_scale=rtg_scale, discrete=isinstance(a, Discrete), **{"horizon": limit, **more}))
+    if not goals or not all(isinstance(g, dict) for g in goals):
+        raise tasks.PromptnbError(
+            f"goals are the keyword arguments of gymnasium.make, a dict each: not {goals[0] if goals else 'nothing'!r}"
+        )
+    if bad := [i for i in (*train, *test) if i not in range(len(goals))]:
+        raise tasks.PromptnbError(
+            f"task {bad[0]} is in train or test, but there are {len(goals)} goals, 0 to {len(goals) - 1}"
+        )
+    env = gym.make(env_id, **goals[0])
+    s, a, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
+    env.close()
+    if not isinstance(s, Box) or len(s.shape) != 1:
+        raise tasks.PromptnbError(
+            f"{env_id} observes {s}: wanted a flat Box (wrap it with gymnasium.wrappers.FlattenObservation)"
+        )
+    if not isinstance(a, (Box, Discrete)):
+        raise tasks.PromptnbError(f"{env_id} acts in {a}: wanted a Box or a Discrete")
+    if limit is None and "horizon" not in more:
+        raise tasks.PromptnbError(f"{env_id} has no time limit: give horizon=")
+    return tasks.add(
+        tasks.Family(
+            name,
+            "wrapped",
+            env_id,
+            goals,
+            tuple(train),
+            tuple(test),
+            s.shape[0],
+            int(a.n) if isinstance(a, Discrete) else a.shape[0],
+            target_return=target_return,
+            rtg_scale=rtg_scale,
+            discrete=isinstance(a, Discrete),
+            **{"horizon": limit, **more},
+        )
+    )

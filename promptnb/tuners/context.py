@@ -4,6 +4,7 @@
 
 # %% ../../nbs/06c_tuners.context.ipynb #78a16112
 from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,137 +13,246 @@ from ..core import PromptnbError, Steps, check_choice, seed_for
 from .core import Adapted, PromptTuner, Tuner
 
 # %% auto #0
-__all__ = ['TOWARDS', 'features', 'usual_return', 'advantages', 'weights', 'Windows', 'joined', 'shuffled', 'ContextVectors',
-           'components', 'Reader', 'Encode', 'Collect', 'nothing']
+__all__ = [
+    "TOWARDS",
+    "features",
+    "usual_return",
+    "advantages",
+    "weights",
+    "Windows",
+    "joined",
+    "shuffled",
+    "ContextVectors",
+    "components",
+    "Reader",
+    "Encode",
+    "Collect",
+    "nothing",
+]
 
 # %% ../../nbs/06c_tuners.context.ipynb #5ca6badc
 TOWARDS = ("best", "advantage", "return", "shuffled")
 
+
+# %% ../../nbs/06c_tuners.context.ipynb #e2a21875
 def features(h: Steps):
     "Windows (..., K, .) -> what the usual return-to-go is fitted on (..., K, 2S + 2): states, their squares, time, 1."
     t = h.t[..., None].to(h.s.dtype) / 100
-    return torch.cat([h.s, h.s ** 2, t, torch.ones_like(t)], -1)
+    return torch.cat([h.s, h.s**2, t, torch.ones_like(t)], -1)
 
+
+# %% ../../nbs/06c_tuners.context.ipynb #f7b1caf1
 def usual_return(windows: Steps, ridge=1e-3):
     "Windows (G, n, K, .) -> coefficients (G, 2S + 2) of a ridge regression of the return-to-go, of each task, in float64."
-    x, y, m = features(windows).double().flatten(1, 2), windows.rtg.double().flatten(1, 2), windows.mask.double().flatten(1, 2)[..., None]
-    xt = (x * m).transpose(1, 2); n = m.sum(1, keepdim=True)
-    return torch.linalg.solve(xt @ x / n + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), xt @ y / n)[..., 0]
+    x, y, m = (
+        features(windows).double().flatten(1, 2),
+        windows.rtg.double().flatten(1, 2),
+        windows.mask.double().flatten(1, 2)[..., None],
+    )
+    xt = (x * m).transpose(1, 2)
+    n = m.sum(1, keepdim=True)
+    return torch.linalg.solve(xt @ x / n + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), xt @ y / n)[
+        ..., 0
+    ]
 
+
+# %% ../../nbs/06c_tuners.context.ipynb #12db35ba
 def advantages(h: Steps, coefficients):
     "Windows (G, B, K, .) -> mean over real steps of the return-to-go minus the usual one (G, B)."
     a = h.rtg[..., 0] - torch.einsum("gbkf,gf->gbk", features(h).double(), coefficients).to(h.rtg.dtype)
     return (a * h.mask).sum(-1) / h.mask.sum(-1).clamp(min=1)
 
-def weights(advantage, beta=1., most=20.):
+
+# %% ../../nbs/06c_tuners.context.ipynb #1445cff0
+def weights(advantage, beta=1.0, most=20.0):
     "Advantages (G, B) -> exp(A / beta) with A in standard deviations of its task, at most `most`, then mean 1 a task."
-    w = (advantage / advantage.std(1, correction=int(advantage.shape[1] > 1), keepdim=True).clamp(min=1e-6) / beta).exp().clamp(max=most)
+    w = (
+        (advantage / advantage.std(1, correction=int(advantage.shape[1] > 1), keepdim=True).clamp(min=1e-6) / beta)
+        .exp()
+        .clamp(max=most)
+    )
     return w / w.mean(1, keepdim=True)
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #8a29684f
 @dataclass
 class Windows:
     "Draws for `fit`: windows (G, B, K, .), with weights (G, B) towards 'advantage'."
+
     demos: object
     seed: int
     towards: str
     beta: float
-    def __post_init__(self): self.usual = usual_return(joined([self.demos.batch(("usual", self.seed, i)) for i in range(16)])) if self.towards == "advantage" else None
+
+    def __post_init__(self):
+        self.usual = (
+            usual_return(joined([self.demos.batch(("usual", self.seed, i)) for i in range(16)]))
+            if self.towards == "advantage"
+            else None
+        )
+
     def batch(self, t):
         h = self.demos.batch((self.seed, t))
-        if self.towards == "shuffled": return replace(h, a=shuffled(h.a, h.mask, seed_for(self.seed, "shuffled", t)))
+        if self.towards == "shuffled":
+            return replace(h, a=shuffled(h.a, h.mask, seed_for(self.seed, "shuffled", t)))
         return h if self.usual is None else (h, weights(advantages(h, self.usual), self.beta))
 
-def joined(parts, dim=1): return Steps(*(torch.cat([getattr(p, n) for p in parts], dim) for n in Steps.__dataclass_fields__))
 
+# %% ../../nbs/06c_tuners.context.ipynb #769bc9a9
+def joined(parts, dim=1):
+    return Steps(*(torch.cat([getattr(p, n) for p in parts], dim) for n in Steps.__dataclass_fields__))
+
+
+# %% ../../nbs/06c_tuners.context.ipynb #533ffc40
 def shuffled(a, mask, seed):
     "Actions (G, B, K, A), those of each task's real steps in another order."
-    pad = 1 - mask.flatten(1); key = torch.rand(pad.shape, generator=torch.Generator().manual_seed(seed)).to(a.device)
-    take, put = (key + 2 * pad).argsort(1), pad.argsort(dim=1, stable=True); wide = lambda i: i[..., None].expand(-1, -1, a.shape[-1])      # real steps come first in both
-    flat = a.flatten(1, 2); return torch.empty_like(flat).scatter(1, wide(put), flat.gather(1, wide(take))).view_as(a)
+    pad = 1 - mask.flatten(1)
+    key = torch.rand(pad.shape, generator=torch.Generator().manual_seed(seed)).to(a.device)
+    take, put = (key + 2 * pad).argsort(1), pad.argsort(dim=1, stable=True)
+
+    def wide(i):
+        return i[..., None].expand(-1, -1, a.shape[-1])  # real steps come first in both
+
+    flat = a.flatten(1, 2)
+    return torch.empty_like(flat).scatter(1, wide(put), flat.gather(1, wide(take))).view_as(a)
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #dc42dba6
 @dataclass
 class ContextVectors(PromptTuner):
     "L x d numbers a task, by AdamW on the (weighted) action error; nothing else moves."
-    L: int = 5                # 1, 5, 10 or 20 in the exhibits; assumed
-    towards: str = "best"     # or 'advantage', 'return'; 'shuffled' is a control; assumed
-    top: float = 0.1          # share of trajectories that 'best' keeps
-    beta: float = 1.0         # of 'advantage', in standard deviations; assumed
-    begin: str = "random"     # or 'encoded': what the policy's context encoder writes for the drawn prompt (then L is the encoder's)
-    scale: float = 0.02       # standard deviation of a random start: GPT-2's; assumed
+
+    L: int = 5  # 1, 5, 10 or 20 in the exhibits; assumed
+    towards: str = "best"  # or 'advantage', 'return'; 'shuffled' is a control; assumed
+    top: float = 0.1  # share of trajectories that 'best' keeps
+    beta: float = 1.0  # of 'advantage', in standard deviations; assumed
+    begin: str = "random"  # or 'encoded': what the policy's context encoder writes for the drawn prompt (then L is the encoder's)
+    scale: float = 0.02  # standard deviation of a random start: GPT-2's; assumed
 
     def check(self, policy):
-        check_choice(self.towards, TOWARDS, "towards"); check_choice(self.begin, ("random", "encoded"), "begin")
-        if self.L < 1 or not 0 < self.top <= 1: raise PromptnbError(f"L = {self.L} and top = {self.top}, but L must be at least 1 and top above 0, at most 1")
-        if self.begin == "encoded" and getattr(policy.config, "encoder", "none") not in ("mean", "transformer"): raise PromptnbError("begin='encoded' needs a policy with a context encoder")
+        check_choice(self.towards, TOWARDS, "towards")
+        check_choice(self.begin, ("random", "encoded"), "begin")
+        if self.L < 1 or not 0 < self.top <= 1:
+            raise PromptnbError(
+                f"L = {self.L} and top = {self.top}, but L must be at least 1 and top above 0, at most 1"
+            )
+        if self.begin == "encoded" and getattr(policy.config, "encoder", "none") not in ("mean", "transformer"):
+            raise PromptnbError("begin='encoded' needs a policy with a context encoder")
 
     def start(self, policy, demos, model, rng):
         if self.begin == "encoded":
-            with torch.no_grad(): x = model.prompt_tokens(demos.prompt)[0]
-        else: x = (torch.randn(demos.G, self.L, policy.config.width, generator=torch.Generator().manual_seed(seed_for(rng, "vectors"))) * self.scale).to(policy.mean.device)
+            with torch.no_grad():
+                x = model.prompt_tokens(demos.prompt)[0]
+        else:
+            x = (
+                torch.randn(
+                    demos.G,
+                    self.L,
+                    policy.config.width,
+                    generator=torch.Generator().manual_seed(seed_for(rng, "vectors")),
+                )
+                * self.scale
+            ).to(policy.mean.device)
         ones = x.new_ones(x.shape[:2])
         return x, lambda x: model.prefix(x, ones), lambda x: (x, ones)
 
-    def draws(self, policy, demos, rng): return Windows(demos.best(self.top) if self.towards == "best" else demos, rng, self.towards, self.beta)
+    def draws(self, policy, demos, rng):
+        return Windows(demos.best(self.top) if self.towards == "best" else demos, rng, self.towards, self.beta)
 
     def adapt(self, policy, demos, rng, score=None):
         out = super().adapt(policy, demos, rng, score)
         return out if self.steps else replace(out, trainable=0)
 
+
 # %% ../../nbs/06c_tuners.context.ipynb #30972f46
 def components(z, n=3):
     "The first n principal components of embeddings z (m, d): coordinates (m, n), largest first."
-    z = z.double() - z.double().mean(0); return z @ torch.linalg.svd(z, full_matrices=False).Vh[:n].T
+    z = z.double() - z.double().mean(0)
+    return z @ torch.linalg.svd(z, full_matrices=False).Vh[:n].T
 
+
+# %% ../../nbs/06c_tuners.context.ipynb #ee93b359
 @dataclass
 class Reader(Tuner):
     "What both have in common."
-    precision: str = "fp32"
-    def check(self, policy):
-        if not hasattr(policy.model, "encode"): raise PromptnbError(f"{type(self).__name__} needs a policy with a context encoder")
 
+    precision: str = "fp32"
+
+    def check(self, policy):
+        if not hasattr(policy.model, "encode"):
+            raise PromptnbError(f"{type(self).__name__} needs a policy with a context encoder")
+
+
+# %% ../../nbs/06c_tuners.context.ipynb #4fda052d
 @dataclass
 class Encode(Reader):
     "The prompt is what the context encoder writes for the drawn prompt. contexts: how many a task are embedded for the figure."
+
     contexts: int = 8
     PREPARES = ("contexts",)
 
     def prepare(self, policy, families, rng, folder=None):
         "Keep contexts of the train tasks."
-        self.trained = [self.drawn(demos) for demos in families]; return self
+        self.trained = [self.drawn(demos) for demos in families]
+        return self
 
-    def drawn(self, demos): return demos.task_ids, demos.draw(0, self.contexts, seed="contexts")[0]
+    def drawn(self, demos):
+        return demos.task_ids, demos.draw(0, self.contexts, seed="contexts")[0]
 
     @torch.no_grad()
     def look(self, policy, demos):
         "Coordinates (tasks, contexts, 3) of all embedded contexts, train tasks first, after training and before it; the tasks' ids, and how many are unseen."
-        parts = [*getattr(self, "trained", ()), self.drawn(demos)]; ids = [i for own, _ in parts for i in own]
-        with torch.random.fork_rng(): torch.manual_seed(seed_for("untrained")); blank = type(policy.model)(policy.config).to(policy.mean.device)
-        at = lambda model: components(torch.cat([model.embedding(x.map(lambda v: v.flatten(0, 1)))[0] for _, x in parts])).unflatten(0, (len(ids), -1))
-        return dict(embedding=at(policy.model), untrained=at(blank.eval()), embedded=torch.tensor(ids), unseen=torch.tensor(demos.G))
+        parts = [*getattr(self, "trained", ()), self.drawn(demos)]
+        ids = [i for own, _ in parts for i in own]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_for("untrained"))
+            blank = type(policy.model)(policy.config).to(policy.mean.device)
+
+        def at(model):
+            return components(
+                torch.cat([model.embedding(x.map(lambda v: v.flatten(0, 1)))[0] for _, x in parts])
+            ).unflatten(0, (len(ids), -1))
+
+        return dict(
+            embedding=at(policy.model),
+            untrained=at(blank.eval()),
+            embedded=torch.tensor(ids),
+            unseen=torch.tensor(demos.G),
+        )
 
     def adapt(self, policy, demos, rng, score=None):
-        self.check(policy); p = policy.prompted(demos.prompt, demos.task_ids)
+        self.check(policy)
+        p = policy.prompted(demos.prompt, demos.task_ids)
         return Adapted([(p, g) for g in range(demos.G)], 0, look=self.look(policy, demos))
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #3afb5543
 @dataclass
 class Collect(Reader):
     "The context is what the policy itself has seen of the task in `episodes` episodes, the first with the null prompt."
+
     episodes: int = 4
-    replicas: int = 4         # of each task, side by side
+    replicas: int = 4  # of each task, side by side
 
     def adapt(self, policy, demos, rng, score=None):
-        if score is None or not hasattr(score, "play"): raise PromptnbError("Collect needs `score.play`: contexts (G, m, P, .) -> returns (G, m) and the episodes as Steps (G, m, T, .)")
-        self.check(policy); context, spent, facts = nothing(demos.prompt, self.replicas), score.env_steps, []
+        if score is None or not hasattr(score, "play"):
+            raise PromptnbError(
+                "Collect needs `score.play`: contexts (G, m, P, .) -> returns (G, m) and the episodes as Steps (G, m, T, .)"
+            )
+        self.check(policy)
+        context, spent, facts = nothing(demos.prompt, self.replicas), score.env_steps, []
         for e in range(self.episodes + 1):
             returns, seen = score.play(context)
-            facts += [dict(metric="episode_return", task=g, value=v, step=e) for g, v in enumerate(returns.mean(1).tolist())]
-            if e < self.episodes: context = seen if e == 0 else joined((context, seen), 2)
+            facts += [
+                dict(metric="episode_return", task=g, value=v, step=e) for g, v in enumerate(returns.mean(1).tolist())
+            ]
+            if e < self.episodes:
+                context = seen if e == 0 else joined((context, seen), 2)
         p = policy.with_prompt(context[:, 0])
         return Adapted([(p, g) for g in range(demos.G)], 0, env_steps=score.env_steps - spent, facts=facts)
 
+
+# %% ../../nbs/06c_tuners.context.ipynb #4e120754
 def nothing(prompt: Steps, m):
     "Empty contexts (G, m, 2, .) of the prompts' form."
     return prompt[:, :2].map(lambda x: torch.zeros_like(x)[:, None].expand(-1, m, *x.shape[1:]))

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/06_tuners.core.ipynb #eaac8224
 from __future__ import annotations
+
 import importlib
 from dataclasses import dataclass, field, fields
 
@@ -15,97 +16,161 @@ from ..models.dt import Prefix
 from ..train import FitConfig, autocast, fit
 
 # %% auto #0
-__all__ = ['TUNERS', 'FIELDS', 'Adapted', 'Tuner', 'make_tuner', 'NoTuning', 'frozen', 'windows_loss', 'prompt_loss',
-           'same_batch', 'WeightTuner', 'FullFineTune', 'Adapter', 'Lora', 'PromptTuner', 'SoftPrompt', 'pack',
-           'unpack', 'GradientPrompt']
+__all__ = [
+    "TUNERS",
+    "FIELDS",
+    "Adapted",
+    "Tuner",
+    "make_tuner",
+    "NoTuning",
+    "frozen",
+    "windows_loss",
+    "prompt_loss",
+    "same_batch",
+    "WeightTuner",
+    "FullFineTune",
+    "Adapter",
+    "Lora",
+    "PromptTuner",
+    "SoftPrompt",
+    "pack",
+    "unpack",
+    "GradientPrompt",
+]
+
 
 # %% ../../nbs/06_tuners.core.ipynb #8fd1e35a
 @dataclass
 class Adapted:
     "What tuning gives: per task g, `placed[g]` = (policy, prompt row)."
-    placed: list
-    trainable: int                              # parameters that moved, per task
-    log: list = field(default_factory=list)     # dicts: step, task (index), and 'loss' or 'score'
-    env_steps: int = 0                          # environment steps spent on tuning, all tasks together (0: offline)
-    generator: object = None                    # a module that wrote the prompts, where one did: its parameters are what moved
-    facts: list = field(default_factory=list)   # more to report: dicts of metric, task (-1: all), value and, where it has one, step
-    look: dict = field(default_factory=dict)    # small tensors for figures
 
+    placed: list
+    trainable: int  # parameters that moved, per task
+    log: list = field(default_factory=list)  # dicts: step, task (index), and 'loss' or 'score'
+    env_steps: int = 0  # environment steps spent on tuning, all tasks together (0: offline)
+    generator: object = None  # a module that wrote the prompts, where one did: its parameters are what moved
+    facts: list = field(
+        default_factory=list
+    )  # more to report: dicts of metric, task (-1: all), value and, where it has one, step
+    look: dict = field(default_factory=dict)  # small tensors for figures
+
+
+# %% ../../nbs/06_tuners.core.ipynb #01db455e
 @dataclass
 class Tuner:
     "Base of all tuners: hyper-parameters are fields, `adapt` does the work."
-    PREPARES = ()                               # hyper-parameters that `prepare` depends on; none: there is nothing to prepare
+
+    PREPARES = ()  # hyper-parameters that `prepare` depends on; none: there is nothing to prepare
+
     def prepare(self, policy, families, rng, folder=None):
         "Once per family, before `adapt`. families: an iterable of `data.Demos` of train tasks; folder: for checkpoints."
         return self
+
     def adapt(self, policy, demos, rng, score=None) -> Adapted:
         "policy: frozen; demos: `data.Demos` of G tasks; rng: an int seed; score: prompts (G, m, P, .) -> returns (G, m), for tuners that try prompts in the environment."
         raise NotImplementedError
 
-TUNERS = {   # name -> module:class; a new tuner is one line here, its notebook, and a recipe row
-    "none": "core:NoTuning", "full": "core:FullFineTune", "soft": "core:SoftPrompt", "adapter": "core:Adapter", "lora": "core:Lora", "gradient": "core:GradientPrompt",
-    "diffuser": "diffuser:PromptDiffuser", "direct": "diffuser:DirectPrompt",
-    "context": "context:ContextVectors", "encode": "context:Encode", "collect": "context:Collect",
-    "ranking": "ranking:PreferenceRanking", "hill": "ranking:HillClimbing", "es": "ranking:EvolutionStrategy", "resample": "ranking:Resampling",
+
+# %% ../../nbs/06_tuners.core.ipynb #78817aef
+TUNERS = {  # name -> module:class; a new tuner is one line here, its notebook, and a recipe row
+    "none": "core:NoTuning",
+    "full": "core:FullFineTune",
+    "soft": "core:SoftPrompt",
+    "adapter": "core:Adapter",
+    "lora": "core:Lora",
+    "gradient": "core:GradientPrompt",
+    "diffuser": "diffuser:PromptDiffuser",
+    "direct": "diffuser:DirectPrompt",
+    "context": "context:ContextVectors",
+    "encode": "context:Encode",
+    "collect": "context:Collect",
+    "ranking": "ranking:PreferenceRanking",
+    "hill": "ranking:HillClimbing",
+    "es": "ranking:EvolutionStrategy",
+    "resample": "ranking:Resampling",
 }
+
 
 def make_tuner(name, **hyper) -> Tuner:
     "The tuner of that name with these hyper-parameters; misspelt ones are refused with the nearest valid name."
     module, cls = TUNERS[check_choice(name, TUNERS, "tuner")].split(":")
     cls = getattr(importlib.import_module(f"promptnb.tuners.{module}"), cls)
-    for k in hyper: check_choice(k, [f.name for f in fields(cls)], f"hyper-parameter of tuner '{name}'")
+    for k in hyper:
+        check_choice(k, [f.name for f in fields(cls)], f"hyper-parameter of tuner '{name}'")
     return cls(**hyper)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #d7c0b533
 @dataclass
 class NoTuning(Tuner):
     "The pre-trained policy with the prompt as drawn."
+
     def adapt(self, policy, demos, rng, score=None):
         p = policy.prompted(demos.prompt, demos.task_ids)
         return Adapted([(p, g) for g in range(demos.G)], 0)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #0ae6106f
 def frozen(model):
     "A context-free way to say it: no parameter of this model gets a gradient, dropout is off."
     return model.requires_grad_(False).eval()
 
+
+# %% ../../nbs/06_tuners.core.ipynb #ce1eb808
 def windows_loss(model, prefix: Prefix | None, history: Steps, weight=None):
     "prefix of M = G*m prompts (None: a model without), history (G, B, K, .) and, where given, a weight for each window (G, B) -> action error (G, m), differentiable."
-    G, B = history.t.shape[:2]; M = len(prefix.mask) if prefix else G; m = M // G
-    rows = torch.arange(M, device=history.t.device).repeat_interleave(B)                        # (G, m, B) flattened
+    G, B = history.t.shape[:2]
+    M = len(prefix.mask) if prefix else G
+    m = M // G
+    rows = torch.arange(M, device=history.t.device).repeat_interleave(B)  # (G, m, B) flattened
     wide = history.map(lambda x: x[:, None].expand(-1, m, *x.shape[1:]).flatten(0, 2))
     loss = model.error(model(wide, prefix and prefix[rows]), wide.a, wide.mask, "none")
     loss = loss.view(G, m, B)
     return loss.mean(-1) if weight is None else (loss * weight[:, None]).mean(-1)
 
+
+# %% ../../nbs/06_tuners.core.ipynb #5edd06b9
 @torch.no_grad()
 def prompt_loss(policy, prompts: Steps, history: Steps, precision="fp32", rows=4096):
     "Action error (G, m) of prompts (G, m, P, .) on windows (G, B, K, .); in chunks of about `rows` windows to bound memory."
-    G, B = history.t.shape[:2]; m = prompts.t.shape[1]
+    G, B = history.t.shape[:2]
+    m = prompts.t.shape[1]
     step, out = max(1, rows // (G * B)), []
     for j in range(0, m, step):
         with autocast(precision, policy.mean.device):
-            part = prompts.map(lambda x: x[:, j:j + step].flatten(0, 1))
+            part = prompts.map(lambda x: x[:, j : j + step].flatten(0, 1))
             out.append(windows_loss(policy.model, policy.model.prefix(*policy.model.prompt_tokens(part)), history))
     return torch.cat(out, 1)
 
-def same_batch(demos): return demos.batch("held")   # one fixed batch, used for logs and to compare before with after
+
+# %% ../../nbs/06_tuners.core.ipynb #456120ee
+def same_batch(demos):
+    return demos.batch("held")  # one fixed batch, used for logs and to compare before with after
+
 
 # %% ../../nbs/06_tuners.core.ipynb #ac230a93
 @dataclass
 class _TaskDraws:
     "A sampler for `fit`: demonstration windows of task g, in front of them its one prompt. All tuners see the same windows."
+
     demos: object
     g: int
     seed: int
     prompt: bool
-    def batch(self, t): return Batch(self.demos.batch((self.seed, t))[self.g], self.demos.prompt[self.g:self.g + 1] if self.prompt else None)
 
+    def batch(self, t):
+        return Batch(
+            self.demos.batch((self.seed, t))[self.g], self.demos.prompt[self.g : self.g + 1] if self.prompt else None
+        )
+
+
+# %% ../../nbs/06_tuners.core.ipynb #aa96d976
 @dataclass
 class WeightTuner(Tuner):
     "Fine-tunes (part of) a copy of the policy for each task."
+
     steps: int = 100
-    lr: float = 1e-4          # released code's fine-tuning
+    lr: float = 1e-4  # released code's fine-tuning
     weight_decay: float = 1e-4
     clip: float = 0.25
     precision: str = "fp32"
@@ -114,128 +179,231 @@ class WeightTuner(Tuner):
     def attach(self, policy, seed):
         "Put the tunable parameters in and return them; everything else must not move."
         raise NotImplementedError
+
     def release(self, policy):
         "After tuning: leave a policy that saves and loads like any other."
 
     def adapt(self, policy, demos, rng, score=None):
         placed, log = [], []
         for g in range(demos.G):
-            mine, prompt, held = policy.clone(), demos.prompt[g:g + 1], same_batch(demos)[g:g + 1]
-            frozen(mine.model); params = self.attach(mine, seed_for(rng, g))
-            for p in params: p.requires_grad_(True)
-            if policy.config.prompt: mine = mine.prompted(prompt, demos.task_ids[g:g + 1])
+            mine, prompt, held = policy.clone(), demos.prompt[g : g + 1], same_batch(demos)[g : g + 1]
+            frozen(mine.model)
+            params = self.attach(mine, seed_for(rng, g))
+            for p in params:
+                p.requires_grad_(True)
+            if policy.config.prompt:
+                mine = mine.prompted(prompt, demos.task_ids[g : g + 1])
+
             def note(t):
-                mine.eval(); p = mine.model.prefix(*mine.model.prompt_tokens(prompt)) if policy.config.prompt else None
-                with torch.no_grad(): log.append(dict(step=t, task=g, loss=windows_loss(mine.model, p, held).item()))
+                mine.eval()
+                p = mine.model.prefix(*mine.model.prompt_tokens(prompt)) if policy.config.prompt else None
+                with torch.no_grad():
+                    log.append(dict(step=t, task=g, loss=windows_loss(mine.model, p, held).item()))
+
             note(0)
-            done = fit(mine.model, _TaskDraws(demos, g, rng, policy.config.prompt), FitConfig(self.steps, self.lr, self.weight_decay, 1, self.clip, seed_for(rng, "fit", g), self.precision, checkpoint_every=self.log_every), callback=lambda t: note(t) if t else None, desc=f"{type(self).__name__} task {g}")
-            if done.status != "ok": raise PromptnbError(f"{type(self).__name__} on task {demos.task_ids[g]}: {done.why}")
-            self.release(mine); placed.append((mine.eval().requires_grad_(False), 0))
+            done = fit(
+                mine.model,
+                _TaskDraws(demos, g, rng, policy.config.prompt),
+                FitConfig(
+                    self.steps,
+                    self.lr,
+                    self.weight_decay,
+                    1,
+                    self.clip,
+                    seed_for(rng, "fit", g),
+                    self.precision,
+                    checkpoint_every=self.log_every,
+                ),
+                callback=lambda t: note(t) if t else None,
+                desc=f"{type(self).__name__} task {g}",
+            )
+            if done.status != "ok":
+                raise PromptnbError(f"{type(self).__name__} on task {demos.task_ids[g]}: {done.why}")
+            self.release(mine)
+            placed.append((mine.eval().requires_grad_(False), 0))
         return Adapted(placed, sum(p.numel() for p in params), log)
 
+
+# %% ../../nbs/06_tuners.core.ipynb #7b5f493d
 @dataclass
 class FullFineTune(WeightTuner):
     "All weights move (Prompt-DT-FT; with a policy that has neither prompt nor returns, MT-BC-FT)."
-    def attach(self, policy, seed): return policy.model.tunable()
+
+    def attach(self, policy, seed):
+        return policy.model.tunable()
+
 
 # %% ../../nbs/06_tuners.core.ipynb #7a8d1d08
 @dataclass
 class Adapter(WeightTuner):
     "A bottleneck per block; the backbone is frozen."
-    lr: float = 1e-3          # assumed
-    size: int = 16            # assumed
-    def attach(self, policy, seed): torch.manual_seed(seed); return policy.add_adapters(self.size)
+
+    lr: float = 1e-3  # assumed
+    size: int = 16  # assumed
+
+    def attach(self, policy, seed):
+        torch.manual_seed(seed)
+        return policy.add_adapters(self.size)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #9f3abe44
 @dataclass
 class Lora(WeightTuner):
     "Low-rank updates through peft; the backbone is frozen."
-    lr: float = 1e-3          # assumed
-    r: int = 8                # assumed
-    alpha: int = 16           # assumed
+
+    lr: float = 1e-3  # assumed
+    r: int = 8  # assumed
+    alpha: int = 16  # assumed
     targets: tuple = ("q", "kv", "proj")
+
     def attach(self, policy, seed):
         from peft import LoraConfig, inject_adapter_in_model
+
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=list(self.targets)), policy.model)
+        inject_adapter_in_model(
+            LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=list(self.targets)),
+            policy.model,
+        )
         return [p for n, p in policy.model.named_parameters() if "lora_" in n]
+
     def release(self, policy):
         "Merge the updates into the weights."
         for b in policy.model.blocks:
-            for name in self.targets: layer = getattr(b, name); layer.merge(); setattr(b, name, layer.get_base_layer())
+            for name in self.targets:
+                layer = getattr(b, name)
+                layer.merge()
+                setattr(b, name, layer.get_base_layer())
+
 
 # %% ../../nbs/06_tuners.core.ipynb #0bf8a2a6
 class _Prompts(nn.Module):
     "What `fit` sees: x (G, ...) is the only parameter; `prefix_of(x)` turns it into G computed prompts."
+
     def __init__(self, model, x, prefix_of):
         super().__init__()
-        self.x, self._model, self._prefix_of = nn.Parameter(x.clone()), [model], prefix_of   # a list hides the model from `parameters()`
+        self.x, self._model, self._prefix_of = (
+            nn.Parameter(x.clone()),
+            [model],
+            prefix_of,
+        )  # a list hides the model from `parameters()`
+
     def loss(self, drawn):
         "drawn: windows (G, B, K, .), or these and a weight for each (G, B)."
         history, weight = drawn if isinstance(drawn, tuple) else (drawn, None)
         return windows_loss(self._model[0], self._prefix_of(self.x), history, weight).sum()
 
+
+# %% ../../nbs/06_tuners.core.ipynb #e23f36ad
 @dataclass
 class _Draws:
     demos: object
     seed: int
-    def batch(self, t): return self.demos.batch((self.seed, t))
 
+    def batch(self, t):
+        return self.demos.batch((self.seed, t))
+
+
+# %% ../../nbs/06_tuners.core.ipynb #9a76c5c6
 @dataclass
 class PromptTuner(Tuner):
     "AdamW on a tensor (G, ...) that stands for the prompts."
+
     steps: int = 100
-    lr: float = 1e-2          # assumed
+    lr: float = 1e-2  # assumed
     precision: str = "fp32"
     log_every: int = 10
 
     def start(self, policy, demos, model, rng):
         "The tensor to tune (G, ...), how it becomes a Prefix, and how it becomes the final prompt."
         raise NotImplementedError
+
     def check(self, policy):
-        if not policy.config.prompt: raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
+        if not policy.config.prompt:
+            raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
+
     def draws(self, policy, demos, rng):
         "What `fit` draws from: `batch(t)` gives windows (G, B, K, .), or these and weights."
         return _Draws(demos, rng)
 
     def adapt(self, policy, demos, rng, score=None):
-        self.check(policy); model = frozen(policy.clone().model)
+        self.check(policy)
+        model = frozen(policy.clone().model)
         x, prefix_of, final = self.start(policy, demos, model, rng)
         mod, held, log = _Prompts(model, x, prefix_of), same_batch(demos), []
+
         def note(t):
-            with torch.no_grad(): loss = windows_loss(model, prefix_of(mod.x), held)[:, 0]
+            with torch.no_grad():
+                loss = windows_loss(model, prefix_of(mod.x), held)[:, 0]
             log.extend(dict(step=t, task=g, loss=v) for g, v in enumerate(loss.tolist()))
+
         note(0)
-        done = fit(mod, self.draws(policy, demos, rng), FitConfig(self.steps, self.lr, 0.0, 1, float("inf"), seed_for(rng, "fit"), self.precision, checkpoint_every=self.log_every, log_every=self.log_every), callback=lambda t: note(t) if t else None, desc=type(self).__name__)
-        if done.status != "ok": raise PromptnbError(f"{type(self).__name__}: {done.why}")
+        done = fit(
+            mod,
+            self.draws(policy, demos, rng),
+            FitConfig(
+                self.steps,
+                self.lr,
+                0.0,
+                1,
+                float("inf"),
+                seed_for(rng, "fit"),
+                self.precision,
+                checkpoint_every=self.log_every,
+                log_every=self.log_every,
+            ),
+            callback=lambda t: note(t) if t else None,
+            desc=type(self).__name__,
+        )
+        if done.status != "ok":
+            raise PromptnbError(f"{type(self).__name__}: {done.why}")
         p = policy.with_prompt(final(mod.x.detach()))
         return Adapted([(p, g) for g in range(demos.G)], x[0].numel(), log)
 
+
+# %% ../../nbs/06_tuners.core.ipynb #46cd5d7d
 @dataclass
 class SoftPrompt(PromptTuner):
     "3 K* learned token embeddings a task, started at those of the drawn prompt (the papers do not say where theirs start: assumed)."
+
     def start(self, policy, demos, model, rng):
-        with torch.no_grad(): x, mask = model.prompt_tokens(demos.prompt)
+        with torch.no_grad():
+            x, mask = model.prompt_tokens(demos.prompt)
         return x, lambda x: model.prefix(x, mask), lambda x: (x, mask)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #f6f2f082
 FIELDS = ("s", "a", "rtg")
+
 
 def pack(prompt: Steps, names=FIELDS):
     "Steps (..., P, .) -> vector (..., D), D = P * (S + A + 1)."
     return torch.cat([getattr(prompt, n) for n in names], -1).flatten(-2)
 
+
+# %% ../../nbs/06_tuners.core.ipynb #dd1b5730
 def unpack(x, like: Steps, names=FIELDS) -> Steps:
     "Vector (..., D) -> Steps, the fields not named taken from `like` (broadcast)."
-    P = like.t.shape[-1]; sizes = [getattr(like, n).shape[-1] for n in names]
+    P = like.t.shape[-1]
+    sizes = [getattr(like, n).shape[-1] for n in names]
     parts = dict(zip(names, x.unflatten(-1, (P, -1)).split(sizes, -1)))
     lead = x.shape[:-1]
-    return Steps(*(parts[f.name] if f.name in parts else getattr(like, f.name).expand(*lead, *getattr(like, f.name).shape[len(lead):]) for f in fields(Steps)))
+    return Steps(
+        *(
+            parts[f.name]
+            if f.name in parts
+            else getattr(like, f.name).expand(*lead, *getattr(like, f.name).shape[len(lead) :])
+            for f in fields(Steps)
+        )
+    )
+
 
 # %% ../../nbs/06_tuners.core.ipynb #fa7e1939
 @dataclass
 class GradientPrompt(PromptTuner):
     "The entries {s, a, rtg} of the prompt, by back-propagation: the control that Prompt-Tuning DT lacks."
+
     def start(self, policy, demos, model, rng):
-        final = lambda x: unpack(x, demos.prompt)
+        def final(x):
+            return unpack(x, demos.prompt)
+
         return pack(demos.prompt), lambda x: model.prefix(*model.prompt_tokens(final(x))), final

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #fcb3621f
 from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,85 +18,168 @@ from ..train import FitConfig, fit
 from .core import Adapted, Tuner, frozen, prompt_loss, same_batch, windows_loss
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'GUIDANCE', 'scheduler', 'Linears', 'sinusoid', 'NoiseNet', 'Diffuser', 'transitions', 'combine',
-           'Guided', 'Draws', 'PromptDiffuser', 'Regressor', 'DirectPrompt']
+__all__ = [
+    "SCHEDULES",
+    "GUIDANCE",
+    "scheduler",
+    "Linears",
+    "sinusoid",
+    "NoiseNet",
+    "Diffuser",
+    "transitions",
+    "combine",
+    "Guided",
+    "Draws",
+    "PromptDiffuser",
+    "Regressor",
+    "DirectPrompt",
+]
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #d3164bd2
-SCHEDULES = {   # betas of N steps
-    "vp": lambda N: 1 - np.exp(-0.1 / N - 0.5 * (10 - 0.1) * (2 * np.arange(1, N + 1) - 1) / N ** 2),   # variance preserving, rate from 0.1 to 10
-    "linear": lambda N: np.linspace(0.1 / N, min(20 / N, 0.999), N),                                     # DDPM's 1e-4 to 0.02 of 1000 steps, for N
-    "cosine": lambda N: None,                                                                            # diffusers' own
+SCHEDULES = {  # betas of N steps
+    "vp": lambda N: (
+        1 - np.exp(-0.1 / N - 0.5 * (10 - 0.1) * (2 * np.arange(1, N + 1) - 1) / N**2)
+    ),  # variance preserving, rate from 0.1 to 10
+    "linear": lambda N: np.linspace(0.1 / N, min(20 / N, 0.999), N),  # DDPM's 1e-4 to 0.02 of 1000 steps, for N
+    "cosine": lambda N: None,  # diffusers' own
 }
 
-def scheduler(schedule="vp", N=10, clip=0.):
+
+def scheduler(schedule="vp", N=10, clip=0.0):
     "diffusers' DDPM over N steps. clip: largest |x0| that a step may predict, in standard deviations (0: no limit, the paper's formula)."
     from diffusers import DDPMScheduler
-    s = DDPMScheduler(N, beta_schedule="squaredcos_cap_v2", trained_betas=SCHEDULES[check_choice(schedule, SCHEDULES, "schedule")](N),
-                      variance_type="fixed_small", clip_sample=clip > 0, clip_sample_range=clip or 1.)
+
+    s = DDPMScheduler(
+        N,
+        beta_schedule="squaredcos_cap_v2",
+        trained_betas=SCHEDULES[check_choice(schedule, SCHEDULES, "schedule")](N),
+        variance_type="fixed_small",
+        clip_sample=clip > 0,
+        clip_sample_range=clip or 1.0,
+    )
     s.set_timesteps(N)
     return s
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #91e9f9b0
 class Linears(nn.Module):
     "G linear layers side by side: (G, n, i) -> (G, n, o)."
+
     def __init__(self, G, i, o):
         super().__init__()
-        u = lambda *d: nn.Parameter((torch.rand(G, *d) * 2 - 1) * i ** -0.5)      # as torch's Linear
-        self.weight, self.bias = u(i, o), u(1, o)
-    def forward(self, x): return torch.baddbmm(self.bias, x, self.weight)
 
+        def u(*d):
+            return nn.Parameter((torch.rand(G, *d) * 2 - 1) * i**-0.5)  # as torch's Linear
+
+        self.weight, self.bias = u(i, o), u(1, o)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #c4613b7b
 def sinusoid(x, dim=16):
     "Positions (...) -> sines and cosines (..., dim)."
     f = torch.exp(torch.arange(dim // 2, device=x.device) * (-np.log(10_000) / (dim // 2 - 1)))
     return torch.cat([(w := x[..., None] * f).sin(), w.cos()], -1)
 
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #27016a16
 class NoiseNet(nn.Module):
     "The noise in transitions x (G, n, D), given their return-to-go (G, n, 1), timestep (G, n) and step i (G, n) of the chain: G nets side by side."
+
     def __init__(self, G, D, width=256, depth=3, emb=16):
         super().__init__()
         self.emb, self.rtg = emb, Linears(G, 1, emb)
         self.step = nn.Sequential(Linears(G, emb, 2 * emb), nn.Mish(), Linears(G, 2 * emb, emb))
         sizes = [D + 3 * emb] + [width] * depth
-        self.body = nn.Sequential(*(m for i, o in zip(sizes, sizes[1:]) for m in (Linears(G, i, o), nn.Mish())), Linears(G, width, D))
+        self.body = nn.Sequential(
+            *(m for i, o in zip(sizes, sizes[1:]) for m in (Linears(G, i, o), nn.Mish())), Linears(G, width, D)
+        )
+
     def forward(self, x, rtg, t, i):
         return self.body(torch.cat([x, self.rtg(rtg), sinusoid(t, self.emb), self.step(sinusoid(i, self.emb))], -1))
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #b4331fa6
 class Diffuser(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "prompt-diffuser"]):
     "Writes prompts of P steps. G: number of tasks with a net of their own; 1: one net for all."
+
     START_AT_MEAN = False
-    def __init__(self, state_dim: int, act_dim: int, P: int = 5, G: int = 1, N: int = 10, schedule: str = "vp", clip: float = 3., width: int = 256, depth: int = 3):
+
+    def __init__(
+        self,
+        state_dim: int,
+        act_dim: int,
+        P: int = 5,
+        G: int = 1,
+        N: int = 10,
+        schedule: str = "vp",
+        clip: float = 3.0,
+        width: int = 256,
+        depth: int = 3,
+    ):
         super().__init__()
         D = state_dim + act_dim + 1
         self.S, self.A, self.G, self.N = state_dim, act_dim, G, N
         self.net, self.sched = NoiseNet(G, D, width, depth), scheduler(schedule, N, clip)
-        if self.START_AT_MEAN: [nn.init.zeros_(p) for p in self.net.body[-1].parameters()]
-        for n, x in dict(mean=torch.zeros(D), std=torch.ones(D), rtg_mean=torch.zeros(1), rtg_std=torch.ones(1), typical_rtg=torch.zeros(P, 1), typical_t=torch.zeros(P)).items(): self.register_buffer(n, x)
+        if self.START_AT_MEAN:
+            [nn.init.zeros_(p) for p in self.net.body[-1].parameters()]
+        for n, x in dict(
+            mean=torch.zeros(D),
+            std=torch.ones(D),
+            rtg_mean=torch.zeros(1),
+            rtg_std=torch.ones(1),
+            typical_rtg=torch.zeros(P, 1),
+            typical_t=torch.zeros(P),
+        ).items():
+            self.register_buffer(n, x)
 
     @classmethod
     def from_pretrained(cls, folder, **kw):
         "A saved diffuser; weights that do not fit the configuration are refused, not loaded in part."
         return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
+
     @classmethod
-    def _load_as_pickle(cls, *a, **kw): raise PromptnbError("only safetensors are read; this diffuser comes as a pickle, which could run code")
+    def _load_as_pickle(cls, *a, **kw):
+        raise PromptnbError("only safetensors are read; this diffuser comes as a pickle, which could run code")
 
     @torch.no_grad()
     def fit_scale(self, x, y, least=0.1):
         "Standardise by prompts x (n, m, P, D) with conditions y. `least`: smallest standard deviation, in units of the policy's inputs (assumed)."
-        real = y.mask.bool(); rtg = y.rtg[real]
-        over = lambda v: (v * y.mask[..., None]).sum((0, 1)) / y.mask.sum((0, 1)).clamp(min=1)[:, None]       # of each of the P steps
-        for name, v in (("mean", x[real].mean(0)), ("std", x[real].std(0).clamp(min=least)), ("rtg_mean", rtg.mean(0)), ("rtg_std", rtg.std(0).clamp(min=1e-3)), ("typical_rtg", over(y.rtg)), ("typical_t", over(y.t[..., None].float())[:, 0].round())): getattr(self, name).copy_(v)
+        real = y.mask.bool()
+        rtg = y.rtg[real]
+
+        def over(v):
+            return (v * y.mask[..., None]).sum((0, 1)) / y.mask.sum((0, 1)).clamp(min=1)[
+                :, None
+            ]  # of each of the P steps
+
+        for name, v in (
+            ("mean", x[real].mean(0)),
+            ("std", x[real].std(0).clamp(min=least)),
+            ("rtg_mean", rtg.mean(0)),
+            ("rtg_std", rtg.std(0).clamp(min=1e-3)),
+            ("typical_rtg", over(y.rtg)),
+            ("typical_t", over(y.t[..., None].float())[:, 0].round()),
+        ):
+            getattr(self, name).copy_(v)
         return self
 
     def spread(self, G):
         "This net, once for each of G tasks."
         new = type(self)(**dict(self._hub_mixin_config, G=G)).to(self.mean.device)
-        new.load_state_dict({k: v.expand(G, *v.shape[1:]) if k.startswith("net.") else v for k, v in self.state_dict().items()})
+        new.load_state_dict(
+            {k: v.expand(G, *v.shape[1:]) if k.startswith("net.") else v for k, v in self.state_dict().items()}
+        )
         return new
 
     def noise(self, x, y, i):
         "Predicted noise of x (n, m, P, D) at step i (a number, or (n, m, P)), conditions y (n, m, P, .)."
-        rows = lambda z: z.reshape(self.G, -1, *z.shape[3:])
+
+        def rows(z):
+            return z.reshape(self.G, -1, *z.shape[3:])
+
         i = torch.as_tensor(i, device=x.device).expand(x.shape[:3])
         return self.net(rows(x), rows((y.rtg - self.rtg_mean) / self.rtg_std), rows(y.t), rows(i)).view_as(x)
 
@@ -109,189 +193,373 @@ class Diffuser(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "prompt-diffus
 
     def chain(self, y, gen=None):
         "From noise to prompts: x_N, x_N-1, ..., x_0, each (n, m, P, D) standardised, for conditions y (n, m, P, .)."
-        x = torch.randn(*y.t.shape, len(self.mean), generator=gen).to(self.mean.device); yield x
-        for i in self.sched.timesteps.tolist(): x = self.sched.step(self.noise(x, y, i), i, x, generator=gen, return_dict=False)[0]; yield x
+        x = torch.randn(*y.t.shape, len(self.mean), generator=gen).to(self.mean.device)
+        yield x
+        for i in self.sched.timesteps.tolist():
+            x = self.sched.step(self.noise(x, y, i), i, x, generator=gen, return_dict=False)[0]
+            yield x
 
     def sample(self, y, gen=None):
         "Prompts x (n, m, P, D), for conditions y (n, m, P, .)."
-        for x in self.chain(y, gen): pass
+        for x in self.chain(y, gen):
+            pass
         return x * self.std + self.mean
 
     def steps(self, x, y: Steps) -> Steps:
         "A prompt for the policy: states and actions of x, the rest of y; the reward is not read."
         x = x * y.mask[..., None]
-        return replace(y, s=x[..., :self.S], a=x[..., self.S:self.S + self.A])
+        return replace(y, s=x[..., : self.S], a=x[..., self.S : self.S + self.A])
 
     def typical(self, y: Steps) -> Steps:
         "y (n, m, P, .) with the mean return-to-go and timestep of the prompts seen in `fit_scale` (ours, for zero-shot: the paper does not say)."
-        return replace(y, rtg=self.typical_rtg.expand_as(y.rtg) * y.mask[..., None], t=(self.typical_t.expand(y.t.shape) * y.mask).long())
+        return replace(
+            y,
+            rtg=self.typical_rtg.expand_as(y.rtg) * y.mask[..., None],
+            t=(self.typical_t.expand(y.t.shape) * y.mask).long(),
+        )
 
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #c76e9739
 def transitions(prompts: Steps, r):
     "x0 of demonstrated prompts: (s, a, r), (..., P, D)."
     return torch.cat([prompts.s, prompts.a, r], -1)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #36560fea
 GUIDANCE = ("always", "conflict", "sum", "dm", "dt")
 
-def combine(g_dm, g_dt, lam=1., guidance="always"):
+
+def combine(g_dm, g_dt, lam=1.0, guidance="always"):
     "Gradients (G, n) of L_DM and L_DT -> the update's gradient (G, n), and the cosine between the two (G,)."
     dot, size = (g_dm * g_dt).sum(-1, keepdim=True), g_dm.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    along = dot / size * g_dm                                   # the part of g_dt that lies along g_dm
-    take = dict(always=g_dt - along, conflict=g_dt - torch.where(dot < 0, along, 0.), sum=g_dt, dm=0., dt=g_dt)[check_choice(guidance, GUIDANCE, "guidance")]
-    return (0. if guidance == "dt" else g_dm) + lam * take, (dot / (size.sqrt() * g_dt.norm(dim=-1, keepdim=True).clamp(min=1e-30)))[:, 0]
+    along = dot / size * g_dm  # the part of g_dt that lies along g_dm
+    take = dict(always=g_dt - along, conflict=g_dt - torch.where(dot < 0, along, 0.0), sum=g_dt, dm=0.0, dt=g_dt)[
+        check_choice(guidance, GUIDANCE, "guidance")
+    ]
+    return (0.0 if guidance == "dt" else g_dm) + lam * take, (
+        dot / (size.sqrt() * g_dt.norm(dim=-1, keepdim=True).clamp(min=1e-30))
+    )[:, 0]
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #45b1fbdc
 class Guided(nn.Module):
     "What `fit` minimises: the diffuser is its only module with parameters, the policy's model stays frozen."
-    def __init__(self, diffuser, model, guidance="always", lam=1.):
+
+    def __init__(self, diffuser, model, guidance="always", lam=1.0):
         super().__init__()
         self.diffuser, self._model, self.guidance, self.lam = diffuser, [model], guidance, lam
-        self.register_buffer("cosine", torch.full((diffuser.G,), float("nan"), device=diffuser.mean.device))      # the last update's; a buffer, so that checkpoints have it
+        self.register_buffer(
+            "cosine", torch.full((diffuser.G,), float("nan"), device=diffuser.mean.device)
+        )  # the last update's; a buffer, so that checkpoints have it
 
     def losses(self, prompts, r, windows):
         "L_DM and L_DT of each task (n,), each a function of the diffuser's weights."
         model, y = self._model[0], prompts
-        with torch.autocast(windows.s.device.type, enabled=False): dm = self.diffuser.loss(transitions(prompts, r), y) if self.guidance != "dt" else None
-        if self.guidance == "dm": return dm, None
+        with torch.autocast(windows.s.device.type, enabled=False):
+            dm = self.diffuser.loss(transitions(prompts, r), y) if self.guidance != "dt" else None
+        if self.guidance == "dm":
+            return dm, None
         first = y[:, :1]
-        with torch.autocast(windows.s.device.type, enabled=False): written = self.diffuser.steps(self.diffuser.sample(first), first).map(lambda x: x[:, 0])
+        with torch.autocast(windows.s.device.type, enabled=False):
+            written = self.diffuser.steps(self.diffuser.sample(first), first).map(lambda x: x[:, 0])
         return dm, windows_loss(model, model.prefix(*model.prompt_tokens(written)), windows)[:, 0]
 
     def loss(self, batch):
         "A scalar whose value is L_DM + lam L_DT and whose gradient is the combined one."
-        dm, dt = self.losses(*batch); params, G = list(self.diffuser.parameters()), self.diffuser.G
-        total = lambda l: l.mean() if G == 1 else l.sum()
-        flat = lambda l: torch.cat([g.reshape(G, -1) for g in torch.autograd.grad(total(l), params)], -1)
-        zero = lambda: torch.zeros(G, sum(p.numel() for p in params) // G, device=params[0].device)
-        g, cos = combine(zero() if dm is None else flat(dm), zero() if dt is None else flat(dt), self.lam, self.guidance)
-        if dm is not None and dt is not None: self.cosine.copy_(cos.detach())
+        dm, dt = self.losses(*batch)
+        params, G = list(self.diffuser.parameters()), self.diffuser.G
+
+        def total(l):
+            return l.mean() if G == 1 else l.sum()
+
+        def flat(l):
+            return torch.cat([g.reshape(G, -1) for g in torch.autograd.grad(total(l), params)], -1)
+
+        def zero():
+            return torch.zeros(G, sum(p.numel() for p in params) // G, device=params[0].device)
+
+        g, cos = combine(
+            zero() if dm is None else flat(dm), zero() if dt is None else flat(dt), self.lam, self.guidance
+        )
+        if dm is not None and dt is not None:
+            self.cosine.copy_(cos.detach())
         parts = g.split([p.numel() // G for p in params], -1)
-        value = sum(w * total(l.detach()) for l, w in ((dm, 1.), (dt, self.lam)) if l is not None)
+        value = sum(w * total(l.detach()) for l, w in ((dm, 1.0), (dt, self.lam)) if l is not None)
         return value + sum(((p - p.detach()) * part.view_as(p)).sum() for p, part in zip(params, parts))
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #00c7cc66
 @dataclass
 class Draws:
     "Batches for `fit`: prompts with rewards, and windows, of all tasks or some."
+
     demos: object
     m: int
     tasks: int | None
     seed: int
-    def batch(self, t): return self.demos.draw(t, self.m, self.tasks, self.seed)
 
+    def batch(self, t):
+        return self.demos.draw(t, self.m, self.tasks, self.seed)
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #e5ed29c7
 @dataclass
 class PromptDiffuser(Tuner):
     "Prompt Diffuser (Hu et al., 2024): prepared on train tasks, adapted on a few demonstrations, the policy frozen. What the paper does not say is marked assumed."
-    steps: int = 400             # updates on the demonstrations; assumed. 0: zero-shot
-    lr: float = 1e-3             # assumed
-    prepare_steps: int = 4000    # updates on the train tasks; assumed
-    prepare_lr: float = 1e-3     # assumed
-    N: int = 10                  # steps of the chain: 'relatively small'; assumed
-    schedule: str = "vp"         # or 'linear', 'cosine'; assumed
-    lam: float = 1.0             # weight of L_DT (paper)
-    guidance: str = "always"     # how L_DT's gradient joins L_DM's: orthogonal part 'always' or only on 'conflict', plain 'sum', 'dm' or 'dt' alone
-    clip: float = 3.0            # largest |x0| that a step predicts, in standard deviations; the paper's formula has no limit (0)
-    condition: str = "prompt"    # return-to-go and timesteps: of the drawn prompt, or the mean over the 'train' tasks' (zero-shot; the paper does not say)
-    candidates: int = 1          # prompts drawn
-    keep: str = "first"          # which is kept: 'first' (paper), or the best by 'demos' or by 'score'
-    source: str = "diffused"     # controls: an 'untrained' diffuser's prompts, or pure 'noise' of the prompts' scale
-    prompts: int = 32            # demonstrated prompts a task and update, for L_DM; assumed
-    tasks: int = 4               # train tasks an update, in `prepare`; assumed
-    width: int = 256             # with depth 3: the paper's 0.17M parameters
+
+    steps: int = 400  # updates on the demonstrations; assumed. 0: zero-shot
+    lr: float = 1e-3  # assumed
+    prepare_steps: int = 4000  # updates on the train tasks; assumed
+    prepare_lr: float = 1e-3  # assumed
+    N: int = 10  # steps of the chain: 'relatively small'; assumed
+    schedule: str = "vp"  # or 'linear', 'cosine'; assumed
+    lam: float = 1.0  # weight of L_DT (paper)
+    guidance: str = "always"  # how L_DT's gradient joins L_DM's: orthogonal part 'always' or only on 'conflict', plain 'sum', 'dm' or 'dt' alone
+    clip: float = 3.0  # largest |x0| that a step predicts, in standard deviations; the paper's formula has no limit (0)
+    condition: str = "prompt"  # return-to-go and timesteps: of the drawn prompt, or the mean over the 'train' tasks' (zero-shot; the paper does not say)
+    candidates: int = 1  # prompts drawn
+    keep: str = "first"  # which is kept: 'first' (paper), or the best by 'demos' or by 'score'
+    source: str = "diffused"  # controls: an 'untrained' diffuser's prompts, or pure 'noise' of the prompts' scale
+    prompts: int = 32  # demonstrated prompts a task and update, for L_DM; assumed
+    tasks: int = 4  # train tasks an update, in `prepare`; assumed
+    width: int = 256  # with depth 3: the paper's 0.17M parameters
     depth: int = 3
     precision: str = "fp32"
     log_every: int = 10
-    PREPARES = ("prepare_steps", "prepare_lr", "N", "schedule", "lam", "guidance", "clip", "prompts", "tasks", "width", "depth", "source", "precision")
+    PREPARES = (
+        "prepare_steps",
+        "prepare_lr",
+        "N",
+        "schedule",
+        "lam",
+        "guidance",
+        "clip",
+        "prompts",
+        "tasks",
+        "width",
+        "depth",
+        "source",
+        "precision",
+    )
     DIFFUSER = Diffuser
 
     def check(self, policy):
         "Refuse, before any work, what cannot be run."
-        for value, known, what in ((self.schedule, SCHEDULES, "schedule"), (self.guidance, GUIDANCE, "guidance"), (self.condition, ("prompt", "train"), "condition"), (self.keep, ("first", "demos", "score"), "keep"), (self.source, ("diffused", "untrained", "noise"), "source")): check_choice(value, known, what)
-        if self.N < 1 or self.candidates < 1: raise PromptnbError(f"N = {self.N} and candidates = {self.candidates}, but both must be at least 1")
-        if not policy.config.prompt: raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
+        for value, known, what in (
+            (self.schedule, SCHEDULES, "schedule"),
+            (self.guidance, GUIDANCE, "guidance"),
+            (self.condition, ("prompt", "train"), "condition"),
+            (self.keep, ("first", "demos", "score"), "keep"),
+            (self.source, ("diffused", "untrained", "noise"), "source"),
+        ):
+            check_choice(value, known, what)
+        if self.N < 1 or self.candidates < 1:
+            raise PromptnbError(f"N = {self.N} and candidates = {self.candidates}, but both must be at least 1")
+        if not policy.config.prompt:
+            raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
 
     def new(self, policy, demos, rng, G=1):
         "An untrained diffuser, its statistics taken from the demonstrations' prompts."
-        torch.manual_seed(seed_for(rng, "diffuser")); c = policy.config
-        d = self.DIFFUSER(c.state_dim, c.act_dim, demos.prompt.t.shape[-1], G, self.N, self.schedule, self.clip, self.width, self.depth).to(policy.mean.device)
+        torch.manual_seed(seed_for(rng, "diffuser"))
+        c = policy.config
+        d = self.DIFFUSER(
+            c.state_dim,
+            c.act_dim,
+            demos.prompt.t.shape[-1],
+            G,
+            self.N,
+            self.schedule,
+            self.clip,
+            self.width,
+            self.depth,
+        ).to(policy.mean.device)
         prompts, r, _ = demos.draw(0, 256, seed="scale")
         return d.fit_scale(transitions(prompts, r), prompts)
 
-    def config(self, steps, lr, seed): return FitConfig(steps, lr, 0., 1, float("inf"), seed, self.precision, checkpoint_every=self.log_every, log_every=self.log_every)
+    def config(self, steps, lr, seed):
+        return FitConfig(
+            steps,
+            lr,
+            0.0,
+            1,
+            float("inf"),
+            seed,
+            self.precision,
+            checkpoint_every=self.log_every,
+            log_every=self.log_every,
+        )
 
     def prepare(self, policy, families, rng, folder=None):
         "Train one net on all train tasks: `families` gives their Demos. With a folder, a killed preparation goes on where it stopped, a finished one is read."
-        self.check(policy); self.prepared, self.history = None, []
+        self.check(policy)
+        self.prepared, self.history = None, []
         for k, demos in enumerate(families if self.prepare_steps and self.source == "diffused" else ()):
             d = self.prepared or self.new(policy, demos, rng)
-            guided, sub = Guided(d, frozen(policy.clone().model), self.guidance, self.lam), folder and Path(folder)/str(k)
-            notes = sub and sub/"conflict.json"; known = read_json(notes) if notes and notes.exists() else []
+            guided, sub = (
+                Guided(d, frozen(policy.clone().model), self.guidance, self.lam),
+                folder and Path(folder) / str(k),
+            )
+            notes = sub and sub / "conflict.json"
+            known = read_json(notes) if notes and notes.exists() else []
+
             def note(t):
-                if t and guided.cosine.isfinite().all(): known[:] = [n for n in known if n["step"] < t] + [dict(step=t, cosine=guided.cosine.mean().item())]; notes and write_json(notes, known)
-            every = max(1, self.prepare_steps // 20); cfg = replace(self.config(self.prepare_steps, self.prepare_lr, seed_for(rng, "prepare")), checkpoint_every=every, log_every=every)
-            done = fit(guided, Draws(demos, self.prompts, self.tasks, rng), cfg, sub, demos.sampler.store.hashes, f"{type(self).__name__}, train tasks", note)
-            if done.status != "ok": raise PromptnbError(f"{type(self).__name__} on the train tasks: {done.why}")
-            self.prepared = d; self.history += known
+                if t and guided.cosine.isfinite().all():
+                    known[:] = [n for n in known if n["step"] < t] + [dict(step=t, cosine=guided.cosine.mean().item())]
+                    notes and write_json(notes, known)
+
+            every = max(1, self.prepare_steps // 20)
+            cfg = replace(
+                self.config(self.prepare_steps, self.prepare_lr, seed_for(rng, "prepare")),
+                checkpoint_every=every,
+                log_every=every,
+            )
+            done = fit(
+                guided,
+                Draws(demos, self.prompts, self.tasks, rng),
+                cfg,
+                sub,
+                demos.sampler.store.hashes,
+                f"{type(self).__name__}, train tasks",
+                note,
+            )
+            if done.status != "ok":
+                raise PromptnbError(f"{type(self).__name__} on the train tasks: {done.why}")
+            self.prepared = d
+            self.history += known
         return self
 
     def adapt(self, policy, demos, rng, score=None):
-        self.check(policy); prepared = getattr(self, "prepared", None)
-        if self.keep == "score" and score is None: raise PromptnbError(f"{type(self).__name__} with keep='score' needs `score`: prompts (G, m, P, .) -> returns (G, m)")
-        if self.condition == "train" and prepared is None: raise PromptnbError(f"{type(self).__name__} with condition='train' needs `prepare` on train tasks")
+        self.check(policy)
+        prepared = getattr(self, "prepared", None)
+        if self.keep == "score" and score is None:
+            raise PromptnbError(
+                f"{type(self).__name__} with keep='score' needs `score`: prompts (G, m, P, .) -> returns (G, m)"
+            )
+        if self.condition == "train" and prepared is None:
+            raise PromptnbError(f"{type(self).__name__} with condition='train' needs `prepare` on train tasks")
         d = prepared.spread(demos.G) if prepared is not None else self.new(policy, demos, rng, demos.G)
         guided, held, log = Guided(d, frozen(policy.clone().model), self.guidance, self.lam), same_batch(demos), []
         y = demos.prompt[:, None] if self.condition == "prompt" else d.typical(demos.prompt[:, None])
-        blank = self.source == "diffused" and prepared is None and not self.steps       # what has learned nothing writes nothing
-        written = lambda judge=None: demos.prompt if blank else self.chosen(policy, self.write(d, y, rng, self.candidates), held, judge)
+        blank = (
+            self.source == "diffused" and prepared is None and not self.steps
+        )  # what has learned nothing writes nothing
+
+        def written(judge=None):
+            return demos.prompt if blank else self.chosen(policy, self.write(d, y, rng, self.candidates), held, judge)
+
         def note(t):
-            error = prompt_loss(policy, (written() if t else demos.prompt)[:, None], held, self.precision)[:, 0].tolist()
-            log.extend(dict(step=t, task=g, loss=l, **(dict(cosine=c) if np.isfinite(c) else {})) for g, (l, c) in enumerate(zip(error, guided.cosine.tolist())))
+            error = prompt_loss(policy, (written() if t else demos.prompt)[:, None], held, self.precision)[
+                :, 0
+            ].tolist()
+            log.extend(
+                dict(step=t, task=g, loss=l, **(dict(cosine=c) if np.isfinite(c) else {}))
+                for g, (l, c) in enumerate(zip(error, guided.cosine.tolist()))
+            )
+
         note(0)
         if self.source == "diffused" and self.steps:
-            done = fit(guided, Draws(demos, self.prompts, None, rng), self.config(self.steps, self.lr, seed_for(rng, "fit")), callback=note, desc=type(self).__name__)
-            if done.status != "ok": raise PromptnbError(f"{type(self).__name__}: {done.why}")
-        spent = getattr(score, "env_steps", 0); p = policy.with_prompt(written(score))
+            done = fit(
+                guided,
+                Draws(demos, self.prompts, None, rng),
+                self.config(self.steps, self.lr, seed_for(rng, "fit")),
+                callback=note,
+                desc=type(self).__name__,
+            )
+            if done.status != "ok":
+                raise PromptnbError(f"{type(self).__name__}: {done.why}")
+        spent = getattr(score, "env_steps", 0)
+        p = policy.with_prompt(written(score))
         facts, look = self.look(policy, d, y, demos, rng)
-        return Adapted([(p, g) for g in range(demos.G)], sum(x.numel() for x in d.parameters()) // d.G if self.source == "diffused" else 0, log, getattr(score, "env_steps", 0) - spent, d.eval().requires_grad_(False), facts, look)
+        return Adapted(
+            [(p, g) for g in range(demos.G)],
+            sum(x.numel() for x in d.parameters()) // d.G if self.source == "diffused" else 0,
+            log,
+            getattr(score, "env_steps", 0) - spent,
+            d.eval().requires_grad_(False),
+            facts,
+            look,
+        )
 
     @torch.no_grad()
     def write(self, d, y, rng, m=1, what="sample") -> Steps:
         "m prompts a task (G, m, P, .), all in one chain; the policy's entries of `source`."
-        gen = torch.Generator().manual_seed(seed_for(rng, what)); y = y.map(lambda x: x.expand(-1, m, *x.shape[2:]))
-        x = torch.randn(*y.t.shape, len(d.mean), generator=gen).to(d.mean.device) * d.std + d.mean if self.source == "noise" else d.sample(y, gen)
+        gen = torch.Generator().manual_seed(seed_for(rng, what))
+        y = y.map(lambda x: x.expand(-1, m, *x.shape[2:]))
+        x = (
+            torch.randn(*y.t.shape, len(d.mean), generator=gen).to(d.mean.device) * d.std + d.mean
+            if self.source == "noise"
+            else d.sample(y, gen)
+        )
         return d.steps(x, y)
 
     def chosen(self, policy, prompts, held, score=None):
         "One of the prompts (G, m, P, .) of each task: (G, P, .)."
-        if self.keep == "first" or self.keep == "score" and score is None: return prompts[:, 0]
+        if self.keep == "first" or self.keep == "score" and score is None:
+            return prompts[:, 0]
         f = -score(prompts) if self.keep == "score" else prompt_loss(policy, prompts, held, self.precision)
         return prompts[torch.arange(len(f), device=f.device), f.argmin(-1)]
 
     @torch.no_grad()
     def look(self, policy, d, y, demos, rng, m=8):
         "How much written prompts differ from each other and from demonstrated ones (facts), and what figures show of them."
-        shown, _, _ = demos.draw(0, m, seed="look"); made = self.write(d, y, rng, m, "look")
-        flat = lambda p: ((torch.cat([p.s, p.a], -1) - d.mean[:-1]) / d.std[:-1]).flatten(2)
-        rms = lambda a, b: torch.cdist(a, b) / a.shape[-1] ** 0.5
-        pairs = lambda x: rms(x, x).sum((1, 2)) / (m * (m - 1))
-        facts = [dict(metric=n, task=g, value=v) for n, x in (("spread", pairs(flat(made))), ("spread_demos", pairs(flat(shown))), ("nearest_demo", rms(flat(made), flat(shown)).amin(-1).mean(-1))) for g, v in enumerate(x.tolist())]
-        facts += [dict(metric="cosine", task=-1, value=n["cosine"], step=n["step"]) for n in getattr(self, "history", ())]
-        states = torch.stack([x[:, 0] for x in d.chain(y, torch.Generator().manual_seed(seed_for(rng, "look")))], 1) * d.std + d.mean       # (G, N + 1, P, D)
-        error = prompt_loss(policy, d.steps(states, y.map(lambda x: x.expand(-1, states.shape[1], *x.shape[2:]))), same_batch(demos))
-        return facts, dict(written=torch.cat([made.s, made.a], -1), demonstrated=torch.cat([shown.s, shown.a], -1), chain=states[0], chain_error=error)
+        shown, _, _ = demos.draw(0, m, seed="look")
+        made = self.write(d, y, rng, m, "look")
+
+        def flat(p):
+            return ((torch.cat([p.s, p.a], -1) - d.mean[:-1]) / d.std[:-1]).flatten(2)
+
+        def rms(a, b):
+            return torch.cdist(a, b) / a.shape[-1] ** 0.5
+
+        def pairs(x):
+            return rms(x, x).sum((1, 2)) / (m * (m - 1))
+
+        facts = [
+            dict(metric=n, task=g, value=v)
+            for n, x in (
+                ("spread", pairs(flat(made))),
+                ("spread_demos", pairs(flat(shown))),
+                ("nearest_demo", rms(flat(made), flat(shown)).amin(-1).mean(-1)),
+            )
+            for g, v in enumerate(x.tolist())
+        ]
+        facts += [
+            dict(metric="cosine", task=-1, value=n["cosine"], step=n["step"]) for n in getattr(self, "history", ())
+        ]
+        states = (
+            torch.stack([x[:, 0] for x in d.chain(y, torch.Generator().manual_seed(seed_for(rng, "look")))], 1) * d.std
+            + d.mean
+        )  # (G, N + 1, P, D)
+        error = prompt_loss(
+            policy, d.steps(states, y.map(lambda x: x.expand(-1, states.shape[1], *x.shape[2:]))), same_batch(demos)
+        )
+        return facts, dict(
+            written=torch.cat([made.s, made.a], -1),
+            demonstrated=torch.cat([shown.s, shown.a], -1),
+            chain=states[0],
+            chain_error=error,
+        )
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #21f62a65
 class Regressor(Diffuser):
     "The same net without diffusion: one forward from the condition to the prompt, trained by squared error; it starts at the mean demonstrated prompt."
+
     START_AT_MEAN = True
+
     def loss(self, x, y):
         err = ((x - self.mean) / self.std - self.noise(torch.zeros_like(x), y, 0)).square().mean(-1) * y.mask
         return err.sum((1, 2)) / y.mask.sum((1, 2))
+
     def chain(self, y, gen=None):
-        x = torch.zeros(*y.t.shape, len(self.mean), device=self.mean.device); yield x
+        x = torch.zeros(*y.t.shape, len(self.mean), device=self.mean.device)
+        yield x
         yield self.noise(x, y, 0)
 
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #c66e3180
 @dataclass
 class DirectPrompt(PromptDiffuser):
     "Control: as many parameters, the same data and guidance, no diffusion."
+
     DIFFUSER = Regressor

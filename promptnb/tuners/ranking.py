@@ -4,6 +4,7 @@
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #a2004b9b
 from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,87 +13,132 @@ from ..core import PromptnbError, Steps, check_choice, seed_for
 from .core import Adapted, Tuner, frozen, pack, prompt_loss, same_batch, unpack
 
 # %% auto #0
-__all__ = ['NOISES', 'rank_weights', 'PromptVector', 'sign', 'PromptSearch', 'PreferenceRanking', 'HillClimbing',
-           'EvolutionStrategy', 'Resampling']
+__all__ = [
+    "NOISES",
+    "rank_weights",
+    "PromptVector",
+    "sign",
+    "PromptSearch",
+    "PreferenceRanking",
+    "HillClimbing",
+    "EvolutionStrategy",
+    "Resampling",
+]
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #a69b4448
 def rank_weights(scores, k=None, author=False):
     "Lower is better. scores (..., m) -> weights (..., m), already divided by the number of known pairs. k: ranked best (default all m)."
-    m = scores.shape[-1]; k = k or m
-    if not 1 <= k <= m: raise PromptnbError(f"k = {k}, but it must lie between 1 and m = {m}")
+    m = scores.shape[-1]
+    k = k or m
+    if not 1 <= k <= m:
+        raise PromptnbError(f"k = {k}, but it must lie between 1 and m = {m}")
     r = scores.argsort(dim=-1, stable=True).argsort(dim=-1).to(scores.dtype)
-    w = torch.where(r < k, m - 1 - 2 * r + (1. if author else 0.), torch.tensor(-float(k), dtype=scores.dtype))
+    w = torch.where(r < k, m - 1 - 2 * r + (1.0 if author else 0.0), torch.tensor(-float(k), dtype=scores.dtype))
     return w / (k * (k - 1) / 2 + k * (m - k))
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #40b0763d
 @dataclass
 class PromptVector:
     "Turns prompts (G, P, .) into vectors (G, D) and back. `extra` fields behind s, a, rtg: t, mask, and two that the model does not read."
+
     like: Steps
-    extra: int = 0                # 0; 1: the timestep; 4: also mask, reward and done, the released code's seven
+    extra: int = 0  # 0; 1: the timestep; 4: also mask, reward and done, the released code's seven
     max_timestep: int = 1000
 
     def vector(self, p: Steps):
         x, unread = pack(p), torch.zeros_like(p.mask)
-        return torch.cat([x, *(p.t.to(x.dtype), p.mask, unread, unread)[:self.extra]], -1)
+        return torch.cat([x, *(p.t.to(x.dtype), p.mask, unread, unread)[: self.extra]], -1)
+
     @property
-    def start(self): return self.vector(self.like)
+    def start(self):
+        return self.vector(self.like)
 
     def steps(self, x) -> Steps:
         "Vectors (G, ..., D) -> Steps (G, ..., P, .)."
-        lead = x.dim() - 2; like = self.like.map(lambda v: v.view(len(v), *[1] * lead, *v.shape[1:]))
-        P = self.like.t.shape[-1]; D = pack(self.like).shape[-1]
+        lead = x.dim() - 2
+        like = self.like.map(lambda v: v.view(len(v), *[1] * lead, *v.shape[1:]))
+        P = self.like.t.shape[-1]
+        D = pack(self.like).shape[-1]
         out = unpack(x[..., :D], like)
-        if not self.extra: return out
-        out = replace(out, t=x[..., D:D + P].clamp(0, self.max_timestep - 1).long())
-        return replace(out, mask=x[..., D + P:D + 2 * P]) if self.extra > 1 else out
+        if not self.extra:
+            return out
+        out = replace(out, t=x[..., D : D + P].clamp(0, self.max_timestep - 1).long())
+        return replace(out, mask=x[..., D + P : D + 2 * P]) if self.extra > 1 else out
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #0bad91f9
-NOISES = {   # of unit scale each; the released code has all five
+NOISES = {  # of unit scale each; the released code has all five
     "gaussian": lambda shape, g: torch.randn(shape, generator=g),
     "uniform": lambda shape, g: torch.rand(shape, generator=g) * 2 - 1,
     "exponential": lambda shape, g: -torch.log1p(-torch.rand(shape, generator=g)) * sign(shape, g),
-    "gamma": lambda shape, g: -torch.log1p(-torch.rand((2, *shape), generator=g)).sum(0) * sign(shape, g),   # Gamma(2, 1): two exponentials
-    "laplace": lambda shape, g: -torch.log1p(-torch.rand(shape, generator=g)) * sign(shape, g),              # Laplace(0, 1) is a signed exponential
+    "gamma": lambda shape, g: (
+        -torch.log1p(-torch.rand((2, *shape), generator=g)).sum(0) * sign(shape, g)
+    ),  # Gamma(2, 1): two exponentials
+    "laplace": lambda shape, g: (
+        -torch.log1p(-torch.rand(shape, generator=g)) * sign(shape, g)
+    ),  # Laplace(0, 1) is a signed exponential
 }
-def sign(shape, g): return (torch.randint(2, shape, generator=g) * 2 - 1).float()
+
+
+def sign(shape, g):
+    return (torch.randint(2, shape, generator=g) * 2 - 1).float()
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #fda54f94
 @dataclass
 class PromptSearch(Tuner):
     "Gradient-free search over the prompt. Offline (action error on demonstrations) or online (`score`: returns from the environment)."
+
     steps: int = 100
-    m: int = 15                  # candidates a step (released code)
-    mu: float = 0.1              # size of the perturbation in normalised units; released default 1.0, used value unknown: assumed
-    batches: int = 2             # minibatches averaged a query (released code); online: episodes, set by `score`
+    m: int = 15  # candidates a step (released code)
+    mu: float = 0.1  # size of the perturbation in normalised units; released default 1.0, used value unknown: assumed
+    batches: int = 2  # minibatches averaged a query (released code); online: episodes, set by `score`
     online: bool = False
     distribution: str = "gaussian"
-    seven: bool = False          # tune the released code's seven fields
-    noisy: bool = False          # released code: dropout on, another batch for each candidate
-    keep: str = "last"           # or 'best' by the common batch: which prompt is returned
+    seven: bool = False  # tune the released code's seven fields
+    noisy: bool = False  # released code: dropout on, another batch for each candidate
+    keep: str = "last"  # or 'best' by the common batch: which prompt is returned
     precision: str = "fp32"
     log_every: int = 5
 
     @property
-    def extra(self): return 4 if self.seven else 0
-    def update(self, x, xs, f, state, query): raise NotImplementedError
-    def propose(self, x, vec, demos, gen): return x[:, None] + self.mu * NOISES[self.distribution]((len(x), self.m, x.shape[-1]), gen).to(x.device)
+    def extra(self):
+        return 4 if self.seven else 0
+
+    def update(self, x, xs, f, state, query):
+        raise NotImplementedError
+
+    def propose(self, x, vec, demos, gen):
+        return x[:, None] + self.mu * NOISES[self.distribution]((len(x), self.m, x.shape[-1]), gen).to(x.device)
 
     def adapt(self, policy, demos, rng, score=None):
         self.check(policy, score)
-        policy = policy.clone(); frozen(policy.model)
+        policy = policy.clone()
+        frozen(policy.model)
         vec, held, log = PromptVector(demos.prompt, self.extra, policy.config.max_timestep), same_batch(demos), []
         x, state, best = vec.start, {}, None
         gen = torch.Generator().manual_seed(seed_for(rng, "search"))
         spent = getattr(score, "env_steps", 0)
         for t in range(self.steps + 1):
             if t % self.log_every == 0 or t == self.steps:
-                f = prompt_loss(policy, vec.steps(x[:, None]), held, self.precision)[:, 0] if not self.online else -score(vec.steps(x[:, None]))[:, 0]
+                f = (
+                    prompt_loss(policy, vec.steps(x[:, None]), held, self.precision)[:, 0]
+                    if not self.online
+                    else -score(vec.steps(x[:, None]))[:, 0]
+                )
                 better = f < best[0] if best else torch.ones_like(f, dtype=torch.bool)
                 best = (torch.where(better, f, best[0]), torch.where(better[:, None], x, best[1])) if best else (f, x)
-                log += [dict(step=t, task=g, **({"score": -v} if self.online else {"loss": v})) for g, v in enumerate(f.tolist())]
+                log += [
+                    dict(step=t, task=g, **({"score": -v} if self.online else {"loss": v}))
+                    for g, v in enumerate(f.tolist())
+                ]
             if t < self.steps:
-                query = lambda xs: self.judge(policy, vec.steps(xs), demos, (rng, t), score)
+
+                def query(xs):
+                    return self.judge(policy, vec.steps(xs), demos, (rng, t), score)
+
                 xs = self.propose(x, vec, demos, gen)
                 x = self.update(x, xs, query(xs), state, query)
         final = policy.with_prompt(vec.steps(best[1] if self.keep == "best" else x))
@@ -100,61 +146,101 @@ class PromptSearch(Tuner):
 
     def check(self, policy, score):
         "Refuse, before any work, what cannot be run."
-        check_choice(self.distribution, NOISES, "distribution"); check_choice(self.keep, ("last", "best"), "keep")
-        if not policy.config.prompt: raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
-        if self.online and score is None: raise PromptnbError(f"{type(self).__name__} with online=True needs `score`: prompts (G, m, P, .) -> returns (G, m)")
+        check_choice(self.distribution, NOISES, "distribution")
+        check_choice(self.keep, ("last", "best"), "keep")
+        if not policy.config.prompt:
+            raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
+        if self.online and score is None:
+            raise PromptnbError(
+                f"{type(self).__name__} with online=True needs `score`: prompts (G, m, P, .) -> returns (G, m)"
+            )
 
     def judge(self, policy, prompts, demos, key, score):
         "Scores (G, m), lower is better, of candidate prompts."
-        if self.online: return -score(prompts)
-        if not self.noisy: return torch.stack([prompt_loss(policy, prompts, demos.batch((*key, b)), self.precision) for b in range(self.batches)]).mean(0)
-        policy.train(); torch.manual_seed(seed_for(*key))
-        each = [torch.stack([prompt_loss(policy, prompts[:, j:j + 1], demos.batch((*key, b, j)), self.precision) for b in range(self.batches)]).mean(0) for j in range(prompts.t.shape[1])]
-        policy.eval(); return torch.cat(each, 1)
+        if self.online:
+            return -score(prompts)
+        if not self.noisy:
+            return torch.stack(
+                [prompt_loss(policy, prompts, demos.batch((*key, b)), self.precision) for b in range(self.batches)]
+            ).mean(0)
+        policy.train()
+        torch.manual_seed(seed_for(*key))
+        each = [
+            torch.stack(
+                [
+                    prompt_loss(policy, prompts[:, j : j + 1], demos.batch((*key, b, j)), self.precision)
+                    for b in range(self.batches)
+                ]
+            ).mean(0)
+            for j in range(prompts.t.shape[1])
+        ]
+        policy.eval()
+        return torch.cat(each, 1)
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #290ed510
 @dataclass
 class PreferenceRanking(PromptSearch):
     "Prompt-Tuning DT (Hu et al., 2023): zeroth-order descent from a ranking of m perturbed prompts."
-    k: int | None = None         # best k are ranked (None: all m, as released)
-    eta: float = 0.5             # step; released default 1e-4 moves nothing, used value unknown: assumed
-    momentum: float = 0.5        # released code
-    linesearch: bool = False     # released code, off
-    author_weights: bool = False # m - 2r (released) in place of m - 1 - 2r
+
+    k: int | None = None  # best k are ranked (None: all m, as released)
+    eta: float = 0.5  # step; released default 1e-4 moves nothing, used value unknown: assumed
+    momentum: float = 0.5  # released code
+    linesearch: bool = False  # released code, off
+    author_weights: bool = False  # m - 2r (released) in place of m - 1 - 2r
 
     def update(self, x, xs, f, state, query):
         d = (rank_weights(f, self.k, self.author_weights)[..., None] * (xs - x[:, None])).sum(1)
-        v = state["v"] = self.momentum * state.get("v", 0.) + d
-        if not self.linesearch: return x + self.eta * v
-        sizes = torch.cat([0.5 ** torch.arange(self.m - 2.), torch.zeros(2)]).to(x)      # m - 2 geometric steps and x itself, twice
+        v = state["v"] = self.momentum * state.get("v", 0.0) + d
+        if not self.linesearch:
+            return x + self.eta * v
+        sizes = torch.cat([0.5 ** torch.arange(self.m - 2.0), torch.zeros(2)]).to(
+            x
+        )  # m - 2 geometric steps and x itself, twice
         ladder = x[:, None] + self.eta * v[:, None] * sizes[None, :, None]
-        state["v"] = 0.
+        state["v"] = 0.0
         return ladder[torch.arange(len(x)), query(ladder).argmin(-1)]
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #cf3fb518
 @dataclass
 class HillClimbing(PromptSearch):
     "The best of m perturbed prompts replaces the current one if it scores better on the same windows."
+
     def update(self, x, xs, f, state, query):
-        now, i = query(x[:, None])[:, 0], f.argmin(-1); g = torch.arange(len(x))
+        now, i = query(x[:, None])[:, 0], f.argmin(-1)
+        g = torch.arange(len(x))
         return torch.where((f[g, i] < now)[:, None], xs[g, i], x)
 
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #51715e11
 @dataclass
 class EvolutionStrategy(PromptSearch):
     "Descends along the perturbations weighted by standardised scores: what ranking throws away."
-    eta: float = 0.5             # assumed
+
+    eta: float = 0.5  # assumed
     momentum: float = 0.5
+
     def update(self, x, xs, f, state, query):
         z = (f - f.mean(-1, keepdim=True)) / f.std(-1, keepdim=True).clamp(min=1e-8)
-        v = state["v"] = self.momentum * state.get("v", 0.) - (z[..., None] * (xs - x[:, None])).mean(1)
+        v = state["v"] = self.momentum * state.get("v", 0.0) - (z[..., None] * (xs - x[:, None])).mean(1)
         return x + self.eta * v
 
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #149ad5af
 @dataclass
 class Resampling(PromptSearch):
     "Each step draws m prompts from the demonstrations (any segment, with its timesteps) and keeps the best so far on the same windows."
+
     extra = 1
-    def propose(self, x, vec, demos, gen): return vec.vector(demos.segments(self.m, vec.like.t.shape[-1], gen))
-    def update(self, x, xs, f, state, query): return HillClimbing.update(self, x, xs, f, state, query)
+
+    def propose(self, x, vec, demos, gen):
+        return vec.vector(demos.segments(self.m, vec.like.t.shape[-1], gen))
+
+    def update(self, x, xs, f, state, query):
+        return HillClimbing.update(self, x, xs, f, state, query)
+
     def check(self, policy, score):
         super().check(policy, score)
-        if self.seven: raise PromptnbError("resample draws whole prompts: seven=True has no meaning for it")
+        if self.seven:
+            raise PromptnbError("resample draws whole prompts: seven=True has no meaning for it")
