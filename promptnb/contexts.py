@@ -544,7 +544,7 @@ WINS = [
 def floors(e, scale, seeds=None):
     "{cell: share of games won (%) by random actions and by the data's behaviour}, as far as records name them."
     return {
-        r["recipe"].cell: r["record"]["floor"]
+        r["recipe"].dataset: r["record"]["floor"]
         for r in runs(e, scale, seeds)
         if r["state"] == "ok" and r["record"].get("floor")
     }

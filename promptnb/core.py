@@ -5,9 +5,11 @@
 # %% ../nbs/00_core.ipynb #e0674bab
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -41,7 +43,9 @@ __all__ = [
     "plain",
     "fingerprint",
     "sha256_file",
+    "meaning",
     "code_fingerprint",
+    "is_current",
     "write_atomic",
     "disk_error",
     "write_json",
@@ -243,18 +247,72 @@ def sha256_file(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+# %% ../nbs/00_core.ipynb #c0defp01
+class _Meaning(ast.NodeTransformer):
+    "A syntax tree without docstrings and annotations."
+
+    def _body(self, node):
+        self.generic_visit(node)
+        first = node.body[0] if node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            node.body = node.body[1:]
+        return node
+
+    visit_Module = visit_ClassDef = _body
+
+    def visit_FunctionDef(self, node):
+        node.returns = None
+        return self._body(node)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_arg(self, node):
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node):
+        # a dataclass reads its fields from annotations: their names and order stay, their types go
+        self.generic_visit(node)
+        node.annotation = ast.Constant(None)
+        return node
+
+
+# %% ../nbs/00_core.ipynb #c0defp02
+def meaning(source: str) -> str:
+    "The syntax tree of `source` as text, without docstrings, annotations, comments and layout."
+    tree = ast.parse(source)
+    # nbdev's list of names and its index are not code that makes numbers
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")]
+    return ast.dump(_Meaning().visit(tree))
+
+
 # %% ../nbs/00_core.ipynb #fff24634
+@functools.cache
+def _module_fingerprint(path, changed_ns):
+    # `changed_ns` is part of the key: an edited module is read again, an unchanged one once a process
+    return fingerprint(meaning(Path(path).read_text()))
+
+
+# %% ../nbs/00_core.ipynb #c0defp04
 def code_fingerprint(*modules) -> str:
-    "Fingerprint of the exported modules' source (all of promptnb by default): what makes a cached result stale."
+    """Fingerprint of what the named modules mean, such as "core" and "models/dt" (none: all of promptnb).
+
+    Comments, docstrings, annotations and layout do not change it; a constant does."""
     base = Path(__file__).parent if "__file__" in globals() else root() / "promptnb"
     files = [base / f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
+    return fingerprint([_module_fingerprint(f, f.stat().st_mtime_ns) for f in files if f.name != "_modidx.py"])
 
-    def code(text):
-        return [
-            l for l in text.splitlines() if l.strip() and not l.startswith("# ")
-        ]  # cell marks and blank lines say nothing
 
-    return fingerprint([code(f.read_text()) for f in files if f.name != "_modidx.py"])
+# %% ../nbs/00_core.ipynb #c0defp06
+def is_current(record: dict, recipe_digest: str, facts: str = "") -> bool:
+    "Was the record made by this recipe, these facts of its family, and code that means the same as today's?"
+    code = record.get("code")
+    return (
+        isinstance(code, dict)
+        and record.get("recipe_digest") == recipe_digest
+        and record.get("facts", "") == facts
+        and code.get("fingerprint") == code_fingerprint(*code.get("modules", ()))
+    )
 
 
 # %% ../nbs/00_core.ipynb #8d4fb03a

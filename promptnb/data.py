@@ -51,7 +51,7 @@ __all__ = [
     "subset",
     "in_order",
     "of_tasks",
-    "share",
+    "subsample",
     "state_stats",
     "Table",
     "prompt_rows",
@@ -384,7 +384,7 @@ def of_tasks(store, task_ids) -> Store:
 
 
 # %% ../nbs/02_data.ipynb #cd605413
-def share(store, ratio, seed=0):
+def subsample(store, ratio, seed=0):
     "(a Store of this part of each task's trajectories, their indices)."
     if not 0 < ratio <= 1:
         raise PromptnbError(f"ratio is {ratio}, but must be above 0 and at most 1")

@@ -14,12 +14,22 @@ from . import tasks
 from .core import PromptnbError, Row, Steps, seed_for
 
 # %% auto #0
-__all__ = ["Seat", "seats", "Played", "Buffers", "PictureBuffers", "groups_of", "chosen", "rollout", "to_rows"]
+__all__ = [
+    "EvalTask",
+    "eval_tasks",
+    "RolloutResult",
+    "Buffers",
+    "ImageBuffers",
+    "groups_of",
+    "chosen",
+    "rollout",
+    "to_rows",
+]
 
 
 # %% ../nbs/05_evaluate.ipynb #6e95c47d
 @dataclass(frozen=True)
-class Seat:
+class EvalTask:
     "One thing to evaluate. `policy` has begin(rows) and act(history, state); `row` is its prompt's row, or one row for each agent of a game."
 
     policy: object
@@ -28,15 +38,15 @@ class Seat:
 
 
 # %% ../nbs/05_evaluate.ipynb #3521ec9a
-def seats(policy, task_ids, rows=None):
+def eval_tasks(policy, task_ids, rows=None):
     "One seat a task; prompt rows in order by default."
-    return [Seat(policy, int(i), r if rows is None else rows[r]) for r, i in enumerate(task_ids)]
+    return [EvalTask(policy, int(i), r if rows is None else rows[r]) for r, i in enumerate(task_ids)]
 
 
 # %% ../nbs/05_evaluate.ipynb #eaf0d56d
 @dataclass
-class Played:
-    "Returns and lengths (n_seats, n_episodes); `failed` marks episodes whose physics or policy gave NaN (their return is NaN)."
+class RolloutResult:
+    "Returns and lengths (n_tasks, n_episodes); `failed` marks episodes whose physics or policy gave NaN (their return is NaN)."
 
     returns: np.ndarray
     lengths: np.ndarray
@@ -72,7 +82,7 @@ class Buffers:
 
 
 # %% ../nbs/05_evaluate.ipynb #61925882
-class PictureBuffers(Buffers):
+class ImageBuffers(Buffers):
     "Buffers of pictures: of each episode the last K, uint8, in a ring (N, 2K, C, H, W). A window's pictures are overwritten by later steps."
 
     def __init__(self, n, T, K, frames, A, target, device):
@@ -90,16 +100,16 @@ class PictureBuffers(Buffers):
 
 
 # %% ../nbs/05_evaluate.ipynb #258fa4da
-def groups_of(all_seats, episodes):
+def groups_of(tasks_, episodes):
     "Rows (seat-major) grouped by model: [(policy, rows, prompt rows)]. Policies that share a model object but not prompts keep their own group."
     by = {}
-    for i, s in enumerate(all_seats):
+    for i, s in enumerate(tasks_):
         by.setdefault(id(s.policy), (s.policy, []))[1].append(i)
     return [
         (
             p,
             np.concatenate([np.arange(i * episodes, (i + 1) * episodes) for i in idx]),
-            np.concatenate([np.resize(all_seats[i].row, episodes) for i in idx]),
+            np.concatenate([np.resize(tasks_[i].row, episodes) for i in idx]),
         )
         for p, idx in by.values()
     ]
@@ -116,30 +126,30 @@ def chosen(scores, legal=None):
 # %% ../nbs/05_evaluate.ipynb #1ed3cbdc
 @torch.no_grad()
 def rollout(
-    all_seats, fam, episodes=10, seed=0, target=None, threads=None, keep=False, device="cpu", limit=None
-) -> Played:
+    tasks_, fam, episodes=10, seed=0, target=None, threads=None, keep=False, device="cpu", limit=None
+) -> RolloutResult:
     "Run every seat for `episodes` episodes of at most `limit` steps (default: the family's horizon), all at once. `seed`: a number, or one a seat. `target`: initial return-to-go, a number or one a row (default: the family's)."
-    seeds = [seed] * len(all_seats) if np.isscalar(seed) else list(seed)
+    seeds = [seed] * len(tasks_) if np.isscalar(seed) else list(seed)
     fam = tasks.family(fam)
     E = episodes * fam.agents
-    N = len(all_seats) * E  # a row is an agent of an episode
+    N = len(tasks_) * E  # a row is an agent of an episode
     T = fam.horizon if limit is None else min(limit, fam.horizon)
-    if fam.frames and not all(getattr(s.policy, "pictures", False) for s in all_seats):
+    if fam.frames and not all(getattr(s.policy, "pictures", False) for s in tasks_):
         raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
-    task_rows = np.repeat([s.task for s in all_seats], E)
+    task_rows = np.repeat([s.task for s in tasks_], E)
     vec = tasks.lock_step(fam, task_rows, threads=threads)
     obs, _ = vec.reset(
         seed=[
             seed_for(own, "episode", fam.name, s.task, e)
-            for s, own in zip(all_seats, seeds)
+            for s, own in zip(tasks_, seeds)
             for e in range(episodes)
             for _ in range(fam.agents)
         ]
     )
-    groups = groups_of(all_seats, E)
+    groups = groups_of(tasks_, E)
     states = [p.begin(rows) for p, _, rows in groups]
     K = max(getattr(p, "K", 1) for p, _, _ in groups)
-    buf = (PictureBuffers if fam.frames else Buffers)(
+    buf = (ImageBuffers if fam.frames else Buffers)(
         N, T, K, fam.frames or fam.state_dim, fam.act_dim, fam.target_return if target is None else target, device
     )
     ret, length, alive, bad, a = (
@@ -180,7 +190,7 @@ def rollout(
 
     def whole(x, f):
         return f(
-            x.reshape(len(all_seats), episodes, fam.agents), -1
+            x.reshape(len(tasks_), episodes, fam.agents), -1
         )  # an episode is its agents': they share reward and end
 
     trace = (
@@ -193,16 +203,16 @@ def rollout(
         if keep
         else {}
     )
-    return Played(
+    return RolloutResult(
         whole(ret, np.mean), whole(length, np.max), whole(bad, np.any), trace, whole(won, np.any) if told else None
     )
 
 
 # %% ../nbs/05_evaluate.ipynb #58f30665
-def to_rows(played: Played, all_seats, **known) -> list:
+def to_rows(played: RolloutResult, tasks_, **known) -> list:
     "Rows of the mean return and length of each seat; `known` fills the other fields (paper, task, method, seed, scale, step, trainable, env_steps, run_id)."
     out = []
-    for i, s in enumerate(all_seats):
+    for i, s in enumerate(tasks_):
         for metric, x in (
             ("return", played.returns[i]),
             ("length", played.lengths[i]),

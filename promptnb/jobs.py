@@ -58,10 +58,10 @@ __all__ = [
     "prompts_for",
     "by_agent",
     "of_others",
-    "emptied",
+    "zero_prompt",
     "borrowed",
     "train_demos",
-    "placed_on",
+    "assignments",
     "policy_folder",
     "load_policy",
     "pretrain",
@@ -76,7 +76,7 @@ __all__ = [
     "tuned_folder",
     "target_of",
     "demo_prompt",
-    "placed_prompt",
+    "assigned_prompt",
     "run_job",
     "find_job",
     "job_recipes",
@@ -225,7 +225,7 @@ def train_store(p: rc.Pretrain):
     check_choice(p.normalise, ("train", "train+test"), "normalise")
     fam = tasks.family(p.family)
     ids = train_tasks(p)
-    train, drawn = data.share(stored(fam.name, p.quality, ids, p.episodes), p.ratio, p.ratio_seed)
+    train, drawn = data.subsample(stored(fam.name, p.quality, ids, p.episodes), p.ratio, p.ratio_seed)
     more = [i for i in fam.test if i not in ids] if p.normalise == "train+test" else []
     every = [train, *([stored(fam.name, p.quality, tuple(more), p.episodes)] if more else [])]
     return train, data.state_stats(every), tuple(h for s in every for h in s.hashes), drawn if p.ratio < 1 else None
@@ -303,13 +303,13 @@ def precision_of(p, device):
 
 
 # %% ../nbs/11_jobs.ipynb #669661e4
-def evaluate_policy(placed, r: rc.Recipe, episodes, seed, threads, device):
-    "Play the tasks of a recipe with placed = [(policy, prompt row)] a task; returns (seats, Played)."
+def evaluate_policy(assignments, r: rc.Recipe, episodes, seed, threads, device):
+    "Play the tasks of a recipe with assignments = [(policy, prompt row)] a task; returns (eval_tasks, RolloutResult)."
     from promptnb import tasks
-    from promptnb.evaluate import Seat, rollout
+    from promptnb.evaluate import EvalTask, rollout
 
     fam = tasks.family(r.family)
-    at = [Seat(pol, i, row) for (pol, row), i in zip(placed, played_tasks(fam, r.tune))]
+    at = [EvalTask(pol, i, row) for (pol, row), i in zip(assignments, played_tasks(fam, r.tune))]
     return at, rollout(at, fam, episodes, seed=seed, target=r.target, threads=threads, device=device)
 
 
@@ -344,7 +344,7 @@ def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
         seed=seed,
         gap=bool(p.context),
     )
-    return replace(out, prompt=dict(other=of_others, none=emptied).get(t.prompt_from, lambda x: x)(out.prompt))
+    return replace(out, prompt=dict(other=of_others, none=zero_prompt).get(t.prompt_from, lambda x: x)(out.prompt))
 
 
 # %% ../nbs/11_jobs.ipynb #8e505627
@@ -370,7 +370,7 @@ def of_others(prompt):
 
 
 # %% ../nbs/11_jobs.ipynb #058eedc6
-def emptied(prompt):
+def zero_prompt(prompt):
     return prompt.map(lambda x: x * 0)
 
 
@@ -393,7 +393,7 @@ def train_demos(p: rc.Pretrain, t: rc.Tune, policy, seed, device):
     from promptnb import data
 
     store = train_store(p)[0]
-    return placed_on(
+    return assignments(
         data.demos(
             store,
             store,
@@ -412,7 +412,7 @@ def train_demos(p: rc.Pretrain, t: rc.Tune, policy, seed, device):
 
 
 # %% ../nbs/11_jobs.ipynb #5f40c0f6
-def placed_on(demo, device):
+def assignments(demo, device):
     return replace(demo, prompt=demo.prompt.to(device), sampler=replace(demo.sampler, device=str(device)))
 
 
@@ -579,14 +579,14 @@ class EnvScore:
     def rollout(self, prompts, episodes, apart=False, **kw):
         "All prompts of a task meet the same episodes, so that they can be compared; `apart`: each its own."
         from promptnb import tasks
-        from promptnb.evaluate import Seat, rollout
+        from promptnb.evaluate import EvalTask, rollout
 
         fam, (G, m) = tasks.family(self.r.family), prompts.t.shape[:2]
         ids = played_tasks(fam, self.r.tune)
         pol = self.policy.with_prompt(prompts.map(lambda x: x.flatten(0, 1)))
         seeds = [seed_for(self.seed, "online", self.calls, *[j] * apart) for _ in range(G) for j in range(m)]
         out = rollout(
-            [Seat(pol, ids[g], g * m + j) for g in range(G) for j in range(m)],
+            [EvalTask(pol, ids[g], g * m + j) for g in range(G) for j in range(m)],
             fam,
             episodes,
             seed=seeds,
@@ -654,7 +654,7 @@ def tune(r: rc.Recipe, scale, seed, device, threads):
     policy = pretrain(r, scale, seed, device, threads)
     if policy is None:
         return write_record(r.paper, run, r, "diverged", why="its pre-training diverged")
-    demo = placed_on(prompts_for(policy, r.pretrain, r.tune, seed), device)
+    demo = assignments(prompts_for(policy, r.pretrain, r.tune, seed), device)
     tuner = make_tuner(
         r.tune.tuner,
         **dict(r.tune.hyper),
@@ -664,10 +664,10 @@ def tune(r: rc.Recipe, scale, seed, device, threads):
     begun = time.time()
     out = tuner.adapt(policy, demo, rng=seed_for(seed, "tune", r.key), score=EnvScore(policy, r, seed, threads, device))
     tuned = spent["tuning_seconds"] = time.time() - begun
-    placed = (
-        [(out.placed[0][0], tuple(row for _, row in out.placed))] if r.tune.per_agent else out.placed
+    assignments = (
+        [(out.assignments[0][0], tuple(row for _, row in out.assignments))] if r.tune.per_agent else out.assignments
     )  # one seat, a prompt an agent
-    at, played = evaluate_policy(placed, r, r.eval_episodes, seed_for("final"), threads, device)
+    at, played = evaluate_policy(assignments, r, r.eval_episodes, seed_for("final"), threads, device)
     known = dict(
         paper=r.paper,
         task=r.family,
@@ -713,9 +713,9 @@ def tune(r: rc.Recipe, scale, seed, device, threads):
         flush=True,
     )
     if r.tune.tuner in PROMPT_ENTRIES:
-        out.placed[0][0].save_pretrained(tuned_folder(run))  # for `film`
+        out.assignments[0][0].save_pretrained(tuned_folder(run))  # for `film`
     prompts = (
-        {k: plain(demo_prompt(x)) for k, x in (("before", demo.prompt), ("after", placed_prompt(out)))}
+        {k: plain(demo_prompt(x)) for k, x in (("before", demo.prompt), ("after", assigned_prompt(out)))}
         if r.tune.tuner in PROMPT_ENTRIES
         else {}
     )
@@ -796,8 +796,8 @@ def demo_prompt(p, digits=4):
 
 
 # %% ../nbs/11_jobs.ipynb #a3efc83d
-def placed_prompt(out):
-    return out.placed[0][0].prompt
+def assigned_prompt(out):
+    return out.assignments[0][0].prompt
 
 
 # %% ../nbs/11_jobs.ipynb #ca26dd4c
@@ -882,7 +882,7 @@ def film(recipe, scale="laptop", seed=0, task=None, every=25):
 
     from promptnb import tasks
     from promptnb.core import figures_dir
-    from promptnb.evaluate import Seat, rollout
+    from promptnb.evaluate import EvalTask, rollout
 
     r = rc.resolve(rc.RECIPES[recipe], scale)
     run = recipe_run(r, scale, seed)
@@ -896,7 +896,7 @@ def film(recipe, scale="laptop", seed=0, task=None, every=25):
     after = load_policy(tuned_folder(run), r.pretrain).eval()
     before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, seed).prompt)
     played = [
-        rollout([Seat(p, i, g) for g, i in enumerate(fam.test)], fam, 1, seed=seed_for("final"), keep=True)
+        rollout([EvalTask(p, i, g) for g, i in enumerate(fam.test)], fam, 1, seed=seed_for("final"), keep=True)
         for p in (before, after)
     ]
     g = int(np.abs(played[1].returns - played[0].returns)[:, 0].argmax()) if task is None else task

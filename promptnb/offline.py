@@ -33,7 +33,7 @@ from promptnb.core import (
     write_atomic,
     write_json,
 )
-from .evaluate import Seat, rollout
+from .evaluate import EvalTask, rollout
 from .jobs import append_jsonl, code_of, precision_of, read_jsonl, recipe_run, stored, write_record
 from .train import FitConfig, autocast, fit, optimiser, pick_device, step_once
 
@@ -143,7 +143,7 @@ TRUNKS = ("lamo", "pixel-lamo")  # learners with a language model's trunk; the o
 def offline_store(x: rc.Offline, fam):
     "(data to train on, statistics of its states, hashes, which trajectories)."
     every = stored(fam.name, x.quality, fam.train, x.episodes)
-    store, drawn = data.share(every, x.ratio, x.ratio_seed)
+    store, drawn = data.subsample(every, x.ratio, x.ratio_seed)
     if x.drop_best and len(store) > 1:
         best = int(store.returns.argmax())
         keep = [i for i in range(len(store)) if i != best]
@@ -211,7 +211,7 @@ def play(policy, r: rc.Recipe, threads, device):
     targets, n = x.targets or (0.0,), r.eval_episodes
     with autocast(precision_of(x, device), device):
         out = rollout(
-            [Seat(policy, fam.test[0])] * len(targets),
+            [EvalTask(policy, fam.test[0])] * len(targets),
             fam,
             n,
             seed=seed_for("curve"),

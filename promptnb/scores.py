@@ -131,7 +131,7 @@ def left_out(e, scale):
 # %% ../nbs/10a_scores.ipynb #771c3557
 def frame(e, scale, seeds=None, partial=False):
     "results.load, with the cell of each row."
-    cell = {r["record"]["run_id"]: r["recipe"].cell for r in runs(e, scale, seeds) if r["state"] == "ok"}
+    cell = {r["record"]["run_id"]: r["recipe"].dataset for r in runs(e, scale, seeds) if r["state"] == "ok"}
     return load(e, scale, seeds, partial).assign(cell=lambda d: d.run_id.map(cell))
 
 
@@ -266,7 +266,7 @@ def tidy(e, scale, seeds=None, partial=False):
     w, rs, rep = last(frame(e, scale, seeds, partial)), runs(e, scale, seeds), reported(e.paper)
     here = {}
     for r in rs:
-        here.setdefault((r["recipe"].cell, r["label"]), []).append(r)
+        here.setdefault((r["recipe"].dataset, r["label"]), []).append(r)
     t = pd.DataFrame(
         [
             row_of(w, e, c, l, here.get((c, l), []), published(rep, e, l, c))

@@ -160,7 +160,7 @@ def actions(placed):
 def offline(placed, dem):
     "Action error (G,) on the fixed batch of demonstrations."
     out = []
-    for (p, row), i in zip(placed, range(G)):
+    for (p, row), i in zip(assignments, range(G)):
         h = same_batch(dem)[i]
         out.append(action_loss(p.eval().model(h, p.prefix(torch.tensor([row]))), h.a, h.mask, "none").mean().item())
     return np.array(out)
@@ -248,7 +248,7 @@ def test_entry(name):
 def test_result(name, kw):
     "One policy and prompt row for each task, finite numbers, a log by step and task."
     _, dem, out, score = adapted(name, **kw)
-    assert len(out.placed) == G and out.trainable >= 0 and torch.isfinite(actions(out.placed)).all()
+    assert len(out.assignments) == G and out.trainable >= 0 and torch.isfinite(actions(out.assignments)).all()
     assert all(
         {"step", "task"} <= l.keys() and l["task"] in range(G) and np.isfinite(l["score" if "score" in l else "loss"])
         for l in out.log
@@ -274,7 +274,7 @@ def test_policy_and_demonstrations_are_left_alone(name, kw, mode):
             pi, dem, 0, Score()
         )
     assert same(photo(pi), before) and same(photo(dem), data)
-    for p, _ in out.placed:
+    for p, _ in out.assignments:
         [b.zero_() for n, b in p.named_buffers() if n.startswith("prompt_")]  # nor are prompts shared
     assert same(photo(pi), before) and same(photo(dem), data)
 
@@ -289,7 +289,7 @@ def test_zero_steps_are_the_start(name, kw, prompt, T):
     if not has(name, "steps") and out.trainable:
         pytest.skip("has no steps")
     assert dem.prompt.mask.all() == (T > P)
-    torch.testing.assert_close(actions(out.placed), actions(begun(name, kw, pi, dem)), rtol=0, atol=2e-6)
+    torch.testing.assert_close(actions(out.assignments), actions(begun(name, kw, pi, dem)), rtol=0, atol=2e-6)
 
 
 @each
@@ -311,8 +311,8 @@ def test_only_the_declared_moves(name, kw, monkeypatch):
     )  # there, without steps nothing is trained: a control
     if name == "context":
         assert out.trainable == kw.get("L", 5) * 16
-    share = Counter(id(p) for p, _ in out.placed)
-    for (p, _), (q, _) in zip(out.placed, zero.placed):
+    share = Counter(id(p) for p, _ in out.assignments)
+    for (p, _), (q, _) in zip(out.assignments, zero.assignments):
         diff = moved(q.state_dict(), p.state_dict())
         n = sum(v.numel() for v in diff.values()) / share[id(p)]
         assert len({k.startswith("prompt_") for k in diff}) == 1, sorted(diff)  # weights or prompts, not both
@@ -333,9 +333,9 @@ def test_merging_changes_nothing(name, monkeypatch):
     if not merges(name):
         return
     pi, _, out, _ = adapted(name)
-    assert all(p.model.state_dict().keys() == pi.model.state_dict().keys() for p, _ in out.placed)
+    assert all(p.model.state_dict().keys() == pi.model.state_dict().keys() for p, _ in out.assignments)
     monkeypatch.setattr(kind(name), "release", lambda *_: None)
-    torch.testing.assert_close(actions(adapted.__wrapped__(name)[2].placed), actions(out.placed), rtol=0, atol=1e-5)
+    torch.testing.assert_close(actions(adapted.__wrapped__(name)[2].assignments), actions(out.assignments), rtol=0, atol=1e-5)
 
 
 @each
@@ -349,13 +349,13 @@ def test_same_seed_same_result(name, kw):
     torch.manual_seed(999)
     np.random.seed(999)
     out += [again(), again(rng=1)]
-    a, b, c = (actions(o.placed) for o in out)
+    a, b, c = (actions(o.assignments) for o in out)
     assert (
         torch.equal(a, b)
         and out[0].log == out[1].log
         and (out[0].trainable, out[0].env_steps) == (out[1].trainable, out[1].env_steps)
     )
-    assert all(same(p.state_dict(), q.state_dict()) for (p, _), (q, _) in zip(out[0].placed, out[1].placed))
+    assert all(same(p.state_dict(), q.state_dict()) for (p, _), (q, _) in zip(out[0].assignments, out[1].assignments))
     assert torch.equal(a, c) == (not out[0].trainable)
 
 
@@ -373,7 +373,7 @@ def test_it_helps(name, kw):
         def f(placed):
             return offline(placed, dem)
 
-    a, b = f(start), f(out.placed)
+    a, b = f(start), f(out.assignments)
     assert (
         (b < a * (1.05 if kw.keys() & {"noisy", "seven", "precision"} else 1)).all()
         if out.trainable
@@ -398,22 +398,22 @@ def test_the_log_tells_the_truth(name, kw):
         assert len(at(0)) == len(at(SMALL["steps"])) == G
         return
     np.testing.assert_allclose(at(0), offline(begun(name, kw, pi, dem), dem), rtol=tol)
-    np.testing.assert_allclose(at(SMALL["steps"]), offline(out.placed, dem), rtol=tol)
+    np.testing.assert_allclose(at(SMALL["steps"]), offline(out.assignments, dem), rtol=tol)
 
 
 @each
 def test_saved_and_loaded(name, kw, tmp_path):
     "A tuned policy and its clone act, bit for bit, as one that was saved and loaded."
     out = adapted(name, **kw)[2]
-    want = actions(out.placed)
+    want = actions(out.assignments)
     seen = {}
-    for i, (p, _) in enumerate(out.placed):
+    for i, (p, _) in enumerate(out.assignments):
         if id(p) not in seen:
             p.save_pretrained(tmp_path / str(i))
             seen[id(p)] = type(p).from_pretrained(tmp_path / str(i))
-    assert torch.equal(actions([(seen[id(p)], row) for p, row in out.placed]), want)
-    assert torch.equal(actions([(p.clone(), row) for p, row in out.placed]), want)
-    assert all(same(seen[id(p)].state_dict(), p.state_dict()) for p, _ in out.placed)
+    assert torch.equal(actions([(seen[id(p)], row) for p, row in out.assignments]), want)
+    assert torch.equal(actions([(p.clone(), row) for p, row in out.assignments]), want)
+    assert all(same(seen[id(p)].state_dict(), p.state_dict()) for p, _ in out.assignments)
 
 
 @pytest.mark.parametrize("other", [dict(layers=1), dict(layers=3), dict(shared_embed=True)], ids=str)
@@ -457,7 +457,7 @@ def test_without_a_prompt(name):
             e
         ) and "\n" not in str(e)
     else:
-        assert len(out.placed) == G and torch.isfinite(actions(out.placed)).all()
+        assert len(out.assignments) == G and torch.isfinite(actions(out.assignments)).all()
 
 
 # ---- searches, online and off
@@ -499,14 +499,14 @@ def test_the_best_is_never_worse(name, online):
         if online
         else lambda p: offline([(p, g) for g in range(G)], dem)
     )
-    assert (f(out.placed[0][0]) <= f(pi.with_prompt(dem.prompt)) + 1e-6).all()
+    assert (f(out.assignments[0][0]) <= f(pi.with_prompt(dem.prompt)) + 1e-6).all()
 
 
 @searches
 @pytest.mark.parametrize("distribution", NOISES)
 def test_every_noise(name, distribution):
     pi, dem, out, _ = adapted(name, distribution=distribution)
-    assert (offline(out.placed, dem) <= offline([(pi.with_prompt(dem.prompt), g) for g in range(G)], dem)).all()
+    assert (offline(out.assignments, dem) <= offline([(pi.with_prompt(dem.prompt), g) for g in range(G)], dem)).all()
 
 
 @searches

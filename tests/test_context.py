@@ -17,7 +17,7 @@ from promptnb import evaluate, jobs, run, tasks, train
 from promptnb import recipes as rc
 from promptnb.core import Batch, PromptnbError, Row, Steps, choice_loss, read_json, seed_for
 from promptnb.data import Sampler, demos, from_arrays, in_order
-from promptnb.evaluate import Seat, groups_of, rollout
+from promptnb.evaluate import EvalTask, groups_of, rollout
 from promptnb.models.context import ContextConfig, ContextDT, ContextPolicy, info_nce, transitions
 from promptnb.models.dt import DTConfig, Policy, PromptDT
 from promptnb.tuners.context import (
@@ -538,7 +538,7 @@ def test_start():
     pi, dem = toy(context=True)
 
     def at(rng=0, **kw):
-        return make_tuner("context", steps=0, **kw).adapt(pi, dem, rng).placed[0][0]
+        return make_tuner("context", steps=0, **kw).adapt(pi, dem, rng).assignments[0][0]
 
     for n in (1, 4):
         x = at(3, L=n)
@@ -685,7 +685,7 @@ def test_forgotten():
 
 @pytest.mark.parametrize("null", [0.0, 0.5, 1.0])
 def test_training_without_context(null):
-    "The loss is that of the batch with some contexts emptied; fine-tuning forgets none."
+    "The loss is that of the batch with some contexts zero_prompt; fine-tuning forgets none."
     net, b = net_and_batch(null=null, **ALL)
     torch.manual_seed(4)
     got = net.losses(b)
@@ -802,8 +802,8 @@ def test_other_tuners_on_such_a_policy(name):
     own = {"steps": 12, "lr": 1e-2} if name not in ("none", "ranking") else {"steps": 6} if name == "ranking" else {}
     out = make_tuner(name, **own).adapt(pi, dem, 0, Score())
     start = begun(name, {}, pi, dem)
-    assert same(photo(pi), before) and torch.isfinite(actions(out.placed)).all()
-    a, b = offline(start, dem), offline(out.placed, dem)
+    assert same(photo(pi), before) and torch.isfinite(actions(out.assignments)).all()
+    a, b = offline(start, dem), offline(out.assignments, dem)
     assert (b < a).all() if name != "none" else (b == a).all()
     if out.log:
         np.testing.assert_allclose([l["loss"] for l in out.log if l["step"] == 0], a, rtol=1e-5)
@@ -823,9 +823,9 @@ def test_encode():
     out = t.adapt(pi, dem, 0)
     look = out.look
     assert (
-        same(photo(out.placed[0][0].prompt), photo(dem.prompt))
+        same(photo(out.assignments[0][0].prompt), photo(dem.prompt))
         and out.trainable == out.env_steps == 0
-        and [r for _, r in out.placed] == [0, 1]
+        and [r for _, r in out.assignments] == [0, 1]
     )
     assert look["embedded"].tolist() == [5, 6, 0, 1] and look["unseen"] == 2 and look["embedding"].shape == (4, 4, 3)
     z = (
@@ -917,8 +917,8 @@ def test_collect():
             + torch.tensor([[0.0, 1], [10, 11]])[..., None],
         )
     assert (
-        torch.equal(out.placed[0][0].prompt.s, place.given[3].s[:, 0])
-        and [r for _, r in out.placed] == [0, 1]
+        torch.equal(out.assignments[0][0].prompt.s, place.given[3].s[:, 0])
+        and [r for _, r in out.assignments] == [0, 1]
         and out.trainable == 0
         and out.env_steps == place.env_steps - 10 == 4 * 2 * 2 * 3
     )
@@ -977,7 +977,7 @@ def test_weight_of_one_window():
 def test_full_fine_tuning_counts_what_moves():
     pi, dem = toy(context=True, tasks=(0, 1), **ALL)
     out = make_tuner("full", steps=2).adapt(pi, dem, 0)
-    a, b = pi.model.state_dict(), out.placed[0][0].model.state_dict()
+    a, b = pi.model.state_dict(), out.assignments[0][0].model.state_dict()
     assert out.trainable == sum(b[k].numel() for k in b if not torch.equal(a[k], b[k]))
 
 
@@ -1192,7 +1192,7 @@ def test_a_row_for_each_agent(world):
     "In every episode agent k has prompt row k; a seat with one row gives it to all."
     made = world(3, family="smax-3m")
     pol, other = Stub(), Stub()
-    played = rollout([Seat(pol, 0, (0, 1, 2)), Seat(other, 0, 1), Seat(pol, 0, (2, 0, 1))], "smax-3m", 4)
+    played = rollout([EvalTask(pol, 0, (0, 1, 2)), EvalTask(other, 0, 1), EvalTask(pol, 0, (2, 0, 1))], "smax-3m", 4)
     assert pol.rows == [0, 1, 2] * 4 + [2, 0, 1] * 4 and other.rows == [1] * 12 and played.returns.shape == (3, 4)
     a = made[0].acts[0].argmax(-1).reshape(3, 4, 3)
     assert (a[0] == [0, 1, 2]).all() and (a[1] == 1).all() and (a[2] == [2, 0, 1]).all()
@@ -1200,7 +1200,7 @@ def test_a_row_for_each_agent(world):
         all(len(set(made[0].seeds[i : i + 3])) == 1 for i in range(0, 36, 3))
         and made[0].seeds[:12] == made[0].seeds[12:24]
     )
-    ((_, rows, prompt),) = groups_of([Seat(pol, 0, (5, 6)), Seat(pol, 0, 3)], 4)
+    ((_, rows, prompt),) = groups_of([EvalTask(pol, 0, (5, 6)), EvalTask(pol, 0, 3)], 4)
     assert rows.tolist() == list(range(8)) and prompt.tolist() == [5, 6, 5, 6, 3, 3, 3, 3]
 
 

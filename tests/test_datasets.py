@@ -352,7 +352,7 @@ def toy(task=0, lengths=(5, 3, 9, 4, 6, 7), S=3, A=2, hashes=("a",), pictures=Fa
 def test_share(ratio, n, tmp_path):
     "Whole trajectories, as many of each task and at least one, from the seed; the indices say which."
     store = data.join([toy(i, legal=True) for i in (3, 4, 8)], tmp_path)
-    part, ids = data.share(store, ratio, 7)
+    part, ids = data.subsample(store, ratio, 7)
     assert (
         part.task.tolist() == [3] * n + [4] * n + [8] * n == store.task[ids].tolist()
         and ids == sorted({*ids})
@@ -364,9 +364,9 @@ def test_share(ratio, n, tmp_path):
         for k in ("s", "a", "r", "rtg", "legal")
     )
     assert (
-        data.share(store, ratio, 7)[1] == ids
+        data.subsample(store, ratio, 7)[1] == ids
         and (part is store) == (ratio == 1)
-        and len({tuple(data.share(store, ratio, s)[1]) for s in range(20)}) == (1 if ratio == 1 else 20)
+        and len({tuple(data.subsample(store, ratio, s)[1]) for s in range(20)}) == (1 if ratio == 1 else 20)
     )
 
 
@@ -385,7 +385,7 @@ def test_a_recipe_trains_on_its_share(tmp_home):
     whole = data.load(FAMILY, p.quality)
     store, _, hashes, drawn = jobs.train_store(p)
     assert (
-        drawn == data.share(whole, 0.5, 3)[1]
+        drawn == data.subsample(whole, 0.5, 3)[1]
         and same(store, data.subset(whole, drawn))
         and hashes == whole.hashes
         and jobs.train_store(replace(p, ratio=1.0))[3] is None
@@ -417,7 +417,7 @@ def test_mapped_columns(kw, tmp_path):
     )
     assert all(
         same(x, y) for t in range(5) for x, y in zip(*([s.batch(t).history, s.batch(t).prompt] for s in (a, b)))
-    ) and same(*(data.share(st, 0.5)[0] for st in (memory, disk)))
+    ) and same(*(data.subsample(st, 0.5)[0] for st in (memory, disk)))
     (file,) = tmp_path.iterdir()
     before = file.stat().st_mtime_ns
     assert same(data.join(parts, tmp_path, mapped=True), memory) and file.stat().st_mtime_ns == before

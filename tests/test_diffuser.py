@@ -661,7 +661,7 @@ def test_zero_shot(Tuner, T):
     t = small(Tuner, steps=0, condition="train").prepare(pi, families(dem), 0)
     y, _, _ = dem.draw(0, 256, seed="scale")
     real = y.mask.sum((0, 1)).clamp(min=1)
-    p = t.adapt(pi, dem, 0).placed[0][0].prompt
+    p = t.adapt(pi, dem, 0).assignments[0][0].prompt
     mask = dem.prompt.mask
     torch.testing.assert_close(
         p.rtg, (y.rtg.sum((0, 1)) / real[:, None]).expand_as(p.rtg) * mask[..., None], rtol=1e-6, atol=1e-6
@@ -671,7 +671,7 @@ def test_zero_shot(Tuner, T):
         dem, prompt=replace(dem.prompt, s=dem.prompt.s + 1, a=-dem.prompt.a, rtg=dem.prompt.rtg + 5, t=dem.prompt.t + 3)
     )
     assert not torch.equal(p.rtg, shifted.prompt.rtg) and same(
-        photo(t.adapt(pi, shifted, 0).placed[0][0].prompt), photo(p)
+        photo(t.adapt(pi, shifted, 0).assignments[0][0].prompt), photo(p)
     )
 
 
@@ -697,7 +697,7 @@ def test_adapting_leaves_the_preparation_alone(Tuner):
     assert (
         same(weights(t), before)
         and same(a.generator.state_dict(), b.generator.state_dict())
-        and torch.equal(actions(a.placed), actions(b.placed))
+        and torch.equal(actions(a.assignments), actions(b.assignments))
     )
     zero = replace(t, steps=0)
     zero.prepared = t.prepared
@@ -724,7 +724,7 @@ def test_best_by_demonstrations(seed):
     pi, dem = toy()
     out = {k: small(keep=k, candidates=8).adapt(pi, dem, seed) for k in ("first", "demos")}
     held = same_batch(dem)
-    error = {k: prompt_loss(pi, o.placed[0][0].prompt[:, None], held)[:, 0] for k, o in out.items()}
+    error = {k: prompt_loss(pi, o.assignments[0][0].prompt[:, None], held)[:, 0] for k, o in out.items()}
     assert (error["demos"] <= error["first"]).all() and (error["demos"] < error["first"]).any()
     made = small().write(out["demos"].generator, dem.prompt[:, None], seed, 8)
     torch.testing.assert_close(error["demos"], prompt_loss(pi, made, held).amin(1), rtol=1e-6, atol=0)
@@ -738,7 +738,7 @@ def test_best_by_score():
     out = t.adapt(pi, dem, 0, score := Score())
     made = t.write(out.generator, dem.prompt[:, None], 0, 5)
     best = Score()(made).argmax(1)
-    p = out.placed[0][0].prompt
+    p = out.assignments[0][0].prompt
     assert (
         torch.equal(p.a, made.a[torch.arange(G), best])
         and torch.equal(p.s, made.s[torch.arange(G), best])
@@ -795,7 +795,7 @@ def test_generator_saved_and_loaded(Tuner, tmp_path):
     a, b = (t.write(d, y, 0, 3) for d in (out.generator, again))
     assert same(photo(a), photo(b)) and same(again.state_dict(), out.generator.state_dict())
     assert (
-        same(photo(t.write(again, y, 0)[:, 0]), photo(out.placed[0][0].prompt))
+        same(photo(t.write(again, y, 0)[:, 0]), photo(out.assignments[0][0].prompt))
         and out.generator.N == again.N == 4
         and not any(p.requires_grad for p in out.generator.parameters())
     )
@@ -923,7 +923,7 @@ def test_direct_by_hand():
 def test_padding_stays_empty(Tuner, kw):
     "Where a prompt is shorter than P, the written one has zeros there, and the same mask."
     pi, dem = toy(T=P - 1)
-    p = small(Tuner, **kw).adapt(pi, dem, 0).placed[0][0].prompt
+    p = small(Tuner, **kw).adapt(pi, dem, 0).assignments[0][0].prompt
     gap = dem.prompt.mask == 0
     assert (
         gap.any()

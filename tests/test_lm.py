@@ -418,7 +418,7 @@ def test_fit_goes_on_exactly(gpt, tmp_path):
 def test_plays(lm, llama):
     "An untrained policy through an episode of hopper."
     pi = policy(trunk=str(llama) if lm else "")
-    x = rollout(seats(pi, [0]), "hopper", episodes=1, threads=1)
+    x = rollout(eval_tasks(pi, [0]), "hopper", episodes=1, threads=1)
     assert x.returns.shape == (1, 1) and np.isfinite(x.returns).all() and not x.failed.any() and x.lengths[0, 0] > 3
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("ale_py")
 from promptnb import tasks
 from promptnb.core import Batch, PromptnbError, Steps
 from promptnb.data import Sampler, from_arrays
-from promptnb.evaluate import Buffers, PictureBuffers, rollout, seats
+from promptnb.evaluate import Buffers, ImageBuffers, rollout, seats
 from promptnb.models.lm import LamoBatch, counts
 from promptnb.models.pixels import Eye, PixelConfig, PixelLamo
 from promptnb.tasks import atari
@@ -54,10 +54,10 @@ def sampler(store):
 
 
 def played(steps, n=3, k=K, seed=0):
-    "A game of noise: PictureBuffers and Buffers of the same steps, and each step's windows."
+    "A game of noise: ImageBuffers and Buffers of the same steps, and each step's windows."
     g, rings, plain = (
         np.random.default_rng(seed),
-        PictureBuffers(n, steps, k, FRAMES, A, np.arange(n) * 10.0, "cpu"),
+        ImageBuffers(n, steps, k, FRAMES, A, np.arange(n) * 10.0, "cpu"),
         Buffers(n, steps, k, 28224, A, np.arange(n) * 10.0, "cpu"),
     )
     for t in range(steps):
@@ -88,7 +88,7 @@ def test_the_ring_shows_what_buffers_show(k):
 
 def test_the_ring_does_not_grow_with_the_game():
     "27,000 steps: the pictures stay those of two windows, in one byte each."
-    b = PictureBuffers(2, 27_000, K, FRAMES, A, 0.0, "cpu")
+    b = ImageBuffers(2, 27_000, K, FRAMES, A, 0.0, "cpu")
     assert b.s.nbytes == 2 * 2 * K * 28224 and b.window(26_999).s._base is b.s and b.a.nbytes < 1e6
 
 
@@ -156,7 +156,7 @@ def test_plays_breakout():
 
     def play(*ps):
         return rollout(
-            [s for p in ps for s in seats(p, [0])],
+            [s for p in ps for s in eval_tasks(p, [0])],
             "breakout",
             episodes=2,
             target=[90.0, 120.0] * len(ps),
@@ -186,7 +186,7 @@ def test_who_may_play():
             return None
 
     with pytest.raises(PromptnbError, match="breakout shows pictures"):
-        rollout(seats(Flat(), [0]), "breakout", episodes=1)
+        rollout(eval_tasks(Flat(), [0]), "breakout", episodes=1)
 
 
 def test_limit_ends_other_families_too():
@@ -197,8 +197,8 @@ def test_limit_ends_other_families_too():
         def act(self, h, state):
             return torch.zeros(len(h), 6)
 
-    x = rollout(seats(Still(), [0]), "cheetah-dir", episodes=2, limit=7, keep=True)
-    y = rollout(seats(Still(), [0]), "cheetah-dir", episodes=2, limit=10**6)
+    x = rollout(eval_tasks(Still(), [0]), "cheetah-dir", episodes=2, limit=7, keep=True)
+    y = rollout(eval_tasks(Still(), [0]), "cheetah-dir", episodes=2, limit=10**6)
     assert (x.lengths == 7).all() and x.trace["s"].shape == (2, 8, 20) and (y.lengths == 200).all()
 
 

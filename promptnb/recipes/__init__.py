@@ -260,7 +260,7 @@ class Recipe:
         if y:
             return dict(method=self.method, guide=y.guide, net=y.net, steps=y.steps, stages=y.stages, K=y.interval)
         return (
-            dict(method=self.method, cell=self.cell, updates=x.steps, **dict(x.model))
+            dict(method=self.method, cell=self.dataset, updates=x.steps, **dict(x.model))
             if x
             else dict(
                 policy=self.pretrain.name,
@@ -272,7 +272,7 @@ class Recipe:
         )
 
     @property
-    def cell(self):
+    def dataset(self):
         "The data set: family, quality and share where policies are trained offline; family and quality for single tasks; else the family."
         if self.online:
             return self.family

@@ -42,9 +42,9 @@ __all__ = [
 # %% ../../nbs/06_tuners.core.ipynb #8fd1e35a
 @dataclass
 class Adapted:
-    "What tuning gives: per task g, `placed[g]` = (policy, prompt row)."
+    "What tuning gives: per task g, `assignments[g]` = (policy, prompt row)."
 
-    placed: list
+    assignments: list
     trainable: int  # parameters that moved, per task
     log: list = field(default_factory=list)  # dicts: step, task (index), and 'loss' or 'score'
     env_steps: int = 0  # environment steps spent on tuning, all tasks together (0: offline)
@@ -184,7 +184,7 @@ class WeightTuner(Tuner):
         "After tuning: leave a policy that saves and loads like any other."
 
     def adapt(self, policy, demos, rng, score=None):
-        placed, log = [], []
+        assignments, log = [], []
         for g in range(demos.G):
             mine, prompt, held = policy.clone(), demos.prompt[g : g + 1], same_batch(demos)[g : g + 1]
             frozen(mine.model)
@@ -220,8 +220,8 @@ class WeightTuner(Tuner):
             if done.status != "ok":
                 raise PromptnbError(f"{type(self).__name__} on task {demos.task_ids[g]}: {done.why}")
             self.release(mine)
-            placed.append((mine.eval().requires_grad_(False), 0))
-        return Adapted(placed, sum(p.numel() for p in params), log)
+            assignments.append((mine.eval().requires_grad_(False), 0))
+        return Adapted(assignments, sum(p.numel() for p in params), log)
 
 
 # %% ../../nbs/06_tuners.core.ipynb #7b5f493d
