@@ -160,7 +160,7 @@ def actions(placed):
 def offline(placed, dem):
     "Action error (G,) on the fixed batch of demonstrations."
     out = []
-    for (p, row), i in zip(assignments, range(G)):
+    for (p, row), i in zip(placed, range(G)):
         h = same_batch(dem)[i]
         out.append(action_loss(p.eval().model(h, p.prefix(torch.tensor([row]))), h.a, h.mask, "none").mean().item())
     return np.array(out)

@@ -139,20 +139,29 @@ class ContextVectors(PromptTuner):
         if self.begin == "encoded" and getattr(policy.config, "encoder", "none") not in ("mean", "transformer"):
             raise PromptnbError("begin='encoded' needs a policy with a context encoder")
 
-    def start(self, policy, demos, model, rng):
-        if self.begin == "encoded":
+    @property
+    def needs_encoder(self):
+        return self.begin == "encoded"
+
+    def vectors(self, policy, demos, model, rng):
+        "Where it begins (G, L, d)."
+        if self.needs_encoder:
             with torch.no_grad():
-                x = model.prompt_tokens(demos.prompt)[0]
-        else:
-            x = (
-                torch.randn(
-                    demos.G,
-                    self.L,
-                    policy.config.width,
-                    generator=torch.Generator().manual_seed(seed_for(rng, "vectors")),
-                )
-                * self.scale
-            ).to(policy.mean.device)
+                return model.prompt_tokens(demos.prompt)[0]
+        gen = torch.Generator().manual_seed(seed_for(rng, "vectors"))
+        x = torch.randn(demos.G, self.L, policy.config.width, generator=gen) * self.scale
+        return x.to(policy.mean.device)
+
+    def starting_point(self, policy, demos, rng):
+        "The vectors before any update: random ones, or what the encoder writes for the prompts as drawn."
+        if self.needs_encoder:
+            return super().starting_point(policy, demos, rng)
+        x = self.vectors(policy, demos, policy.model, rng)
+        p = policy.with_prompt((x, x.new_ones(x.shape[:2])))
+        return [(p, g) for g in range(demos.G)]
+
+    def start(self, policy, demos, model, rng):
+        x = self.vectors(policy, demos, model, rng)
         ones = x.new_ones(x.shape[:2])
         return x, lambda x: model.prefix(x, ones), lambda x: (x, ones)
 
@@ -176,7 +185,7 @@ def components(z, n=3):
 class Reader(Tuner):
     "What both have in common."
 
-    precision: str = "fp32"
+    needs_encoder = True
 
     def check(self, policy):
         if not hasattr(policy.model, "encode"):
@@ -233,6 +242,12 @@ class Collect(Reader):
 
     episodes: int = 4
     replicas: int = 4  # of each task, side by side
+    IDLE = dict(episodes=0)
+    needs_score = True
+
+    def starting_point(self, policy, demos, rng):
+        "The null prompt."
+        return super().starting_point(policy, replace(demos, prompt=nothing(demos.prompt, 1)[:, 0]), rng)
 
     def adapt(self, policy, demos, rng, score=None):
         if score is None or not hasattr(score, "play"):

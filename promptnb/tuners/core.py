@@ -21,6 +21,7 @@ __all__ = [
     "FIELDS",
     "Adapted",
     "Tuner",
+    "tuner_class",
     "make_tuner",
     "NoTuning",
     "frozen",
@@ -58,17 +59,46 @@ class Adapted:
 # %% ../../nbs/06_tuners.core.ipynb #01db455e
 @dataclass
 class Tuner:
-    "Base of all tuners: hyper-parameters are fields, `adapt` does the work."
+    """Base of all tuners: hyper-parameters are dataclass fields with defaults, `adapt` does the work.
+
+    `precision` ('fp32' or 'bf16') is such a field, for those that run the model often; a tuner without it is not asked."""
 
     PREPARES = ()  # hyper-parameters that `prepare` depends on; none: there is nothing to prepare
+    ENTRIES = (
+        False  # it changes the entries of a drawn prompt: what they were and became is kept, for figures and films
+    )
+    IDLE = {}  # hyper-parameters with which nothing is tuned: `adapt` gives its starting point
 
     def prepare(self, policy, families, rng, folder=None):
         "Once per family, before `adapt`. families: an iterable of `data.Demos` of train tasks; folder: for checkpoints."
         return self
 
     def adapt(self, policy, demos, rng, score=None) -> Adapted:
-        "policy: frozen; demos: `data.Demos` of G tasks; rng: an int seed; score: prompts (G, m, P, .) -> returns (G, m), for tuners that try prompts in the environment."
+        """Tune `policy`, which is frozen, to the G tasks of `demos` (`data.Demos`) with the int seed `rng`.
+
+        score: prompts (G, m, P, .) -> returns (G, m), for tuners that try prompts in the environment."""
         raise NotImplementedError
+
+    @property
+    def needs_score(self) -> bool:
+        "Does it try prompts in the environment, as it is set?"
+        return False
+
+    @property
+    def needs_encoder(self) -> bool:
+        "Does it read contexts, so that only a policy with a context encoder will do?"
+        return False
+
+    def starting_point(self, policy, demos, rng) -> list:
+        "What `adapt` begins with, as assignments: the policy with the prompts as drawn, unless a tuner says otherwise."
+        p = policy.prompted(demos.prompt, demos.task_ids)
+        return [(p, g) for g in range(demos.G)]
+
+    @classmethod
+    def accepted(cls, **values) -> dict:
+        "Of these hyper-parameters, those that the tuner has."
+        own = {f.name for f in fields(cls)}
+        return {k: v for k, v in values.items() if k in own}
 
 
 # %% ../../nbs/06_tuners.core.ipynb #78817aef
@@ -91,10 +121,17 @@ TUNERS = {  # name -> module:class; a new tuner is one line here, its notebook, 
 }
 
 
+# %% ../../nbs/06_tuners.core.ipynb #tnr00002
+def tuner_class(name) -> type[Tuner]:
+    "The class that a registry line names; a misspelt name is refused with the nearest valid one."
+    module, cls = TUNERS[check_choice(name, TUNERS, "tuner")].split(":")
+    return getattr(importlib.import_module(f"promptnb.tuners.{module}"), cls)
+
+
+# %% ../../nbs/06_tuners.core.ipynb #tnr00003
 def make_tuner(name, **hyper) -> Tuner:
     "The tuner of that name with these hyper-parameters; misspelt ones are refused with the nearest valid name."
-    module, cls = TUNERS[check_choice(name, TUNERS, "tuner")].split(":")
-    cls = getattr(importlib.import_module(f"promptnb.tuners.{module}"), cls)
+    cls = tuner_class(name)
     for k in hyper:
         check_choice(k, [f.name for f in fields(cls)], f"hyper-parameter of tuner '{name}'")
     return cls(**hyper)
@@ -106,8 +143,7 @@ class NoTuning(Tuner):
     "The pre-trained policy with the prompt as drawn."
 
     def adapt(self, policy, demos, rng, score=None):
-        p = policy.prompted(demos.prompt, demos.task_ids)
-        return Adapted([(p, g) for g in range(demos.G)], 0)
+        return Adapted(self.starting_point(policy, demos, rng), 0)
 
 
 # %% ../../nbs/06_tuners.core.ipynb #0ae6106f
@@ -175,6 +211,7 @@ class WeightTuner(Tuner):
     clip: float = 0.25
     precision: str = "fp32"
     log_every: int = 10
+    IDLE = dict(steps=0)
 
     def attach(self, policy, seed):
         "Put the tunable parameters in and return them; everything else must not move."
@@ -312,6 +349,7 @@ class PromptTuner(Tuner):
     lr: float = 1e-2  # assumed
     precision: str = "fp32"
     log_every: int = 10
+    IDLE = dict(steps=0)
 
     def start(self, policy, demos, model, rng):
         "The tensor to tune (G, ...), how it becomes a Prefix, and how it becomes the final prompt."
@@ -401,6 +439,8 @@ def unpack(x, like: Steps, names=FIELDS) -> Steps:
 @dataclass
 class GradientPrompt(PromptTuner):
     "The entries {s, a, rtg} of the prompt, by back-propagation: the control that Prompt-Tuning DT lacks."
+
+    ENTRIES = True
 
     def start(self, policy, demos, model, rng):
         def final(x):

@@ -341,7 +341,13 @@ class PromptDiffuser(Tuner):
         "source",
         "precision",
     )
+    ENTRIES = True
+    IDLE = dict(steps=0)
     DIFFUSER = Diffuser
+
+    @property
+    def needs_score(self):
+        return self.keep == "score"
 
     def check(self, policy):
         "Refuse, before any work, what cannot be run."

@@ -102,6 +102,12 @@ class PromptSearch(Tuner):
     keep: str = "last"  # or 'best' by the common batch: which prompt is returned
     precision: str = "fp32"
     log_every: int = 5
+    ENTRIES = True
+    IDLE = dict(steps=0)
+
+    @property
+    def needs_score(self):
+        return self.online
 
     @property
     def extra(self):
@@ -233,6 +239,7 @@ class Resampling(PromptSearch):
     "Each step draws m prompts from the demonstrations (any segment, with its timesteps) and keeps the best so far on the same windows."
 
     extra = 1
+    ENTRIES = False  # it takes whole prompts, with their timesteps, in place of the drawn one
 
     def propose(self, x, vec, demos, gen):
         return vec.vector(demos.segments(self.m, vec.like.t.shape[-1], gen))
