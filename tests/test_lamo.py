@@ -202,12 +202,12 @@ def test_the_table_above_knows_all_arms():
 def test_fields_of_all_nets():
     "Each recipe's fields are those of its net, of the right kind, and none of the data set's shape."
     names = {f.name for f in fields(L.LMConfig)}
-    for r in R.RECIPES.values():
+    for r in R.PAPER.recipes.values():
         own = dict(r.offline.model)
         if "lamo" in r.offline.learner:
             assert set(own) <= names - {"state_dim", "act_dim", "trunk", "seed", "max_timestep"} and config(r), r.id
     types = {f.name: type(f.default) for f in fields(rc.Offline)}
-    for r in R.RECIPES.values():
+    for r in R.PAPER.recipes.values():
         assert all(
             isinstance(v, types[k]) or types[k] is float and isinstance(v, int) or k == "text"
             for k, v in vars(r.offline).items()
@@ -246,7 +246,7 @@ def test_targets_and_scales_of_the_paper():
 
 
 def test_names_are_unique():
-    rs = R.RECIPES.values()
+    rs = R.PAPER.recipes.values()
     assert len({jobs.recipe_run(r, "laptop", 0) for r in rs}) == len(rs) == len({r.id for r in rs})
     for e in rc.exhibits(PAPER):
         labels = [(r.cell, r.method) for r in rc.recipes_of(e)]
@@ -258,8 +258,8 @@ def test_names_are_unique():
 
 
 def test_each_recipe_of_a_scale_in_one_job():
-    of = {s: {i for i, r in R.RECIPES.items() if rc.run_at(r, s)} for s in rc.SCALES}
-    assert of["smoke"] == of["laptop"] and of["laptop"] < of["paper"] == set(R.RECIPES)
+    of = {s: {i for i, r in R.PAPER.recipes.items() if rc.run_at(r, s)} for s in rc.SCALES}
+    assert of["smoke"] == of["laptop"] and of["laptop"] < of["paper"] == set(R.PAPER.recipes)
     asked = {(arm, *c) for arms, cells in R.LAPTOP.items() for arm in arms for c in cells}
     assert len(of["laptop"]) == len(asked)  # each cell named for a laptop is in an exhibit
     for s in rc.SCALES:
@@ -273,11 +273,11 @@ def test_each_recipe_of_a_scale_in_one_job():
 
 
 def test_all_recipes_are_of_this_paper_and_offline():
-    assert all(r.paper == PAPER and r.offline and r.pretrain is None for r in R.RECIPES.values()) and {
+    assert all(r.paper == PAPER and r.offline and r.pretrain is None for r in R.PAPER.recipes.values()) and {
         r.paper for r in rc.RECIPES.values() if r.offline
     } == {PAPER}
     assert all(
-        set(e.recipes) <= set(R.RECIPES) and e.families == tuple(dict.fromkeys(R.RECIPES[i].family for i in e.recipes))
+        set(e.recipes) <= set(R.PAPER.recipes) and e.families == tuple(dict.fromkeys(R.PAPER.recipes[i].family for i in e.recipes))
         for e in rc.exhibits(PAPER)
     )
 
