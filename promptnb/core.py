@@ -50,6 +50,8 @@ __all__ = [
     "disk_error",
     "write_json",
     "read_json",
+    "append_jsonl",
+    "read_jsonl",
     "save_tensors",
     "load_tensors",
     "differing",
@@ -363,6 +365,36 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise PromptnbError(f"{path} is damaged (not JSON: {e})") from None
+
+
+# %% ../nbs/00_core.ipynb #c0dejl01
+def append_jsonl(path, *records: dict):
+    "Append records to a JSON Lines file, one line each in a single write; a torn last line is closed first."
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as f:
+            if f.seek(0, os.SEEK_END):
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":
+                    lines = b"\n" + lines
+            f.write(lines)  # append mode: always at the end
+    except OSError as e:
+        raise disk_error(e, path) from e
+
+
+# %% ../nbs/00_core.ipynb #c0dejl02
+def read_jsonl(path) -> list[dict]:
+    "The objects of a JSON Lines file in order; torn lines, and lines that hold no object, are skipped."
+    path = Path(path)
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
 
 
 # %% ../nbs/00_core.ipynb #aab68186
