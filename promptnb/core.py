@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -40,6 +41,7 @@ __all__ = [
     "choice_loss",
     "over_steps",
     "Row",
+    "wilson",
     "plain",
     "fingerprint",
     "sha256_file",
@@ -216,6 +218,23 @@ class Row:
     trainable: int  # parameters that tuning moved
     env_steps: int  # environment steps that tuning spent (0: offline)
     run_id: str
+
+
+# %% ../nbs/00_core.ipynb #b0c1d2e4
+def wilson(k, n, level=0.95):
+    """Wilson's score interval for k successes in n trials, in percent: (low, high), shaped like k and n broadcast.
+
+    Where n is 0 the interval is all of 0 to 100.
+    """
+    k, n = np.asarray(k, float), np.asarray(n, float)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p = np.divide(k, n, out=np.full(np.broadcast(k, n).shape, 0.5), where=n > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        half = z * np.sqrt(p * (1 - p) / n + (z / n) ** 2 / 4) / (1 + z * z / n)
+        mid = (p + z * z / n / 2) / (1 + z * z / n)
+    low = np.where(n > 0, np.clip(mid - half, 0, 1), 0)
+    high = np.where(n > 0, np.clip(mid + half, 0, 1), 1)
+    return (100 * low)[()], (100 * high)[()]
 
 
 # %% ../nbs/00_core.ipynb #f934d70e

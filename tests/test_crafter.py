@@ -13,7 +13,7 @@ pytest.importorskip("crafter")
 import gymnasium as gym
 from gymnasium.utils.env_checker import check_env
 
-from promptnb.core import PromptnbError
+from promptnb.core import PromptnbError, wilson
 from promptnb.tasks import crafter as C
 from promptnb.tasks.crafter import ACHIEVEMENTS, ACTIONS, BEHAVIOURS, KINDS, Crafter, Vec
 
@@ -466,5 +466,5 @@ def test_wilson():
     for k, n in ((0, 5), (1, 7), (3, 300), (20, 20), (150, 300)):
         for level in (0.9, 0.95):
             ci = binomtest(k, n).proportion_ci(level, method="wilson")
-            assert np.allclose(C.wilson(k, n, level), (100 * ci.low, 100 * ci.high), atol=1e-9)
-    assert C.wilson(0, 0) == (0, 100) and C.wilson(np.zeros(3), 4)[1].shape == (3,)
+            assert np.allclose(wilson(k, n, level), (100 * ci.low, 100 * ci.high), atol=1e-9)
+    assert wilson(0, 0) == (0, 100) and wilson(np.zeros(3), 4)[1].shape == (3,)

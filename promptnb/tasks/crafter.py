@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-from statistics import NormalDist
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -57,7 +56,6 @@ __all__ = [
     "score",
     "success_rates",
     "depth",
-    "wilson",
 ]
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #7566be36
@@ -758,16 +756,3 @@ def success_rates(episodes):
 def depth(unlocked):
     "Depth of the deepest achievement unlocked, 0 for none."
     return max((DEPTH[check_choice(a, ACHIEVEMENTS, "achievement")] for a in unlocked), default=0)
-
-
-# %% ../../nbs/01h_tasks.crafter.ipynb #2fe2c5e6
-def wilson(k, n, level=0.95):
-    "Wilson's interval for k of n, percent: (low, high). Without trials it is all of 0 to 100."
-    k, n = np.asarray(k, float), np.asarray(n, float)
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    p = np.divide(k, n, out=np.full(np.broadcast(k, n).shape, 0.5), where=n > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        half = z * np.sqrt(p * (1 - p) / n + (z / n) ** 2 / 4) / (1 + z * z / n)
-        mid = (p + z * z / n / 2) / (1 + z * z / n)
-    low, high = np.where(n > 0, np.clip(mid - half, 0, 1), 0), np.where(n > 0, np.clip(mid + half, 0, 1), 1)
-    return (100 * low)[()], (100 * high)[()]
