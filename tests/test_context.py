@@ -490,7 +490,7 @@ def test_draws():
     pi, dem = many()
 
     def make(**kw):
-        return ContextVectors(**kw).draws(pi, dem, 5)
+        return ContextVectors(**{"towards": "best", **kw}).draws(pi, dem, 5)
 
     h = dem.batch((5, 3))
 
@@ -1595,9 +1595,8 @@ def test_controls():
     }
     assert len({r.pretrain for r in own.values()}) == 1
     hyper = {k: dict(r.tune.hyper) for k, r in own.items()}
-    assert hyper["random"] == dict(hyper["tuned"], steps=0, begin="random") and hyper["shuffled"] == dict(
-        hyper["tuned"], towards="shuffled"
-    )
+    assert hyper["tuned"] == dict(hyper["random"], steps=100, begin="encoded")
+    assert hyper["random"]["steps"] == 0 and hyper["shuffled"] == dict(hyper["tuned"], towards="shuffled")
     assert [own[k].tune.prompt_from for k in ("cmt", "null", "wrong", "collect", "tuned")] == [
         "test",
         "none",

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .core import Context, Paper, Pretrain, Recipe, Tune
 from .prompt_diffuser import diffuse
-from .prompt_tuning_dt import NO_TUNING, TABLE_FAMILIES, pretrains, search
+from .prompt_tuning_dt import NO_TUNING, TABLE_FAMILIES, gradient, pretrains, search
 from .scales import SINGLE, SKIRMISHES
 
 # %% auto #0
@@ -27,7 +27,6 @@ __all__ = [
     "context_policy",
     "cmt_recipe",
     "vectors",
-    "gradient",
     "contexts",
     "frozen_backbone",
     "others",
@@ -44,7 +43,7 @@ __all__ = [
 # %% ../../nbs/09e_recipes.cmt.ipynb #623bee41
 CMT = "cmt"
 META = TABLE_FAMILIES
-EXPERT = Tune(tuner="encode", hyper=(("contexts", 8),))
+EXPERT = Tune("encode")
 
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #4f274faa
@@ -60,17 +59,10 @@ def cmt_recipe(family, key, method, tune=NO_TUNING, policy=None, **kw):
 
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #598c3362
-def vectors(towards="return", **kw):
-    "Tune L context vectors; `kw` are the tuner's fields, or those of Tune."
+def vectors(L=5, **kw):
+    "Tune L context vectors, the axis of a figure; `kw` are fields of the tuner or of Tune."
     own = {k: kw.pop(k) for k in list(kw) if k in Tune.__dataclass_fields__}
-    return Tune(
-        "context", tuple(dict(dict(steps=100, lr=1e-2, L=5, towards=towards, begin="random"), **kw).items()), **own
-    )
-
-
-# %% ../../nbs/09e_recipes.cmt.ipynb #8a6c936a
-def gradient(tuner, lr, **kw):
-    return Tune(tuner, (("steps", 100), ("lr", lr)), **kw)
+    return Tune("context", tuple(dict(dict(steps=100, L=L), **kw).items()), **own)
 
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #777bcc9d
@@ -83,7 +75,7 @@ def contexts(family):
     return [
         R("null", "CMT, null prompt", Tune(prompt_from="none")),
         R("cmt", "CMT, context given", EXPERT),
-        R("collect", "CMT, context collected", Tune("collect", (("episodes", 4), ("replicas", 4)), prompt_from="none")),
+        R("collect", "CMT, context collected", Tune("collect", prompt_from="none")),
         R("wrong", "CMT, context of a wrong task", Tune(prompt_from="other")),
         R(
             "one-hot",
@@ -109,9 +101,9 @@ def frozen_backbone(family):
         R("random", "CMT, random frozen prompt", vectors(steps=0)),
         R("tuned", "CMT, tuned context vectors", vectors(begin="encoded")),
         R("tuned-random", "CMT, tuned from a random start", vectors()),
-        R("shuffled", "CMT, tuned on shuffled trajectories", vectors("shuffled", begin="encoded")),
-        R("full", "CMT, full fine-tuning", gradient("full", 1e-4)),
-        R("lora", "CMT, LoRA", gradient("lora", 1e-3)),
+        R("shuffled", "CMT, tuned on shuffled trajectories", vectors(towards="shuffled", begin="encoded")),
+        R("full", "CMT, full fine-tuning", gradient("full")),
+        R("lora", "CMT, LoRA", gradient("lora")),
     ]
 
 
@@ -125,12 +117,12 @@ def others(family):
 
     return [
         R("mt-orl", "MT-ORL (no prompt)", "mt-orl"),
-        R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full", 1e-4)),
+        R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full")),
         R("pdt", "Prompt-DT"),
-        R("pdt-soft", "Soft Prompt", tune=gradient("soft", 1e-2)),
-        R("pdt-full", "Prompt-DT-FT", tune=gradient("full", 1e-4)),
-        R("pdt-adapter", "Adaptor", tune=gradient("adapter", 1e-3)),
-        R("pdt-lora", "LoRA", tune=gradient("lora", 1e-3)),
+        R("pdt-soft", "Soft Prompt", tune=gradient("soft")),
+        R("pdt-full", "Prompt-DT-FT", tune=gradient("full")),
+        R("pdt-adapter", "Adaptor", tune=gradient("adapter")),
+        R("pdt-lora", "LoRA", tune=gradient("lora")),
         R("ranking", "Prompt-Tuning DT", tune=search("ranking")),
         R("diffuser", "Prompt Diffuser", tune=diffuse()),
     ]
@@ -234,12 +226,12 @@ def single(family, quality):
     return [
         R("none", "No prompt", Tune()),
         R("random", "Random frozen prompt", vectors(steps=0)),
-        R("best", "Prompt towards the best 10 %", vectors("best")),
-        R("advantage", "Prompt by advantage", vectors("advantage")),
-        R("return", "Prompt by returns", vectors("return")),
-        R("shuffled", "Prompt on shuffled trajectories", vectors("shuffled")),
-        R("full", "Full fine-tuning", gradient("full", 1e-4)),
-        R("lora", "LoRA", gradient("lora", 1e-3)),
+        R("best", "Prompt towards the best 10 %", vectors(towards="best")),
+        R("advantage", "Prompt by advantage", vectors(towards="advantage")),
+        R("return", "Prompt by returns", vectors()),
+        R("shuffled", "Prompt on shuffled trajectories", vectors(towards="shuffled")),
+        R("full", "Full fine-tuning", gradient("full")),
+        R("lora", "LoRA", gradient("lora")),
     ]
 
 
@@ -308,11 +300,11 @@ def team(family, quality):
     return [
         R("none", "No prompt", Tune()),
         R("random", "Random frozen prompt", vectors(steps=0)),
-        R("map", "Prompt a map, the best 10 %", vectors("best")),
-        R("agent", "Prompt an agent, the best 10 %", vectors("best", per_agent=True)),
-        R("shuffled", "Prompt on shuffled trajectories", vectors("shuffled")),
-        R("full", "Full fine-tuning", gradient("full", 1e-4)),
-        R("lora", "LoRA", gradient("lora", 1e-3)),
+        R("map", "Prompt a map, the best 10 %", vectors(towards="best")),
+        R("agent", "Prompt an agent, the best 10 %", vectors(towards="best", per_agent=True)),
+        R("shuffled", "Prompt on shuffled trajectories", vectors(towards="shuffled")),
+        R("full", "Full fine-tuning", gradient("full")),
+        R("lora", "LoRA", gradient("lora")),
     ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .core import Paper, Pretrain, Recipe, Tune
-from .prompt_tuning_dt import NO_TUNING, PROTOCOL, TABLE_FAMILIES, search
+from .prompt_tuning_dt import NO_TUNING, PROTOCOL, TABLE_FAMILIES, gradient, search
 
 # %% auto #0
 __all__ = [
@@ -41,13 +41,9 @@ def pd_recipe(family, key, method, tune=NO_TUNING, **kw):
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #7def7f48
 def diffuse(tuner="diffuser", **kw):
-    "Tune by a diffuser: the main recipe's hyper-parameters, some of them changed."
-    demos = {k: kw.pop(k) for k in list(kw) if k in ("prompt_quality", "demo_quality", "prompt_from")}
-    return Tune(
-        tuner,
-        tuple(dict(dict(steps=400, prepare_steps=4000, N=10, schedule="vp", lam=1.0, guidance="always"), **kw).items()),
-        **demos,
-    )
+    "Tune by a diffuser; `kw` are fields of the tuner or of Tune."
+    own = {k: kw.pop(k) for k in list(kw) if k in Tune.__dataclass_fields__}
+    return Tune(tuner, tuple(dict(dict(steps=400, prepare_steps=4000), **kw).items()), **own)
 
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #49b9eb20
@@ -57,17 +53,14 @@ def pd_table1(family):
     def R(key, method, tune=NO_TUNING):
         return pd_recipe(family, key, method, tune)
 
-    def gradient(t, lr, steps=100, **kw):
-        return Tune(t, (("steps", steps), ("lr", lr)), **kw)
-
     return [
         R("pdt", "Prompt-DT"),
-        R("full", "Prompt-DT-FT", gradient("full", 1e-4)),
-        R("soft", "Soft Prompt", gradient("soft", 1e-2)),
-        R("adapter", "Adaptor", gradient("adapter", 1e-3)),
+        R("full", "Prompt-DT-FT", gradient("full")),
+        R("soft", "Soft Prompt", gradient("soft")),
+        R("adapter", "Adaptor", gradient("adapter")),
         R("ranking", "Prompt-Tuning DT", search("ranking")),
         R("diffuser", "Prompt Diffuser", diffuse()),
-        R("full-data", "Full data (upper bound)", gradient("full", 1e-4, 1000, demos=0)),
+        R("full-data", "Full data (upper bound)", gradient("full", 1000, demos=0)),
     ]
 
 
@@ -120,11 +113,13 @@ def pd_table3(family="ant-dir-ood"):
 def pd_init(family="cheetah-vel"):
     "Every tuner from every initial prompt."
 
-    def soft(q):
-        return Tune("soft", (("steps", 100), ("lr", 1e-2)), prompt_quality=q)
-
     return [r for r in pd_table2(family) if "no data" in r.method or "expert data" in r.method] + [
-        pd_recipe(family, "soft" if q == "expert" else f"soft-{q}", f"Soft Prompt, expert data, {q} prompt", soft(q))
+        pd_recipe(
+            family,
+            "soft" if q == "expert" else f"soft-{q}",
+            f"Soft Prompt, expert data, {q} prompt",
+            gradient("soft", prompt_quality=q),
+        )
         for q in QUALITIES
     ]
 
@@ -132,24 +127,21 @@ def pd_init(family="cheetah-vel"):
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #60be8f84
 def pd_guidance(family):
     "Figure 3: how the two gradients are joined."
-    names = dict(dm="DM only", dt="DT only", sum="sum", conflict="projection, on conflict only", always="projection")
-    return [
-        pd_recipe(family, "diffuser" if g == "always" else f"diffuser-{g}", n, diffuse(guidance=g))
-        for g, n in names.items()
-    ]
+    names = dict(dm="DM only", dt="DT only", sum="sum", conflict="projection, on conflict only")
+    main = pd_recipe(family, "diffuser", "projection", diffuse())
+    return [pd_recipe(family, f"diffuser-{g}", n, diffuse(guidance=g)) for g, n in names.items()] + [main]
 
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #a7bd21b6
-def pd_sweep(name, values, family="cheetah-vel"):
-    return {
-        f"{name} = {v}": pd_recipe(
-            family,
-            "diffuser" if v == dict(diffuse().hyper)[name] else f"diffuser-{name}-{v}",
-            f"{name} = {v}",
-            diffuse(**{name: v}),
-        )
-        for v in values
-    }
+def pd_sweep(name, values, main, family="cheetah-vel"):
+    "One hyper-parameter varied, {label: recipe}; `main` is the tuner's own value, whose run is the main table's."
+
+    def R(v):
+        own = v == main
+        key, tune = ("diffuser", diffuse()) if own else (f"diffuser-{name}-{v}", diffuse(**{name: v}))
+        return pd_recipe(family, key, f"{name} = {v}", tune)
+
+    return {f"{name} = {v}": R(v) for v in values}
 
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #3a630d75
@@ -218,9 +210,9 @@ PAPER = Paper(PD, "Prompt Tuning with Diffusion for Few-Shot Pre-trained Policy 
 _table2, _table3, _init = pd_table2(), pd_table3(), pd_init()
 _guidance = [r for f in TABLE_FAMILIES for r in pd_guidance(f)]
 _sweeps = {
-    "N": list(pd_sweep("N", (5, 10, 20, 50)).values()),
-    "lam": list(pd_sweep("lam", (0.1, 1.0, 10.0)).values()),
-    "schedule": list(pd_sweep("schedule", ("vp", "linear", "cosine")).values()),
+    "N": list(pd_sweep("N", (5, 10, 20, 50), main=10).values()),
+    "lam": list(pd_sweep("lam", (0.1, 1.0, 10.0), main=1.0).values()),
+    "schedule": list(pd_sweep("schedule", ("vp", "linear", "cosine"), main="vp").values()),
 }
 _lengths = pd_lengths()
 _windows = {(f, k): r for f in ("cheetah-vel", "ant-dir") for k, r in pd_windows(f).items()}

@@ -12,11 +12,11 @@ __all__ = [
     "PTDT",
     "TABLE_FAMILIES",
     "NO_TUNING",
-    "SEARCH",
     "PAPER",
     "PROTOCOL",
     "pretrains",
     "search",
+    "gradient",
     "table1_recipes",
     "control_recipes",
     "ablation",
@@ -29,7 +29,6 @@ __all__ = [
 PTDT = "prompt_tuning_dt"
 TABLE_FAMILIES = ("cheetah-dir", "cheetah-vel", "ant-dir")
 NO_TUNING = Tune()
-SEARCH = dict(steps=100, m=15, mu=0.1, eta=0.5, momentum=0.5, batches=2)
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #433b7202
@@ -44,10 +43,15 @@ def pretrains(family, **kw):
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #25000f04
 def search(tuner, **kw):
-    "Tune by a search over the prompt: hyper-parameters of all searches, and this one's own."
-    demos = {k: kw.pop(k) for k in list(kw) if k in ("prompt_quality", "demo_quality")}
-    hyper = {k: v for k, v in SEARCH.items() if tuner in ("ranking", "es") or k not in ("eta", "momentum")}
-    return Tune(tuner, tuple({**hyper, **kw}.items()), **demos)
+    "Tune by a search over the prompt, all with the same budget; `kw` are fields of the tuner or of Tune."
+    own = {k: kw.pop(k) for k in list(kw) if k in Tune.__dataclass_fields__}
+    return Tune(tuner, tuple(dict(dict(steps=100, m=15, batches=2), **kw).items()), **own)
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00002
+def gradient(tuner, steps=100, **kw):
+    "Tune by gradient; `kw` are fields of Tune."
+    return Tune(tuner, (("steps", steps),), **kw)
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #985e0d17
@@ -58,18 +62,15 @@ def table1_recipes(family):
     def R(key, method, policy="prompt-dt", tune=NO_TUNING):
         return Recipe(PTDT, family, method, key, p[policy], tune)
 
-    def gradient(t, lr):
-        return Tune(t, (("steps", 100), ("lr", lr)))
-
     return [
         R("mt-orl", "MT-ORL", "mt-orl"),
-        R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full", lr=1e-4)),
+        R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full")),
         R("pdt", "Prompt-DT, expert prompt"),
         R("pdt-random", "Prompt-DT, random prompt", tune=Tune(prompt_quality="random")),
-        R("full", "Prompt-DT-FT", tune=gradient("full", lr=1e-4)),
-        R("soft", "Soft Prompt", tune=gradient("soft", lr=1e-2)),
-        R("adapter", "Adaptor", tune=gradient("adapter", lr=1e-3)),
-        R("lora", "LoRA", tune=gradient("lora", lr=1e-3)),
+        R("full", "Prompt-DT-FT", tune=gradient("full")),
+        R("soft", "Soft Prompt", tune=gradient("soft")),
+        R("adapter", "Adaptor", tune=gradient("adapter")),
+        R("lora", "LoRA", tune=gradient("lora")),
         R("ranking", "PTDT-offline, expert prompt", tune=search("ranking")),
         R("ranking-random", "PTDT-offline, random prompt", tune=search("ranking", prompt_quality="random")),
         R("online", "PTDT-online, expert prompt", tune=search("ranking", online=True)),
@@ -87,7 +88,7 @@ def control_recipes(family):
     return [
         R("hill", "Hill climbing (control)", search("hill")),
         R("es", "Evolution strategy (control)", search("es")),
-        R("gradient", "Gradient on the prompt (control)", Tune("gradient", (("steps", 100), ("lr", 1e-2)))),
+        R("gradient", "Gradient on the prompt (control)", gradient("gradient")),
         R("resample", "Re-sampled prompts (control)", search("resample")),
     ]
 

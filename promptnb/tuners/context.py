@@ -123,7 +123,7 @@ class ContextVectors(PromptTuner):
     "L x d numbers a task, by AdamW on the (weighted) action error; nothing else moves."
 
     L: int = 5  # 1, 5, 10 or 20 in the exhibits; assumed
-    towards: str = "best"  # or 'advantage', 'return'; 'shuffled' is a control; assumed
+    towards: str = "return"  # or 'best', 'advantage'; 'shuffled' is a control; assumed
     top: float = 0.1  # share of trajectories that 'best' keeps
     beta: float = 1.0  # of 'advantage', in standard deviations; assumed
     begin: str = "random"  # or 'encoded': what the policy's context encoder writes for the drawn prompt (then L is the encoder's)
