@@ -1,9 +1,10 @@
 # Needs Python >= 3.11 and make; everything else goes into .venv.
 PYTHON ?= python3
 TORCH ?=
-CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 LAB_ARGS ?=
-EXTRAS ?= metaworld,kitchen,atari,smax,crafter,llm
+EXTRAS ?= metaworld,kitchen,atari,smax,crafter,llm,dev
+WORKERS ?= $(CORES)
 EXHIBITS ?= --exhibit table1 --exhibit fig3 --exhibit fig5 --exhibit pdt_fig2
 
 PAPER := prompt_tuning_dt
@@ -11,14 +12,30 @@ READY := .venv/.ready
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: reproduce test lab readme readme-text clean help
+.PHONY: reproduce test test-all lint fix lab readme readme-text clean help
 
 reproduce: $(READY) ## table 1 and figure 3 of Prompt-Tuning DT at laptop scale
 	$(BIN)/promptnb run $(PAPER) --scale laptop $(EXHIBITS) --cores $(CORES)
 	$(BIN)/promptnb render $(PAPER) --scale laptop $(EXHIBITS)
 
-test: $(READY) .venv/.extras-$(EXTRAS) ## all tests (EXTRAS= for the parts without extras)
-	@$(BIN)/python -m pytest tests -q
+PYTEST := $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadgroup
+
+test: $(READY) .venv/.extras-$(EXTRAS) lint ## the tests, on all cores (EXTRAS=dev: without what needs extras)
+	@$(PYTEST) -m "not long"
+
+test-all: $(READY) .venv/.extras-$(EXTRAS),browser lint ## long tests too, and JupyterLab in a browser
+	@$(PYTEST)
+
+lint: $(READY) .venv/.extras-$(EXTRAS) ## is the code laid out as ruff.toml says?
+	@$(BIN)/ruff format --check -q . || { echo "not formatted: run make fix" >&2; exit 1; }
+	@$(BIN)/ruff check -q .
+
+fix: $(READY) .venv/.extras-$(EXTRAS) ## format notebooks and code, export the package, clean the notebooks
+	@$(BIN)/ruff check -q --fix . || true
+	@$(BIN)/ruff format -q .
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+	@$(BIN)/ruff format -q .
 
 lab: $(READY) ## the notebooks in JupyterLab (LAB_ARGS="--port 9000" passes options on)
 	@$(BIN)/python -m ipykernel install --sys-prefix --name promptnb --display-name promptnb
@@ -35,7 +52,7 @@ clean: ## remove .venv, caches and builds; data, results and figures stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1~\2/p' $(MAKEFILE_LIST) | awk -F~ '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1~\2/p' $(MAKEFILE_LIST) | awk -F~ '{printf "%-16s %s\n", $$1, $$2}'
 	@echo
 	@echo 'PYTHON=python3.12    which Python makes .venv (>= 3.11)'
 	@echo 'CORES=4              how many runs at a time (default: all cores, here $(CORES))'
@@ -53,6 +70,6 @@ $(READY): settings.ini setup.py
 	$(BIN)/python -m pip install -q -e .
 	@touch $@
 
-.venv/.extras-$(EXTRAS): $(READY)
-	$(if $(EXTRAS),@$(BIN)/python -m pip install -q -e ".[$(EXTRAS)]")
+.venv/.extras-%: $(READY)
+	@$(BIN)/python -m pip install -q -e ".[$*]"
 	@touch $@

@@ -5,25 +5,42 @@ import shutil
 from pathlib import Path
 
 import pytest
+from threadpoolctl import threadpool_limits
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", MPLBACKEND="Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a toy on two busy threads waits for the slower one
+# One thread: a toy on two busy threads waits for the slower one, and sums of floats depend on their number.
+THREADS = dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+os.environ.update(THREADS, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", MPLBACKEND="Agg")
+threadpool_limits(1)  # of libraries that a plugin of pytest has imported before
+
 ROOT = Path(__file__).resolve().parent.parent
+READ_AT_RUN_TIME = ("nbs", "workflow", "data/experts", "data/reported")
 
 
 @pytest.fixture
 def tmp_home(tmp_path, monkeypatch):
     "A workbook of its own: a copy of what is committed and read at run time, no datasets, runs or results."
     home = tmp_path / "home"
-    for name in ("nbs", "workflow", "data/experts", "data/reported"):
+    for name in READ_AT_RUN_TIME:
         if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints", ".snakemake"))
+            hidden = shutil.ignore_patterns(".ipynb_checkpoints", ".snakemake")
+            shutil.copytree(ROOT / name, home / name, ignore=hidden)
     shutil.copy(ROOT / "settings.ini", home)
     monkeypatch.setenv("PROMPTNB_HOME", str(home))
     monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
     return home
 
 
+# Tests of these files need nothing of one another: any worker takes them. The others keep to one worker a file.
+SPREAD = ("test_notebooks.py", "test_project.py")
+
+
 def pytest_collection_modifyitems(items):
-    "Tests that fork come first: JAX, once another test has started it, has threads that do not survive a fork."
+    "Files that fork come first: JAX, once another test has started it, has threads that do not survive a fork."
     items.sort(key=lambda i: i.path.name != "test_faults.py")
+    for item in items:
+        if item.path.name not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; `make test-all` runs it, `make test` does not")

@@ -277,7 +277,8 @@ def test_all_recipes_are_of_this_paper_and_offline():
         r.paper for r in rc.RECIPES.values() if r.offline
     } == {PAPER}
     assert all(
-        set(e.recipes) <= set(R.PAPER.recipes) and e.families == tuple(dict.fromkeys(R.PAPER.recipes[i].family for i in e.recipes))
+        set(e.recipes) <= set(R.PAPER.recipes)
+        and e.families == tuple(dict.fromkeys(R.PAPER.recipes[i].family for i in e.recipes))
         for e in rc.exhibits(PAPER)
     )
 
