@@ -19,8 +19,12 @@ import time
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 # %% auto #0
 __all__ = [
@@ -67,7 +71,7 @@ __all__ = [
 
 # %% ../nbs/00_core.ipynb #de71b579
 class PromptnbError(Exception):
-    "Something the user can mend; the message is one line that says what and how."
+    "A user error: its message is one line that says what is wrong and how to mend it."
 
 
 # %% ../nbs/00_core.ipynb #5ec7321f
@@ -77,13 +81,11 @@ def check_choice(name, options, what="name"):
     if str(name) in options:
         return name
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.4)
-    hint = (
-        f"did you mean '{near[0]}'?"
-        if near
-        else "there are none."
-        if not options
-        else f"choose one of: {', '.join(options[:12])}"
-    )
+    hint = "there are none."
+    if near:
+        hint = f"did you mean '{near[0]}'?"
+    elif options:
+        hint = f"choose one of: {', '.join(options[:12])}"
     raise PromptnbError(f"unknown {what} '{name}': {hint}")
 
 
@@ -98,26 +100,31 @@ def root() -> Path:
 
 # %% ../nbs/00_core.ipynb #a110db6b
 def data_dir() -> Path:
+    "Everything that is read or made: datasets, runs, results, published numbers."
     return root() / "data"
 
 
 # %% ../nbs/00_core.ipynb #ac5deee6
 def minari_dir() -> Path:
+    "Datasets: $MINARI_DATASETS_PATH, else data/minari."
     return Path(os.environ.get("MINARI_DATASETS_PATH") or data_dir() / "minari")
 
 
 # %% ../nbs/00_core.ipynb #70423043
 def runs_dir() -> Path:
+    "Checkpoints and executed notebooks."
     return data_dir() / "runs"
 
 
 # %% ../nbs/00_core.ipynb #a70ac8dc
 def results_dir(paper) -> Path:
+    "Records of a paper's finished runs."
     return data_dir() / "results" / paper
 
 
 # %% ../nbs/00_core.ipynb #518edc45
 def figures_dir(paper) -> Path:
+    "Tables and figures of a paper."
     return root() / "figures" / paper
 
 
@@ -136,7 +143,9 @@ def rng_for(*parts) -> np.random.Generator:
 # %% ../nbs/00_core.ipynb #bfec114f
 @dataclass(frozen=True)
 class Steps:
-    "Left-padded windows of steps. Leading dimensions are free: (B, K) in training, (G, m, K) when m prompts of G tasks are tried."
+    """Left-padded windows of steps.
+
+    Leading dimensions are free: (B, K) in training, (G, m, K) when m prompts of G tasks are tried."""
 
     s: torch.Tensor  # (..., K, S) float32, normalised
     a: torch.Tensor  # (..., K, A) float32
@@ -145,9 +154,11 @@ class Steps:
     mask: torch.Tensor  # (..., K)    float32, 1 on real steps
 
     def map(self, f):
+        "The steps with `f` applied to every tensor."
         return Steps(*(f(getattr(self, n.name)) for n in fields(self)))
 
     def to(self, device):
+        "The steps on a device."
         return self.map(lambda x: x.to(device))
 
     def __getitem__(self, i):
@@ -170,6 +181,7 @@ class Batch:
     task: torch.Tensor | None = None  # (B,) int64: which of the sampler's tasks, counted from 0
 
     def to(self, device):
+        "The batch on a device."
         return Batch(
             self.history.to(device),
             self.prompt and self.prompt.to(device),
@@ -182,7 +194,9 @@ class Batch:
 
 # %% ../nbs/00_core.ipynb #32b498d9
 def action_loss(pred, target, mask, reduction="mean"):
-    "MSE over real steps: pred, target (..., K, A), mask (..., K). 'mean' over all real steps, or 'none': one value per row (...)."
+    """Mean squared error over real steps: pred, target (..., K, A), mask (..., K).
+
+    `reduction` is 'mean' over all real steps, or 'none': one value per row (...)."""
     return over_steps(((pred - target) ** 2).mean(-1), mask, reduction)
 
 
@@ -374,6 +388,7 @@ def disk_error(e: Exception, path):
 
 # %% ../nbs/00_core.ipynb #5dccd80d
 def write_json(path, x):
+    "Write `x` as JSON, all or nothing; returns the path."
     return write_atomic(path, (json.dumps(plain(x), indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -431,13 +446,9 @@ def save_tensors(path, tensors: dict, meta: dict):
     return path
 
 
-# %% ../nbs/00_core.ipynb #b99732a6
-def load_tensors(path, config=None):
-    "Read (tensors, meta) after checking existence, format, hash and, where given, the configuration; refusals name the file."
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    path = Path(path)
+# %% ../nbs/00_core.ipynb #c0dechk1
+def _read_meta(path):
+    # the JSON beside a checkpoint: there, its own, and of a format that we read
     if path.suffix != ".safetensors":
         raise PromptnbError(f"{path} is not a .safetensors file: nothing else is opened")
     if not path.with_suffix(".json").exists():
@@ -446,9 +457,21 @@ def load_tensors(path, config=None):
     if not isinstance(meta, dict) or meta.pop("own", None) != fingerprint(meta, 64):
         raise PromptnbError(f"{path.with_suffix('.json')} is damaged (its hash is not its own)")
     if meta["format"] > FORMAT:
-        raise PromptnbError(
-            f"{path} has format {meta['format']}, newer than this promptnb reads ({FORMAT}): update promptnb"
-        )
+        newer = f"{path} has format {meta['format']}, newer than this promptnb reads ({FORMAT})"
+        raise PromptnbError(f"{newer}: update promptnb")
+    return meta
+
+
+# %% ../nbs/00_core.ipynb #b99732a6
+def load_tensors(path, config=None):
+    """Read (tensors, meta) after checking existence, format, hash and, where given, the configuration.
+
+    Each refusal is a PromptnbError that names the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = Path(path)
+    meta = _read_meta(path)
     if config is not None and (diff := differing(meta.get("config", {}), plain(config))):
         raise PromptnbError(f"{path} is of another run: {diff}; go on as it began, or delete {path.parent}")
     data = path.read_bytes() if path.exists() else b""
@@ -463,13 +486,16 @@ def load_tensors(path, config=None):
 # %% ../nbs/00_core.ipynb #52afc78c
 def differing(a: dict, b: dict, at="") -> str:
     "The keys in which two configurations differ, with both values; empty if none. Nested ones are named 'fit.lr'."
-    both = [(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
-    return ", ".join(
-        differing(x, y, f"{at}{k}.")
-        if isinstance(x, dict) and isinstance(y, dict)
-        else f"{at}{k}: {x!r} there, {y!r} here"
-        for k, x, y in both
-    )
+    changed = []
+    for key in sorted({*a, *b}):
+        there, here = a.get(key), b.get(key)
+        if there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            changed.append(differing(there, here, f"{at}{key}."))
+        else:
+            changed.append(f"{at}{key}: {there!r} there, {here!r} here")
+    return ", ".join(changed)
 
 
 # %% ../nbs/00_core.ipynb #8d749570
@@ -482,21 +508,23 @@ class Checkpoints:
     keep: int = 2
 
     def paths(self):
+        "The JSON files of all checkpoints, the newest first."
         return sorted(Path(self.folder).glob("step-*.json"), reverse=True)
 
     def save(self, step, tensors, **meta):
-        save_tensors(
-            Path(self.folder) / f"step-{step:09d}.safetensors", tensors, dict(meta, step=step, config=self.config)
-        )
+        "Write the checkpoint of a step, then delete all but the newest `keep`."
+        path = Path(self.folder) / f"step-{step:09d}.safetensors"
+        save_tensors(path, tensors, dict(meta, step=step, config=self.config))
         keep = {p.stem for p in self.paths()[: self.keep]}
-        for old in sorted(
-            Path(self.folder).glob("*step-*")
-        ):  # JSON before tensors; also what a killed run left half written
+        # in this order JSON goes before its tensors; what a killed run left half written goes too
+        for old in sorted(Path(self.folder).glob("*step-*")):
             if old.stem not in keep:
                 old.unlink()
 
     def latest(self):
-        "The newest sound checkpoint as (tensors, meta), or None. Each damaged one is named and passed over; another run's is an error."
+        """The newest sound checkpoint as (tensors, meta), or None.
+
+        A damaged one is named and passed over; another run's, or a newer format, is a PromptnbError."""
         for p in self.paths():
             try:
                 return load_tensors(p.with_suffix(".safetensors"), self.config)
@@ -531,11 +559,13 @@ def minari_dataset(id_, download=False):
     import minari
     from minari.storage import get_dataset_path
 
-    if not (local := get_dataset_path(id_) / "data").exists() and not (download and server_answers()):
+    local = get_dataset_path(id_) / "data"
+    if not local.exists() and not (download and server_answers()):
+        folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
+        silent = ", and its server does not answer" if download else ""
         raise PromptnbError(
-            f"Minari dataset '{id_}' is not in {os.environ.get('MINARI_DATASETS_PATH', '~/.minari/datasets')}"
-            + (", and its server does not answer" if download else "")
-            + f": run `minari download {id_}` on a machine with a network, and set MINARI_DATASETS_PATH to the folder it is in"
+            f"Minari dataset '{id_}' is not in {folder}{silent}: run `minari download {id_}` on a machine with a"
+            " network, and set MINARI_DATASETS_PATH to the folder it is in"
         )
     try:
         return minari.load_dataset(id_, download=download and not local.exists())
@@ -548,7 +578,9 @@ def minari_dataset(id_, download=False):
 # %% ../nbs/00_core.ipynb #89b0c934
 @contextlib.contextmanager
 def run_lock(folder, wait=0):
-    "Hold a run folder; a second holder is refused and told who holds it, after `wait` seconds (-1: it waits as long as it takes)."
+    """Hold a run folder; a second holder is refused after `wait` seconds and told who holds it.
+
+    With `wait=-1` it waits as long as it takes."""
     from filelock import FileLock, Timeout
 
     folder = Path(folder)

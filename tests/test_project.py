@@ -1,4 +1,4 @@
-"What the project promises about its own files. Each check names what is wrong in a root, and is shown a broken copy too."
+"What the project promises of its own files. Each check names what is wrong in a root, and is shown a broken copy too."
 
 import ast
 import configparser
