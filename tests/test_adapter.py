@@ -14,8 +14,8 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from promptnb.core import PromptnbError, read_json, sha256_file
-from promptnb.llm import PARENTS, Request, add_lines, exchanges, parse
+from promptnb.core import PromptnbError, append_jsonl, read_json, sha256_file
+from promptnb.llm import PARENTS, Request, exchanges, parse
 from promptnb.llm import adapter as A
 from promptnb.llm.adapter import (
     SFT,
@@ -154,10 +154,9 @@ def test_rows_from_a_real_log(tmp_path):
     def new(step, l, done, z):
         return dict(env=0, step=step, episode=0, prompt=[], response=z, did="noop", l=l, unlocked=done)
 
-    add_lines(
-        tmp_path / "log.jsonl", [new(0, 0.5, [], "x"), new(100, 0.7, ["eat_cow"], "y"), new(200, 0.2, ["eat_cow"], "z")]
-    )
-    log = exchanges(tmp_path / "log.jsonl")
+    path = tmp_path / "log.jsonl"
+    append_jsonl(path, new(0, 0.5, [], "x"), new(100, 0.7, ["eat_cow"], "y"), new(200, 0.2, ["eat_cow"], "z"))
+    log = exchanges(path)
     assert [[r["response"] for r in sft_rows(log, t)] for t in TARGETS] == [["x", "y", "z"], ["x"], ["x"], ["x"]]
 
 

@@ -507,7 +507,7 @@ def test_switches():
     e = llm.encoder("hash")
 
     def heard(**kw):
-        return Guidance(None, Rules(), e, **kw).hear(s, "chop tree")
+        return Guidance(None, Rules(), e, **kw).assess(s, "chop tree")
 
     assert (
         heard()[0].count("move_left") == 99
@@ -515,7 +515,7 @@ def test_switches():
         and heard(history="events")[0] == "chop tree, attack cow"
         and heard(history="events")[1] > heard()[1]
     )
-    assert Guidance(None, Rules()).hear(s, "sleep")[1] is None
+    assert Guidance(None, Rules()).assess(s, "sleep")[1] is None
     refused(Guidance, None, Rules(), history="action", says=("history", "actions"))
     refused(Guidance, says=("decision",))
 

@@ -27,8 +27,8 @@ from test_papers import SMOKE, cli, new_home, went
 
 from promptnb import jobs, llm, online, stages
 from promptnb import recipes as rc
-from promptnb.core import PromptnbError, Row, read_json, sha256_file
-from promptnb.llm import Guidance, adapter, exchanges, json_lines
+from promptnb.core import PromptnbError, Row, read_json, read_jsonl, sha256_file
+from promptnb.llm import Guidance, adapter, exchanges
 from promptnb.llm.backends import Cassette, Local, Server
 from promptnb.online import PPOConfig, Trainer
 from promptnb.recipes import rladapter as R
@@ -310,7 +310,7 @@ def test_queries_are_accounted_for(arm, arms):
         x["reply"]["tokens_out"]
         for p in folder(home, rec).glob("*.jsonl")
         if p.stem != "exchanges"
-        for x in json_lines(p)
+        for x in read_jsonl(p)
     ]
     assert all(n <= x.tokens for n in tapes)
     two = arm in ("untuned", "adapter", "released", "no-score")
@@ -458,10 +458,10 @@ def test_unbroken(unbroken):
         and read_json(f / "adapter-1" / "facts.json")["rows"] + read_json(f / "adapter-1" / "facts.json")["held"]
         == len([e for e in stage if e["response"]])
     )
-    names = [{x["name"] for x in json_lines(p)} for p in (f / "adapter.jsonl", f / "final" / "adapter.jsonl")]
+    names = [{x["name"] for x in read_jsonl(p)} for p in (f / "adapter.jsonl", f / "final" / "adapter.jsonl")]
     a, b = (Local(p).name for p in (adapter.tiny("adapter"), f / "adapter-1"))
     assert names == [{a, b}, {b}] and a != b
-    by = {x["key"]: x["name"] for x in json_lines(f / "adapter.jsonl")}
+    by = {x["key"]: x["name"] for x in read_jsonl(f / "adapter.jsonl")}
     order = list(by.values())
     assert order == sorted(order, key=[a, b].index)
     tape = Cassette(f / "adapter.jsonl", name=a)
