@@ -45,7 +45,8 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 	@$(MAKE) -s readme-text > .README.tmp && mv .README.tmp README.md
 
 readme-text: $(READY)
-	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed 's#](\([^):]*\.ipynb\))#](nbs/\1)#g'
+	@$(BIN)/jupyter nbconvert --to markdown --no-input --stdout --log-level ERROR nbs/index.ipynb \
+	  | sed -e 's#](\([^):]*\.ipynb\))#](nbs/\1)#g' -e 's#](\.\./#](#g'
 
 clean: ## remove .venv, caches and builds; data, results and figures stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .snakemake

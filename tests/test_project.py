@@ -537,6 +537,14 @@ def test_circles_see_every_form(a, b, ok, tmp_path):
     assert (not circles(tmp_path)) == ok
 
 
+def test_readme_counts_what_is_there():
+    from promptnb.recipes import EXHIBITS
+
+    unknown = sum(bool(e.unknown) for e in EXHIBITS.values())
+    said = f"{len(EXHIBITS)} tables and figures of 5 papers are listed; {len(EXHIBITS) - unknown} can be run"
+    assert f"{said}, and {unknown} say why they cannot" in (ROOT / "README.md").read_text()
+
+
 # ---- start-up
 
 
