@@ -39,25 +39,23 @@ def follow(vec, row, seed, others, steps=25):
 def test_family_and_emulator_agree(name):
     vec, fam = rows(name, 1), tasks.family(name)
     obs, _ = vec.reset(seed=0)
-    assert obs.shape == (1, *fam.state_shape) and obs.dtype == np.uint8 and int(np.prod(obs.shape)) == fam.state_dim
+    assert obs.shape == (1, *fam.state_shape)
+    assert obs.dtype == np.uint8
+    assert int(np.prod(obs.shape)) == fam.state_dim
     assert vec.ale.single_action_space.n == vec.single_action_space.n == fam.act_dim
     obs, r, term, trunc, info = vec.step(np.eye(fam.act_dim)[[1]])
-    assert (
-        obs in vec.observation_space
-        and r.dtype == np.float64
-        and term.dtype == trunc.dtype == bool
-        and info["lives"].shape == (1,)
-    )
+    assert obs in vec.observation_space
+    assert r.dtype == np.float64
+    assert term.dtype == trunc.dtype == bool
+    assert info["lives"].shape == (1,)
 
 
 def test_protocol_is_the_standard_one():
     p = atari.PROTOCOL
-    assert (
-        not p["episodic_life"]
-        and not p["reward_clipping"]
-        and p["repeat_action_probability"] == 0
-        and (p["frameskip"], p["noop_max"]) == (4, 30)
-    )
+    assert not p["episodic_life"]
+    assert not p["reward_clipping"]
+    assert p["repeat_action_probability"] == 0
+    assert (p["frameskip"], p["noop_max"]) == (4, 30)
     assert all(tasks.family(n).horizon * p["frameskip"] == atari.FRAMES for n in GAMES)
 
 
@@ -67,7 +65,9 @@ def test_a_row_depends_on_its_own_seed_alone():
         follow(rows("breakout", 3), 2, 7, 5),
         follow(rows("breakout", 1), 0, 8, 1),
     )
-    assert (a[0] == b[0]).all() and (a[1] == b[1]).all() and not (a[0] == c[0]).all()
+    assert (a[0] == b[0]).all()
+    assert (a[1] == b[1]).all()
+    assert not (a[0] == c[0]).all()
 
 
 def test_resets_without_a_seed_go_on_reproducibly():
@@ -87,15 +87,14 @@ def test_ended_rows_are_frozen_until_reset():
     for _ in range(2):
         last, *_ = vec.step([1, 2])
     obs, r, term, trunc, _ = vec.step([2, 2])
-    assert (
-        trunc.tolist() == [True, True]
-        and not term.any()
-        and r[0] == 0
-        and (obs[0] == last[0]).all()
-        and not (obs[1] == last[1]).all()
-    )
+    assert trunc.tolist() == [True, True]
+    assert not term.any()
+    assert r[0] == 0
+    assert (obs[0] == last[0]).all()
+    assert not (obs[1] == last[1]).all()
     fresh, _ = vec.reset(seed=[5, 5], options=dict(reset_mask=np.array([True, False])))
-    assert (fresh[1] == obs[1]).all() and vec.step([0, 0])[3].tolist() == [False, True]
+    assert (fresh[1] == obs[1]).all()
+    assert vec.step([0, 0])[3].tolist() == [False, True]
 
 
 def test_a_lost_game_terminates_and_earns_nothing_more():
@@ -107,7 +106,11 @@ def test_a_lost_game_terminates_and_earns_nothing_more():
         if over := term[0]:
             break
     again, r, term, *_ = vec.step([1])
-    assert over and info["lives"][0] == 0 and term[0] and r[0] == 0 and (again == obs).all()
+    assert over
+    assert info["lives"][0] == 0
+    assert term[0]
+    assert r[0] == 0
+    assert (again == obs).all()
 
 
 @pytest.mark.filterwarnings("ignore")  # the checker remarks that images are not (H, W, 3)
@@ -120,7 +123,8 @@ def test_the_single_environment_is_the_same_game():
     for k in (1, 2, 2, 3, 0):
         assert (a == b).all()
         a, b = env.step(k)[0], vec.step([k])[0][0]
-    assert env.render().shape == (210, 160, 3) and env.spec.max_episode_steps == 27_000
+    assert env.render().shape == (210, 160, 3)
+    assert env.spec.max_episode_steps == 27_000
     check_env(env.unwrapped)
 
 
@@ -132,12 +136,11 @@ def shipped():
 def test_cards_are_measured(name):
     p = atari.load(name)
     c = p.card
-    assert (
-        c["family"] == name
-        and c["bytes"] < 1_000_000
-        and c["margin"] == pytest.approx((c["expert_mean_return"] - c["random_mean_return"]) / 2)
-    )
-    assert p.snapshots[-1]["mean_return"] == c["expert_mean_return"] and len(p.layers[0][0]) == len(p.snapshots)
+    assert c["family"] == name
+    assert c["bytes"] < 1_000_000
+    assert c["margin"] == pytest.approx((c["expert_mean_return"] - c["random_mean_return"]) / 2)
+    assert p.snapshots[-1]["mean_return"] == c["expert_mean_return"]
+    assert len(p.layers[0][0]) == len(p.snapshots)
 
 
 def test_the_expert_beats_random_play_by_its_margin():
@@ -176,7 +179,8 @@ def test_damaged_or_missing_policies_are_one_line(tmp_path):
 
 def test_frames_of_any_source_become_what_the_agent_sees():
     x = np.random.default_rng(0).integers(0, 256, (2, 4, 84, 84), np.uint8)
-    assert (atari.gray84(x) == x[:, -1]).all() and (atari.gray84(x[:, 0]) == x[:, 0]).all()
+    assert (atari.gray84(x) == x[:, -1]).all()
+    assert (atari.gray84(x[:, 0]) == x[:, 0]).all()
     assert (atari.gray84(np.full((1, 210, 160, 3), 90, np.uint8)) == 90).all()
     assert (atari.gray84(np.kron(x[:, 0], np.ones((2, 2), np.uint8))) == x[:, 0]).all()  # exact halves
     with pytest.raises(PromptnbError, match=r"frames are float64 \(2, 84\)"):
@@ -212,12 +216,10 @@ def test_minari_episodes(tmp_path, monkeypatch):
         jpeg_encoding=False,
     )
     (one,) = atari.from_minari_atari(ds, "pong")
-    assert (
-        one["observations"].shape == (3, 84, 84)
-        and one["observations"].dtype == np.uint8
-        and one["actions"].tolist() == [0, 5, 2]
-        and one["rewards"].tolist() == [0, -1, 1]
-    )
+    assert one["observations"].shape == (3, 84, 84)
+    assert one["observations"].dtype == np.uint8
+    assert one["actions"].tolist() == [0, 5, 2]
+    assert one["rewards"].tolist() == [0, -1, 1]
     with pytest.raises(PromptnbError, match="6 actions, but breakout has 4"):
         atari.from_minari_atari(ds, "breakout")
 
@@ -242,14 +244,10 @@ def test_dqn_replay_is_split_at_terminals(tmp_path):
     write_part(tmp_path, 10, terminal=(9,))
     write_part(tmp_path, 2, terminal=())
     eps = atari.from_dqn_replay(tmp_path)
-    assert [len(e["actions"]) for e in eps] == [4, 4, 2, 10, 10] and [int(e["observations"][0, 0, 0]) for e in eps] == [
-        0,
-        0,
-        0,
-        2,
-        10,
-    ]
-    assert eps[1]["actions"].tolist() == [4, 5, 6, 7] and eps[0]["rewards"].dtype == np.float64
+    assert [len(e["actions"]) for e in eps] == [4, 4, 2, 10, 10]
+    assert [int(e["observations"][0, 0, 0]) for e in eps] == [0, 0, 0, 2, 10]
+    assert eps[1]["actions"].tolist() == [4, 5, 6, 7]
+    assert eps[0]["rewards"].dtype == np.float64
     assert [len(e["actions"]) for e in atari.from_dqn_replay(tmp_path, parts=[0], steps=6)] == [4, 2]
 
 

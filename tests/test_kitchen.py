@@ -51,18 +51,21 @@ def test_equals_the_package_bit_for_bit():
         a = rng.uniform(-1, 1, 9).astype(np.float32)
         o, r, *_ = ours.step(a)
         o2, r2, *_ = theirs.step(a.astype(float))
-        assert np.array_equal(o, o2["observation"].astype(np.float32)) and r == r2
+        assert np.array_equal(o, o2["observation"].astype(np.float32))
+        assert r == r2
 
 
 def test_an_episode_depends_on_its_seed_alone(played):
     s, a, r, vec = played
     again = kitchen.Script(vec.envs[0].unwrapped, 2, kitchen.NOISE, np.random.default_rng(0))
     s2, a2, r2 = play(vec, [5, 6], again, 60)  # the same rows, which have moved
-    assert np.array_equal(s[:61], s2) and np.array_equal(a[:60], a2)
+    assert np.array_equal(s[:61], s2)
+    assert np.array_equal(a[:60], a2)
     three = tasks.lock_step("kitchen", [0] * 3)
     t = iter(range(60))  # another row, other neighbours
     s3, *_ = play(three, [9, 6, 5], lambda obs: np.stack([np.ones(9, np.float32), *a[next(t), ::-1]]), 60)
-    assert np.array_equal(s3[:, 1], s[:61, 1]) and np.array_equal(s3[:, 2], s[:61, 0])
+    assert np.array_equal(s3[:, 1], s[:61, 1])
+    assert np.array_equal(s3[:, 2], s[:61, 0])
     assert not np.array_equal(s3[1, 0], s3[1, 1])
 
 
@@ -72,7 +75,8 @@ def test_rows_are_reset_by_a_mask(played):
     vec.step(np.ones((2, 9)))
     kept, _ = vec.reset(seed=[7, 8], options=dict(reset_mask=np.array([True, False])))
     fresh, _ = vec.reset(seed=[7, 6])
-    assert np.array_equal(kept[0], fresh[0]) and not np.array_equal(kept[1], fresh[1])
+    assert np.array_equal(kept[0], fresh[0])
+    assert not np.array_equal(kept[1], fresh[1])
 
 
 def test_d4rl_pays_once_and_ends_when_all_are_done():
@@ -89,11 +93,9 @@ def test_d4rl_pays_once_and_ends_when_all_are_done():
         q[JOINTS[k]] = kitchen.GOALS[k]
         *_, info = out = env.step(np.zeros(9))
         paid.append(out[1:3])
-    assert (
-        paid == [(1, False), (0, False), (0, False), (1, False), (1, False), (1, True)]
-        and info["success"]
-        and info["finished"] == SUBTASKS
-    )
+    assert paid == [(1, False), (0, False), (0, False), (1, False), (1, False), (1, True)]
+    assert info["success"]
+    assert info["finished"] == SUBTASKS
 
 
 def test_the_other_protocol_pays_on_and_never_ends():
@@ -125,7 +127,8 @@ def test_script_beats_random_by_the_cards_margin(played):
     vec = tasks.lock_step("kitchen", [0])
     random = play(vec, [5], kitchen.script(vec, "random", np.random.default_rng(0)), 280)[2].sum(0)
     assert expert.mean() - random.mean() > card["margin"] > 0.5
-    assert played[3].finished.shape == (2, 4) and card["expert_mean_return"] <= 4
+    assert played[3].finished.shape == (2, 4)
+    assert card["expert_mean_return"] <= 4
     with pytest.raises(PromptnbError, match="unknown quality of kitchen 'medium'"):
         kitchen.script(vec, "medium", np.random.default_rng(0))
 
@@ -136,7 +139,8 @@ def test_script_begins_anew_after_a_reset(played):
     act.noise = 0 * act.noise
     a = play(vec, [5, 6], act, 30)[1]
     vec.reset(seed=[1, 2])
-    assert act.place[:, 1].min() > 0 and np.array_equal(play(vec, [5, 6], act, 30)[1], a)
+    assert act.place[:, 1].min() > 0
+    assert np.array_equal(play(vec, [5, 6], act, 30)[1], a)
 
 
 def test_noise_of_a_row_does_not_depend_on_the_others():
@@ -144,7 +148,8 @@ def test_noise_of_a_row_does_not_depend_on_the_others():
     obs, _ = vec.reset(seed=[1, 1])
     env = vec.envs[0].unwrapped
     one, two = (kitchen.Script(env, n, 0.1, np.random.default_rng(4)) for n in (1, 2))
-    assert np.array_equal(one(obs[:1])[0], two(obs)[0]) and not np.array_equal(*two(obs))
+    assert np.array_equal(one(obs[:1])[0], two(obs)[0])
+    assert not np.array_equal(*two(obs))
 
 
 # ---- Minari
@@ -209,26 +214,24 @@ def human(tmp_path, monkeypatch):
 
 def test_minari_by_d4rls_rule(human):
     one, two, three = from_minari_kitchen("D4RL/kitchen/complete-v2")
-    assert (
-        one["rewards"].tolist() == [{3: 1, 9: 2, 20: 1}.get(t, 0) for t in range(21)]
-        and one["terminated"]
-        and one["success"]
-    )
-    assert [x.shape for x in (one["observations"], one["actions"])] == [(21, 59), (21, 9)] and one[
-        "observations"
-    ].dtype == np.float32
-    assert np.array_equal(one["observations"], human[0][0]["observation"][:21].astype(np.float32)) and np.array_equal(
-        one["actions"], human[0][1][:21]
-    )
-    assert two["rewards"].sum() == 3 and len(two["rewards"]) == 30 and not two["terminated"]
-    assert three["rewards"].sum() == 3 and len(three["rewards"]) == 280  # the fourth comes after D4RL's last step
+    assert one["rewards"].tolist() == [{3: 1, 9: 2, 20: 1}.get(t, 0) for t in range(21)]
+    assert one["terminated"]
+    assert one["success"]
+    assert [x.shape for x in (one["observations"], one["actions"])] == [(21, 59), (21, 9)]
+    assert one["observations"].dtype == np.float32
+    assert np.array_equal(one["observations"], human[0][0]["observation"][:21].astype(np.float32))
+    assert np.array_equal(one["actions"], human[0][1][:21])
+    assert two["rewards"].sum() == 3
+    assert len(two["rewards"]) == 30
+    assert not two["terminated"]
+    assert three["rewards"].sum() == 3
+    assert len(three["rewards"]) == 280  # the fourth comes after D4RL's last step
 
 
 def test_minari_as_stored(human):
     trajs = from_minari_kitchen("D4RL/kitchen/complete-v2", rule="gymnasium", episodes=2)
-    assert [t["rewards"].tolist() for t in trajs] == [e[2].tolist() for e in human[:2]] and trajs[0][
-        "rewards"
-    ].sum() == 8
+    assert [t["rewards"].tolist() for t in trajs] == [e[2].tolist() for e in human[:2]]
+    assert trajs[0]["rewards"].sum() == 8
 
 
 def test_minari_absent_is_one_line_at_once(tmp_path, monkeypatch):
@@ -237,11 +240,9 @@ def test_minari_absent_is_one_line_at_once(tmp_path, monkeypatch):
     for download in (False, True):
         with pytest.raises(PromptnbError) as e:
             from_minari_kitchen("D4RL/kitchen/partial-v2", download=download)
-        assert (
-            "\n" not in str(e.value)
-            and "minari download D4RL/kitchen/partial-v2" in str(e.value)
-            and "MINARI_DATASETS_PATH" in str(e.value)
-        )
+        assert "\n" not in str(e.value)
+        assert "minari download D4RL/kitchen/partial-v2" in str(e.value)
+        assert "MINARI_DATASETS_PATH" in str(e.value)
         assert ("does not answer" in str(e.value)) == download
     assert time.time() - start < 5
 
@@ -263,4 +264,5 @@ def test_minari_faults(human, tmp_path):
 @pytest.mark.skipif(not tasks.gl_backend(), reason="nothing renders here")
 def test_film():
     frames = tasks.film("kitchen", 0, np.zeros((4, 9), np.float32), seed=0, every=2, size=64)
-    assert frames.shape == (3, 64, 64, 3) and frames.std() > 5
+    assert frames.shape == (3, 64, 64, 3)
+    assert frames.std() > 5

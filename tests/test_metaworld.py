@@ -55,7 +55,8 @@ def test_an_episode_follows_from_its_seed(name, task, other):
     moved = walk_row(vec, 1, seed=5)
     for again in (used, moved, walk_alone(name, task, seed=5)):
         assert all((a == b).all() for a, b in zip(fresh, again))
-    assert np.isfinite(fresh[0]).all() and fresh[1].dtype == np.float64
+    assert np.isfinite(fresh[0]).all()
+    assert fresh[1].dtype == np.float64
 
 
 def test_a_mask_resets_some_rows():
@@ -63,7 +64,8 @@ def test_a_mask_resets_some_rows():
     first, _ = vec.reset(seed=[1, 2, 3])
     moved, *_ = vec.step(np.ones((3, 4)))
     again, _ = vec.reset(seed=[2, 2, 2], options=dict(reset_mask=np.array([True, False, False])))
-    assert (again[0] == first[1]).all() and (again[1:] == moved[1:]).all()
+    assert (again[0] == first[1]).all()
+    assert (again[1:] == moved[1:]).all()
 
 
 def test_the_goal_is_hidden():
@@ -74,12 +76,11 @@ def test_the_goal_is_hidden():
         seen.append(vec.step(vec.action_space.sample())[0])
         full.append(vec.full_obs)
     seen, full = np.stack(seen), np.stack(full)
-    assert seen.dtype == np.float32 and (seen[..., 36:] == 0).all()
-    assert (
-        (seen[..., :36] == full[..., :36].astype(np.float32)).all()
-        and (full[..., 36:] == full[0, :, 36:]).all()
-        and (full[..., 36:] != 0).any(-1).all()
-    )
+    assert seen.dtype == np.float32
+    assert (seen[..., 36:] == 0).all()
+    assert (seen[..., :36] == full[..., :36].astype(np.float32)).all()
+    assert (full[..., 36:] == full[0, :, 36:]).all()
+    assert (full[..., 36:] != 0).any(-1).all()
 
 
 def test_goals_are_the_benchmarks():
@@ -106,7 +107,8 @@ def won_within(name, ids, quality, steps, seed=0):
         obs, r, term, trunc, info = vec.step(act(obs))
         total += r
         won |= info["success"]
-    assert not term.any() and trunc.all() == (steps == 500)
+    assert not term.any()
+    assert trunc.all() == (steps == 500)
     return total.mean(), won.mean()
 
 
@@ -115,7 +117,8 @@ def won_within(name, ids, quality, steps, seed=0):
 )
 def test_the_script_succeeds_and_random_does_not(name, ids, steps):
     expert, won = won_within(name, ids, "expert", steps)
-    assert won == 1 and expert > 3 * steps  # rewards reach 10 a step
+    assert won == 1
+    assert expert > 3 * steps  # rewards reach 10 a step
     random, _ = won_within(name, ids, "random", min(steps, 150))
     assert expert / steps > 2 * random / min(steps, 150) + 2, (expert, random)
 
@@ -140,7 +143,9 @@ def test_noise_does_not_depend_on_the_number_of_rows(quality):
         return np.stack(out)
 
     one = actions(1)
-    assert (one == actions(3)).all() and np.abs(one).max() <= 1 and one.dtype == np.float32
+    assert (one == actions(3)).all()
+    assert np.abs(one).max() <= 1
+    assert one.dtype == np.float32
 
 
 def test_gymnasiums_checker_and_names():
@@ -160,5 +165,6 @@ def test_film():
     if not tasks.gl_backend():
         pytest.skip("no EGL, no OSMesa")
     frames = tasks.film("ml1-reach", 6, np.zeros((2, 4), np.float32), seed=0, every=2, size=64)
-    assert frames.shape == (2, 64, 64, 3) and frames.dtype == np.uint8
+    assert frames.shape == (2, 64, 64, 3)
+    assert frames.dtype == np.uint8
     assert frames[0][:16].std() < frames[0][16:48].std()  # head up: the empty background is above the table

@@ -79,17 +79,17 @@ def test_the_ring_shows_what_buffers_show(k):
     for t, ring, plain in played(3 * k + 2, k=k):
         for rows in (slice(None), torch.tensor([2, 0])):
             a, b = ring.window(t, rows), plain.window(t, rows)
-            assert (
-                a.s.dtype == torch.uint8
-                and torch.equal(a.s.flatten(2).float(), b.s)
-                and all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("a", "rtg", "t", "mask"))
-            )
+            assert a.s.dtype == torch.uint8
+            assert torch.equal(a.s.flatten(2).float(), b.s)
+            assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("a", "rtg", "t", "mask"))
 
 
 def test_the_ring_does_not_grow_with_the_game():
     "27,000 steps: the pictures stay those of two windows, in one byte each."
     b = ImageBuffers(2, 27_000, K, FRAMES, A, 0.0, "cpu")
-    assert b.s.nbytes == 2 * 2 * K * 28224 and b.window(26_999).s._base is b.s and b.a.nbytes < 1e6
+    assert b.s.nbytes == 2 * 2 * K * 28224
+    assert b.window(26_999).s._base is b.s
+    assert b.a.nbytes < 1e6
 
 
 def test_acting_embeds_one_picture_a_row(monkeypatch):
@@ -166,18 +166,14 @@ def test_plays_breakout():
         )
 
     a, b, c = play(pi), play(poor), play(policy(embed="linear"), pi)
-    assert (
-        a.returns.shape == (1, 2)
-        and (a.lengths == 30).all()
-        and not a.failed.any()
-        and a.trace["a"].shape == (2, 30, A)
-        and "s" not in a.trace
-    )
-    assert (
-        np.array_equal(a.trace["a"], b.trace["a"])
-        and np.array_equal(a.trace["a"], c.trace["a"][2:])
-        and np.array_equal(a.returns[0], c.returns[1])
-    )
+    assert a.returns.shape == (1, 2)
+    assert (a.lengths == 30).all()
+    assert not a.failed.any()
+    assert a.trace["a"].shape == (2, 30, A)
+    assert "s" not in a.trace
+    assert np.array_equal(a.trace["a"], b.trace["a"])
+    assert np.array_equal(a.trace["a"], c.trace["a"][2:])
+    assert np.array_equal(a.returns[0], c.returns[1])
 
 
 def test_who_may_play():
@@ -199,7 +195,9 @@ def test_limit_ends_other_families_too():
 
     x = rollout(eval_tasks(Still(), [0]), "cheetah-dir", episodes=2, limit=7, keep=True)
     y = rollout(eval_tasks(Still(), [0]), "cheetah-dir", episodes=2, limit=10**6)
-    assert (x.lengths == 7).all() and x.trace["s"].shape == (2, 8, 20) and (y.lengths == 200).all()
+    assert (x.lengths == 7).all()
+    assert x.trace["s"].shape == (2, 8, 20)
+    assert (y.lengths == 200).all()
 
 
 # ---- the network
@@ -213,7 +211,8 @@ def test_eye_by_hand():
     h = x.flatten(0, 1).float() / 255
     for w, b, stride in zip(p[0:6:2], p[1:6:2], (4, 2, 1)):
         h = F.conv2d(h, w, b, stride).relu()
-    assert h.shape[1:] == (64, 7, 7) and [tuple(w.shape[1:]) for w in p[0:6:2]] == [(4, 8, 8), (32, 4, 4), (64, 3, 3)]
+    assert h.shape[1:] == (64, 7, 7)
+    assert [tuple(w.shape[1:]) for w in p[0:6:2]] == [(4, 8, 8), (32, 4, 4), (64, 3, 3)]
     h = F.linear(h.flatten(1), p[6], p[7])
     h = F.linear(h, p[8], p[9])
     h = h + F.linear(F.gelu(h), p[10], p[11])
@@ -226,7 +225,8 @@ def test_shapes_and_order(kw, sampler):
     "A score at each state; the later steps and the step's own action do not reach it."
     pi, x = policy(**kw), sampler.batch(0).history
     y = pi(x)
-    assert x.s.shape == (8, K, *FRAMES) and y.shape == (8, K, A)
+    assert x.s.shape == (8, K, *FRAMES)
+    assert y.shape == (8, K, A)
     cut = replace(x, s=x.s.clone(), a=x.a.clone())
     cut.s[:, 4:] = 7
     cut.a[:, 3:] = 0
@@ -258,9 +258,8 @@ def test_what_trains():
     "LoRA of the merged projection: r (d + 3d) numbers a block; no bias of it."
     pi = policy()
     c = counts(pi)
-    assert c["lora"] == 2 * 32 * (32 + 96) and not any(
-        "base_layer" in n for n, p in pi.named_parameters() if p.requires_grad
-    )
+    assert c["lora"] == 2 * 32 * (32 + 96)
+    assert not any("base_layer" in n for n, p in pi.named_parameters() if p.requires_grad)
     assert all(p.requires_grad for n, p in pi.named_parameters() if not n.startswith("lm."))
 
 
@@ -269,7 +268,8 @@ def test_what_trains():
 
 def test_learns(sampler):
     log = fit(policy(train="full"), sampler, FitConfig(steps=20, lr=1e-3, warmup=1, log_every=5))
-    assert log.status == "ok" and log.losses[-1][1] < log.losses[0][1] - 0.02, log.losses
+    assert log.status == "ok", log.losses
+    assert log.losses[-1][1] < log.losses[0][1] - 0.02, log.losses
 
 
 def test_comes_back(tmp_path, sampler):
@@ -277,13 +277,11 @@ def test_comes_back(tmp_path, sampler):
     pi.save_pretrained(tmp_path)
     back = PixelLamo.from_pretrained(tmp_path).eval()
     x = sampler.batch(0).history
-    assert (
-        torch.equal(back(x), pi(x))
-        and back.config == pi.config
-        and (back.K, back.rtg_scale) == (K, 1.0)
-        and back.config.frames == FRAMES
-        and repr(back).startswith("PixelLamo(")
-    )
+    assert torch.equal(back(x), pi(x))
+    assert back.config == pi.config
+    assert (back.K, back.rtg_scale) == (K, 1.0)
+    assert back.config.frames == FRAMES
+    assert repr(back).startswith("PixelLamo(")
 
 
 def test_sizes_must_agree():

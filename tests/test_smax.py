@@ -66,13 +66,11 @@ def test_rows_are_whole_games():
     vec.reset(seed=0)
     vec.set_tasks([0] * 15)
     obs, info = vec.reset(seed=0)
-    assert (
-        vec.num_envs == 15
-        and obs.shape == vec.observation_space.shape == (15, 75)
-        and obs.dtype == np.float32
-        and info["legal"].shape == (15, A)
-        and vec.world_state.shape == (5, 72)
-    )
+    assert vec.num_envs == 15
+    assert obs.shape == vec.observation_space.shape == (15, 75)
+    assert obs.dtype == np.float32
+    assert info["legal"].shape == (15, A)
+    assert vec.world_state.shape == (5, 72)
     with one_line("same for each 3"):
         vec.reset(options=dict(reset_mask=np.arange(15) == 1))
 
@@ -82,9 +80,8 @@ def test_agents_of_a_game_share_it(played):
     for p in played.values():
         for x in (p.r, p.term, p.trunc, p.won):
             assert (x.reshape(len(x), 64, N) == x.reshape(len(x), 64, N)[..., :1]).all()
-        assert p.r.dtype == np.float64 and all(
-            len(np.unique(p.obs[0][3 * g : 3 * g + 3], axis=0)) == 3 for g in range(64)
-        )
+        assert p.r.dtype == np.float64
+        assert all(len(np.unique(p.obs[0][3 * g : 3 * g + 3], axis=0)) == 3 for g in range(64))
 
 
 def test_seeds():
@@ -95,23 +92,18 @@ def test_seeds():
         return vec.reset(seed=seed)[0]
 
     a = start([5, 9, 9, 8, 1, 1])
-    assert (
-        np.array_equal(a, start(per_game([5, 8])))
-        and np.array_equal(a, start(5))
-        and np.array_equal(a[3:], start(per_game([8, 8]))[3:])
-    )
-    assert np.array_equal(*np.split(start(per_game([2**40 + 1] * 2)), 2)) and not np.array_equal(
-        start(per_game([2**40 + 1] * 2)), start(per_game([1, 1]))
-    )
+    assert np.array_equal(a, start(per_game([5, 8])))
+    assert np.array_equal(a, start(5))
+    assert np.array_equal(a[3:], start(per_game([8, 8]))[3:])
+    assert np.array_equal(*np.split(start(per_game([2**40 + 1] * 2)), 2))
+    assert not np.array_equal(start(per_game([2**40 + 1] * 2)), start(per_game([1, 1])))
     a = start(3)
     b, c = start(None), start(None)
     start(3)
-    assert (
-        np.array_equal(b, start(None))
-        and np.array_equal(c, start(None))
-        and not np.array_equal(a, b)
-        and not np.array_equal(b, c)
-    )
+    assert np.array_equal(b, start(None))
+    assert np.array_equal(c, start(None))
+    assert not np.array_equal(a, b)
+    assert not np.array_equal(b, c)
 
 
 def test_a_game_is_the_same_in_any_company():
@@ -148,9 +140,11 @@ def test_reset_mask():
     vec.reset(seed=per_game(range(40)))
     [vec.step(a) for _ in range(3)]
     obs, _ = vec.reset(seed=per_game(range(40)), options=dict(reset_mask=mask))
-    assert np.array_equal(obs[~mask], straight[2][~mask]) and not np.array_equal(obs[mask], straight[2][mask])
+    assert np.array_equal(obs[~mask], straight[2][~mask])
+    assert not np.array_equal(obs[mask], straight[2][mask])
     again = [vec.step(a)[0] for _ in range(3)]
-    assert np.array_equal(again[2][~mask], straight[5][~mask]) and np.array_equal(again[2][mask], straight[2][mask])
+    assert np.array_equal(again[2][~mask], straight[5][~mask])
+    assert np.array_equal(again[2][mask], straight[2][mask])
 
 
 def test_a_step_is_one_call(monkeypatch):
@@ -166,7 +160,8 @@ def test_a_step_is_one_call(monkeypatch):
     for seed in (0, 1):
         vec.reset(seed=seed)
         [vec.step(np.full(70 * N, a)) for a in (1, smax.STOP)]
-    assert calls == [(3, 32, N)] * 4 and step._cache_size() == 1
+    assert calls == [(3, 32, N)] * 4
+    assert step._cache_size() == 1
     for n, compiled in ((96, 1), (65, 1), (1, 2), (32, 2)):
         start(n).step(np.full(n * N, 1))
         assert step._cache_size() == compiled, n
@@ -179,24 +174,26 @@ def test_an_ended_game_is_frozen(played):
     for p in played.values():
         over = p.term | p.trunc
         end = over.argmax(0)
-        assert over.any(0).all() and len(set(end.tolist())) > 3
+        assert over.any(0).all()
+        assert len(set(end.tolist())) > 3
         for i, t in enumerate(end):
             for x in (p.obs, p.term, p.trunc, p.world):
                 assert (x[t:, i] == x[t, i]).all()
-            assert (
-                not p.r[t + 1 :, i].any()
-                and not p.won[t + 1 :, i].any()
-                and (p.legal[t + 1 :, i] == p.legal[t + 1 : t + 2, i]).all()
-            )
+            assert not p.r[t + 1 :, i].any()
+            assert not p.won[t + 1 :, i].any()
+            assert (p.legal[t + 1 :, i] == p.legal[t + 1 : t + 2, i]).all()
 
 
 def test_success_is_a_last_reward_of_one(played):
     for p in played.values():
-        assert np.array_equal(p.won, p.r >= 1) and (p.r >= 0).all() and (p.r.sum(0) <= 2 + 1e-5).all()
+        assert np.array_equal(p.won, p.r >= 1)
+        assert (p.r >= 0).all()
+        assert (p.r.sum(0) <= 2 + 1e-5).all()
         end = (p.term | p.trunc).argmax(0)
         rows = np.arange(len(end))
         last = p.r[end, rows]
-        assert np.array_equal(p.won.any(0), last >= 1) and p.term[end, rows][last >= 1].all()
+        assert np.array_equal(p.won.any(0), last >= 1)
+        assert p.term[end, rows][last >= 1].all()
         np.testing.assert_allclose(p.r.sum(0)[p.won.any(0)], 2, atol=1e-5)
 
 
@@ -208,7 +205,8 @@ def test_time_runs_out():
     vec._states = s.replace(state=s.state.replace(step=s.state.step + HORIZON - 2))
     for last in (False, True):
         _, _, term, trunc, _ = vec.step(np.full(N, smax.STOP))
-        assert (trunc == last).all() and not term.any()
+        assert (trunc == last).all()
+        assert not term.any()
 
 
 def test_scores_give_the_best_legal_action():
@@ -222,7 +220,8 @@ def test_scores_give_the_best_legal_action():
         legal = want < 5
         a, b = by_score.step(scores), vec.step(np.full(6, want if legal else 2))
         assert np.array_equal(a[0], b[0])
-    assert np.isfinite(vec.step(np.full((6, A), np.nan))[0]).all() and np.isfinite(vec.step(np.full(6, 7))[0]).all()
+    assert np.isfinite(vec.step(np.full((6, A), np.nan))[0]).all()
+    assert np.isfinite(vec.step(np.full(6, 7))[0]).all()
 
 
 # ---- the script
@@ -233,13 +232,12 @@ def test_script_is_legal_and_as_strong_as_said(played):
         {q: f(p) for q, p in played.items()} for f in (lambda p: p.won.any(0).mean(), lambda p: p.r.sum(0).mean())
     )
     for p in played.values():
-        assert np.take_along_axis(p.legal, p.a[..., None], -1).all() and p.legal[..., smax.STOP].all()
-    assert (
-        won["good"] > 0.65
-        and won["good"] > won["medium"] + 0.12
-        and won["medium"] > won["poor"] + 0.12
-        and won["random"] < 0.05
-    ), won
+        assert np.take_along_axis(p.legal, p.a[..., None], -1).all()
+        assert p.legal[..., smax.STOP].all()
+    assert won["good"] > 0.65, won
+    assert won["good"] > won["medium"] + 0.12, won
+    assert won["medium"] > won["poor"] + 0.12, won
+    assert won["random"] < 0.05, won
     assert ret["good"] > ret["medium"] > ret["poor"] > ret["random"] + 0.3, ret
     with one_line("unknown quality 'god'.*'good'"):
         smax.script(games(1), "god", np.random.default_rng(0))
@@ -267,14 +265,16 @@ def test_seen_is_what_is_there():
     at = place[:2, None, n:] - place[:2, :n, None]
     far = np.linalg.norm(at, axis=-1) >= np.where(np.arange(n) < 2, 10, 9)[:, None]
     gone = far | (np.arange(n) == 1)
-    assert 0 < gone.mean() < 0.9 and np.array_equal(got.distance >= smax.FAR, gone)
+    assert 0 < gone.mean() < 0.9
+    assert np.array_equal(got.distance >= smax.FAR, gone)
     np.testing.assert_allclose(got.at[~gone], at[~gone], atol=1e-4)
     np.testing.assert_allclose(got.distance[~gone], np.linalg.norm(at, axis=-1)[~gone], atol=1e-4)
     full = np.array([160, 160, 150, 150, 150])
     np.testing.assert_allclose(
         got.health[~gone], np.broadcast_to((full * share[:2, n:])[:, None], gone.shape)[~gone], rtol=1e-4
     )
-    assert got.damage[0].tolist() == [13, 13, 8, 8, 8] and not got.ready.any()
+    assert got.damage[0].tolist() == [13, 13, 8, 8, 8]
+    assert not got.ready.any()
 
 
 def test_volley_spends_no_shots_on_the_dead():
@@ -320,14 +320,11 @@ def test_agent_environment(played):
         assert np.array_equal(info["legal"], p.legal[t, 12])
         obs, r, term, trunc, info = env.step(p.a[t, 12])
         over = term or trunc
-        assert np.array_equal(obs, p.obs[t, 12]) and (r, term, trunc, info["success"]) == (
-            p.r[t, 12],
-            p.term[t, 12],
-            p.trunc[t, 12],
-            p.won[t, 12],
-        )
+        assert np.array_equal(obs, p.obs[t, 12])
+        assert (r, term, trunc, info["success"]) == (p.r[t, 12], p.term[t, 12], p.trunc[t, 12], p.won[t, 12])
         t += 1
-    assert env.render().shape == (240, 240, 3) and env.render().dtype == np.uint8
+    assert env.render().shape == (240, 240, 3)
+    assert env.render().dtype == np.uint8
     with one_line("unknown task 'smax-3m-1'"):
         gym.make("promptnb/smax-3m-v0", task=1)
 
@@ -337,7 +334,8 @@ def test_pictures(played):
     p = played["good"]
     end = int((p.term | p.trunc)[:, 0].argmax())
     film = smax.frames("smax-3m", p.a[:, :N], seed=0, every=3)
-    assert len(film) == 1 + -(-(end + 1) // 3) and np.array_equal(film[-1], smax.picture(p.world[end, 0]))
+    assert len(film) == 1 + -(-(end + 1) // 3)
+    assert np.array_equal(film[-1], smax.picture(p.world[end, 0]))
     for w, pic in ((p.world[0, 0], smax.picture(p.world[0, 0])), (p.world[end, 0], film[-1])):
         u = smax.units(w)
         assert u.enemy.tolist() == [False] * 3 + [True] * 3
@@ -368,28 +366,26 @@ def test_from_smac(tmp_path, arrays):
         tmp_path / "2m_vs_1z.npz", **{k: v if k in ("rewards", "length") else v[:, :, :2] for k, v in arrays.items()}
     )
     trajs, ids = smax.from_smac(tmp_path)
-    assert [t["map"] for t in trajs] == ["2m_vs_1z"] * 4 + ["3m"] * 6 and ids.tolist() == [0] * 4 + [1] * 6
+    assert [t["map"] for t in trajs] == ["2m_vs_1z"] * 4 + ["3m"] * 6
+    assert ids.tolist() == [0] * 4 + [1] * 6
     trajs, ids = smax.from_smac(tmp_path, ["3m"])
     assert ids.tolist() == [0] * 6
     for k, d in enumerate(trajs):
         e, i = divmod(k, N)
         T = arrays["length"][e]
         assert d["agent"] == i
-        assert (
-            np.array_equal(d["observations"], arrays["obs"][e, :T, i].astype(np.float32))
-            and np.array_equal(d["legal"], arrays["legal"][e, :T, i])
-            and np.allclose(d["rewards"], arrays["rewards"][e, :T])
-        )
-        assert (
-            d["actions"].dtype == np.float32
-            and d["actions"].shape == (T, 9)
-            and np.array_equal(d["actions"].argmax(-1), arrays["actions"][e, :T, i])
-            and (d["actions"].sum(-1) == 1).all()
-        )
+        assert np.array_equal(d["observations"], arrays["obs"][e, :T, i].astype(np.float32))
+        assert np.array_equal(d["legal"], arrays["legal"][e, :T, i])
+        assert np.allclose(d["rewards"], arrays["rewards"][e, :T])
+        assert d["actions"].dtype == np.float32
+        assert d["actions"].shape == (T, 9)
+        assert np.array_equal(d["actions"].argmax(-1), arrays["actions"][e, :T, i])
+        assert (d["actions"].sum(-1) == 1).all()
     from promptnb.data import from_arrays
 
     store = from_arrays(trajs, ids)
-    assert len(store) == 6 and len(store.s) == 24
+    assert len(store) == 6
+    assert len(store.s) == 24
 
 
 def test_from_smac_faults(tmp_path, arrays):
