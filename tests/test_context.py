@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_conformance import Score, actions, begun, offline, photo, same, toy
 from test_parity import attention, linear, norm
+from toys import Judge, toy
 
 from promptnb import evaluate, jobs, run, tasks, train
 from promptnb import recipes as rc
@@ -20,6 +20,7 @@ from promptnb.data import Sampler, demos, from_arrays, in_order
 from promptnb.evaluate import EvalTask, groups_of, rollout
 from promptnb.models.context import ContextConfig, ContextDT, ContextPolicy, info_nce, transitions
 from promptnb.models.dt import DTConfig, Policy, PromptDT
+from promptnb.tuners.checks import actions, demo_error, same, snapshot
 from promptnb.tuners.context import (
     Collect,
     ContextVectors,
@@ -497,7 +498,7 @@ def test_draws():
     def all_of(d):
         return torch.cat([(x[0] if isinstance(x := d.batch(t), tuple) else x).a.flatten(0, 2)[:, 0] for t in range(30)])
 
-    assert same(photo(make(towards="return").batch(3)), photo(h)) and all_of(make(towards="return")).min() == 0
+    assert same(snapshot(make(towards="return").batch(3)), snapshot(h)) and all_of(make(towards="return")).min() == 0
     assert (
         set(all_of(make(top=0.1)).tolist()) == {0.0, float(np.float32(0.9)), float(np.float32(0.95))}
         and len(set(all_of(make(top=0.5)).tolist())) == 11
@@ -512,7 +513,7 @@ def test_draws():
         )
     )
     assert (
-        same(photo(got), photo(h))
+        same(snapshot(got), snapshot(h))
         and torch.equal(w, weights(advantages(h, usual), 1.0))
         and not torch.equal(w, make(towards="advantage", beta=3.0).batch(3)[1])
     )
@@ -522,7 +523,7 @@ def test_draws():
     x = make(towards="shuffled")
     got = x.batch(3)
     assert (
-        same(photo(x.batch(3)), photo(got))
+        same(snapshot(x.batch(3)), snapshot(got))
         and not torch.equal(x.batch(4).a, got.a)
         and all(torch.equal(getattr(got, n), getattr(h, n)) for n in ("s", "rtg", "t", "mask"))
     )
@@ -798,12 +799,12 @@ def test_saved_and_loaded(encoder, tmp_path):
 def test_other_tuners_on_such_a_policy(name):
     "They begin with the given context, help, and leave the policy alone."
     pi, dem = toy(context=True)
-    before = photo(pi)
+    before = snapshot(pi)
     own = {"steps": 12, "lr": 1e-2} if name not in ("none", "ranking") else {"steps": 6} if name == "ranking" else {}
-    out = make_tuner(name, **own).adapt(pi, dem, 0, Score())
-    start = begun(name, {}, pi, dem)
-    assert same(photo(pi), before) and torch.isfinite(actions(out.assignments)).all()
-    a, b = offline(start, dem), offline(out.assignments, dem)
+    out = make_tuner(name, **own).adapt(pi, dem, 0, Judge())
+    start = make_tuner(name).starting_point(pi, dem, 0)
+    assert same(snapshot(pi), before) and torch.isfinite(actions(out.assignments)).all()
+    a, b = demo_error(start, dem), demo_error(out.assignments, dem)
     assert (b < a).all() if name != "none" else (b == a).all()
     if out.log:
         np.testing.assert_allclose([l["loss"] for l in out.log if l["step"] == 0], a, rtol=1e-5)
@@ -823,7 +824,7 @@ def test_encode():
     out = t.adapt(pi, dem, 0)
     look = out.look
     assert (
-        same(photo(out.assignments[0][0].prompt), photo(dem.prompt))
+        same(snapshot(out.assignments[0][0].prompt), snapshot(dem.prompt))
         and out.trainable == out.env_steps == 0
         and [r for _, r in out.assignments] == [0, 1]
     )
@@ -1085,7 +1086,7 @@ def test_best_and_in_order():
         assert (
             Counter(got.task.tolist()) == {3: n, 8: n}
             and b.task_ids == [3, 8]
-            and same(photo(b.prompt), photo(dem.prompt))
+            and same(snapshot(b.prompt), snapshot(dem.prompt))
         )
         for i in (3, 8):
             assert sorted(got.returns[got.task == i].tolist()) == sorted(st.returns[st.task == i].tolist())[-n:]
@@ -1254,7 +1255,7 @@ def test_prompt_from(asked):
     assert (
         sorted(of.tolist()) == sorted(fam.test)
         and (of[:, None] != ids).all()
-        and same(photo(other), photo(own[[3, 4, 0, 1, 2]]))
+        and same(snapshot(other), snapshot(own[[3, 4, 0, 1, 2]]))
     )
     none = get("none").prompt
     assert none.t.shape == own.t.shape and not any(getattr(none, n).any() for n in Steps.__dataclass_fields__)

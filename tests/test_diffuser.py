@@ -9,14 +9,15 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import torch
-from test_conformance import A, G, K, P, S, Score, actions, kind, photo, same, toy
 from test_parity import plain
+from toys import A, G, Judge, K, P, S, toy
 
 from promptnb import train
 from promptnb.core import Batch, Checkpoints, PromptnbError, seed_for
 from promptnb.data import demos, from_arrays
 from promptnb.models.dt import DTConfig, Policy, PromptDT
-from promptnb.tuners.core import TUNERS, Tuner, frozen, prompt_loss, same_batch
+from promptnb.tuners.checks import actions, same, snapshot
+from promptnb.tuners.core import TUNERS, Tuner, frozen, prompt_loss, same_batch, tuner_class
 from promptnb.tuners.diffuser import (
     GUIDANCE,
     SCHEDULES,
@@ -394,11 +395,11 @@ def test_spread(kind):
         three = one.spread(G)
     assert type(three) is kind and three.G == G and all(p.shape[0] == G for p in three.parameters())
     torch.testing.assert_close(three.sample(y, seeded(1)), one.sample(y, seeded(1)), rtol=0, atol=1e-6)
-    before = photo(one)
+    before = snapshot(one)
     with torch.no_grad():
         [p[0].zero_() for p in three.parameters()]
     assert (
-        same(photo(one), before)
+        same(snapshot(one), before)
         and not torch.allclose(three.sample(y, seeded(1))[0], one.sample(y, seeded(1))[0])
         and torch.allclose(three.sample(y, seeded(1))[1], one.sample(y, seeded(1))[1], atol=1e-5)
     )
@@ -636,18 +637,17 @@ def untouchable():
 
 
 @pytest.mark.parametrize(
-    "make",
+    "tuner",
     [
-        lambda: small(source="untrained"),
-        lambda: small(source="noise"),
-        lambda: small(DirectPrompt, prepare_steps=0),
-        *(kind(n) for n in TUNERS if not kind(n).PREPARES),
+        small(source="untrained"),
+        small(source="noise"),
+        small(DirectPrompt, prepare_steps=0),
+        *(tuner_class(n)() for n in TUNERS if not tuner_class(n).PREPARES),
     ],
-    ids=str,
+    ids=["untrained", "noise", "no steps", *(n for n in TUNERS if not tuner_class(n).PREPARES)],
 )
-def test_train_tasks_are_not_read_in_vain(make):
+def test_train_tasks_are_not_read_in_vain(tuner):
     pi, dem = toy()
-    tuner = make()
     assert tuner.prepare(pi, untouchable(), 0) is tuner and isinstance(tuner, Tuner)
     with pytest.raises(AssertionError, match="were read"):
         small().prepare(pi, untouchable(), 0)
@@ -671,7 +671,7 @@ def test_zero_shot(Tuner, T):
         dem, prompt=replace(dem.prompt, s=dem.prompt.s + 1, a=-dem.prompt.a, rtg=dem.prompt.rtg + 5, t=dem.prompt.t + 3)
     )
     assert not torch.equal(p.rtg, shifted.prompt.rtg) and same(
-        photo(t.adapt(pi, shifted, 0).assignments[0][0].prompt), photo(p)
+        snapshot(t.adapt(pi, shifted, 0).assignments[0][0].prompt), snapshot(p)
     )
 
 
@@ -735,9 +735,9 @@ def test_best_by_score():
     "Of each task's candidates the one of the highest score; each query is paid for, once, after training."
     pi, dem = toy()
     t = small(keep="score", candidates=5)
-    out = t.adapt(pi, dem, 0, score := Score())
+    out = t.adapt(pi, dem, 0, score := Judge())
     made = t.write(out.generator, dem.prompt[:, None], 0, 5)
-    best = Score()(made).argmax(1)
+    best = Judge()(made).argmax(1)
     p = out.assignments[0][0].prompt
     assert (
         torch.equal(p.a, made.a[torch.arange(G), best])
@@ -746,7 +746,7 @@ def test_best_by_score():
     )
     assert (
         out.env_steps == score.env_steps - 77 == 10 * G * 5
-        and small(candidates=5).adapt(pi, dem, 0, Score()).env_steps == 0
+        and small(candidates=5).adapt(pi, dem, 0, Judge()).env_steps == 0
     )
     with raises("keep='score' needs `score`"):
         t.adapt(pi, dem, 0)
@@ -768,7 +768,7 @@ def test_best_by_score():
 )
 def test_refused(Tuner, bad, near):
     "In one line, before any work."
-    for work in (lambda t: t.adapt(*toy(), 0, Score()), lambda t: t.prepare(toy()[0], untouchable(), 0)):
+    for work in (lambda t: t.adapt(*toy(), 0, Judge()), lambda t: t.prepare(toy()[0], untouchable(), 0)):
         with raises(near):
             work(small(Tuner, **bad))
 
@@ -776,7 +776,7 @@ def test_refused(Tuner, bad, near):
 def test_best_by_score_of_a_prepared_one():
     "A score is for adapting: preparing does without it."
     pi, dem = toy()
-    out = small(keep="score", candidates=2).prepare(pi, families(dem), 0).adapt(pi, dem, 0, Score())
+    out = small(keep="score", candidates=2).prepare(pi, families(dem), 0).adapt(pi, dem, 0, Judge())
     assert out.env_steps == 10 * G * 2
 
 
@@ -793,9 +793,9 @@ def test_generator_saved_and_loaded(Tuner, tmp_path):
     again = t.DIFFUSER.from_pretrained(tmp_path)
     y = dem.prompt[:, None]
     a, b = (t.write(d, y, 0, 3) for d in (out.generator, again))
-    assert same(photo(a), photo(b)) and same(again.state_dict(), out.generator.state_dict())
+    assert same(snapshot(a), snapshot(b)) and same(again.state_dict(), out.generator.state_dict())
     assert (
-        same(photo(t.write(again, y, 0)[:, 0]), photo(out.assignments[0][0].prompt))
+        same(snapshot(t.write(again, y, 0)[:, 0]), snapshot(out.assignments[0][0].prompt))
         and out.generator.N == again.N == 4
         and not any(p.requires_grad for p in out.generator.parameters())
     )
@@ -889,7 +889,7 @@ def test_direct_is_deterministic():
     made = t.write(out.generator, dem.prompt[:, None], 0, 9)
     other = t.write(out.generator, dem.prompt[:, None], 1, 9)
     assert (
-        same(photo(made), photo(other))
+        same(snapshot(made), snapshot(other))
         and (made.a == made.a[:, :1]).all()
         and [f["value"] for f in out.facts if f["metric"] == "spread"] == pytest.approx([0] * G, abs=1e-5)
     )

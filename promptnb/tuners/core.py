@@ -50,10 +50,10 @@ class Adapted:
     log: list = field(default_factory=list)  # dicts: step, task (index), and 'loss' or 'score'
     env_steps: int = 0  # environment steps spent on tuning, all tasks together (0: offline)
     generator: object = None  # a module that wrote the prompts, where one did: its parameters are what moved
-    facts: list = field(
-        default_factory=list
-    )  # more to report: dicts of metric, task (-1: all), value and, where it has one, step
+    # more to report: dicts of metric, task (-1: all), value and, where it has one, step
+    facts: list = field(default_factory=list)
     look: dict = field(default_factory=dict)  # small tensors for figures
+    unread: int = 0  # of `trainable`, numbers that no policy reads, so that none keeps them
 
 
 # %% ../../nbs/06_tuners.core.ipynb #01db455e

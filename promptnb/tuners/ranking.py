@@ -148,7 +148,9 @@ class PromptSearch(Tuner):
                 xs = self.propose(x, vec, demos, gen)
                 x = self.update(x, xs, query(xs), state, query)
         final = policy.with_prompt(vec.steps(best[1] if self.keep == "best" else x))
-        return Adapted([(final, g) for g in range(demos.G)], x.shape[-1], log, getattr(score, "env_steps", 0) - spent)
+        unread = max(self.extra - 2, 0) * demos.prompt.t.shape[-1]  # reward and done
+        spent = getattr(score, "env_steps", 0) - spent
+        return Adapted([(final, g) for g in range(demos.G)], x.shape[-1], log, spent, unread=unread)
 
     def check(self, policy, score):
         "Refuse, before any work, what cannot be run."
