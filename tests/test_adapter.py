@@ -85,15 +85,15 @@ def test_the_teacher_says_what_the_prompt_shows():
     "Two scenes with the same prompt get the same goals: what no prompt says, the teacher does not use."
     s = random_scenes(200, 2)
     blind = [dict(x, unlocked=()) for x in s]
-    assert A.rules(s) == A.rules(blind) and all(len(g) == 3 for g in A.rules(s))
+    assert A.rule_goals(s) == A.rule_goals(blind) and all(len(g) == 3 for g in A.rule_goals(s))
     for r in teach("adapter", s):
-        assert A.advised(r["response"]) == r["goals"] and len(r["response"]) < 200
+        assert A.named_goals(r["response"]) == r["goals"] and len(r["response"]) < 200
     told = [r for r in teach("decision", s) if "analysis:" in r["prompt"][1]["content"]]
     assert 60 < len(told) < 140 and all(
-        A.advised(r["prompt"][1]["content"]) == r["goals"] == parse(r["response"])[0] for r in told
+        A.named_goals(r["prompt"][1]["content"]) == r["goals"] == parse(r["response"])[0] for r in told
     )
     assert (
-        sum(r["goals"] not in A.rules(s) for r in told) > 20
+        sum(r["goals"] not in A.rule_goals(s) for r in told) > 20
     )  # goals that no rule would give: only the analysis has them
 
 

