@@ -5,6 +5,7 @@
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00003
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -36,6 +37,7 @@ __all__ = [
     "moved",
     "moves_only_what_it_counts",
     "repeats_itself",
+    "short",
     "objective",
     "helps",
     "logs_the_truth",
@@ -232,6 +234,12 @@ def repeats_itself(trial):
     assert alike == (not first.trainable), "two seeds give the same" if alike else "the seed matters, but nothing moves"
 
 
+# %% ../../nbs/06d_tuners.checks.ipynb #chk00045
+def short(x) -> list:
+    "The numbers of a tensor to four digits, for a message."
+    return [round(v, 4) for v in x.tolist()]
+
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00034
 def objective(trial, assignments):
     "What the tuner brings down (G,): minus the score where its log has scores, else the error on the demonstrations."
@@ -243,11 +251,13 @@ def objective(trial, assignments):
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00035
 def helps(trial, slack=1.0):
-    "What is tuned lowers its objective on each task (`slack`: 1.05 lets it end 5 % above its start)."
+    """What is tuned lowers its objective on each task.
+
+    slack: 1.05 lets it end 5 % above its start."""
     if not trial.result.trainable:
         return
     before, after = objective(trial, trial.start), objective(trial, trial.result.assignments)
-    assert (after < before * slack).all(), f"from {before.tolist()} to {after.tolist()}"
+    assert (after < before * slack).all(), f"from {short(before)} to {short(after)}"
 
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00038
@@ -266,7 +276,9 @@ def logs_the_truth(trial, rtol=1e-5):
             continue
         logged = torch.tensor([e["loss"] for e in entries])
         found = demo_error(assignments, trial.demos)
-        assert torch.allclose(logged, found, rtol=rtol, atol=0), f"step {step}: {logged.tolist()}, not {found.tolist()}"
+        assert torch.allclose(logged, found, rtol=rtol, atol=0), (
+            f"step {step}: {short(logged)}, but found {short(found)}"
+        )
 
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00040
@@ -274,7 +286,7 @@ def can_be_kept(trial):
     "Saved and loaded, and cloned, a tuned policy acts as it did, bit for bit."
     assignments = trial.result.assignments
     want, loaded = actions(assignments), {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):  # the hub library remarks on loads
         for i, (policy, _) in enumerate(assignments):
             if id(policy) not in loaded:
                 policy.save_pretrained(f"{folder}/{i}")

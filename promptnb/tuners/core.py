@@ -102,7 +102,7 @@ class Tuner:
 
 
 # %% ../../nbs/06_tuners.core.ipynb #78817aef
-TUNERS = {  # name -> module:class; a new tuner is one line here, its notebook, and a recipe row
+TUNERS = {  # name -> module:class; a new tuner is one line here, its notebook, and a recipe row: own_tuner.ipynb
     "none": "core:NoTuning",
     "full": "core:FullFineTune",
     "soft": "core:SoftPrompt",
@@ -123,8 +123,13 @@ TUNERS = {  # name -> module:class; a new tuner is one line here, its notebook, 
 
 # %% ../../nbs/06_tuners.core.ipynb #tnr00002
 def tuner_class(name) -> type[Tuner]:
-    "The class that a registry line names; a misspelt name is refused with the nearest valid one."
-    module, cls = TUNERS[check_choice(name, TUNERS, "tuner")].split(":")
+    """The class that a registry line names; a misspelt name is refused with the nearest valid one.
+
+    In a session of yours the line may hold the class itself."""
+    entry = TUNERS[check_choice(name, TUNERS, "tuner")]
+    if isinstance(entry, type):
+        return entry
+    module, cls = entry.split(":")
     return getattr(importlib.import_module(f"promptnb.tuners.{module}"), cls)
 
 
