@@ -13,11 +13,12 @@ import torch
 from test_parity import attention, linear, norm
 from toys import Judge, toy
 
-from promptnb import evaluate, jobs, run, tasks, train
+from promptnb import cli, core, evaluate, tasks, train
 from promptnb import recipes as rc
 from promptnb.core import Batch, PromptnbError, Row, Steps, choice_loss, read_json, seed_for
 from promptnb.data import Sampler, demos, from_arrays, in_order
 from promptnb.evaluate import EvalTask, groups_of, rollout
+from promptnb.experiments import multitask, plan, run
 from promptnb.models.context import ContextConfig, ContextDT, ContextPolicy, info_nce, transitions
 from promptnb.models.dt import DTConfig, Policy, PromptDT
 from promptnb.tuners.checks import actions, demo_error, same, snapshot
@@ -34,7 +35,7 @@ from promptnb.tuners.context import (
 )
 from promptnb.tuners.core import make_tuner, windows_loss
 
-ROOT = jobs.root()
+ROOT = core.root()
 S, A, K, L, D = 4, 3, 5, 3, 16
 TASKS = (2, 5, 7)
 ALL = dict(w_state=0.3, w_return=0.7, w_nce=0.2, w_class=0.4)
@@ -968,7 +969,7 @@ def test_shuffled_actions_are_real(family, quality):
 
 def test_another_context_of_one_task():
     with raises("another"):
-        jobs.of_others(steps(1, 4))
+        multitask.of_others(steps(1, 4))
 
 
 def test_weight_of_one_window():
@@ -1043,7 +1044,7 @@ def asked(monkeypatch):
     "Made-up data in place of collected ones; what was asked for, as (quality, task ids)."
     out = []
     monkeypatch.setattr(
-        jobs, "stored", lambda f, q, ids, n: out.append((q, tuple(ids))) or made_up(f, q, tuple(ids), n)
+        multitask, "stored", lambda f, q, ids, n: out.append((q, tuple(ids))) or made_up(f, q, tuple(ids), n)
     )
     return out
 
@@ -1108,7 +1109,7 @@ def test_by_agent(asked):
     "Agent k's prompt and windows are of agent k's trajectories; games stay whole numbers of rows."
     fam = tasks.family("smax-3m")
     st = made_up("smax-3m", "good", (0,), 4)
-    of = jobs.by_agent(st, fam)
+    of = multitask.by_agent(st, fam)
     assert of.task_ids == (0, 1, 2) and len(of) == 12 and of.s.shape == st.s.shape
     assert (
         all((of.s[of.first[i] : of.first[i] + 12, 3] == of.task[i]).all() for i in range(12))
@@ -1116,7 +1117,7 @@ def test_by_agent(asked):
     )
     p = replace(recipe("agent-good", "smax-3m").pretrain, episodes=4)
     t = replace(recipe("agent-good", "smax-3m").tune, demos=0)
-    dem = jobs.prompts_for(plain_policy("smax-3m", encoder="none"), p, t, 0)
+    dem = multitask.prompts_for(plain_policy("smax-3m", encoder="none"), p, t, 0)
     assert dem.task_ids == [0, 1, 2] and asked == [("good", (0,))]
     for d in (dem, dem.best(0.25)):
         for x in (d.batch(0), d.batch(1)):
@@ -1130,7 +1131,7 @@ def test_by_agent(asked):
         (replace(st, task=torch.arange(12) // 6), fam),
     ):
         with raises("prompts for each agent need one task with several agents"):
-            jobs.by_agent(store, f)
+            multitask.by_agent(store, f)
 
 
 class World:
@@ -1211,7 +1212,7 @@ def test_contexts_of_train_tasks_alone(asked):
     for key, ids in (("cmt", fam.train), ("cmt-middle-all", tuple(i for i in range(10, 30) if i not in fam.test))):
         asked.clear()
         p = recipe(key).pretrain
-        every = jobs.context_store(p)
+        every = multitask.context_store(p)
         assert (
             asked == [(q, ids) for q in ("expert", "medium", "random")]
             and every.task_ids == ids
@@ -1225,7 +1226,7 @@ def test_contexts_of_train_tasks_alone(asked):
         )
         assert all(set(every.s[every.first[every.task == i], 1].tolist()) == {0.0, 1.0, 2.0} for i in ids)
         asked.clear()
-        st, (mean, _), hashes, _ = jobs.train_store(p)
+        st, (mean, _), hashes, _ = multitask.train_store(p)
         assert (
             asked == [("expert", ids)]
             and st.task_ids == ids
@@ -1233,8 +1234,8 @@ def test_contexts_of_train_tasks_alone(asked):
             and len(hashes) == 1
         )
     assert (
-        jobs.context_store(recipe("none-medium", "hopper").pretrain) is None
-        and jobs.context_store(recipe("pdt").pretrain) is None
+        multitask.context_store(recipe("none-medium", "hopper").pretrain) is None
+        and multitask.context_store(recipe("pdt").pretrain) is None
     )
 
 
@@ -1244,7 +1245,7 @@ def test_prompt_from(asked):
     fam = tasks.family("cheetah-vel")
 
     def get(k, **kw):
-        return jobs.prompts_for(pi, p, replace(t, prompt_from=k, **kw), 0)
+        return multitask.prompts_for(pi, p, replace(t, prompt_from=k, **kw), 0)
 
     ids = torch.tensor(fam.test).float()[:, None]
     own = get("test").prompt
@@ -1279,9 +1280,9 @@ def test_all_tasks_are_played(asked, world):
     made = world(3)
     r = recipe("cmt-all")
     pi = plain_policy()
-    dem = jobs.prompts_for(pi, r.pretrain, r.tune, 0)
+    dem = multitask.prompts_for(pi, r.pretrain, r.tune, 0)
     p = pi.prompted(dem.prompt, dem.task_ids)
-    at, played = jobs.evaluate_policy([(p, g) for g in range(40)], r, 2, 0, 1, "cpu")
+    at, played = multitask.evaluate_policy([(p, g) for g in range(40)], r, 2, 0, 1, "cpu")
     assert (
         [s.task for s in at] == list(range(40)) == [s.row for s in at]
         and played.returns.shape == (40, 2)
@@ -1298,7 +1299,7 @@ def test_play(world):
     pi = plain_policy(L=L).eval()
     pi.mean.fill_(1.0)
     pi.std.fill_(2.0)
-    score = jobs.EnvScore(pi, recipe("collect"), 0, 1, "cpu")
+    score = multitask.EnvScore(pi, recipe("collect"), 0, 1, "cpu")
     c = steps(G * m, 6, 0, 2, torch.float32).map(lambda x: x.unflatten(0, (G, m)))
     c = replace(c, s=torch.randn(G, m, 6, 20), a=torch.randn(G, m, 6, 6))
     returns, seen = score.play(c)
@@ -1344,7 +1345,7 @@ def test_scores_where_due():
         return Row("cmt", task, 0, "m", 0, "smoke", 0, metric, value, 1, 0, 0, "r")
 
     got = list(
-        jobs.score_rows(
+        multitask.score_rows(
             [
                 row("hopper", "return", 3234.3),
                 row("hopper", "length", 9),
@@ -1373,8 +1374,8 @@ def workbook(tmp, m):
     m.setenv("PROMPTNB_HOME", str(tmp))
     m.delenv("MINARI_DATASETS_PATH", raising=False)
     m.setattr(os, "fsync", lambda _: None)
-    m.setattr(jobs, "stored", lambda f, q, ids, n: made_up(f, q, tuple(ids), n))
-    m.setattr(jobs, "provenance", lambda d="cpu": dict(device="-", threads=1, commit="-"))
+    m.setattr(multitask, "stored", lambda f, q, ids, n: made_up(f, q, tuple(ids), n))
+    m.setattr(run, "provenance", lambda d="cpu": dict(device="-", threads=1, commit="-"))
     m.setitem(tasks.FAMILIES, "cheetah-vel", replace(tasks.family("cheetah-vel"), horizon=T_SHORT))
     return tmp
 
@@ -1384,12 +1385,12 @@ def finished(tmp_path_factory):
     "{key: record} of smoke runs that share a workbook."
     with pytest.MonkeyPatch.context() as m:
         home = workbook(tmp_path_factory.mktemp("home"), m)
-        out = {k: read_json(jobs.tune(recipe(k), "smoke", 0, torch.device("cpu"), 1)) for k in KEYS}
+        out = {k: read_json(multitask.tune(recipe(k), "smoke", 0, torch.device("cpu"), 1)) for k in KEYS}
         pre = {
-            k: read_json(jobs.record_path("cmt", jobs.pretrain_run(recipe(k).pretrain, "smoke", 0)))
+            k: read_json(run.record_path("cmt", run.pretrain_run(recipe(k).pretrain, "smoke", 0)))
             for k in ("cmt", "one-hot")
         }
-        policy = {k: jobs.load_policy(home / v["folder"] / "policy", recipe(k).pretrain) for k, v in pre.items()}
+        policy = {k: multitask.load_policy(home / v["folder"] / "policy", recipe(k).pretrain) for k, v in pre.items()}
     return out, pre, policy
 
 
@@ -1492,17 +1493,17 @@ def test_killed_in_pretraining(at, finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "step_once", step_once)
     with pytest.raises(Killed):
-        jobs.pretrain(r, "smoke", 0, dev, 1)
+        multitask.pretrain(r, "smoke", 0, dev, 1)
     assert not (home / "data" / "results").exists()
     monkeypatch.setattr(train, "step_once", step)
     torch.manual_seed(99)
-    p = jobs.pretrain(r, "smoke", 0, dev, 1)
-    rec = read_json(jobs.record_path("cmt", jobs.pretrain_run(r.pretrain, "smoke", 0)))
+    p = multitask.pretrain(r, "smoke", 0, dev, 1)
+    rec = read_json(run.record_path("cmt", run.pretrain_run(r.pretrain, "smoke", 0)))
     assert same(p.state_dict(), finished[2]["cmt"].state_dict()) and {
         k: rec[k] for k in ("rows", "data", "weights", "status", "recipe_digest")
     } == {k: finished[1]["cmt"][k] for k in ("rows", "data", "weights", "status", "recipe_digest")}
     monkeypatch.setattr(train, "step_once", step_once)
-    assert same(jobs.pretrain(r, "smoke", 0, dev, 1).state_dict(), p.state_dict())  # nothing is trained again
+    assert same(multitask.pretrain(r, "smoke", 0, dev, 1).state_dict(), p.state_dict())  # nothing is trained again
 
 
 def test_diverged(tmp_path, monkeypatch):
@@ -1515,14 +1516,14 @@ def test_diverged(tmp_path, monkeypatch):
         "losses",
         lambda self, b: {k: v * (float("nan") if b.task is not None else 1) for k, v in losses(self, b).items()},
     )
-    rec = read_json(jobs.tune(r, "smoke", 0, torch.device("cpu"), 1))
-    pre = read_json(jobs.record_path("cmt", jobs.pretrain_run(r.pretrain, "smoke", 0)))
+    rec = read_json(multitask.tune(r, "smoke", 0, torch.device("cpu"), 1))
+    pre = read_json(run.record_path("cmt", run.pretrain_run(r.pretrain, "smoke", 0)))
     assert (
         (rec["status"], rec["why"], rec["rows"]) == ("diverged", "its pre-training diverged", [])
         and pre["status"] == "diverged"
         and "loss is nan at step 0" in pre["why"]
         and pre["weights"] == ""
-        and jobs.finished(r, rec["run_id"])
+        and run.finished(r, rec["run_id"])
     )
 
 
@@ -1565,12 +1566,12 @@ def test_exhibits(e):
             fam = tasks.family(r.family)
             make_tuner(r.tune.tuner, **dict(r.tune.hyper))
             assert (
-                {q for q, _ in run.data_needs(r)} <= set(fam.qualities)
+                {q for q, _ in plan.data_needs(r)} <= set(fam.qualities)
                 and set(r.pretrain.train) <= set(fam.task_ids)
                 and r.paper == "cmt"
             )
             if x := r.pretrain.context:
-                assert x.encoder == "none" or set(x.qualities) <= {q for q, _ in run.data_needs(r)}
+                assert x.encoder == "none" or set(x.qualities) <= {q for q, _ in plan.data_needs(r)}
                 assert (x.encoder == "none") == (not r.pretrain.prompt)
             if r.pretrain.train:
                 assert list(r.pretrain.train) == sorted(r.pretrain.train)
@@ -1685,10 +1686,10 @@ def test_without_the_extra(without_smax, tmp_home, monkeypatch, capsys):
     "Skirmishes are left out with the line that installs them; asked for by name they are refused in one line."
     seen = []
     monkeypatch.setattr(
-        run.subprocess, "run", lambda cmd, **kw: seen.append(cmd) or SimpleNamespace(returncode=0, stdout="")
+        cli.subprocess, "run", lambda cmd, **kw: seen.append(cmd) or SimpleNamespace(returncode=0, stdout="")
     )
-    monkeypatch.setattr(run, "expected", lambda *a, **kw: "expected: -")
-    assert run.main(["run", "cmt", "--dry-run", "--scale", "smoke"]) == 0
+    monkeypatch.setattr(cli, "expected", lambda *a, **kw: "expected: -")
+    assert cli.main(["run", "cmt", "--dry-run", "--scale", "smoke"]) == 0
     out, err = capsys.readouterr()
     assert (
         err.strip() == "skirmish is left out: pip install 'promptnb[smax]'"
@@ -1696,7 +1697,7 @@ def test_without_the_extra(without_smax, tmp_home, monkeypatch, capsys):
         and "--dry-run" in seen[-1]
         and any(x == "exhibits=" + ",".join(e.id for e in EXHIBITS if e.id != "skirmish") for x in seen[-1])
     )
-    assert run.main(["run", "cmt", "--exhibit", "skirmish", "--dry-run"]) == 2
+    assert cli.main(["run", "cmt", "--exhibit", "skirmish", "--dry-run"]) == 2
     err = capsys.readouterr().err
     assert (
         err.startswith("promptnb: smax-3m needs the package jaxmarl")
@@ -1704,4 +1705,4 @@ def test_without_the_extra(without_smax, tmp_home, monkeypatch, capsys):
         and "pip install 'promptnb[smax]'" in err
         and len(seen) == 1
     )
-    assert run.main(["run", "cmt", "--exhibit", "tables"]) == 2 and "could not be had" in capsys.readouterr().err
+    assert cli.main(["run", "cmt", "--exhibit", "tables"]) == 2 and "could not be had" in capsys.readouterr().err

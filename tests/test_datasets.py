@@ -14,8 +14,10 @@ from test_papers import FAMILY, PRETRAIN, ROOT, cli, new_home, one_line
 from test_project import py, settings
 from test_resume import kill_group, mtimes, start, wait_for
 
-from promptnb import collect, data, experts, jobs, recipes, run, tasks
+from promptnb import cli as command
+from promptnb import collect, data, experts, recipes, tasks
 from promptnb.core import PromptnbError, read_json, results_dir
+from promptnb.experiments import job, multitask, run
 
 FAMILIES = [*tasks.FAMILIES.values()]
 QUIET = dict(threads=1, say=lambda *_: None)
@@ -235,7 +237,7 @@ def test_missing_extra(kind, package, tmp_home, monkeypatch, capsys):
     refused(tasks.lock_step, fam, [fam.test[0]], says=says)
     refused(collect.collect, fam, says=says)
     assert not tasks.installed(fam)
-    assert run.main(["collect", "--family", fam.name]) == 2
+    assert command.main(["collect", "--family", fam.name]) == 2
     said = capsys.readouterr().err
     assert said.startswith("promptnb: ") and said.count("\n") == 1 and all(s in said for s in says)
     assert says[-1] in collect.listed([fam])[0]["note"] and not (tmp_home / "data" / "minari").exists()
@@ -308,7 +310,7 @@ def test_local_copy(local):
 def test_damaged_local_copy(part, local, capsys):
     raw = local[1].read_bytes()
     local[1].write_bytes(raw[: int(part * len(raw))])
-    assert run.main(["collect", "--family", "hopper", "--quality", "minari-medium"]) == 2
+    assert command.main(["collect", "--family", "hopper", "--quality", "minari-medium"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("promptnb: ") and said.count("\n") == 1 and REMOTE in said
 
@@ -316,7 +318,7 @@ def test_damaged_local_copy(part, local, capsys):
 def test_list(tmp_home, capsys):
     "A row for each dataset that is here; for other families a row that says how to get one."
     collect.collect(FAMILY, "random", 2, **QUIET)
-    assert run.main(["collect", "--list"]) == 0
+    assert command.main(["collect", "--list"]) == 0
     head, _, *rows = [[x.strip() for x in l.strip("|").split("|")] for l in capsys.readouterr().out.splitlines()]
     rows = {r[0]: dict(zip(head, r)) for r in rows}
     assert (
@@ -377,23 +379,23 @@ def test_share_of_what(ratio):
 
 def test_a_recipe_trains_on_its_share(tmp_home):
     "The trajectories that were drawn stand in the run's record; of the whole dataset, none need to."
-    r = recipes.resolve(recipes.RECIPES[jobs.find_job(PRETRAIN).recipes[0]], "smoke")
+    r = recipes.resolve(recipes.RECIPES[job.find_job(PRETRAIN).recipes[0]], "smoke")
     r = replace(r, pretrain=replace(r.pretrain, ratio=0.5, ratio_seed=3))
     p = r.pretrain
     collect.collect(FAMILY, p.quality, p.episodes, **QUIET)
-    jobs.stored.cache_clear()
+    run.stored.cache_clear()
     whole = data.load(FAMILY, p.quality)
-    store, _, hashes, drawn = jobs.train_store(p)
+    store, _, hashes, drawn = multitask.train_store(p)
     assert (
         drawn == data.subsample(whole, 0.5, 3)[1]
         and same(store, data.subset(whole, drawn))
         and hashes == whole.hashes
-        and jobs.train_store(replace(p, ratio=1.0))[3] is None
+        and multitask.train_store(replace(p, ratio=1.0))[3] is None
     )
-    jobs.pretrain(r, "smoke", 0, torch.device("cpu"), 1)
+    multitask.pretrain(r, "smoke", 0, torch.device("cpu"), 1)
     (path,) = results_dir(r.paper).iterdir()
     assert (rec := read_json(path))["trajectories"] == drawn and rec["recipe"]["pretrain"]["ratio"] == 0.5
-    refused(jobs.train_store, replace(p, ratio=2.0), says=["ratio is 2.0"])
+    refused(multitask.train_store, replace(p, ratio=2.0), says=["ratio is 2.0"])
 
 
 # ---- columns

@@ -8,13 +8,14 @@ import time
 
 import pytest
 
-from promptnb import jobs, recipes, run
+from promptnb import cli, core, recipes
 from promptnb.core import PromptnbError, read_json, results_dir, write_json
+from promptnb.experiments import forecast, job, multitask, plan, run
 
 PAPER, FAMILY = "prompt_tuning_dt", "cheetah-dir"
 ASK = dict(exhibit_ids=["table1"], families=[FAMILY], cores=2)
 WANT = ["run", PAPER, "--exhibit", "table1", "--family", FAMILY]
-JOBS = run.wanted_jobs(PAPER, ["table1"], [FAMILY])
+JOBS = plan.wanted_jobs(PAPER, ["table1"], [FAMILY])
 N = sum(len(j.recipes) for j in JOBS)  # runs of one seed
 
 
@@ -23,16 +24,16 @@ def record(
 ):
     "Made-up records of a kind of job; one that is not `fresh` is of older code."
     for j in JOBS:
-        for r, x in jobs.runs_of(j, scale, seed) if j.kind == kind else ():
+        for r, x in job.runs_of(j, scale, seed) if j.kind == kind else ():
             if only(r):
                 write_json(
-                    jobs.record_path(PAPER, x),
+                    run.record_path(PAPER, x),
                     dict(
                         run_id=x,
                         status=status,
                         why="",
                         recipe_digest=recipes.digest(r),
-                        code=jobs.code_of_run(r, x) if fresh else "older",
+                        code=run.code_of_run(r, x) if fresh else "older",
                         rows=[],
                         seconds=seconds,
                         where=dict(device=where, threads=threads),
@@ -46,7 +47,7 @@ def both(seconds=(50.0, 30.0), **kw):
 
 
 def said(**kw):
-    return run.expected(PAPER, **{**ASK, "seeds": [0], **kw})
+    return forecast.expected(PAPER, **{**ASK, "seeds": [0], **kw})
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def no_snakemake(monkeypatch):
     "`run` without what it hands over to; returns the list of its commands."
     asked = []
     monkeypatch.setattr(
-        run.subprocess, "run", lambda cmd, **kw: asked.append(cmd) or subprocess.CompletedProcess(cmd, 0)
+        cli.subprocess, "run", lambda cmd, **kw: asked.append(cmd) or subprocess.CompletedProcess(cmd, 0)
     )
     return asked
 
@@ -63,7 +64,7 @@ def no_snakemake(monkeypatch):
 def slow_steps(monkeypatch):
     "A training step takes half a second; returns the list of the recipes that were timed."
     asked = []
-    monkeypatch.setattr(run, "step_seconds", lambda p, accelerator="auto", limit=3.0: asked.append(p) or 0.5)
+    monkeypatch.setattr(forecast, "step_seconds", lambda p, accelerator="auto", limit=3.0: asked.append(p) or 0.5)
     return asked
 
 
@@ -85,7 +86,7 @@ def slow_steps(monkeypatch):
     ],
 )
 def test_wall(pretrain, tune, cores, seconds):
-    assert run.wall(dict(pretrain=pretrain, tune=tune), cores) == seconds
+    assert forecast.wall(dict(pretrain=pretrain, tune=tune), cores) == seconds
 
 
 def test_wall_is_a_bound_that_longest_first_comes_close_to():
@@ -97,7 +98,7 @@ def test_wall_is_a_bound_that_longest_first_comes_close_to():
         load = [0.0] * c
         for t in sorted(ts, reverse=True):
             load[load.index(min(load))] += t
-        least = run.wall(dict(pretrain=ts, tune=[]), c)
+        least = forecast.wall(dict(pretrain=ts, tune=[]), c)
         assert least <= max(load) + 1e-9 and max(load) <= 2 * least
 
 
@@ -116,7 +117,7 @@ def test_wall_is_a_bound_that_longest_first_comes_close_to():
     ],
 )
 def test_spell(seconds, text):
-    assert run.spell(seconds) == text
+    assert forecast.spell(seconds) == text
 
 
 # ---- where the seconds come from
@@ -138,7 +139,7 @@ def test_this_machines_records(tmp_home):
 def test_median_over_seeds(tmp_home):
     for seed, s in enumerate((10.0, 20.0, 600.0)):
         both((s, s), seed=seed)
-    assert said(cores=1).startswith(f"expected: {run.spell(20 * N)} on")
+    assert said(cores=1).startswith(f"expected: {forecast.spell(20 * N)} on")
 
 
 def test_another_scale_says_nothing(tmp_home, slow_steps):
@@ -149,14 +150,14 @@ def test_another_scale_says_nothing(tmp_home, slow_steps):
 def test_failed_and_diverged_records_say_nothing(tmp_home, slow_steps):
     both(status="diverged")
     for j in JOBS:
-        for r, x in jobs.runs_of(j, "laptop", 1):
+        for r, x in job.runs_of(j, "laptop", 1):
             write_json(results_dir(PAPER) / f"{x}.failed.json", dict(status="failed", why="-", seconds=9.0))
     assert "measured on this machine" not in said()
 
 
 def test_shipped_seconds(tmp_home):
     both(threads=2)
-    path = run.write_seconds(PAPER)
+    path = forecast.write_seconds(PAPER)
     known = read_json(path)
     assert (
         path == tmp_home / "data" / "seconds" / f"{PAPER}.json"
@@ -177,7 +178,7 @@ def test_shipped_seconds(tmp_home):
 
 def test_own_records_come_before_shipped_ones(tmp_home):
     both()
-    run.write_seconds(PAPER)
+    forecast.write_seconds(PAPER)
     shutil.rmtree(results_dir(PAPER))
     record("pretrain", 100.0)
     assert (
@@ -190,29 +191,31 @@ def test_own_records_come_before_shipped_ones(tmp_home):
 def test_seconds_of_several_machines_are_named(tmp_home):
     both(seed=0)
     both(seed=1, where="a GPU")
-    assert read_json(run.write_seconds(PAPER))["where"] == "a GPU, 1 thread; a processor, 1 thread"
+    assert read_json(forecast.write_seconds(PAPER))["where"] == "a GPU, 1 thread; a processor, 1 thread"
 
 
 def test_nothing_to_ship_is_said(tmp_home):
     with pytest.raises(PromptnbError, match=f"no good record: promptnb run {PAPER}"):
-        run.write_seconds(PAPER)
+        forecast.write_seconds(PAPER)
 
 
 def test_status_writes_the_shipped_file(tmp_home, capsys):
     both()
-    assert run.main(["status", PAPER, "--seconds"]) == 0
-    assert capsys.readouterr().out.strip() == str(run.seconds_file(PAPER)) and run.seconds_file(PAPER).exists()
+    assert cli.main(["status", PAPER, "--seconds"]) == 0
+    assert (
+        capsys.readouterr().out.strip() == str(forecast.seconds_file(PAPER)) and forecast.seconds_file(PAPER).exists()
+    )
 
 
 def test_committed_seconds_name_runs_of_today():
     "Every name in data/seconds is that of a recipe; none is left of one that has gone."
-    for path in (run.root() / "data" / "seconds").glob("*.json"):
+    for path in (core.root() / "data" / "seconds").glob("*.json"):
         paper, known = path.stem, read_json(path)
         names = {
-            run.time_name(j, r, s)
+            forecast.time_name(j, r, s)
             for j in recipes.jobs(paper).values()
             for s in recipes.SCALES
-            for r in jobs.job_recipes(j, s)
+            for r in job.job_recipes(j, s)
         }
         assert known["where"] and set(known["seconds"]) <= names and all(s > 0 for s in known["seconds"].values()), path
 
@@ -236,7 +239,7 @@ def test_nothing_to_do(tmp_home, slow_steps):
 
 def test_collecting_is_named_where_the_stamp_is_absent(tmp_home):
     both()
-    rules = run.plan(PAPER, ["table1"], "laptop", [0], [FAMILY])
+    rules = plan.plan(PAPER, ["table1"], "laptop", [0], [FAMILY])
     stamps = [tmp_home / r.outputs[0] for r in rules if r.name.startswith("collect_")]
     assert said(rules=rules).startswith("expected: 8 min on 2 cores + collecting data (")
     for p in stamps:
@@ -253,7 +256,7 @@ def test_unknown_runs_are_counted(tmp_home):
 
 
 def test_all_unknown(tmp_home):
-    assert run.span(*run.forecast(PAPER, ["table1"], "laptop", [0], [FAMILY])[:2], 2) == "unknown"
+    assert forecast.span(*forecast.forecast(PAPER, ["table1"], "laptop", [0], [FAMILY])[:2], 2) == "unknown"
 
 
 # ---- a rate
@@ -290,7 +293,7 @@ def test_rate_at_paper_scale(key):
         time.time(),
     )
     assert (
-        1e-4 < run.step_seconds(p, "cpu", limit=1.0) < 60
+        1e-4 < multitask.step_seconds(p, "cpu", limit=1.0) < 60
         and time.time() - start < 20
         and torch.get_num_threads() == threads
     )
@@ -301,13 +304,13 @@ def test_a_big_batch_is_timed_in_part(monkeypatch):
 
     p, rows = recipes.resolve(recipes.RECIPES[f"{PAPER}/cheetah-vel/pdt"], "paper").pretrain, []
     monkeypatch.setattr(train, "step_once", lambda model, opt, batch, *_: rows.append(len(batch)))
-    run.step_seconds(p, "cpu")
-    assert set(rows[:2]) == {8} and set(rows[2:]) == {run.size_of(p)[3]} == {16 * 35}
+    multitask.step_seconds(p, "cpu")
+    assert set(rows[:2]) == {8} and set(rows[2:]) == {multitask.size_of(p)[3]} == {16 * 35}
     monkeypatch.setattr(
         train, "step_once", lambda model, opt, batch, *_: rows.append(len(batch)) or time.sleep(0.002 * len(batch))
     )
     rows.clear()
-    s = run.step_seconds(p, "cpu", limit=0.2)
+    s = multitask.step_seconds(p, "cpu", limit=0.2)
     assert max(rows) < 16 * 35 and 1 < s < 2.5
 
 
@@ -316,7 +319,7 @@ def test_a_big_batch_is_timed_in_part(monkeypatch):
 
 def test_run_prints_it_before_snakemake(tmp_home, no_snakemake, capsys):
     both()
-    assert run.main([*WANT, "--seeds", "0", "--cores", "2", "--dry-run"]) == 0
+    assert cli.main([*WANT, "--seeds", "0", "--cores", "2", "--dry-run"]) == 0
     first, line = capsys.readouterr().out.splitlines()
     assert (
         first.startswith(f"{PAPER} at laptop scale")
@@ -334,14 +337,14 @@ def test_misspelt_words_come_first(tmp_home, no_snakemake, slow_steps, capsys):
         [*WANT, "--cores", "0"],
         ["status", "prompt_tuning", "--seconds"],
     ):
-        assert run.main(wrong) == 2
+        assert cli.main(wrong) == 2
         out, err = capsys.readouterr()
         assert "expected" not in out and err.startswith("promptnb: ") and not no_snakemake and not slow_steps
 
 
 def test_status_shows_it(tmp_home, capsys):
     both()
-    assert run.main(["status", PAPER]) == 0
+    assert cli.main(["status", PAPER]) == 0
     lines = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()}
     assert (
         "expected at least" in lines["table1"]
@@ -353,9 +356,9 @@ def test_status_shows_it(tmp_home, capsys):
 
 def test_no_torch_where_nothing_is_measured(tmp_home):
     both()
-    run.write_seconds(PAPER)
+    forecast.write_seconds(PAPER)
     shutil.rmtree(results_dir(PAPER))
-    code = f"import sys; from promptnb import run; print(run.expected({PAPER!r}, ['table1'], families=[{FAMILY!r}], cores=2)); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from promptnb.experiments import forecast; print(forecast.expected({PAPER!r}, ['table1'], families=[{FAMILY!r}], cores=2)); sys.exit('torch' in sys.modules)"
     p = subprocess.run(
         [sys.executable, "-c", code], env=dict(os.environ, PROMPTNB_HOME=str(tmp_home)), capture_output=True, text=True
     )

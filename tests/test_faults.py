@@ -40,8 +40,10 @@ from test_papers import (
 )
 from test_resume import same_records, weights
 
-from promptnb import collect, core, data, experts, jobs, recipes, results, run, tasks, train
+from promptnb import cli as command
+from promptnb import collect, core, data, experts, recipes, results, tasks, train
 from promptnb.core import Checkpoints, PromptnbError, read_json, results_dir, runs_dir, sha256_file, write_json
+from promptnb.experiments import job, multitask, run
 
 FAM, TABLE1 = tasks.family(FAMILY), recipes.EXHIBITS[PAPER, "table1"]
 
@@ -60,13 +62,13 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def one_policy(monkeypatch):
     "Jobs in this process do the first of their recipes only."
-    real = jobs.runs_of
-    monkeypatch.setattr(jobs, "runs_of", lambda *a: real(*a)[:1])
-    return real(jobs.find_job(PRETRAIN), "smoke", 0)[0][1]
+    real = job.runs_of
+    monkeypatch.setattr(job, "runs_of", lambda *a: real(*a)[:1])
+    return real(job.find_job(PRETRAIN), "smoke", 0)[0][1]
 
 
-def job(id=PRETRAIN):
-    return jobs.run_job(id, 0, "smoke", "cpu")
+def run_job(id=PRETRAIN):
+    return job.run_job(id, 0, "smoke", "cpu")
 
 
 def refused(f, *a, says=(), **k):
@@ -387,7 +389,7 @@ def test_no_sound_checkpoint_left(tmp_path, capsys):
 
 def test_damaged_policy_is_made_again(home, one_policy, capsys):
     "The final weights of a finished run have a hash in its record; where it differs they are taken from the checkpoint again."
-    job()
+    run_job()
     (path,) = home.glob("data/runs/policies/*/policy/model.safetensors")
     whole = path.read_bytes()
     r = expected(PRETRAIN)[0][0]
@@ -398,7 +400,7 @@ def test_damaged_policy_is_made_again(home, one_policy, capsys):
         path.unlink,
     ):
         damage()
-        assert jobs.pretrain(r, "smoke", 0, torch.device("cpu"), 1) is not None
+        assert multitask.pretrain(r, "smoke", 0, torch.device("cpu"), 1) is not None
         assert path.read_bytes() == whole and not (home / "canary").exists()
 
 
@@ -655,7 +657,7 @@ def test_damaged_dataset_through_the_command_line(home):
     one_line(cli(home, "job", PRETRAIN, *SMOKE), "3 of 3 runs", str(columns(home)), "damaged", "collect again")
     assert set(paths(home)) == {f"{name}.failed.json" for _, name in expected(PRETRAIN)}
     shutil.copy(columns(finished_home()), columns(home))
-    job()
+    run_job()
     assert not list(home.rglob("*.failed.json"))
     same_records(home, [f"{name}.json" for _, name in expected(PRETRAIN)])
 
@@ -679,7 +681,7 @@ def test_diverged(value, home, one_policy, monkeypatch):
         )
 
     monkeypatch.setattr(train, "step_once", step_once)
-    (path,) = job()
+    (path,) = run_job()
     rec = read_json(path)
     assert rec["status"] == "diverged" and "at step 12" in rec["why"] and json.loads(path.read_text())["why"]
     assert max(w["step"] for w in rec["rows"] if w["metric"] == "return") == 10 and all(
@@ -689,7 +691,7 @@ def test_diverged(value, home, one_policy, monkeypatch):
     ck = Checkpoints(folder, read_json(folder / "step-000000010.json")["config"])
     t, meta = ck.latest()
     assert meta["step"] == 10 and all(x.isfinite().all() for x in t.values()) and not (folder / "policy").exists()
-    (tuned,) = job(TUNE)  # its first recipe starts from this policy
+    (tuned,) = run_job(TUNE)  # its first recipe starts from this policy
     assert (
         read_json(tuned)["status"] == "diverged"
         and not read_json(tuned)["rows"]
@@ -754,7 +756,7 @@ def test_full_disk_in_training(home, one_policy, capfd):
         for leave in [0, 4096, *(need * i // 8 for i in range(1, 13))]:
             filler = fill(disk, leave)
             before = {p: v for p, v in frozen(disk).items() if "step-" in p.name}
-            made = job()
+            made = run_job()
             filler.unlink()
             said = capfd.readouterr().err
             if made:
@@ -776,10 +778,10 @@ def test_full_disk_for_records(home, one_policy):
     with tiny_disk(home / "data" / "results", 2**16):
         filler = fill(home / "data" / "results")
         before = frozen(old.parent)
-        refused(job, says=["no space left", one_policy])
+        refused(run_job, says=["no space left", one_policy])
         assert frozen(old.parent) == before
         filler.unlink()
-        job()
+        run_job()
         same_records(home, [f"{one_policy}.json"])
         assert read_json(old) == dict(status="ok")
 
@@ -905,7 +907,7 @@ def test_read_only_folder(args, code, home, monkeypatch, capsys, no_kernel):
         )
         m.setattr(builtins, "open", writes(open))
         m.setattr(io, "open", writes(io.open))
-        assert run.main([*map(str, args)]) == 2
+        assert command.main([*map(str, args)]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("promptnb: cannot write ") and "\n" not in said and frozen(home) == before
 
@@ -931,7 +933,7 @@ def no_kernel(monkeypatch):
 
     monkeypatch.setattr(papermill, "execute_notebook", no)
     real = subprocess.run
-    monkeypatch.setattr(run.subprocess, "run", lambda cmd, *a, **k: real(cmd, *a, **k) if cmd[0] == "git" else no())
+    monkeypatch.setattr(command.subprocess, "run", lambda cmd, *a, **k: real(cmd, *a, **k) if cmd[0] == "git" else no())
 
 
 WRONG = [
@@ -991,7 +993,7 @@ WRONG = [
 @pytest.mark.parametrize("args, says", WRONG, ids=lambda x: " ".join(x)[:60] if isinstance(x, tuple) else "")
 def test_wrong_argument(args, says, tmp_home, capsys, no_kernel):
     before = frozen(tmp_home)
-    assert run.main([*args]) == 2
+    assert command.main([*args]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("promptnb: ") and "\n" not in said and all(s in said for s in says), said
     assert frozen(tmp_home) == before, "something was written"
@@ -1002,7 +1004,7 @@ def test_wrong_argument(args, says, tmp_home, capsys, no_kernel):
 )
 def test_wrong_usage(args, capsys, no_kernel):
     with pytest.raises(SystemExit) as e:
-        run.main([*args])
+        command.main([*args])
     assert e.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("promptnb")
 
 
@@ -1034,7 +1036,7 @@ def test_wrong_task_and_tuner():
 
 def test_gpu_that_is_not_there(tmp_home, capsys, no_kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run.main([*RUN, "--accelerator", "cuda"]) == 2
+    assert command.main([*RUN, "--accelerator", "cuda"]) == 2
     assert "accelerator=cuda, but torch sees no GPU: use accelerator=auto or cpu" in capsys.readouterr().err
 
 
@@ -1060,7 +1062,7 @@ def test_notebook_that_breaks(tmp_path, monkeypatch):
     r, name = next(x for x in expected(TUNE) if x[0].key == "ranking")
     paths(home)[f"{name}.json"].unlink()
     before = frozen(home / "data" / "results")
-    final = runs_dir() / "notebooks" / f"{jobs.run_id(TUNE, 'smoke', 0)}.ipynb"
+    final = runs_dir() / "notebooks" / f"{run.run_id(TUNE, 'smoke', 0)}.ipynb"
     failed = results_dir(PAPER) / f"{name}.failed.json"
     for source, why in (
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "Kernel died"),
@@ -1074,7 +1076,7 @@ def test_notebook_that_breaks(tmp_path, monkeypatch):
         assert rec["status"] == "failed" and why.lower() in rec["why"].lower() and rec["why"] and not rec["rows"]
         assert (
             not final.exists()
-            and not run.stamp(jobs.find_job(TUNE), 0, "smoke").exists()
+            and not job.stamp(job.find_job(TUNE), 0, "smoke").exists()
             and not list(home.rglob("*.tmp*"))
         )
         refused(results.load, TABLE1, "smoke", says=["lacks", "promptnb run"])
@@ -1088,23 +1090,25 @@ def test_notebook_that_breaks(tmp_path, monkeypatch):
         final.exists()
         and not failed.exists()
         and not list(home.rglob("*.failed.*"))
-        and run.stamp(jobs.find_job(TUNE), 0, "smoke").exists()
+        and job.stamp(job.find_job(TUNE), 0, "smoke").exists()
     )
     same_records(home, [f"{name}.json"])
     assert all(frozen(home / "data" / "results")[p] == v for p, v in before.items())
 
 
 def test_one_recipe_that_breaks_leaves_the_others(home, monkeypatch, capfd):
-    real, n = jobs.runs_of, []
-    monkeypatch.setattr(jobs, "runs_of", lambda *a: real(*a)[:2])
+    real, n = job.runs_of, []
+    monkeypatch.setattr(job, "runs_of", lambda *a: real(*a)[:2])
     monkeypatch.setattr(
-        jobs, "new_policy", lambda p, *a, new=jobs.new_policy: n.append(p) or (new(p, *a) if len(n) > 1 else 1 / 0)
+        multitask,
+        "new_policy",
+        lambda p, *a, new=multitask.new_policy: n.append(p) or (new(p, *a) if len(n) > 1 else 1 / 0),
     )
-    made = job()
+    made = run_job()
     a, b = (name for _, name in expected(PRETRAIN)[:2])
     assert [p.name for p in made] == [f"{b}.json"] and set(paths(home)) == {f"{a}.failed.json", f"{b}.json"}
     assert read_json(paths(home)[f"{a}.failed.json"])["why"] == "ZeroDivisionError: division by zero"
-    assert len(job()) == 2 and set(paths(home)) == {f"{a}.json", f"{b}.json"}
+    assert len(run_job()) == 2 and set(paths(home)) == {f"{a}.json", f"{b}.json"}
     same_records(home, paths(home))
 
 
@@ -1116,7 +1120,7 @@ def test_table_with_a_seed_missing(tmp_home):
     full = results.tidy_table(TABLE1, "laptop")
     assert (full.n == 3).all() and (full.note == "").all()
     r = recipes.resolve(recipes.RECIPES[TABLE1.recipes[3]], "laptop")
-    (results_dir(PAPER) / f"{jobs.recipe_run(r, 'laptop', 0)}.json").unlink()
+    (results_dir(PAPER) / f"{run.recipe_run(r, 'laptop', 0)}.json").unlink()
     says = [
         f"lacks 1 of {3 * len(TABLE1.recipes)} runs",
         r.method,
@@ -1158,5 +1162,5 @@ def test_verdicts_pair_the_same_seeds_only(tmp_home):
     )
     assert b.method in set(results.verdicts(TABLE1, "laptop").query("family == @FAMILY").method)
     for r, seed in ((a, 2), (b, 0)):
-        (results_dir(PAPER) / f"{jobs.recipe_run(r, 'laptop', seed)}.json").unlink()
+        (results_dir(PAPER) / f"{run.recipe_run(r, 'laptop', seed)}.json").unlink()
     assert b.method not in set(results.verdicts(TABLE1, "laptop", partial=True).query("family == @FAMILY").method)

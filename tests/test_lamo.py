@@ -19,9 +19,11 @@ import torch
 from test_papers import ROOT, SMOKE, cli, new_home, went
 from test_resume import shim, start
 
-from promptnb import collect, data, jobs, offline, run, tasks, train
+from promptnb import cli as command
+from promptnb import collect, data, tasks, train
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError, Row, read_json
+from promptnb.experiments import forecast, job, offline, plan, run
 from promptnb.models import lm as L
 from promptnb.models.value import make_learner
 from promptnb.recipes import lamo as R
@@ -247,7 +249,7 @@ def test_targets_and_scales_of_the_paper():
 
 def test_names_are_unique():
     rs = R.PAPER.recipes.values()
-    assert len({jobs.recipe_run(r, "laptop", 0) for r in rs}) == len(rs) == len({r.id for r in rs})
+    assert len({run.recipe_run(r, "laptop", 0) for r in rs}) == len(rs) == len({r.id for r in rs})
     for e in rc.exhibits(PAPER):
         labels = [(r.cell, r.method) for r in rc.recipes_of(e)]
         assert len(set(labels)) == len(labels), e.id
@@ -263,13 +265,13 @@ def test_each_recipe_of_a_scale_in_one_job():
     asked = {(arm, *c) for arms, cells in R.LAPTOP.items() for arm in arms for c in cells}
     assert len(of["laptop"]) == len(asked)  # each cell named for a laptop is in an exhibit
     for s in rc.SCALES:
-        js = run.wanted_jobs(PAPER, scale=s)
+        js = plan.wanted_jobs(PAPER, scale=s)
         ids = [rc.RECIPES[i].id for j in js for i in j.recipes if rc.run_at(rc.RECIPES[i], s)]
         assert sorted(ids) == sorted(of[s]) and all(
             j.kind == "offline" and len({rc.RECIPES[i].family for i in j.recipes}) == 1 for j in js
         )
         if s != "paper":
-            assert all(jobs.job_recipes(j, s) for j in js)
+            assert all(job.job_recipes(j, s) for j in js)
 
 
 def test_all_recipes_are_of_this_paper_and_offline():
@@ -337,7 +339,7 @@ def test_record(arm):
         "ok",
         "",
         rc.digest(r),
-    ) and rec["code"] == jobs.code_of_run(r, "")
+    ) and rec["code"] == run.code_of_run(r, "")
     assert all(
         set(w) == set(Row.__dataclass_fields__)
         and (w["paper"], w["task"], w["method"], w["seed"], w["scale"], w["task_id"])
@@ -866,11 +868,11 @@ DAMAGE = {  # what is broken, how; what the one line says (None: made again, wit
 
 
 def only(monkeypatch, *rs):
-    monkeypatch.setattr(jobs, "runs_of", lambda j, scale, seed: [(r, jobs.recipe_run(r, scale, seed)) for r in rs])
+    monkeypatch.setattr(job, "runs_of", lambda j, scale, seed: [(r, run.recipe_run(r, scale, seed)) for r in rs])
 
 
-def job():
-    return [read_json(p) for p in jobs.run_job(JOB, 0, "smoke", "cpu")]
+def run_job():
+    return [read_json(p) for p in job.run_job(JOB, 0, "smoke", "cpu")]
 
 
 def failed(home):
@@ -884,7 +886,7 @@ def test_damaged_language_model(what, home, monkeypatch, capfd):
     harm, says = DAMAGE[what]
     harm(folder_of(home, "english"), home)
     only(monkeypatch, r)
-    out = job()
+    out = run_job()
     if says is None:
         same_but_time(out[0], record("lamo"))
         return
@@ -915,7 +917,7 @@ def test_runs_without_a_network(homes, no_network):
 
 def test_weights_of_the_hub(home, capsys, no_network, no_start):
     "Asked for by name: one line that says what to do. Not asked for: left out with a line."
-    assert run.main(["run", PAPER, "--exhibit", "gpt2", "--scale", "paper"]) == 2
+    assert command.main(["run", PAPER, "--exhibit", "gpt2", "--scale", "paper"]) == 2
     said = capsys.readouterr().err.strip()
     assert (
         said.startswith("promptnb: gpt2 needs the weights of 'gpt2'")
@@ -923,8 +925,8 @@ def test_weights_of_the_hub(home, capsys, no_network, no_start):
         and "network" in said
         and "folder" in said
     )
-    every = [e for e in run.chosen(PAPER) if rc.recipes_of(e, "paper")]
-    kept = run.with_extras(every, False, (FAMILY,), "paper")
+    every = [e for e in plan.chosen(PAPER) if rc.recipes_of(e, "paper")]
+    kept = plan.with_extras(every, False, (FAMILY,), "paper")
     said = capsys.readouterr().err
     assert (
         "gpt2" not in kept
@@ -932,13 +934,13 @@ def test_weights_of_the_hub(home, capsys, no_network, no_start):
         and said.startswith("left out: gpt2 needs the weights of 'gpt2'")
         and said.count("\n") == 1
     )
-    assert run.within_reach("chain") and run.within_reach(str(home)) and not run.within_reach("gpt2")
+    assert plan.within_reach("chain") and plan.within_reach(str(home)) and not plan.within_reach("gpt2")
 
 
 def test_weights_of_the_hub_at_a_scale_that_does_not_use_them(home, capsys, no_network, no_start):
     "An exhibit asked for by name never loses its subject without a word."
     assert (
-        run.main(["run", PAPER, "--exhibit", "gpt2", "--scale", "laptop", "--family", FAMILY, "--dry-run"]) == 2
+        command.main(["run", PAPER, "--exhibit", "gpt2", "--scale", "laptop", "--family", FAMILY, "--dry-run"]) == 2
         and "gpt2" in capsys.readouterr().err
     )
 
@@ -955,7 +957,7 @@ def no_start(monkeypatch):
         pytest.fail("something was started")
 
     monkeypatch.setattr(papermill, "execute_notebook", no)
-    monkeypatch.setattr(run.subprocess, "run", no)
+    monkeypatch.setattr(command.subprocess, "run", no)
 
 
 @pytest.mark.parametrize(
@@ -975,7 +977,7 @@ def no_start(monkeypatch):
     ids=lambda x: " ".join(x)[:50] if isinstance(x, tuple) else "",
 )
 def test_misspelt(args, says, home, capsys, no_start):
-    assert run.main([*args]) == 2
+    assert command.main([*args]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("promptnb: ") and "\n" not in said and all(s in said for s in says), said
 
@@ -995,7 +997,7 @@ def test_misspelt(args, says, home, capsys, no_start):
 )
 def test_misspelt_in_a_recipe(change, says, home, monkeypatch, capfd):
     only(monkeypatch, at("lamo", **change))
-    assert not job()
+    assert not run_job()
     (why,) = [x["why"] for x in failed(home)]
     assert "\n" not in why and all(s in why for s in says) and "Traceback" not in capfd.readouterr().err, why
 
@@ -1009,7 +1011,7 @@ def test_diverged(home, monkeypatch, capsys):
     "A loss that is not finite is a record that says so, without a score; the other recipes are run, and the run is not begun again."
     bad, good = at("lamo", FAMILY, 0.1, lr=1e30, warmup=0), at("dt", FAMILY, 0.1)
     only(monkeypatch, bad, good)
-    a, b = job()
+    a, b = run_job()
     assert (
         (a["status"], b["status"]) == ("diverged", "ok")
         and a["why"].startswith("loss is ")
@@ -1018,10 +1020,10 @@ def test_diverged(home, monkeypatch, capsys):
         and a["run_id"] == f"smoke.{FAMILY}.lamo-medium-0.1.s0"
     )
     assert (
-        jobs.finished(bad, a["run_id"]) and not failed(home) and not list(home.glob("data/runs/offline/*lamo*/policy"))
+        run.finished(bad, a["run_id"]) and not failed(home) and not list(home.glob("data/runs/offline/*lamo*/policy"))
     )
     monkeypatch.setattr(offline, "fit", lambda *a, **k: pytest.fail("trained again"))
-    assert [x["status"] for x in job()] == ["diverged", "ok"]
+    assert [x["status"] for x in run_job()] == ["diverged", "ok"]
     from promptnb import results
 
     resolve = rc.resolve
@@ -1032,7 +1034,7 @@ def test_diverged(home, monkeypatch, capsys):
 
 def test_diverged_pretraining_of_a_trunk(home, monkeypatch, capfd):
     only(monkeypatch, at("lamo", text=replace(english(), lr=1e30, warmup=0)))
-    assert not job()
+    assert not run_job()
     (x,) = failed(home)
     assert (
         "pre-training on english diverged" in x["why"]
@@ -1046,7 +1048,7 @@ def test_an_evaluation_that_gives_nan(home, monkeypatch):
     act = L.LamoPolicy.act
     monkeypatch.setattr(L.LamoPolicy, "act", lambda self, *a: act(self, *a) * torch.nan)
     only(monkeypatch, at("dt"))
-    job()
+    run_job()
     assert [x["status"] for x in (*map(read_json, home.glob("data/results/*/*.json")),)] == ["failed"]
 
 
@@ -1073,14 +1075,14 @@ def test_what_the_run_left():
     assert {p.name for p in (home / "data" / "results" / PAPER).iterdir()} == {
         f"smoke.{FAMILY}.{a}-medium-0.1.s0.json" for a in ARMS
     }
-    assert (home / "data" / "runs" / "notebooks" / f"{jobs.run_id(JOB, 'smoke', 0)}.ipynb").exists() and run_stamp(
+    assert (home / "data" / "runs" / "notebooks" / f"{run.run_id(JOB, 'smoke', 0)}.ipynb").exists() and run_stamp(
         home
     ) == {f"smoke.{FAMILY}.{a}-medium-0.1.s0": "ok" for a in ARMS}
     assert not [p for p in home.rglob("*") if ".tmp" in p.name or ".failed" in p.name or p.name == ".holder"]
 
 
 def run_stamp(home):
-    return read_json(home / "data" / "runs" / "jobs" / f"{jobs.run_id(JOB, 'smoke', 0)}.json")
+    return read_json(home / "data" / "runs" / "jobs" / f"{run.run_id(JOB, 'smoke', 0)}.json")
 
 
 def test_second_run_does_nothing():
@@ -1105,7 +1107,7 @@ def test_second_run_does_nothing():
 def test_status(monkeypatch, capsys):
     monkeypatch.setenv("PROMPTNB_HOME", str(finished_home()))
     monkeypatch.setattr(offline, "step_seconds", lambda *a: pytest.fail("timed"))
-    assert run.main(["status", PAPER, *SMOKE]) == 0
+    assert command.main(["status", PAPER, *SMOKE]) == 0
     lines = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()}
     n = len(rc.recipes_of(rc.EXHIBITS[PAPER, "arms"], "smoke"))
     assert (
@@ -1126,22 +1128,27 @@ def test_forecast(home, monkeypatch):
     "Without a measurement: the rate of a step x steps, equal sizes timed once; with one, the measured seconds."
     timed = []
     monkeypatch.setattr(offline, "step_seconds", lambda r, *a, **k: timed.append(r.key) or 0.5)
-    stages, sources, total = run.forecast(PAPER, rates=run.Rates("cpu"), **ASK)
+    stages, sources, total = forecast.forecast(PAPER, rates=forecast.Rates("cpu"), **ASK)
     assert (
         stages == dict(pretrain=[], tune=[], offline=[7 * 4 * 0.5], online=[])
-        and sources == {run.RATE: 7}
+        and sources == {forecast.RATE: 7}
         and total == 7
         and len(timed) == 7
     )
-    assert run.expected(PAPER, cores=1, **ASK).startswith("expected: at least 14 s on 1 core (7 of 7 runs to do")
+    assert forecast.expected(PAPER, cores=1, **ASK).startswith("expected: at least 14 s on 1 core (7 of 7 runs to do")
     timed.clear()
-    run.forecast(PAPER, rates=run.Rates("cpu"), seeds=[0, 1, 2], **ASK)
+    forecast.forecast(PAPER, rates=forecast.Rates("cpu"), seeds=[0, 1, 2], **ASK)
     assert len(timed) == 7
-    assert run.forecast(PAPER, **ASK)[:2] == (dict(pretrain=[], tune=[], offline=[0.0], online=[]), {run.UNKNOWN: 7})
+    assert forecast.forecast(PAPER, **ASK)[:2] == (
+        dict(pretrain=[], tune=[], offline=[0.0], online=[]),
+        {forecast.UNKNOWN: 7},
+    )
     shutil.copytree(finished_home() / "data" / "results", home / "data" / "results")
-    assert run.forecast(PAPER, **ASK) == (dict(pretrain=[], tune=[], offline=[], online=[]), {}, 7)
-    stages, sources, _ = run.forecast(PAPER, rates=run.Rates("cpu"), seeds=[1], **ASK)
-    assert sources == {run.HERE: 7} and stages["offline"] == [pytest.approx(sum(record(a)["seconds"] for a in ARMS))]
+    assert forecast.forecast(PAPER, **ASK) == (dict(pretrain=[], tune=[], offline=[], online=[]), {}, 7)
+    stages, sources, _ = forecast.forecast(PAPER, rates=forecast.Rates("cpu"), seeds=[1], **ASK)
+    assert sources == {forecast.HERE: 7} and stages["offline"] == [
+        pytest.approx(sum(record(a)["seconds"] for a in ARMS))
+    ]
 
 
 def test_rates_are_measured(home):
@@ -1157,7 +1164,7 @@ def test_rates_are_measured(home):
 
 
 def test_plan(home):
-    rules = {r.name: r for r in run.plan(PAPER, **ASK)}
+    rules = {r.name: r for r in plan.plan(PAPER, **ASK)}
     r = rules["arms_reacher2d_offline_s0"]
     assert (
         set(rules) == {"collect_reacher2d", "arms_reacher2d_offline_s0"}
@@ -1166,7 +1173,7 @@ def test_plan(home):
         and f"job {JOB} --seed 0 --scale smoke" in r.command
     )
     assert len(r.params["recipes"]) == 7 and {
-        x.name.split("_")[-1] for x in run.plan(PAPER, ["arms"], "laptop", families=[FAMILY]) if "offline" in x.name
+        x.name.split("_")[-1] for x in plan.plan(PAPER, ["arms"], "laptop", families=[FAMILY]) if "offline" in x.name
     } == {"s0", "s1", "s2"}
 
 
@@ -1174,12 +1181,12 @@ def test_which_code_a_record_depends_on(monkeypatch):
     "LaMo's on models/lm and not on the baselines, the baselines' the other way round; both on this job."
 
     seen = {}
-    monkeypatch.setattr(jobs, "code_fingerprint", lambda *m: seen.setdefault("now", m) and "")
+    monkeypatch.setattr(run, "code_fingerprint", lambda *m: seen.setdefault("now", m) and "")
 
     def modules(arm):
         seen.clear()
         r = at(arm, FAMILY)
-        jobs.code_of_run(r, "")
+        run.code_of_run(r, "")
         return set(seen["now"])
 
     assert (

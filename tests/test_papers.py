@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from promptnb import jobs, recipes, results, run, scores
+from promptnb import cli as command
+from promptnb import recipes, results, scores
 from promptnb.core import PromptnbError, Row, read_json, results_dir
+from promptnb.experiments import job, plan, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER, FAMILY = "prompt_tuning_dt", "cheetah-dir"
@@ -123,7 +125,7 @@ def paths(home):
 
 
 def expected(*job_ids, scale="smoke"):
-    return [x for j in job_ids or (PRETRAIN, TUNE) for x in jobs.runs_of(jobs.find_job(j), scale, 0)]
+    return [x for j in job_ids or (PRETRAIN, TUNE) for x in job.runs_of(job.find_job(j), scale, 0)]
 
 
 def fabricate(home, e, scale, seeds, value=lambda r, seed, i: 100.0 * seed + i, status="ok", rows=True, **changed):
@@ -133,7 +135,7 @@ def fabricate(home, e, scale, seeds, value=lambda r, seed, i: 100.0 * seed + i, 
     for full in recipes.recipes_of(e):
         r = recipes.resolve(full, scale)
         for seed in seeds:
-            name = jobs.recipe_run(r, scale, seed)
+            name = run.recipe_run(r, scale, seed)
             known = dict(
                 paper=e.paper,
                 task=r.family,
@@ -156,7 +158,7 @@ def fabricate(home, e, scale, seeds, value=lambda r, seed, i: 100.0 * seed + i, 
                 status=status,
                 why="",
                 recipe_digest=recipes.digest(r),
-                code=jobs.code_of("tune", r.family, [r.tune.tuner], bool(r.pretrain.context)),
+                code=run.code_of("tune", r.family, [r.tune.tuner], bool(r.pretrain.context)),
                 rows=own,
                 seconds=1.0,
                 where=dict(commit="-", threads=1),
@@ -205,7 +207,7 @@ def test_every_run_leaves_a_record():
 def test_every_job_leaves_its_notebook():
     folder = finished_home() / "data" / "runs" / "notebooks"
     assert sorted(p.name for p in folder.iterdir()) == sorted(
-        f"{jobs.run_id(j, 'smoke', 0)}.ipynb" for j in (PRETRAIN, TUNE)
+        f"{run.run_id(j, 'smoke', 0)}.ipynb" for j in (PRETRAIN, TUNE)
     )
     for p in folder.iterdir():
         cells = [c for c in read_json(p)["cells"] if c["cell_type"] == "code"]
@@ -450,17 +452,17 @@ def test_a_stale_record_is_shown_as_stale(finished_copy, capsys):
     with pytest.raises(PromptnbError, match="stale"):
         results.load(e, "smoke")
     assert (
-        run.main(["status", PAPER, *SMOKE]) == 0
+        command.main(["status", PAPER, *SMOKE]) == 0
         and f"table1         {len(METHODS) - 1}/{len(e.recipes)} runs, 1 stale" in capsys.readouterr().out
     )
 
 
 def test_a_stale_record_is_made_again(finished_copy):
     shutil.copytree(finished_home() / "data" / "runs" / "jobs", finished_copy / "data" / "runs" / "jobs")
-    stamps = [run.stamp(jobs.find_job(j), 0, "smoke") for j in (PRETRAIN, TUNE)]
+    stamps = [job.stamp(job.find_job(j), 0, "smoke") for j in (PRETRAIN, TUNE)]
 
     def drop():
-        return run.drop_stale_stamps(PAPER, ["table1"], "smoke", None, [FAMILY]) or [s.exists() for s in stamps]
+        return plan.drop_stale_stamps(PAPER, ["table1"], "smoke", None, [FAMILY]) or [s.exists() for s in stamps]
 
     assert drop() == [True, True]
     path = results_dir(PAPER) / f"{expected(TUNE)[0][1]}.json"

@@ -24,8 +24,9 @@ from test_papers import (
     went,
 )
 
-from promptnb import jobs, recipes
+from promptnb import recipes
 from promptnb.core import PromptnbError, read_json, run_lock, sha256_file
+from promptnb.experiments import job, multitask
 
 # ---- helpers: a process that is killed at a chosen place is a process with one function patched from outside
 
@@ -142,13 +143,13 @@ def small():
     from promptnb import data
     from promptnb.train import FitConfig, fit
 
-    r = recipes.resolve(recipes.RECIPES[jobs.find_job(PRETRAIN).recipes[-1]], "smoke")
+    r = recipes.resolve(recipes.RECIPES[job.find_job(PRETRAIN).recipes[-1]], "smoke")
     p = r.pretrain
     store = data.load("cheetah-dir", p.quality, None, p.episodes, root=finished_home() / "data" / "minari")
     stats = data.state_stats(store)
 
     def run(folder, callback=None):
-        policy = jobs.new_policy(p, stats, 0)
+        policy = multitask.new_policy(p, stats, 0)
         sampler = data.Sampler(
             store, *stats, policy.rtg_scale, p.K, p.per_task, p.tasks_per_batch, p.J, p.H, p.position, seed=1
         )

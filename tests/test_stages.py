@@ -25,9 +25,10 @@ pytest.importorskip("openai")
 from test_online import die, encode, forked
 from test_papers import SMOKE, cli, new_home, went
 
-from promptnb import jobs, llm, online, stages
+from promptnb import llm, online
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError, Row, read_json, read_jsonl, sha256_file
+from promptnb.experiments import guided, job, run
 from promptnb.llm import Guidance, adapter, exchanges
 from promptnb.llm.backends import Cassette, Local, Server
 from promptnb.online import PPOConfig, Trainer
@@ -99,7 +100,7 @@ def at(arm, **kw):
 
 
 def made(r, seed=0):
-    return read_json(stages.train(r, "smoke", seed, CPU, 1))
+    return read_json(guided.train(r, "smoke", seed, CPU, 1))
 
 
 def of(rec, metric):
@@ -159,7 +160,7 @@ def arms(tmp_path_factory):
         m.setenv("PROMPTNB_HOME", str(home))
         for j in rc.jobs("rladapter").values():
             if j.part in {*R.MAIN, "released", "no-score"}:
-                (out[j.part],) = [read_json(p) for p in jobs.run_job(j.id, 0, "smoke", "cpu", 1)]
+                (out[j.part],) = [read_json(p) for p in job.run_job(j.id, 0, "smoke", "cpu", 1)]
     return home, out
 
 
@@ -321,7 +322,7 @@ def test_queries_are_accounted_for(arm, arms):
         ls = [e["l"] for e in said if hi - 128 <= 2 * e["step"] < hi and e["l"] is not None]
         assert of(rec, "comprehension").get(hi) == (pytest.approx(np.mean(ls)) if ls else None)
     if arm == "constant":
-        assert {e["sentence"] for e in said} == {stages.SENTENCE} and rec["texts"] == 1
+        assert {e["sentence"] for e in said} == {guided.SENTENCE} and rec["texts"] == 1
     if arm in ("random", "rules"):
         assert all(len(e["goals"]) == 3 for e in said) and rows["invalid"] == 0
     if two:
@@ -349,12 +350,12 @@ def test_arms_differ_where_they_say(arms):
 def test_a_finished_run_is_not_run_again(arms, monkeypatch):
     home, recs = arms
     monkeypatch.setenv("PROMPTNB_HOME", str(home))
-    path = jobs.record_path("rladapter", recs["rules"]["run_id"])
+    path = run.record_path("rladapter", recs["rules"]["run_id"])
     before = path.read_bytes()
     again = []
-    monkeypatch.setattr(stages, "train", lambda r, scale, seed, *a: again.append(seed))
+    monkeypatch.setattr(guided, "train", lambda r, scale, seed, *a: again.append(seed))
     assert (
-        [jobs.run_job("rladapter/main/crafter/online/rules", k, "smoke", "cpu", 1) for k in (0, 1)] == [[path], []]
+        [job.run_job("rladapter/main/crafter/online/rules", k, "smoke", "cpu", 1) for k in (0, 1)] == [[path], []]
         and again == [1]
         and path.read_bytes() == before
     )
@@ -362,7 +363,7 @@ def test_a_finished_run_is_not_run_again(arms, monkeypatch):
 
 def test_the_same_seed_gives_the_same_rows(homes, arms):
     home = homes("again")
-    (path,) = jobs.run_job("rladapter/main/crafter/online/untuned", 0, "smoke", "cpu", 1)
+    (path,) = job.run_job("rladapter/main/crafter/online/untuned", 0, "smoke", "cpu", 1)
     rec = read_json(path)
     first = arms[1]["untuned"]
 
@@ -374,7 +375,7 @@ def test_the_same_seed_gives_the_same_rows(homes, arms):
         and rec["guides"] == first["guides"]
         and newest(home, rec)["sha256"] == newest(arms[0], first)["sha256"]
     )
-    (path,) = jobs.run_job("rladapter/main/crafter/online/rules", 1, "smoke", "cpu", 1)
+    (path,) = job.run_job("rladapter/main/crafter/online/rules", 1, "smoke", "cpu", 1)
     assert newest(home, read_json(path))["sha256"] != newest(arms[0], arms[1]["rules"])["sha256"]
 
 
@@ -488,7 +489,7 @@ def test_rows_are_the_same_after_a_kill_in_the_next_stage(unbroken, tmp_path, mo
     )  # as the log was when stage 1 ended
     monkeypatch.setattr(adapter, "sft_rows", lambda es, *a: seen.append(es) or [])
     for path in (then, log):
-        stages.tuned(at("gain", interval=10).online, 1, "base", path, [0, 256, 512], tmp_path, 0)
+        guided.tuned(at("gain", interval=10).online, 1, "base", path, [0, 256, 512], tmp_path, 0)
     assert len(seen[0]) > 20 and seen[0] == seen[1]
 
 
@@ -498,7 +499,7 @@ def test_the_rows_of_a_stage(unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter, "sft_rows", lambda es, *a: seen.append([e["step"] for e in es]) or [])
     for k, cumulative in ((1, False), (2, False), (2, True)):
         assert (
-            stages.tuned(at("adapter", cumulative=cumulative).online, k, "base", log, [0, 200, 400, 512], tmp_path, 0)[
+            guided.tuned(at("adapter", cumulative=cumulative).online, k, "base", log, [0, 200, 400, 512], tmp_path, 0)[
                 0
             ]
             == "base"
@@ -533,7 +534,7 @@ def test_diverged(home, monkeypatch):
         raise FloatingPointError("loss is not finite at step 128")
 
     monkeypatch.setattr(Trainer, "note", broken)
-    (path,) = jobs.run_job("rladapter/main/crafter/online/rules", 0, "smoke", "cpu", 1)
+    (path,) = job.run_job("rladapter/main/crafter/online/rules", 0, "smoke", "cpu", 1)
     rec = read_json(path)
     monkeypatch.undo()
     assert (rec["status"], rec["why"], rec["rows"]) == ("diverged", "loss is not finite at step 128", [])
@@ -554,7 +555,7 @@ def test_what_the_guide_is_told(home):
         tokens=11,
         temperature=0.3,
     )
-    g = stages.guidance(r.online, 5, home, CPU, encode)
+    g = guided.guidance(r.online, 5, home, CPU, encode)
     assert (
         (
             g.K,
@@ -574,7 +575,7 @@ def test_what_the_guide_is_told(home):
         and isinstance(g.decision.backend, Local)
     )
     kinds = {
-        k: stages.guidance(at(k).online, 5, home, CPU, encode)
+        k: guided.guidance(at(k).online, 5, home, CPU, encode)
         for k in ("ppo", "constant", "random", "rules", "decision")
     }
     assert {k: g and (type(g.decision).__name__, g.raw) for k, g in kinds.items()} == dict(
@@ -584,7 +585,7 @@ def test_what_the_guide_is_told(home):
         rules=("Rules", False),
         decision=("Cassette", False),
     )
-    far = stages.guidance(
+    far = guided.guidance(
         at("decision", url="http://127.0.0.1:9/v1", decision="m").online, 5, home, CPU, encode
     ).decision.backend
     assert isinstance(far, Server) and (far.url, far.model) == ("http://127.0.0.1:9/v1", "m")
@@ -593,23 +594,23 @@ def test_what_the_guide_is_told(home):
 def test_whose_score_is_taken(home):
     "Of all environments where a prompt or a choice of rows reads it; else of one, for the curve."
     of = {
-        k: stages.guidance(at(k).online, 5, home, CPU, encode).score_of
+        k: guided.guidance(at(k).online, 5, home, CPU, encode).score_of
         for k in ("random", "rules", "adapter", "untuned", "gain", "no-score")
     }
     assert of == dict(random=(0,), rules=(0,), adapter=(), untuned=(), gain=(), **{"no-score": (0,)})
-    assert stages.guidance(at("no-score", targets="gain").online, 5, home, CPU, encode).score_of == ()
+    assert guided.guidance(at("no-score", targets="gain").online, 5, home, CPU, encode).score_of == ()
 
 
 def test_paper_sizes_are_the_released_ones():
-    assert stages.ppo_config(rc.resolve(R.ARMS["adapter"], "paper").online, CPU) == PPOConfig() and stages.ppo_config(
+    assert guided.ppo_config(rc.resolve(R.ARMS["adapter"], "paper").online, CPU) == PPOConfig() and guided.ppo_config(
         rc.resolve(R.ARMS["ppo"], "paper").online, CPU
     ) == PPOConfig(text=False)
-    c = stages.ppo_config(rc.resolve(R.ARMS["released"], "paper").online, CPU)
+    c = guided.ppo_config(rc.resolve(R.ARMS["released"], "paper").online, CPU)
     assert c == PPOConfig(text_after_step=True, empty_each_rollout=True, ask_on_reset=False)
     assert {
-        k: stages.ppo_config(rc.resolve(R.ARMS[k], "paper").online, CPU).interval for k in ("K10", "K50", "K500")
+        k: guided.ppo_config(rc.resolve(R.ARMS[k], "paper").online, CPU).interval for k in ("K10", "K50", "K500")
     } == {"K10": 10, "K50": 50, "K500": 500}
-    assert all(stages.ppo_config(rc.resolve(r, "laptop").online, CPU).net == "nature" for r in R.ARMS.values())
+    assert all(guided.ppo_config(rc.resolve(r, "laptop").online, CPU).net == "nature" for r in R.ARMS.values())
 
 
 @pytest.mark.parametrize("reinit", [False, True])
@@ -632,7 +633,7 @@ def test_the_encoder_is_not_trained(reinit, home, monkeypatch):
     assert len({h for _, h, _ in made_}) == 1 + reinit and (not reinit or all("reinit" in k for *_, k in made_[1:]))
     (own,) = [e for e, _, k in made_ if bool(k.get("reinit")) == reinit]
     table = newest(home, rec)
-    assert table["envs"]["texts"] == ["", stages.SENTENCE] and stages.SENTENCE in own.known
+    assert table["envs"]["texts"] == ["", guided.SENTENCE] and guided.SENTENCE in own.known
 
 
 def test_a_budget_ends_the_calls_and_not_the_run(home):
@@ -679,9 +680,9 @@ def test_unknown_names(home):
     ],
 )
 def test_missing_packages(arm, hidden, want, monkeypatch):
-    real = stages.importlib.util.find_spec
-    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name, *a: None if name == hidden else real(name, *a))
-    assert stages.out_of_reach(rc.resolve(R.ARMS[arm], "laptop")) == (
+    real = guided.importlib.util.find_spec
+    monkeypatch.setattr(guided.importlib.util, "find_spec", lambda name, *a: None if name == hidden else real(name, *a))
+    assert guided.out_of_reach(rc.resolve(R.ARMS[arm], "laptop")) == (
         f"needs the extra '{want}': pip install 'promptnb[{want}]'" if want else ""
     )
 
@@ -694,24 +695,24 @@ def test_missing_key_and_weights(monkeypatch):
 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     key = "asks https://api.openai.com/v1 for 'gpt-4', which needs a key in the environment variable OPENAI_API_KEY (of a server of your own: any text)"
-    assert {k: stages.out_of_reach(r) for k, r in paper.items()} == {
+    assert {k: guided.out_of_reach(r) for k, r in paper.items()} == {
         k: key if k in ("decision", "untuned", "adapter") else "" for k in R.MAIN
     }
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     llama = "needs the weights of 'meta-llama/Llama-2-7b-chat-hf', which are not here and cannot be fetched"
-    assert {k: stages.out_of_reach(r, no) for k, r in paper.items()} == {
+    assert {k: guided.out_of_reach(r, no) for k, r in paper.items()} == {
         k: llama if k in ("untuned", "adapter") else "" for k in R.MAIN
-    } and not any(stages.out_of_reach(r) for r in paper.values())
-    assert not any(stages.out_of_reach(r, no) for r in small.values())  # tiny models are made here
+    } and not any(guided.out_of_reach(r) for r in paper.values())
+    assert not any(guided.out_of_reach(r, no) for r in small.values())  # tiny models are made here
     assert (
-        stages.out_of_reach(at("decision", decision="org/model"), no)
+        guided.out_of_reach(at("decision", decision="org/model"), no)
         == "needs the weights of 'org/model', which are not here and cannot be fetched"
     )
 
 
 def test_step_seconds():
     n = torch.get_num_threads()
-    assert 1e-4 < stages.step_seconds(at("ppo"), "cpu") < 1 and torch.get_num_threads() == n
+    assert 1e-4 < guided.step_seconds(at("ppo"), "cpu") < 1 and torch.get_num_threads() == n
 
 
 # ---- keys
@@ -801,7 +802,7 @@ def test_the_notebook_has_no_key(tmp_path):
     p = went(cli(home, "job", "rladapter/main/crafter/online/constant", "--seed", 0, *SMOKE, OPENAI_API_KEY=SECRET))
     rec = read_json(home / "data" / "results" / "rladapter" / "smoke.crafter.constant.s0.json")
     assert rec["status"] == "ok" and list(home.glob("data/runs/notebooks/*.ipynb"))
-    assert not holding(home, SECRET) and SECRET not in p.stdout + p.stderr and len(holding(home, stages.SENTENCE)) >= 2
+    assert not holding(home, SECRET) and SECRET not in p.stdout + p.stderr and len(holding(home, guided.SENTENCE)) >= 2
 
 
 # ---- a real server

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from .control import Body, ant_fell, finite, see_ant, squared
+from promptnb.tasks.control import (  # noqa: F401 (LockStep and make are this kind's too: tasks asks for them here)
+    Body,
+    LockStep,
+    ant_fell,
+    finite,
+    make,
+    see_ant,
+    squared,
+)
 
 # %% auto #0
 __all__ = ["REACHER", "REACHER_DT", "BODIES", "fingertip"]
