@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from gymnasium.envs.registration import register, registry
 
-from ..core import PromptnbError, check_choice
+from ..core import PromptnbError, check_choice, fingerprint
 
 # %% auto #0
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "lock_step",
     "kind_module",
     "code_modules",
+    "facts",
     "installed",
     "gl_backend",
     "film",
@@ -503,6 +504,12 @@ def code_modules(fam):
     "The modules whose code decides what an episode of this family is."
     base = {"locomotion": "control", "metaworld": "wrapped", "kitchen": "wrapped"}.get(fam.kind)
     return tuple(f"tasks/{k}" for k in (base, fam.kind) if k)
+
+
+# %% ../../nbs/01_tasks.ipynb #f0fac701
+def facts(fam) -> str:
+    "Fingerprint of a family's entry: its goals, sizes, splits, references. A result is stale once one of them changes."
+    return fingerprint(family(fam))
 
 
 # %% ../../nbs/01_tasks.ipynb #6ac392fe
