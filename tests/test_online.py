@@ -102,7 +102,7 @@ def whole(t):
     )
     return tensors, plain(
         dict(
-            envs=O.saved(t.envs),
+            envs=t.envs.state(),
             starts=m._last_episode_starts,
             step=t.step,
             updates=m._n_updates,
@@ -373,7 +373,7 @@ def test_without_an_advisor_nothing_is_asked():
     for _ in range(50):
         v.step_async([0, 0])
         obs = v.step_wait()[0]
-    assert list(v.texts) == [""] and not obs["text"].any() and O.saved(v)["advise"] is None
+    assert list(v.texts) == [""] and not obs["text"].any() and v.state()["advise"] is None
 
 
 # ---- networks
@@ -419,7 +419,7 @@ def test_the_image_is_scaled_once(tmp_path):
     "The net sees bytes / 255, and the feature is the image's plus the sentence's."
     t = trainer(tmp_path)
     ex, obs = t.policy.features_extractor, batch(ids=2)
-    t.envs.learn(["a", "b"])
+    t.envs.add_sentences(["a", "b"])
     with torch.no_grad():
         want = (
             ex.image(obs["image"] / 255)
@@ -519,7 +519,7 @@ def test_with_zero_embeddings_guided_equals_unguided(tmp_path):
     "E = 0: logits and values before training, and after it where the head's bias is zero."
     a, b = begun(tmp_path / "a", encode=zeros), trainer(tmp_path / "b", replace(C, text=False), advise=None)
     obs = batch(8, ids=4)
-    a.envs.learn(list("abcd"))
+    a.envs.add_sentences(list("abcd"))
     for x, y in zip(outputs(a.policy, obs), outputs(b.policy, obs)):
         assert torch.equal(x, y)
     a.go(64)
@@ -555,7 +555,7 @@ def test_with_nothing_said_training_is_the_same(how, tmp_path):
 
 def test_the_sentence_changes_the_policy(tmp_path):
     t = trainer(tmp_path)
-    t.envs.learn(["chop tree", "sleep"])
+    t.envs.add_sentences(["chop tree", "sleep"])
     obs = batch(4)
     one, two = ({**obs, "text": torch.full((4, 1), float(k))} for k in (1, 2))
     for x, y in zip(outputs(t.policy, one), outputs(t.policy, two)):
@@ -791,32 +791,32 @@ def test_environments_come_back_from_json():
     for t in range(130):
         if t in (1, 60, 95, 129):
             w = Guided(v.c, 99, b := Advisor(), encode)
-            obs = O.bring_back(w, json.loads(json.dumps(plain(O.saved(v)))))
-            assert all(np.array_equal(obs[k], v.seen()[k]) for k in obs) and np.array_equal(w.table, v.table)
+            obs = w.restore(json.loads(json.dumps(plain(v.state()))))
+            assert all(np.array_equal(obs[k], v.observation()[k]) for k in obs) and np.array_equal(w.table, v.table)
             assert (
                 w.had == v.had
                 and w.total.tolist() == v.total.tolist()
                 and [w.scene(i, False) for i in range(2)] == [v.scene(i, False) for i in range(2)]
-                and plain(O.saved(w)) == plain(dict(O.saved(v), episodes=0))
+                and plain(w.state()) == plain(dict(v.state(), episodes=0))
             )
             events += sum(map(len, v.events))
         v.step_async(rng.choice(busy, size=2))
         v.step_wait()
     assert events > 1
-    O.bring_back(w, json.loads(json.dumps(plain(O.saved(v)))))
+    w.restore(json.loads(json.dumps(plain(v.state()))))
     a.heard.clear()
     v.episodes.clear()
     for _ in range(70):
         x = rng.choice(busy, size=2)
         (o, r, d, _), (p, s, f, _) = [(e.step_async(x), e.step_wait())[1] for e in (v, w)]
         assert all(np.array_equal(o[n], p[n]) for n in o) and np.array_equal(r, s) and np.array_equal(d, f)
-    assert a.heard == b.heard != [] and v.episodes == w.episodes != [] and plain(O.saved(v)) == plain(O.saved(w))
+    assert a.heard == b.heard != [] and v.episodes == w.episodes != [] and plain(v.state()) == plain(w.state())
 
 
 def test_restart(tmp_path):
     "A new policy and a new optimiser; the environments, steps and sentences go on, also after a kill."
     t = went(tmp_path / "a", 64)
-    old, game = whole(t), plain(O.saved(t.envs))
+    old, game = whole(t), plain(t.envs.state())
     t.restart()
     new = weights(t)
     assert (
@@ -827,7 +827,7 @@ def test_restart(tmp_path):
     )
     assert (
         all(not torch.equal(new[k], w) for k, w in weights(trainer(tmp_path / "b")).items() if k.endswith("weight"))
-        and plain(O.saved(t.envs)) == game
+        and plain(t.envs.state()) == game
         and t.step == 64
     )
     t.go(96)
