@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import Batch, PromptnbError, Steps, check_choice, seed_for
@@ -28,7 +29,9 @@ __all__ = [
     "windows_loss",
     "prompt_loss",
     "same_batch",
+    "fitted",
     "WeightTuner",
+    "TunedTask",
     "FullFineTune",
     "Adapter",
     "Lora",
@@ -61,16 +64,16 @@ class Adapted:
 class Tuner:
     """Base of all tuners: hyper-parameters are dataclass fields with defaults, `adapt` does the work.
 
-    `precision` ('fp32' or 'bf16') is such a field, for those that run the model often; a tuner without it is not asked."""
+    One that runs the model often may have a field `precision`, 'fp32' or 'bf16'; others are not told it."""
 
     PREPARES = ()  # hyper-parameters that `prepare` depends on; none: there is nothing to prepare
-    ENTRIES = (
-        False  # it changes the entries of a drawn prompt: what they were and became is kept, for figures and films
-    )
+    ENTRIES = False  # it changes a drawn prompt's entries: what they were and became is kept, for figures and films
     IDLE = {}  # hyper-parameters with which nothing is tuned: `adapt` gives its starting point
 
     def prepare(self, policy, families, rng, folder=None):
-        "Once per family, before `adapt`. families: an iterable of `data.Demos` of train tasks; folder: for checkpoints."
+        """Learn what comes before test tasks, once a family; returns self.
+
+        families: an iterable of `data.Demos` of train tasks, drawn by who needs it; folder: for checkpoints."""
         return self
 
     def adapt(self, policy, demos, rng, score=None) -> Adapted:
@@ -153,13 +156,15 @@ class NoTuning(Tuner):
 
 # %% ../../nbs/06_tuners.core.ipynb #0ae6106f
 def frozen(model):
-    "A context-free way to say it: no parameter of this model gets a gradient, dropout is off."
+    "The model, in place, with dropout off and no parameter that wants a gradient."
     return model.requires_grad_(False).eval()
 
 
 # %% ../../nbs/06_tuners.core.ipynb #ce1eb808
 def windows_loss(model, prefix: Prefix | None, history: Steps, weight=None):
-    "prefix of M = G*m prompts (None: a model without), history (G, B, K, .) and, where given, a weight for each window (G, B) -> action error (G, m), differentiable."
+    """Action error (G, m), differentiable, of m prompts a task on its windows.
+
+    prefix: G*m computed prompts (None: a model without); history (G, B, K, .); weight (G, B) of windows, none: 1."""
     G, B = history.t.shape[:2]
     M = len(prefix.mask) if prefix else G
     m = M // G
@@ -173,26 +178,37 @@ def windows_loss(model, prefix: Prefix | None, history: Steps, weight=None):
 # %% ../../nbs/06_tuners.core.ipynb #5edd06b9
 @torch.no_grad()
 def prompt_loss(policy, prompts: Steps, history: Steps, precision="fp32", rows=4096):
-    "Action error (G, m) of prompts (G, m, P, .) on windows (G, B, K, .); in chunks of about `rows` windows to bound memory."
+    """Action error (G, m) of prompts (G, m, P, .) on windows (G, B, K, .).
+
+    rows: about as many windows go through one forward, to bound memory."""
     G, B = history.t.shape[:2]
-    m = prompts.t.shape[1]
     step, out = max(1, rows // (G * B)), []
-    for j in range(0, m, step):
+    for j in range(0, prompts.t.shape[1], step):
         with autocast(precision, policy.mean.device):
-            part = prompts.map(lambda x: x[:, j : j + step].flatten(0, 1))
-            out.append(windows_loss(policy.model, policy.model.prefix(*policy.model.prompt_tokens(part)), history))
+            part = prompts.map(lambda x, at=slice(j, j + step): x[:, at].flatten(0, 1))
+            prefix = policy.model.prefix(*policy.model.prompt_tokens(part))
+            out.append(windows_loss(policy.model, prefix, history))
     return torch.cat(out, 1)
 
 
 # %% ../../nbs/06_tuners.core.ipynb #456120ee
 def same_batch(demos):
-    return demos.batch("held")  # one fixed batch, used for logs and to compare before with after
+    "One fixed batch of windows (G, B, K, .): used for logs, and to compare before with after."
+    return demos.batch("held")
+
+
+# %% ../../nbs/06_tuners.core.ipynb #tnr00014
+def fitted(who, model, draws, config: FitConfig, **kw):
+    "Run `fit`; if its loss is not finite, an error says whose."
+    done = fit(model, draws, config, **kw)
+    if done.status != "ok":
+        raise PromptnbError(f"{who}: {done.why}")
 
 
 # %% ../../nbs/06_tuners.core.ipynb #ac230a93
 @dataclass
 class _TaskDraws:
-    "A sampler for `fit`: demonstration windows of task g, in front of them its one prompt. All tuners see the same windows."
+    "What `fit` draws: windows of task g with its one prompt in front. All tuners see the same windows."
 
     demos: object
     g: int
@@ -200,9 +216,8 @@ class _TaskDraws:
     prompt: bool
 
     def batch(self, t):
-        return Batch(
-            self.demos.batch((self.seed, t))[self.g], self.demos.prompt[self.g : self.g + 1] if self.prompt else None
-        )
+        windows = self.demos.batch((self.seed, t))[self.g]
+        return Batch(windows, self.demos.prompt[self.g : self.g + 1] if self.prompt else None)
 
 
 # %% ../../nbs/06_tuners.core.ipynb #aa96d976
@@ -226,44 +241,67 @@ class WeightTuner(Tuner):
         "After tuning: leave a policy that saves and loads like any other."
 
     def adapt(self, policy, demos, rng, score=None):
-        assignments, log = [], []
-        for g in range(demos.G):
-            mine, prompt, held = policy.clone(), demos.prompt[g : g + 1], same_batch(demos)[g : g + 1]
-            frozen(mine.model)
-            params = self.attach(mine, seed_for(rng, g))
-            for p in params:
-                p.requires_grad_(True)
-            if policy.config.prompt:
-                mine = mine.prompted(prompt, demos.task_ids[g : g + 1])
+        tuned = [self.tune_task(policy, demos, g, rng) for g in range(demos.G)]
+        return Adapted([(t.policy, 0) for t in tuned], tuned[0].trainable, [e for t in tuned for e in t.log])
 
-            def note(t):
-                mine.eval()
-                p = mine.model.prefix(*mine.model.prompt_tokens(prompt)) if policy.config.prompt else None
-                with torch.no_grad():
-                    log.append(dict(step=t, task=g, loss=windows_loss(mine.model, p, held).item()))
 
-            note(0)
-            done = fit(
-                mine.model,
-                _TaskDraws(demos, g, rng, policy.config.prompt),
-                FitConfig(
-                    self.steps,
-                    self.lr,
-                    self.weight_decay,
-                    1,
-                    self.clip,
-                    seed_for(rng, "fit", g),
-                    self.precision,
-                    checkpoint_every=self.log_every,
-                ),
-                callback=lambda t: note(t) if t else None,
-                desc=f"{type(self).__name__} task {g}",
-            )
-            if done.status != "ok":
-                raise PromptnbError(f"{type(self).__name__} on task {demos.task_ids[g]}: {done.why}")
-            self.release(mine)
-            assignments.append((mine.eval().requires_grad_(False), 0))
-        return Adapted(assignments, sum(p.numel() for p in params), log)
+# %% ../../nbs/06_tuners.core.ipynb #tnr00016
+@dataclass
+class TunedTask:
+    "One task's tuned policy, the number of parameters that moved, and the log of its loss."
+
+    policy: nn.Module
+    trainable: int
+    log: list
+
+
+# %% ../../nbs/06_tuners.core.ipynb #tnr00017
+@patch
+def tune_task(self: WeightTuner, policy, demos, g, rng) -> TunedTask:
+    "A copy of the policy, tuned on the demonstrations of task g."
+    task = slice(g, g + 1)
+    prompt, held, log = demos.prompt[task], same_batch(demos)[task], []
+    mine = policy.clone()
+    frozen(mine.model)
+    params = self.attach(mine, seed_for(rng, g))
+    for p in params:
+        p.requires_grad_(True)
+    if policy.config.prompt:
+        mine = mine.prompted(prompt, demos.task_ids[task])
+
+    @torch.no_grad()
+    def note(t):
+        mine.eval()
+        prefix = mine.model.prefix(*mine.model.prompt_tokens(prompt)) if policy.config.prompt else None
+        log.append(dict(step=t, task=g, loss=windows_loss(mine.model, prefix, held).item()))
+
+    note(0)
+    fitted(
+        f"{type(self).__name__} on task {demos.task_ids[g]}",
+        mine.model,
+        _TaskDraws(demos, g, rng, policy.config.prompt),
+        self.fit_config(seed_for(rng, "fit", g)),
+        callback=lambda t: note(t) if t else None,
+        desc=f"{type(self).__name__} task {g}",
+    )
+    self.release(mine)
+    return TunedTask(mine.eval().requires_grad_(False), sum(p.numel() for p in params), log)
+
+
+# %% ../../nbs/06_tuners.core.ipynb #tnr00018
+@patch
+def fit_config(self: WeightTuner, seed) -> FitConfig:
+    "No warm-up: the weights are trained already."
+    return FitConfig(
+        self.steps,
+        self.lr,
+        self.weight_decay,
+        warmup=1,
+        clip=self.clip,
+        seed=seed,
+        precision=self.precision,
+        checkpoint_every=self.log_every,
+    )
 
 
 # %% ../../nbs/06_tuners.core.ipynb #7b5f493d
@@ -302,19 +340,17 @@ class Lora(WeightTuner):
         from peft import LoraConfig, inject_adapter_in_model
 
         torch.manual_seed(seed)
-        inject_adapter_in_model(
-            LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=list(self.targets)),
-            policy.model,
-        )
+        config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=list(self.targets))
+        inject_adapter_in_model(config, policy.model)
         return [p for n, p in policy.model.named_parameters() if "lora_" in n]
 
     def release(self, policy):
         "Merge the updates into the weights."
-        for b in policy.model.blocks:
+        for block in policy.model.blocks:
             for name in self.targets:
-                layer = getattr(b, name)
+                layer = getattr(block, name)
                 layer.merge()
-                setattr(b, name, layer.get_base_layer())
+                setattr(block, name, layer.get_base_layer())
 
 
 # %% ../../nbs/06_tuners.core.ipynb #0bf8a2a6
@@ -323,11 +359,9 @@ class _Prompts(nn.Module):
 
     def __init__(self, model, x, prefix_of):
         super().__init__()
-        self.x, self._model, self._prefix_of = (
-            nn.Parameter(x.clone()),
-            [model],
-            prefix_of,
-        )  # a list hides the model from `parameters()`
+        self.x = nn.Parameter(x.clone())
+        self._model = [model]  # a list hides the model from `parameters()`
+        self._prefix_of = prefix_of
 
     def loss(self, drawn):
         "drawn: windows (G, B, K, .), or these and a weight for each (G, B)."
@@ -338,6 +372,8 @@ class _Prompts(nn.Module):
 # %% ../../nbs/06_tuners.core.ipynb #e23f36ad
 @dataclass
 class _Draws:
+    "What `fit` draws: windows (G, B, K, .) of all tasks."
+
     demos: object
     seed: int
 
@@ -357,10 +393,11 @@ class PromptTuner(Tuner):
     IDLE = dict(steps=0)
 
     def start(self, policy, demos, model, rng):
-        "The tensor to tune (G, ...), how it becomes a Prefix, and how it becomes the final prompt."
+        "(the tensor to tune (G, ...), a function that turns it into a Prefix, one that turns it into the final prompt)"
         raise NotImplementedError
 
     def check(self, policy):
+        "Refuse, before any work, what cannot be run."
         if not policy.config.prompt:
             raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
 
@@ -372,41 +409,49 @@ class PromptTuner(Tuner):
         self.check(policy)
         model = frozen(policy.clone().model)
         x, prefix_of, final = self.start(policy, demos, model, rng)
-        mod, held, log = _Prompts(model, x, prefix_of), same_batch(demos), []
+        prompts, held, log = _Prompts(model, x, prefix_of), same_batch(demos), []
 
+        @torch.no_grad()
         def note(t):
-            with torch.no_grad():
-                loss = windows_loss(model, prefix_of(mod.x), held)[:, 0]
+            loss = windows_loss(model, prefix_of(prompts.x), held)[:, 0]
             log.extend(dict(step=t, task=g, loss=v) for g, v in enumerate(loss.tolist()))
 
         note(0)
-        done = fit(
-            mod,
+        fitted(
+            type(self).__name__,
+            prompts,
             self.draws(policy, demos, rng),
-            FitConfig(
-                self.steps,
-                self.lr,
-                0.0,
-                1,
-                float("inf"),
-                seed_for(rng, "fit"),
-                self.precision,
-                checkpoint_every=self.log_every,
-                log_every=self.log_every,
-            ),
+            self.fit_config(seed_for(rng, "fit")),
             callback=lambda t: note(t) if t else None,
             desc=type(self).__name__,
         )
-        if done.status != "ok":
-            raise PromptnbError(f"{type(self).__name__}: {done.why}")
-        p = policy.with_prompt(final(mod.x.detach()))
-        return Adapted([(p, g) for g in range(demos.G)], x[0].numel(), log)
+        tuned = policy.with_prompt(final(prompts.x.detach()))
+        return Adapted([(tuned, g) for g in range(demos.G)], x[0].numel(), log)
+
+
+# %% ../../nbs/06_tuners.core.ipynb #tnr00024
+@patch
+def fit_config(self: PromptTuner, seed) -> FitConfig:
+    "Neither decay, nor warm-up, nor clipping, which would tie the tasks together."
+    return FitConfig(
+        self.steps,
+        self.lr,
+        weight_decay=0.0,
+        warmup=1,
+        clip=float("inf"),
+        seed=seed,
+        precision=self.precision,
+        checkpoint_every=self.log_every,
+        log_every=self.log_every,
+    )
 
 
 # %% ../../nbs/06_tuners.core.ipynb #46cd5d7d
 @dataclass
 class SoftPrompt(PromptTuner):
-    "3 K* learned token embeddings a task, started at those of the drawn prompt (the papers do not say where theirs start: assumed)."
+    """3 K* learned token embeddings a task, started at those of the drawn prompt.
+
+    The papers do not say where theirs start: assumed."""
 
     def start(self, policy, demos, model, rng):
         with torch.no_grad():
@@ -430,14 +475,8 @@ def unpack(x, like: Steps, names=FIELDS) -> Steps:
     sizes = [getattr(like, n).shape[-1] for n in names]
     parts = dict(zip(names, x.unflatten(-1, (P, -1)).split(sizes, -1)))
     lead = x.shape[:-1]
-    return Steps(
-        *(
-            parts[f.name]
-            if f.name in parts
-            else getattr(like, f.name).expand(*lead, *getattr(like, f.name).shape[len(lead) :])
-            for f in fields(Steps)
-        )
-    )
+    rest = like.map(lambda v: v.expand(*lead, *v.shape[len(lead) :]))
+    return replace(rest, **parts)
 
 
 # %% ../../nbs/06_tuners.core.ipynb #fa7e1939

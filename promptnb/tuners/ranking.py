@@ -5,9 +5,12 @@
 # %% ../../nbs/06a_tuners.ranking.ipynb #a2004b9b
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
+from fastcore.basics import patch
+from torch import nn
 
 from ..core import PromptnbError, Steps, check_choice, seed_for
 from .core import Adapted, Tuner, frozen, pack, prompt_loss, same_batch, unpack
@@ -18,7 +21,13 @@ __all__ = [
     "rank_weights",
     "PromptVector",
     "sign",
+    "gaussian",
+    "uniform",
+    "exponential",
+    "gamma",
     "PromptSearch",
+    "Judge",
+    "BestSoFar",
     "PreferenceRanking",
     "HillClimbing",
     "EvolutionStrategy",
@@ -28,31 +37,39 @@ __all__ = [
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #a69b4448
 def rank_weights(scores, k=None, author=False):
-    "Lower is better. scores (..., m) -> weights (..., m), already divided by the number of known pairs. k: ranked best (default all m)."
+    """Weights (..., m) of candidates with scores (..., m), lower is better, divided by the number of known pairs.
+
+    k: so many of the best are ranked (none: all m); author: the released code's weights, one higher."""
     m = scores.shape[-1]
     k = k or m
     if not 1 <= k <= m:
         raise PromptnbError(f"k = {k}, but it must lie between 1 and m = {m}")
     r = scores.argsort(dim=-1, stable=True).argsort(dim=-1).to(scores.dtype)
-    w = torch.where(r < k, m - 1 - 2 * r + (1.0 if author else 0.0), torch.tensor(-float(k), dtype=scores.dtype))
+    ranked = m - 1 - 2 * r + float(author)
+    w = torch.where(r < k, ranked, torch.tensor(-float(k), dtype=scores.dtype))
     return w / (k * (k - 1) / 2 + k * (m - k))
 
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #40b0763d
 @dataclass
 class PromptVector:
-    "Turns prompts (G, P, .) into vectors (G, D) and back. `extra` fields behind s, a, rtg: t, mask, and two that the model does not read."
+    """Turns prompts (G, P, .) into vectors (G, D) and back.
+
+    `extra` fields stand behind s, a and rtg: t, mask, and two that the model does not read."""
 
     like: Steps
     extra: int = 0  # 0; 1: the timestep; 4: also mask, reward and done, the released code's seven
     max_timestep: int = 1000
 
     def vector(self, p: Steps):
+        "Prompts (..., P, .) -> vectors (..., D)."
         x, unread = pack(p), torch.zeros_like(p.mask)
-        return torch.cat([x, *(p.t.to(x.dtype), p.mask, unread, unread)[: self.extra]], -1)
+        behind = (p.t.to(x.dtype), p.mask, unread, unread)
+        return torch.cat([x, *behind[: self.extra]], -1)
 
     @property
     def start(self):
+        "The vectors (G, D) of the prompts as drawn."
         return self.vector(self.like)
 
     def steps(self, x) -> Steps:
@@ -68,32 +85,50 @@ class PromptVector:
         return replace(out, mask=x[..., D + P : D + 2 * P]) if self.extra > 1 else out
 
 
-# %% ../../nbs/06a_tuners.ranking.ipynb #0bad91f9
-NOISES = {  # of unit scale each; the released code has all five
-    "gaussian": lambda shape, g: torch.randn(shape, generator=g),
-    "uniform": lambda shape, g: torch.rand(shape, generator=g) * 2 - 1,
-    "exponential": lambda shape, g: -torch.log1p(-torch.rand(shape, generator=g)) * sign(shape, g),
-    "gamma": lambda shape, g: (
-        -torch.log1p(-torch.rand((2, *shape), generator=g)).sum(0) * sign(shape, g)
-    ),  # Gamma(2, 1): two exponentials
-    "laplace": lambda shape, g: (
-        -torch.log1p(-torch.rand(shape, generator=g)) * sign(shape, g)
-    ),  # Laplace(0, 1) is a signed exponential
-}
-
-
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00003
 def sign(shape, g):
+    "-1 or 1, at random."
     return (torch.randint(2, shape, generator=g) * 2 - 1).float()
+
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00004
+def gaussian(shape, g):
+    "Standard normal."
+    return torch.randn(shape, generator=g)
+
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00005
+def uniform(shape, g):
+    "Uniform on [-1, 1]."
+    return torch.rand(shape, generator=g) * 2 - 1
+
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00006
+def exponential(shape, g):
+    "Exponential of mean 1 with a random sign, which is Laplace(0, 1)."
+    return -torch.log1p(-torch.rand(shape, generator=g)) * sign(shape, g)
+
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00007
+def gamma(shape, g):
+    "Gamma(2, 1), a sum of two exponentials, with a random sign."
+    return -torch.log1p(-torch.rand((2, *shape), generator=g)).sum(0) * sign(shape, g)
+
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #0bad91f9
+NOISES = dict(gaussian=gaussian, uniform=uniform, exponential=exponential, gamma=gamma, laplace=exponential)
 
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #fda54f94
 @dataclass
 class PromptSearch(Tuner):
-    "Gradient-free search over the prompt. Offline (action error on demonstrations) or online (`score`: returns from the environment)."
+    """Gradient-free search over the prompt.
+
+    Offline it is judged by the action error on demonstrations, online by `score`: returns from the environment."""
 
     steps: int = 100
     m: int = 15  # candidates a step (released code)
-    mu: float = 0.1  # size of the perturbation in normalised units; released default 1.0, used value unknown: assumed
+    mu: float = 0.1  # size of the perturbation, in normalised units: assumed (released default 1.0, used value unknown)
     batches: int = 2  # minibatches averaged a query (released code); online: episodes, set by `score`
     online: bool = False
     distribution: str = "gaussian"
@@ -111,79 +146,122 @@ class PromptSearch(Tuner):
 
     @property
     def extra(self):
+        "Fields of a prompt that are tuned beside s, a and rtg."
         return 4 if self.seven else 0
 
-    def update(self, x, xs, f, state, query):
-        raise NotImplementedError
-
     def propose(self, x, vec, demos, gen):
+        "m candidates (G, m, D) around the current vectors x (G, D)."
         return x[:, None] + self.mu * NOISES[self.distribution]((len(x), self.m, x.shape[-1]), gen).to(x.device)
 
-    def adapt(self, policy, demos, rng, score=None):
-        self.check(policy, score)
-        policy = policy.clone()
-        frozen(policy.model)
-        vec, held, log = PromptVector(demos.prompt, self.extra, policy.config.max_timestep), same_batch(demos), []
-        x, state, best = vec.start, {}, None
-        gen = torch.Generator().manual_seed(seed_for(rng, "search"))
-        spent = getattr(score, "env_steps", 0)
-        for t in range(self.steps + 1):
-            if t % self.log_every == 0 or t == self.steps:
-                f = (
-                    prompt_loss(policy, vec.steps(x[:, None]), held, self.precision)[:, 0]
-                    if not self.online
-                    else -score(vec.steps(x[:, None]))[:, 0]
-                )
-                better = f < best[0] if best else torch.ones_like(f, dtype=torch.bool)
-                best = (torch.where(better, f, best[0]), torch.where(better[:, None], x, best[1])) if best else (f, x)
-                log += [
-                    dict(step=t, task=g, **({"score": -v} if self.online else {"loss": v}))
-                    for g, v in enumerate(f.tolist())
-                ]
-            if t < self.steps:
+    def update(self, x, xs, f, state, query):
+        """The next vectors (G, D), from the current x and candidates xs (G, m, D) with scores f (G, m): low is good.
 
-                def query(xs):
-                    return self.judge(policy, vec.steps(xs), demos, (rng, t), score)
-
-                xs = self.propose(x, vec, demos, gen)
-                x = self.update(x, xs, query(xs), state, query)
-        final = policy.with_prompt(vec.steps(best[1] if self.keep == "best" else x))
-        unread = max(self.extra - 2, 0) * demos.prompt.t.shape[-1]  # reward and done
-        spent = getattr(score, "env_steps", 0) - spent
-        return Adapted([(final, g) for g in range(demos.G)], x.shape[-1], log, spent, unread=unread)
+        state: a dict kept over steps; query: scores more vectors (G, n, D) -> (G, n)."""
+        raise NotImplementedError
 
     def check(self, policy, score):
         "Refuse, before any work, what cannot be run."
         check_choice(self.distribution, NOISES, "distribution")
         check_choice(self.keep, ("last", "best"), "keep")
+        who = type(self).__name__
         if not policy.config.prompt:
-            raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
+            raise PromptnbError(f"{who} needs a policy with a prompt")
         if self.online and score is None:
-            raise PromptnbError(
-                f"{type(self).__name__} with online=True needs `score`: prompts (G, m, P, .) -> returns (G, m)"
-            )
+            raise PromptnbError(f"{who} with online=True needs `score`: prompts (G, m, P, .) -> returns (G, m)")
 
-    def judge(self, policy, prompts, demos, key, score):
-        "Scores (G, m), lower is better, of candidate prompts."
-        if self.online:
-            return -score(prompts)
-        if not self.noisy:
-            return torch.stack(
-                [prompt_loss(policy, prompts, demos.batch((*key, b)), self.precision) for b in range(self.batches)]
-            ).mean(0)
-        policy.train()
-        torch.manual_seed(seed_for(*key))
-        each = [
-            torch.stack(
-                [
-                    prompt_loss(policy, prompts[:, j : j + 1], demos.batch((*key, b, j)), self.precision)
-                    for b in range(self.batches)
-                ]
-            ).mean(0)
-            for j in range(prompts.t.shape[1])
-        ]
-        policy.eval()
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00009
+@dataclass
+class Judge:
+    "Says how good vectors are, lower is better: by action errors on demonstrations or, online, by minus the returns."
+
+    search: PromptSearch
+    policy: nn.Module  # a copy, frozen
+    vec: PromptVector
+    demos: object
+    rng: int
+    score: object  # prompts (G, m, P, .) -> returns (G, m); None offline
+
+    def now(self, x):
+        "Scores (G,) of the current vectors x (G, D), on the batch that all steps share (online: in new episodes)."
+        prompts = self.vec.steps(x[:, None])
+        if self.search.online:
+            return -self.score(prompts)[:, 0]
+        return prompt_loss(self.policy, prompts, same_batch(self.demos), self.search.precision)[:, 0]
+
+    def at(self, t, xs):
+        "Scores (G, m) of the candidates xs (G, m, D) of step t."
+        prompts = self.vec.steps(xs)
+        if self.search.online:
+            return -self.score(prompts)
+        return self.through_dropout(t, prompts) if self.search.noisy else self.error(t, prompts)
+
+    def error(self, t, prompts, *more):
+        "Action error (G, m) of prompts (G, m, P, .), averaged over the minibatches of step t."
+        batches = [self.demos.batch((self.rng, t, b, *more)) for b in range(self.search.batches)]
+        return torch.stack([prompt_loss(self.policy, prompts, h, self.search.precision) for h in batches]).mean(0)
+
+    def through_dropout(self, t, prompts):
+        "The same as in the released code: with dropout, and minibatches of its own for each candidate."
+        self.policy.train()
+        torch.manual_seed(seed_for(self.rng, t))
+        each = [self.error(t, prompts[:, j : j + 1], j) for j in range(prompts.t.shape[1])]
+        self.policy.eval()
         return torch.cat(each, 1)
+
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00010
+class BestSoFar:
+    "Of each task, the vector with the lowest score that was offered."
+
+    def __init__(self):
+        self.f = self.x = None
+
+    def offer(self, f, x):
+        "Scores f (G,) of vectors x (G, D)."
+        if self.f is None:
+            self.f, self.x = f, x
+            return
+        better = f < self.f
+        self.f = torch.where(better, f, self.f)
+        self.x = torch.where(better[:, None], x, self.x)
+
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00012
+@patch
+def adapt(self: PromptSearch, policy, demos, rng, score=None) -> Adapted:
+    self.check(policy, score)
+    policy = policy.clone()
+    frozen(policy.model)
+    vec = PromptVector(demos.prompt, self.extra, policy.config.max_timestep)
+    judge = Judge(self, policy, vec, demos, rng, score)
+    gen = torch.Generator().manual_seed(seed_for(rng, "search"))
+    spent = getattr(score, "env_steps", 0)
+    x, state, best, log = vec.start, {}, BestSoFar(), []
+    for t in range(self.steps + 1):
+        if t % self.log_every == 0 or t == self.steps:
+            f = judge.now(x)
+            best.offer(f, x)
+            log += [self.log_entry(t, g, v) for g, v in enumerate(f.tolist())]
+        if t < self.steps:
+            query = functools.partial(judge.at, t)
+            xs = self.propose(x, vec, demos, gen)
+            x = self.update(x, xs, query(xs), state, query)
+    final = policy.with_prompt(vec.steps(best.x if self.keep == "best" else x))
+    return Adapted(
+        [(final, g) for g in range(demos.G)],
+        x.shape[-1],
+        log,
+        env_steps=getattr(score, "env_steps", 0) - spent,
+        unread=max(self.extra - 2, 0) * demos.prompt.t.shape[-1],  # reward and done
+    )
+
+
+# %% ../../nbs/06a_tuners.ranking.ipynb #prv00013
+@patch
+def log_entry(self: PromptSearch, t, g, f) -> dict:
+    "A loss offline, a score online."
+    return dict(step=t, task=g, score=-f) if self.online else dict(step=t, task=g, loss=f)
 
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #290ed510
@@ -202,9 +280,8 @@ class PreferenceRanking(PromptSearch):
         v = state["v"] = self.momentum * state.get("v", 0.0) + d
         if not self.linesearch:
             return x + self.eta * v
-        sizes = torch.cat([0.5 ** torch.arange(self.m - 2.0), torch.zeros(2)]).to(
-            x
-        )  # m - 2 geometric steps and x itself, twice
+        # m - 2 geometric steps and x itself, twice
+        sizes = torch.cat([0.5 ** torch.arange(self.m - 2.0), torch.zeros(2)]).to(x)
         ladder = x[:, None] + self.eta * v[:, None] * sizes[None, :, None]
         state["v"] = 0.0
         return ladder[torch.arange(len(x)), query(ladder).argmin(-1)]
@@ -237,17 +314,16 @@ class EvolutionStrategy(PromptSearch):
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #149ad5af
 @dataclass
-class Resampling(PromptSearch):
-    "Each step draws m prompts from the demonstrations (any segment, with its timesteps) and keeps the best so far on the same windows."
+class Resampling(HillClimbing):
+    """Each step draws m prompts from the demonstrations and keeps the best so far on the same windows.
+
+    Any segment may be drawn; it comes with its timesteps."""
 
     extra = 1
     ENTRIES = False  # it takes whole prompts, with their timesteps, in place of the drawn one
 
     def propose(self, x, vec, demos, gen):
         return vec.vector(demos.segments(self.m, vec.like.t.shape[-1], gen))
-
-    def update(self, x, xs, f, state, query):
-        return HillClimbing.update(self, x, xs, f, state, query)
 
     def check(self, policy, score):
         super().check(policy, score)
