@@ -30,6 +30,20 @@ def tmp_home(tmp_path, monkeypatch):
     return home
 
 
+@pytest.fixture(scope="session")
+def refused():
+    "refused(f, ..., says=...): f must raise a PromptnbError of one line that has all of `says`."
+    from promptnb.core import PromptnbError
+
+    def refused(f, *args, says=(), **kwargs):
+        with pytest.raises(PromptnbError) as e:
+            f(*args, **kwargs)
+        text = str(e.value)
+        assert "\n" not in text and all(s in text for s in says), text
+
+    return refused
+
+
 # Tests of these files need nothing of one another: any worker takes them. The others keep to one worker a file.
 SPREAD = ("test_notebooks.py", "test_project.py")
 

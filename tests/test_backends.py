@@ -1,0 +1,468 @@
+"""Who is asked for guidance: every way in which a server can fail, tapes, budgets, and models in this process.
+
+Passed is: the run goes on with the goals it had, in bounded time, and it is counted; no key is in any file."""
+
+import dataclasses
+import itertools
+import json
+import socket
+import time
+
+import pytest
+from advisors import FAULTS, GOOD, Far, Scripted, chat, echo, send, situations
+
+from promptnb import llm
+from promptnb.llm import GOALS, Guidance, Request, decision_prompt, exchanges, scene
+
+pytest.importorskip("openai")
+from promptnb.llm.backends import Budget, Budgeted, Cassette, Constant, Local, Server, as_text
+
+SECRET = "sk-very-secret-0123456789"
+
+
+@pytest.fixture
+def far(monkeypatch):
+    monkeypatch.setenv("PNB_TEST_KEY", SECRET)
+    far = Far()
+    yield far
+    far.close()
+
+
+def server(url, **kw):
+    "A client of the server that gives up soon."
+    hurried = dict(timeout=0.4, deadline=1.5, retries=1, backoff=0.02, patience=99)
+    return Server(url, "toy", key_env="PNB_TEST_KEY", **{**hurried, **kw})
+
+
+def ask(far, **kw):
+    return server(far.url, **kw).complete([Request(decision_prompt(scene(), ()))])[0]
+
+
+def seconds(f):
+    "(result, seconds it took)."
+    start = time.monotonic()
+    return f(), time.monotonic() - start
+
+
+# ---- a server and its faults
+
+# what is not tried again, or has no time for it: a header that never ends takes the whole deadline
+TRIED_ONCE = ("busy_for_an_hour", "wrong_key", "no_model", "moved", "filtered", "slow_header")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_server(far, fault, tmp_path):
+    "The first attempt and its repetition fail; the goals stay; the next query is answered."
+    g = Guidance(None, server(far.url), log=tmp_path / "log.jsonl")
+    first = g([scene()])
+    far.faults = [FAULTS[fault]] * 2
+    second, took = seconds(lambda: g([scene(step=100)]))
+    far.faults = []
+    third = g([scene(step=200)])
+    assert (first, second, third) == ([GOOD[0]], [GOOD[0]], [GOOD[1]])
+    assert took < (1.2 if fault == "busy_for_an_hour" else 2.0)  # no waiting for what comes after the deadline
+    assert g.counts["failed"] == g.counts["kept"] == 1 and g.counts["queries"] == g.counts["calls"] == 3
+    why = exchanges(g.log)[1]["why"]
+    assert why and why.isprintable() and SECRET not in g.log.read_text()
+    assert len(far.seen) == 2 + (1 if fault in TRIED_ONCE else 2)
+
+
+PASSED_OVER = ["timeout", "slow_trickle", "busy", "busy_since_ever", "error"]
+PASSED_OVER += ["half_reply", "half_json", "no_end", "no_body", "html"]
+
+
+@pytest.mark.parametrize("fault", PASSED_OVER)
+def test_one_fault_is_passed_over(far, fault):
+    far.faults = [FAULTS[fault]]
+    r = ask(far)
+    assert r.ok and r.attempts == 2 and r.text == GOOD[0] and r.model == "toy-2"
+    if fault == "busy":
+        assert far.seen[1][0] - far.seen[0][0] >= 0.1
+
+
+USAGES = dict(
+    nan=dict(prompt_tokens=float("nan"), completion_tokens="many"),
+    negative=dict(prompt_tokens=-5, completion_tokens=float("inf")),
+    none=None,
+    number=7,
+    empty={},
+)
+
+
+@pytest.mark.parametrize("usage", USAGES)
+def test_tokens_that_are_no_numbers_are_guessed(far, usage):
+    far.faults = [lambda h: send(h, chat(usage=USAGES[usage]))]
+    r = ask(far)
+    assert r.ok and type(r.tokens_in) is type(r.tokens_out) is int
+    assert 200 < r.tokens_in < 400 and r.tokens_out == len(GOOD[0]) // 4
+
+
+BAD_TEXTS = dict(
+    empty="",
+    spaces=" \n\t ",
+    foreign="喝水，睡觉，砍树",
+    megabyte="la " * 350_000,
+    unknown="fly to the moon, become king",
+    control="\x00\x1b[2J\x07\u202e",
+    prose="I am sorry, I cannot help with that.",
+    wrong_keys='{"plan": ["sleep"]}',
+    numbers='{"goals": [1, NaN, -Infinity]}',
+    script="<script>alert(1)</script>",
+    deep="[" * 100_000,
+    tool='{"tool": "shell", "args": ["rm -rf /"]}',
+    surrogate="\ud800",
+)
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS)
+def test_a_reply_that_is_none(far, text, tmp_path):
+    g = Guidance(None, server(far.url), log=tmp_path / "log.jsonl")
+    first = g([scene()])
+    far.faults = [lambda h: send(h, chat(BAD_TEXTS[text]))] * 2
+    second, took = seconds(lambda: g([scene(step=100)]))
+    far.faults = []
+    assert second == first == [GOOD[0]] and took < 2
+    assert g([scene(step=200)]) == [GOOD[1]]
+    assert g.counts["kept"] == 1 and g.counts["invalid"] + g.counts["failed"] == 1
+    assert g.log.stat().st_size < 40_000
+
+
+def test_a_server_that_refuses_is_given_a_rest(far):
+    free = socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    s = server(f"http://127.0.0.1:{port}/v1", retries=2, patience=2, rest=3)
+    g = Guidance(None, s)
+    start = time.monotonic()
+    unasked = []
+    for k in range(6):
+        assert g([scene(step=k)]) == [""]
+        unasked.append(g.counts["unasked"])
+    assert unasked == [0, 0, 1, 2, 3, 3] and g.counts["calls"] == 3
+    assert time.monotonic() - start < 5
+    s.url, s.resting = far.url, 0  # it is back
+    assert g([scene(step=9)]) == [GOOD[0]] and s.fails == 0
+
+
+def requests(n):
+    return [Request(decision_prompt(scene(), ()), seed=i) for i in range(n)]
+
+
+def test_a_batch_keeps_its_deadline(far):
+    s = server(far.url, workers=1, deadline=0.5, timeout=5.0)
+    far.faults = [lambda h: time.sleep(30)]
+    replies, took = seconds(lambda: s.complete(requests(5)))
+    assert took < 0.9 and not any(r.ok for r in replies)
+
+
+def test_workers_that_hang_do_not_hold_up_the_others(far):
+    s = server(far.url, workers=4, deadline=4.0, timeout=2.0, retries=0)
+    far.good = itertools.cycle(GOOD[:1])
+    far.faults = [lambda h: time.sleep(30)] * 3
+    replies, took = seconds(lambda: s.complete(requests(12)))
+    assert took < 4.3
+    assert sum(not r.ok for r in replies) == 3 and {r.text for r in replies if r.ok} == {GOOD[0]}
+
+
+# ---- what is sent
+
+
+def test_what_is_sent(far):
+    r = Request([dict(role="user", content="hi")], max_tokens=7, temperature=0.25, seed=11)
+    server(far.url).complete([r])
+    server(far.url, extra=dict(max_tokens=None, max_completion_tokens=9)).complete([r])
+    first, second = (body for _, body in far.seen)
+    expected = dict(model="toy", messages=r.messages, max_tokens=7, temperature=0.25, seed=11)
+    assert {k: first[k] for k in expected} == expected
+    assert "max_tokens" not in second and second["max_completion_tokens"] == 9
+
+
+def test_urls_that_are_none(refused):
+    refused(Server, "ftp://x/v1", "m", says=("URL",))
+    refused(Server, "localhost:8000", "m", says=("http://",))
+    refused(Server, f"https://me:{SECRET}@x/v1", "m", says=("OPENAI_API_KEY",))
+
+
+def test_the_key_is_nowhere(far, tmp_path, capfd, monkeypatch):
+    "A server that sends it back, in errors and in replies; a cassette, a log, a state, a record of everything."
+    s = server(far.url, retries=0)
+    c = Cassette(tmp_path / "tape.jsonl", s)
+    g = Guidance(c, c, log=tmp_path / "log.jsonl", raw=True)
+    far.faults = [lambda h, n=n: echo(h, n) for n in (200, 200, 401, 500, 200, 429, 400, 200)]
+    sentences = [g([scene(step=k)]) for k in range(4)]
+    bad = []
+    for n in (401, 500, 200):
+        far.faults = [lambda h, n=n: echo(h, n)]
+        bad.append(ask(far, retries=0))
+    assert "(key)" in sentences[0][0] and "(key)" in bad[0].why and all(body for _, body in far.seen)
+    monkeypatch.setenv("PNB_TEST_KEY", SECRET + "\u20ac")  # a key that no header can hold
+    worse = ask(far, retries=0)
+    assert not worse.ok
+    texts = [repr(x) for x in (s, c, g, vars(s), vars(c), g.state(), sentences, bad, worse, dataclasses.asdict(bad[0]))]
+    texts += [p.read_text() for p in tmp_path.rglob("*") if p.is_file()]
+    texts += list(capfd.readouterr())
+    assert len(texts) == 14
+    assert not any(SECRET in t or SECRET[3:] in t for t in texts)
+
+
+# ---- tapes
+
+
+def play(g):
+    "The sentences of five queries of three environments."
+    queries = [[dict(s, env=i, step=100 * t) for i, s in enumerate(situations(3, t))] for t in range(5)]
+    return [g(scenes) for scenes in queries]
+
+
+def guided_by(cassette, seed=3):
+    return Guidance(Constant("Sleep soon."), cassette, llm.encoder("hash"), seed=seed)
+
+
+@pytest.fixture
+def taped(far, tmp_path):
+    "(tape, guidance, its sentences) of a run with a server that fails every third request and is then closed."
+    far.faults = [FAULTS["no_model"] if k % 3 == 0 else (lambda h, k=k: send(h, chat(GOOD[k % 2]))) for k in range(40)]
+    tape = tmp_path / "t.jsonl"
+    live = guided_by(Cassette(tape, server(far.url, workers=1)))
+    sentences = play(live)
+    assert len(far.seen) == 15
+    far.close()
+    return tape, live, sentences
+
+
+def test_a_tape_replays_the_run_offline(far, taped):
+    "What failed then fails again; a torn last line is passed over."
+    tape, live, sentences = taped
+    with open(tape, "ab") as f:
+        f.write(b'{"key": "torn')
+    again = guided_by(Cassette(tape))
+    assert play(again) == sentences and len(far.seen) == 15
+    assert again.counts["cached"] == 10
+    assert again.counts["failed"] == live.counts["failed"] == 5 and again.counts["kept"] == live.counts["kept"]
+
+
+def test_a_tape_is_of_one_version_of_a_model(far, taped):
+    other = guided_by(Cassette(taped[0], server(far.url, version="2", retries=0, patience=1)))
+    assert play(other) == [[""] * 3] * 5 and other.counts["cached"] == 0
+
+
+def test_a_tape_is_of_one_seed(taped):
+    moved = guided_by(Cassette(taped[0]), seed=4)
+    play(moved)
+    assert moved.counts["cached"] == 0
+
+
+ONE = Request(decision_prompt(scene(), ()), seed=1)
+
+
+@pytest.fixture
+def two_voices(tmp_path):
+    "A tape with a reply of each of two backends to one request."
+    path = tmp_path / "t.jsonl"
+    first, second = Scripted(GOOD[0]), Scripted(GOOD[1])
+    second.name = "scripted-2"
+    assert [r.text for r in Cassette(path, first).complete([ONE, ONE])] == [GOOD[0]] * 2
+    assert len(first.asked) == 1 and Cassette(path, first).complete([ONE])[0].cached
+    assert Cassette(path, second).complete([ONE])[0].text == GOOD[1]
+    return path
+
+
+def test_whose_replies_to_play_must_be_clear(two_voices, tmp_path, refused):
+    refused(Cassette, tmp_path / "none.jsonl", says=("no replies",))
+    refused(Cassette, two_voices, says=("scripted-1, scripted-2",))
+    refused(Cassette, two_voices, name="scripted-3", says=("did you mean",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(temperature=0.0), dict(max_tokens=9), dict(seed=2), dict(messages=ONE.messages[:1])],
+    ids=["temperature", "max_tokens", "seed", "messages"],
+)
+def test_another_request_is_not_on_the_tape(two_voices, change):
+    assert not Cassette(two_voices, name="scripted-1").complete([dataclasses.replace(ONE, **change)])[0].ok
+
+
+def test_a_kill_in_the_middle_of_a_line_costs_that_line_only(two_voices):
+    with open(two_voices, "ab") as f:
+        f.write(b'{"key": "x", "na')
+    late = dataclasses.replace(ONE, seed=7)
+    Cassette(two_voices, Scripted(GOOD[0])).complete([late])
+    assert all(Cassette(two_voices, name="scripted-1").complete([r])[0].cached for r in (ONE, late))
+
+
+def test_nonsense_on_a_tape_is_passed_over(two_voices):
+    rows = two_voices.read_text().splitlines()
+    rows = ["nonsense", "[]", '{"key": 1}', rows[0].replace('"text"', '"txet"'), rows[1]]
+    two_voices.write_text("\n".join(rows) + "\n")
+    assert Cassette(two_voices, name="scripted-1").complete([ONE])[0].why.startswith("damaged")
+    assert Cassette(two_voices, name="scripted-2").complete([ONE])[0].text == GOOD[1]
+
+
+# ---- budgets
+
+LIMITS = {
+    "calls": (dict(calls=10), 10),
+    "tokens": (dict(tokens=1000), 10),
+    "tokens of half a call": (dict(tokens=950), 10),
+    "dollars in": (dict(dollars=0.01, price_in=10.0), 12),
+    "dollars out": (dict(dollars=0.001, price_out=10.0), 10),
+    "none": (dict(), 32),
+    "no calls": (dict(calls=0), 0),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("envs", [1, 8])
+def test_a_budget_is_passed_by_one_call_at_most(limit, envs):
+    limits, calls = LIMITS[limit]
+    d, b = Scripted("sleep"), Budget(**limits)
+    g = Guidance(None, d, budget=b)
+    for t in range(32 // envs):
+        out = g([scene(env=e, step=t) for e in range(envs)])
+    assert len(d.asked) == calls == g.counts["calls"]
+    assert g.counts["unasked"] == g.counts["kept"] == 32 - calls
+    assert out == ["sleep" if calls else ""] * envs
+    one_call = {"calls": -1, "tokens": -100, "dollars": -100e-5 - 1e-12}
+    assert all(left > one_call[k] for k, left in b.left().items())
+
+
+def test_a_budget_in_dollars_needs_prices(refused):
+    refused(Budget, dollars=1.0, says=("price_in",))
+
+
+def test_a_budget_in_seconds():
+    class Slow(Scripted):
+        def complete(self, requests):
+            time.sleep(0.03)
+            return super().complete(requests)
+
+    b = Budget(seconds=0.05)
+    replies = [Budgeted(Slow("sleep"), b).complete([Request([])])[0].ok for _ in range(5)]
+    assert replies == [True, True, False, False, False]
+
+
+def test_what_is_on_tape_is_free(tmp_path):
+    Cassette(tmp_path / "t", Scripted("sleep")).complete([ONE])
+    b = Budget(calls=1)
+    c = Budgeted(Cassette(tmp_path / "t", Scripted("sleep")), b)
+    assert all(c.complete([ONE])[0].ok for _ in range(5)) and b.used()["calls"] == 0
+    assert c.complete([dataclasses.replace(ONE, seed=2)])[0].ok and b.used()["calls"] == 1
+
+
+def test_a_budget_behind_a_tape_is_part_of_the_state(tmp_path):
+    b = Budget(calls=3)
+    g = Guidance(None, Cassette(tmp_path / "u", Budgeted(Scripted("sleep"), b)))
+    g([scene(step=1)])
+    state = json.loads(json.dumps(g.state()))
+    b.spent["calls"] = 0
+    g.load(state)
+    assert b.spent["calls"] == 1
+
+
+# ---- models in this process
+
+
+def toy_lm(folder, template=None, seed=0):
+    "A language model of random weights that knows the words of the goals."
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", *sorted({w for g in GOALS for w in g.split()}), ","]
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    t = PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    t.chat_template = template
+    t.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return Local(toy_lm(tmp_path_factory.mktemp("lm") / "toy"))
+
+
+SAMPLED = [Request(decision_prompt(s, ()), max_tokens=6, seed=i) for i, s in enumerate(situations(5))]
+GREEDY = [dataclasses.replace(r, temperature=0.0) for r in SAMPLED]
+
+
+def texts(model, requests):
+    return [r.text for r in model.complete(requests)]
+
+
+def test_sampling_has_a_seed_of_its_own(toy):
+    import torch
+
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    replies = toy.complete(SAMPLED)
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(9)
+    assert texts(toy, SAMPLED) == [r.text for r in replies]
+    assert all(r.ok and r.tokens_out <= 6 and r.tokens_in <= 58 for r in replies) and len({r.text for r in replies}) > 1
+    assert texts(toy, [dataclasses.replace(r, seed=r.seed + 1) for r in SAMPLED]) != [r.text for r in replies]
+
+
+def test_greedy_replies_depend_on_neither_company_nor_seed(toy):
+    together = texts(toy, GREEDY)
+    assert [texts(toy, [r])[0] for r in GREEDY] == together
+    assert texts(toy, [dataclasses.replace(r, seed=99) for r in GREEDY]) == together
+    mixed = texts(toy, [GREEDY[0], SAMPLED[0], GREEDY[1]])
+    assert [mixed[0], mixed[2]] == together[:2]
+    assert toy.complete([]) == []
+
+
+def test_padding_changes_no_reply(toy):
+    short = [Request([dict(role="user", content="chop tree " * k)], 6, 0.0) for k in (1, 3, 9)]
+    assert [texts(toy, [r])[0] for r in short] == texts(toy, short)
+
+
+def test_a_models_name_is_that_of_its_weights(toy, tmp_path):
+    assert Local(toy.folder).name == toy.name
+    assert Local(toy_lm(tmp_path / "toy", seed=1)).name != toy.name
+    assert str(toy.folder.parent) not in toy.name
+
+
+def test_a_model_without_memory_gives_failed_replies(toy, monkeypatch):
+    import torch
+
+    def generate(**kw):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(toy.model, "generate", generate)
+    assert not toy.complete(SAMPLED)[0].ok
+
+
+def test_a_template_without_a_system_role(toy, tmp_path):
+    no_system = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict = Local(toy_lm(tmp_path / "c", "{% for m in messages %}" + no_system + "{{ m.content }}{% endfor %}"))
+    messages = SAMPLED[0].messages
+    assert strict.complete(SAMPLED)[0].ok
+    assert as_text(strict.tokenizer, messages) == "\n\n".join(m["content"] for m in messages)
+    assert as_text(toy.tokenizer, messages).endswith("\nassistant:")
+
+
+def test_models_that_are_not_there(tmp_path, refused):
+    refused(Local, "./no", says=("no folder",))
+    refused(Local, "nobody/nothing", says=("nobody/nothing",))
+
+
+def test_folders_without_sound_weights(tmp_path, refused):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    refused(Local, folder, says=("no .safetensors",))
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    (folder / "model.safetensors").write_bytes(b"x")
+    refused(Local, folder, says=(str(folder),))
