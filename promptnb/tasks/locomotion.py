@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from promptnb.tasks.control import (  # noqa: F401 (LockStep and make are this kind's too: tasks asks for them here)
-    Body,
-    LockStep,
-    ant_fell,
-    finite,
-    make,
-    see_ant,
-    squared,
-)
+from . import control
+from .control import Body, ant_fell, blown_up, finite, see_ant, squared
 
 # %% auto #0
-__all__ = ["REACHER", "REACHER_DT", "BODIES", "fingertip"]
+__all__ = ["REACHER", "REACHER_SKIP", "REACHER_DT", "BODIES", "LockStep", "make", "fingertip"]
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #5baf62e6
-def _walk(ctrl, healthy):
+def _walk(effort, healthy):
+    "The reward of a walker: its velocity, a bonus while it is upright, minus the effort of its actions."
+
     def pay(fam, goal, dt, q0, q1, a, ended):
-        return (q1[:, 0] - q0[:, 0]) / dt + healthy * ~ended - ctrl * squared(a)
+        return (q1[:, 0] - q0[:, 0]) / dt + healthy * ~ended - effort * squared(a)
 
     return pay
 
@@ -47,19 +42,24 @@ def _small_start(q0, nv, rng):
 # %% ../../nbs/01b_tasks.locomotion.ipynb #64da562b
 def _hopper_fell(q, v):
     rest = np.concatenate([q[:, 2:], v], -1)
-    return ~(finite(q, v) & (np.abs(rest) < 100).all(-1) & (q[:, 1] > 0.7) & (np.abs(q[:, 2]) < 0.2))
+    upright = (q[:, 1] > 0.7) & (np.abs(q[:, 2]) < 0.2)
+    return ~(finite(q, v) & (np.abs(rest) < 100).all(-1) & upright)
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #2b3f2d84
 def _walker_fell(q, v):
-    return ~(finite(q, v) & (q[:, 1] > 0.8) & (q[:, 1] < 2.0) & (np.abs(q[:, 2]) < 1.0))
+    upright = (q[:, 1] > 0.8) & (q[:, 1] < 2.0) & (np.abs(q[:, 2]) < 1.0)
+    return ~(finite(q, v) & upright)
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #9d4321c4
 REACHER = """<mujoco model="reacher2d">
   <compiler angle="radian"/>
   <option timestep="0.002" gravity="0 0 0" integrator="implicitfast"/>
-  <default><joint armature="0.1" damping="0.4"/><geom contype="0" conaffinity="0" density="300" rgba="0.3 0.45 0.69 1"/></default>
+  <default>
+    <joint armature="0.1" damping="0.4"/>
+    <geom contype="0" conaffinity="0" density="300" rgba="0.3 0.45 0.69 1"/>
+  </default>
   <worldbody>
     <light pos="0 0 4"/>
     <camera name="track" pos="0 0 2.6"/>
@@ -72,18 +72,23 @@ REACHER = """<mujoco model="reacher2d">
       </body>
     </body>
     <body name="target">
-      <joint name="target_x" type="slide" axis="1 0 0" armature="0" damping="0"/><joint name="target_y" type="slide" axis="0 1 0" armature="0" damping="0"/>
+      <joint name="target_x" type="slide" axis="1 0 0" armature="0" damping="0"/>
+      <joint name="target_y" type="slide" axis="0 1 0" armature="0" damping="0"/>
       <geom type="sphere" size="0.06" rgba="0.01 0.62 0.45 1"/>
     </body>
   </worldbody>
-  <actuator><motor joint="shoulder" gear="3" ctrlrange="-1 1" ctrllimited="true"/><motor joint="elbow" gear="1.5" ctrlrange="-1 1" ctrllimited="true"/></actuator>
+  <actuator>
+    <motor joint="shoulder" gear="3" ctrlrange="-1 1" ctrllimited="true"/>
+    <motor joint="elbow" gear="1.5" ctrlrange="-1 1" ctrllimited="true"/>
+  </actuator>
 </mujoco>"""
-REACHER_DT = 15 * 0.002
+REACHER_SKIP = 15  # physics steps a step
+REACHER_DT = REACHER_SKIP * 0.002
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #d44c709e
 def fingertip(q):
-    "(N, 4) -> (N, 2): both links are 0.5 m."
+    "Where the fingertip is: q (N, 4) -> (N, 2) in metres. Both links are 0.5 m."
     a, b = q[:, 0], q[:, 0] + q[:, 1]
     return 0.5 * np.stack([np.cos(a) + np.cos(b), np.sin(a) + np.sin(b)], -1)
 
@@ -104,19 +109,19 @@ def _pay_reacher(fam, goal, dt, q0, q1, a, ended):
 # %% ../../nbs/01b_tasks.locomotion.ipynb #89db3444
 def _start_reacher(q0, nv, rng):
     radius, angle = rng.uniform(0.5, 1.0), rng.uniform(-np.pi, np.pi)
-    return np.array([*rng.uniform(-2, 2, 2), radius * np.cos(angle), radius * np.sin(angle)]), np.zeros(nv)
+    arm = rng.uniform(-2, 2, 2)
+    return np.array([*arm, radius * np.cos(angle), radius * np.sin(angle)]), np.zeros(nv)
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #1cca0849
+_upright = dict(frame_skip=4, dt=0.008, start=_small_start)
 BODIES = dict(
     hopper=Body(
         "hopper.xml",
         _see_clipped,
         _walk(1e-3, 1.0),
         _hopper_fell,
-        4,
-        0.008,
-        _small_start,
+        **_upright,
         camera=dict(trackbodyid=2, distance=3.0, elevation=-20.0),
     ),
     walker2d=Body(
@@ -124,12 +129,13 @@ BODIES = dict(
         _see_clipped,
         _walk(1e-3, 1.0),
         _walker_fell,
-        4,
-        0.008,
-        _small_start,
+        **_upright,
         camera=dict(trackbodyid=2, distance=4.0, elevation=-20.0),
     ),
-    halfcheetah=Body("half_cheetah.xml", _see, _walk(0.1, 0.0), lambda q, v: ~finite(q, v)),
+    halfcheetah=Body("half_cheetah.xml", _see, _walk(0.1, 0.0), blown_up),
     ant=Body("ant.xml", see_ant, _walk(0.5, 1.0), ant_fell),
-    reacher2d=Body(REACHER, _see_reacher, _pay_reacher, lambda q, v: ~finite(q, v), 15, REACHER_DT, _start_reacher),
+    reacher2d=Body(REACHER, _see_reacher, _pay_reacher, blown_up, REACHER_SKIP, REACHER_DT, _start_reacher),
 )
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #a8a10008
+LockStep, make = control.LockStep, control.make  # what each kind's module offers

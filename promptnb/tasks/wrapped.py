@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import gymnasium as gym
 import numpy as np
+from fastcore.basics import patch
+from gymnasium.spaces import Box, Discrete
 
 from .. import tasks
+from ..core import PromptnbError
+from .rows import Rows, starts
 
 # %% auto #0
-__all__ = ["Wrapped", "LockStep", "make", "own"]
+__all__ = ["Wrapped", "LockStep", "make", "check_goals", "check_spaces", "own"]
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #00a5128d
-class Wrapped(gym.vector.VectorEnv):
-    "N episodes of any tasks of a family in N Gymnasium environments. Observations (N, S) float32, rewards (N,) float64. A kind says how to `make` one and how to set its task."
+class Wrapped(Rows):
+    """N episodes of any tasks of a family in N Gymnasium environments. Rewards (N,) float64.
 
-    metadata = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    A kind says how to `make` one environment, and how to set its task.
+    """
 
     def __init__(self, fam, task_ids, threads=None):
         self.family, self.envs = tasks.family(fam), []
         self.set_tasks(task_ids)
 
     def make(self, task):
+        "A new environment of a task."
         return gym.make(self.family.env_id, task=task)
 
     def set_task(self, i, task):
@@ -32,66 +38,69 @@ class Wrapped(gym.vector.VectorEnv):
         self.envs[i].close()
         self.envs[i] = self.make(task)
 
-    def set_tasks(self, task_ids):
-        old, self.task_ids = getattr(self, "task_ids", np.zeros(0, int)), np.asarray(task_ids, int)
-        for e in self.envs[len(self.task_ids) :]:
-            e.close()
-        del self.envs[len(self.task_ids) :]
-        for i, task in enumerate(self.task_ids):
-            if i >= len(self.envs):
-                self.envs.append(self.make(task))
-            elif old[i] != task:
-                self.set_task(i, task)
-        if len(self.task_ids) == getattr(self, "num_envs", None):
-            return
-        self.num_envs = len(self.task_ids)
-        self.single_observation_space, self.single_action_space = (
-            self.envs[0].observation_space,
-            self.envs[0].action_space,
-        )
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self._obs, self._over = (
-            np.zeros((self.num_envs, self.family.state_dim), np.float32),
-            np.zeros((2, self.num_envs), bool),
-        )
-
-    def reset(self, *, seed=None, options=None):
-        "`seed`: None (go on), an int (row i gets seed + i) or one a row. `options['reset_mask']` (N,) bool limits the reset to those rows."
-        mask = (
-            np.ones(self.num_envs, bool)
-            if not options or "reset_mask" not in options
-            else np.asarray(options["reset_mask"], bool)
-        )
-        seeds = (
-            [None] * self.num_envs
-            if seed is None
-            else [seed + i for i in range(self.num_envs)]
-            if np.isscalar(seed)
-            else seed
-        )
-        for i in np.flatnonzero(mask):
-            self._obs[i] = self.envs[i].reset(seed=None if seeds[i] is None else int(seeds[i]))[0]
-        self._over[:, mask] = False
-        return self._obs.copy(), {}
-
-    def step(self, actions):
-        "A row whose episode is over stays as it is and earns nothing. `info['success']` (N,) where the environments report it."
-        r, success = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
-        for i in np.flatnonzero(~self._over.any(0)):
-            a = int(np.argmax(actions[i])) if self.family.discrete and np.ndim(actions[i]) else actions[i]
-            self._obs[i], r[i], self._over[0, i], self._over[1, i], info = self.envs[i].step(a)
-            success[i] = bool(info.get("success", False))
-        return self._obs.copy(), r, self._over[0].copy(), self._over[1].copy(), dict(success=success)
-
     def close_extras(self, **kw):
-        for e in self.envs:
-            e.close()
+        "Close the environments."
+        for env in self.envs:
+            env.close()
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10002
+@patch
+def set_tasks(self: Wrapped, task_ids):
+    "Change which task each row runs, and how many rows there are."
+    old, self.task_ids = getattr(self, "task_ids", np.zeros(0, int)), np.asarray(task_ids, int)
+    n = len(self.task_ids)
+    for env in self.envs[n:]:
+        env.close()
+    del self.envs[n:]
+    for i, task in enumerate(self.task_ids):
+        if i >= len(self.envs):
+            self.envs.append(self.make(task))
+        elif old[i] != task:
+            self.set_task(i, task)
+    if n == getattr(self, "num_envs", None):
+        return
+    self.single_observation_space = self.envs[0].observation_space
+    self.single_action_space = self.envs[0].action_space
+    self.resize(n)
+    self._obs = np.zeros((n, self.family.state_dim), np.float32)
+    self._over = np.zeros((2, n), bool)  # terminated, truncated
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10003
+@patch
+def reset(self: Wrapped, *, seed=None, options=None):
+    "Start the rows that `tasks.rows.starts` names: all observations (N, S), and an empty info."
+    mask, seeds = starts(self.num_envs, seed, options)
+    for i in np.flatnonzero(mask):
+        self._obs[i] = self.envs[i].reset(seed=None if seeds[i] is None else int(seeds[i]))[0]
+    self._over[:, mask] = False
+    return self._obs.copy(), {}
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10004
+@patch
+def step(self: Wrapped, actions):
+    """Do one action a row. A row whose episode is over stays as it is and earns nothing.
+
+    `info['success']` (N,) where the environments report it.
+    """
+    rewards, success = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
+    for i in np.flatnonzero(~self._over.any(0)):
+        a = actions[i]
+        if self.family.discrete and np.ndim(a):  # scores: the best counts
+            a = int(np.argmax(a))
+        self._obs[i], rewards[i], self._over[0, i], self._over[1, i], info = self.envs[i].step(a)
+        success[i] = bool(info.get("success", False))
+    return self._obs.copy(), rewards, self._over[0].copy(), self._over[1].copy(), dict(success=success)
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #f15d897a
 class LockStep(Wrapped):
+    "The rows of a family that `own` made."
+
     def make(self, task):
+        "A new environment of a task."
         return make(self.family, task)
 
 
@@ -102,51 +111,64 @@ def make(family, task, **kw):
     tasks.check_task(fam, task)
     env = gym.make(fam.body, **fam.goals[task], **kw)
     a = env.action_space
-    return (
-        env
-        if fam.discrete or ((a.low == -1) & (a.high == 1)).all()
-        else gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    )
+    if fam.discrete or ((a.low == -1) & (a.high == 1)).all():
+        return env
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10006
+def check_goals(goals, task_ids):
+    "Raise an error unless goals are dicts, one for each of the task ids."
+    if not goals or not all(isinstance(g, dict) for g in goals):
+        raise PromptnbError(
+            f"goals are the keyword arguments of gymnasium.make, a dict each: not {goals[0] if goals else 'nothing'!r}"
+        )
+    lost = [i for i in task_ids if i not in range(len(goals))]
+    if lost:
+        raise PromptnbError(
+            f"task {lost[0]} is in train or test, but there are {len(goals)} goals, 0 to {len(goals) - 1}"
+        )
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10007
+def check_spaces(env_id, observations, actions):
+    "Raise an error unless observations are a flat Box, and actions a Box or Discrete."
+    if not isinstance(observations, Box) or len(observations.shape) != 1:
+        raise PromptnbError(
+            f"{env_id} observes {observations}: wanted a flat Box (wrap it with gymnasium.wrappers.FlattenObservation)"
+        )
+    if not isinstance(actions, (Box, Discrete)):
+        raise PromptnbError(f"{env_id} acts in {actions}: wanted a Box or a Discrete")
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #60b1becf
 def own(name, env_id, goals=({},), train=(0,), test=(0,), target_return=0.0, rtg_scale=1000.0, **more) -> tasks.Family:
-    "Register a family of a Gymnasium environment with a flat Box of observations and a Box or Discrete of actions. Task i is `gymnasium.make(env_id, **goals[i])`; actions of a Box are in [-1, 1] here, whatever its bounds: scale those of your arrays alike."
-    from gymnasium.spaces import Box, Discrete
+    """Register a family of a Gymnasium environment with a flat Box of observations and a Box or Discrete of actions.
 
+    Task i is `gymnasium.make(env_id, **goals[i])`. Actions of a Box are in [-1, 1] here, whatever its bounds: scale
+    those of your arrays alike. `more`: other fields of `tasks.Family`, such as `horizon`.
+    """
     goals = tuple(goals)
-    if not goals or not all(isinstance(g, dict) for g in goals):
-        raise tasks.PromptnbError(
-            f"goals are the keyword arguments of gymnasium.make, a dict each: not {goals[0] if goals else 'nothing'!r}"
-        )
-    if bad := [i for i in (*train, *test) if i not in range(len(goals))]:
-        raise tasks.PromptnbError(
-            f"task {bad[0]} is in train or test, but there are {len(goals)} goals, 0 to {len(goals) - 1}"
-        )
+    check_goals(goals, (*train, *test))
     env = gym.make(env_id, **goals[0])
-    s, a, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
+    observations, actions, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
     env.close()
-    if not isinstance(s, Box) or len(s.shape) != 1:
-        raise tasks.PromptnbError(
-            f"{env_id} observes {s}: wanted a flat Box (wrap it with gymnasium.wrappers.FlattenObservation)"
-        )
-    if not isinstance(a, (Box, Discrete)):
-        raise tasks.PromptnbError(f"{env_id} acts in {a}: wanted a Box or a Discrete")
+    check_spaces(env_id, observations, actions)
     if limit is None and "horizon" not in more:
-        raise tasks.PromptnbError(f"{env_id} has no time limit: give horizon=")
-    return tasks.add(
-        tasks.Family(
-            name,
-            "wrapped",
-            env_id,
-            goals,
-            tuple(train),
-            tuple(test),
-            s.shape[0],
-            int(a.n) if isinstance(a, Discrete) else a.shape[0],
-            target_return=target_return,
-            rtg_scale=rtg_scale,
-            discrete=isinstance(a, Discrete),
-            **{"horizon": limit, **more},
-        )
+        raise PromptnbError(f"{env_id} has no time limit: give horizon=")
+    discrete = isinstance(actions, Discrete)
+    family = tasks.Family(
+        name=name,
+        kind="wrapped",
+        body=env_id,
+        goals=goals,
+        train=tuple(train),
+        test=tuple(test),
+        state_dim=observations.shape[0],
+        act_dim=int(actions.n) if discrete else actions.shape[0],
+        target_return=target_return,
+        rtg_scale=rtg_scale,
+        discrete=discrete,
+        **{"horizon": limit, **more},
     )
+    return tasks.add(family)
