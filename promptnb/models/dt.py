@@ -29,6 +29,7 @@ __all__ = [
     "Embed",
     "Prefix",
     "PromptDT",
+    "SafeHub",
     "Policy",
 ]
 
@@ -273,8 +274,22 @@ class PromptDT(nn.Module):
         return self.error(pred, target, mask)
 
 
+# %% ../../nbs/03_models.dt.ipynb #hub00002
+class SafeHub(PyTorchModelHubMixin):
+    "Hugging Face's saving and loading, strict and without pickles."
+
+    @classmethod
+    def from_pretrained(cls, folder, **kw):
+        "The saved model, from a folder or the hub. Weights that do not fit its configuration are refused, not loaded in part."
+        return super().from_pretrained(folder, **{"strict": True, **kw})
+
+    @classmethod
+    def _load_as_pickle(cls, *_, **__):
+        raise PromptnbError("only safetensors are read; this model comes as a pickle, which could run code")
+
+
 # %% ../../nbs/03_models.dt.ipynb #0678283e
-class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transformer"]):
+class Policy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer"]):
     "Model + prompts + normaliser. `prompt` is Steps (G, P, .), normalised and scaled, one row a task; or None."
 
     CONFIG, MODEL = DTConfig, PromptDT
@@ -311,15 +326,6 @@ class Policy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transf
     @property
     def config(self):
         return self.model.config
-
-    @classmethod
-    def from_pretrained(cls, folder, **kw):
-        "A saved policy, from a folder or the hub. Weights that do not fit the configuration are refused, not loaded in part."
-        return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
-
-    @classmethod
-    def _load_as_pickle(cls, *a, **kw):
-        raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
 
     def clone(self):
         return copy.deepcopy(self)

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from promptnb.core import (
@@ -39,7 +38,7 @@ from promptnb.core import (
     sha256_file,
     write_json,
 )
-from .dt import tokens3
+from .dt import SafeHub, tokens3
 
 # %% auto #0
 __all__ = [
@@ -353,7 +352,7 @@ def same_trunk(policy, keys):
 
 
 # %% ../../nbs/03a_models.lm.ipynb #a7912b24
-class LamoPolicy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-transformer", "lamo"]):
+class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "lamo"]):
     "A Decision Transformer on a language model, with its normaliser. Offers what `train.fit` and `evaluate.rollout` ask for."
 
     def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000.0):
@@ -439,15 +438,6 @@ class LamoPolicy(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "decision-tr
 
     def clone(self):
         return copy.deepcopy(self)
-
-    @classmethod
-    def from_pretrained(cls, folder, **kw):
-        "A saved policy, from a folder or the hub; its language model comes from the folder that its configuration names."
-        return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
-
-    @classmethod
-    def _load_as_pickle(cls, *a, **kw):
-        raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
 
     def __repr__(self):
         c, n = self.config, counts(self)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.func import functional_call
 
 from ..core import PromptnbError, Steps, check_choice, seed_for
+from .dt import SafeHub
 
 # %% auto #0
 __all__ = [
@@ -157,7 +157,7 @@ def squares(q, y):
 
 
 # %% ../../nbs/03b_models.value.ipynb #85520bad
-class Learner(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "offline-rl"]):
+class Learner(nn.Module, SafeHub, tags=["promptnb", "offline-rl"]):
     "An offline learner that reads single states: (state_dim, act_dim, **fields). A subclass has `build`, `losses(batch)` and `choose(states)`."
 
     K, discrete, every = 1, False, 1  # steps of history; scores of actions, or actions; steps a move of the targets
@@ -234,15 +234,6 @@ class Learner(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "offline-rl"]):
 
     def clone(self):
         return copy.deepcopy(self)
-
-    @classmethod
-    def from_pretrained(cls, folder, **kw):
-        "A saved learner, from a folder or the hub."
-        return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
-
-    @classmethod
-    def _load_as_pickle(cls, *a, **kw):
-        raise PromptnbError("only safetensors are read; this policy comes as a pickle, which could run code")
 
     def __repr__(self):
         return f"{type(self).__name__}({' x '.join(map(str, self.frames)) or self.state_dim} -> {self.act_dim}, {sum(p.numel() for p in self.parameters() if p.requires_grad):,} parameters train)"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from ..core import PromptnbError, Steps, check_choice, read_json, seed_for, write_json
+from ..models.dt import SafeHub
 from ..train import FitConfig, fit
 from .core import Adapted, Tuner, frozen, prompt_loss, same_batch, windows_loss
 
@@ -102,7 +102,7 @@ class NoiseNet(nn.Module):
 
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #b4331fa6
-class Diffuser(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "prompt-diffuser"]):
+class Diffuser(nn.Module, SafeHub, tags=["promptnb", "prompt-diffuser"]):
     "Writes prompts of P steps. G: number of tasks with a net of their own; 1: one net for all."
 
     START_AT_MEAN = False
@@ -134,15 +134,6 @@ class Diffuser(nn.Module, PyTorchModelHubMixin, tags=["promptnb", "prompt-diffus
             typical_t=torch.zeros(P),
         ).items():
             self.register_buffer(n, x)
-
-    @classmethod
-    def from_pretrained(cls, folder, **kw):
-        "A saved diffuser; weights that do not fit the configuration are refused, not loaded in part."
-        return super().from_pretrained(folder, **dict(dict(strict=True), **kw))
-
-    @classmethod
-    def _load_as_pickle(cls, *a, **kw):
-        raise PromptnbError("only safetensors are read; this diffuser comes as a pickle, which could run code")
 
     @torch.no_grad()
     def fit_scale(self, x, y, least=0.1):
