@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .. import recipes as rc
 from ..core import PromptnbError, seed_for
-from .multitask import PROMPT_ENTRIES, load_policy, prompts_for, tuned_folder
+from .multitask import load_policy, prompts_for, tuned_folder
 from .run import recipe_run
 
 # %% auto #0
@@ -24,12 +24,14 @@ def film(recipe, scale="laptop", seed=0, task=None, every=25):
     from promptnb import tasks
     from promptnb.core import figures_dir
     from promptnb.evaluate import EvalTask, rollout
+    from promptnb.tuners.core import TUNERS, tuner_class
 
     r = rc.resolve(rc.RECIPES[recipe], scale)
     run = recipe_run(r, scale, seed)
     fam = tasks.family(r.family)
-    if r.tune.tuner not in PROMPT_ENTRIES:
-        raise PromptnbError(f"{recipe} tunes no prompt: film takes {', '.join(PROMPT_ENTRIES)}")
+    if not tuner_class(r.tune.tuner).ENTRIES:
+        able = [name for name in TUNERS if tuner_class(name).ENTRIES]
+        raise PromptnbError(f"{recipe} tunes no prompt: film takes {', '.join(able)}")
     if not tuned_folder(run).exists():
         raise PromptnbError(f"{run} has not been run: promptnb run {r.paper} --scale {scale}")
     if not tasks.gl_backend():

@@ -34,7 +34,6 @@ from .run import code_of, precision_of, pretrain_run, recipe_run, record_path, s
 
 # %% auto #0
 __all__ = [
-    "PROMPT_ENTRIES",
     "train_store",
     "train_tasks",
     "context_store",
@@ -492,7 +491,7 @@ def tune(r: rc.Recipe, scale, seed, device, threads):
         env_steps=out.env_steps,
         run_id=run,
     )
-    step = dict(r.tune.hyper).get("steps", 0)
+    step = getattr(tuner, "steps", 0)
     rows = to_rows(played, at, step=step, **known)
     rows += list(score_rows(rows))
 
@@ -526,11 +525,11 @@ def tune(r: rc.Recipe, scale, seed, device, threads):
         f"{run}: {r.method}: return {ret:.1f} ({tuned:.0f} s tuning, {time.time() - begun - tuned:.0f} s evaluation)",
         flush=True,
     )
-    if r.tune.tuner in PROMPT_ENTRIES:
+    if tuner.ENTRIES:
         out.assignments[0][0].save_pretrained(tuned_folder(run))  # for `film`
     prompts = (
         {k: plain(demo_prompt(x)) for k, x in (("before", demo.prompt), ("after", assigned_prompt(out)))}
-        if r.tune.tuner in PROMPT_ENTRIES
+        if tuner.ENTRIES
         else {}
     )
     return write_record(
@@ -545,6 +544,7 @@ def tune(r: rc.Recipe, scale, seed, device, threads):
         data=demo.sampler.store.hashes,
         protocol=protocol,
         prompts=prompts,
+        tuner=asdict(tuner),  # all its hyper-parameters: a recipe names only those that differ from its own
         spent=spent,
         look=look,
         counts=dict(trainable=out.trainable, total=sum(x.numel() for x in policy.model.parameters())),
@@ -579,17 +579,6 @@ def goals_of(name, ids):
     from promptnb import tasks
 
     return [tasks.family(name).goals[i] for i in ids]
-
-
-# %% ../../nbs/10a_experiments.multitask.ipynb #a9e6221a
-PROMPT_ENTRIES = (
-    "ranking",
-    "gradient",
-    "hill",
-    "es",
-    "diffuser",
-    "direct",
-)  # tuners whose result is a prompt of the same form
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #a33db7c7
