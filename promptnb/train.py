@@ -10,10 +10,11 @@ import math
 import platform
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from .core import Checkpoints, PromptnbError, fingerprint, plain, progress, run_lock, seed_for
 
@@ -25,11 +26,14 @@ __all__ = [
     "pick_device",
     "where",
     "optimiser",
+    "step_once",
     "state_of",
     "restore",
+    "checkpoints_of",
     "Interrupted",
+    "Stop",
     "on_sigterm",
-    "step_once",
+    "Trainer",
     "fit",
 ]
 
@@ -67,11 +71,9 @@ def autocast(precision, device="cpu"):
     "The context for a forward pass: bf16 autocast or nothing."
     if precision not in ("fp32", "bf16"):
         raise PromptnbError(f"unknown precision '{precision}': choose fp32 or bf16")
-    return (
-        torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
-        if precision == "bf16"
-        else contextlib.nullcontext()
-    )
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
 # %% ../nbs/04_train.ipynb #74cf3a6e
@@ -99,51 +101,11 @@ def where(device="cpu"):
 
 # %% ../nbs/04_train.ipynb #48488f96
 def optimiser(params, c: FitConfig):
+    "AdamW over those of `params` that train."
     params = [p for p in params if p.requires_grad]
     return torch.optim.AdamW(
         params, lr=c.lr, weight_decay=c.weight_decay, fused=all(p.is_floating_point() for p in params)
     )
-
-
-# %% ../nbs/04_train.ipynb #7df8551b
-def state_of(model, opt):
-    "Weights and optimiser moments as one flat dict of tensors."
-    t = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for i, s in opt.state_dict()["state"].items():
-        t.update({f"opt.{i}.{k}": torch.as_tensor(v) for k, v in s.items()})
-    return t
-
-
-# %% ../nbs/04_train.ipynb #00151164
-def restore(model, opt, tensors):
-    "Put a checkpoint's tensors back."
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    sd, state = opt.state_dict(), {}
-    for k, v in tensors.items():
-        if k.startswith("opt."):
-            _, i, n = k.split(".")
-            state.setdefault(int(i), {})[n] = v
-    opt.load_state_dict(dict(sd, state=state))
-
-
-# %% ../nbs/04_train.ipynb #ad93bce7
-class Interrupted(Exception):
-    "SIGTERM arrived; the checkpoint is written."
-
-
-# %% ../nbs/04_train.ipynb #5afd00cb
-@contextlib.contextmanager
-def on_sigterm(flag):
-    "While inside, SIGTERM sets flag[0]: a cluster's warning before it takes the machine."
-    try:
-        old = signal.signal(signal.SIGTERM, lambda *_: flag.__setitem__(0, True))
-    except ValueError:
-        yield
-        return  # not the main thread
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
 # %% ../nbs/04_train.ipynb #d3ffea50
@@ -163,64 +125,167 @@ def step_once(model, opt, batch, t, c: FitConfig, device):
     return value
 
 
+# %% ../nbs/04_train.ipynb #7df8551b
+def state_of(model, opt):
+    "Weights and optimiser moments as one flat dict of tensors."
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, moments in opt.state_dict()["state"].items():
+        tensors.update({f"opt.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()})
+    return tensors
+
+
+# %% ../nbs/04_train.ipynb #00151164
+def restore(model, opt, tensors):
+    "Put the tensors of `state_of` back into a model and its optimiser."
+    weights, moments = {}, {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            weights[name] = value
+        else:
+            i, moment = name.split(".")
+            moments.setdefault(int(i), {})[moment] = value
+    model.load_state_dict(weights)
+    opt.load_state_dict({**opt.state_dict(), "state": moments})
+
+
+# %% ../nbs/04_train.ipynb #tr000008
+def checkpoints_of(folder, model, config: FitConfig, data_hashes=()) -> Checkpoints:
+    "The checkpoints of one fit: other settings, data, weights or another machine in the same folder are refused."
+    agree = dict(
+        fit=config,
+        data=fingerprint(list(data_hashes)),
+        where=where(next(model.parameters()).device),
+        weights=[list(p.shape) for p in model.parameters()],
+    )
+    return Checkpoints(Path(folder), plain(agree))
+
+
+# %% ../nbs/04_train.ipynb #ad93bce7
+class Interrupted(Exception):
+    "SIGTERM arrived; the checkpoint is written."
+
+
+# %% ../nbs/04_train.ipynb #tr000018
+@dataclass
+class Stop:
+    "Has SIGTERM arrived?"
+
+    told: bool = False
+
+    def tell(self, *_):
+        "A signal handler. It sets one attribute, so a second signal in the middle of it does no harm."
+        self.told = True
+
+
+# %% ../nbs/04_train.ipynb #5afd00cb
+@contextlib.contextmanager
+def on_sigterm(stop: Stop):
+    "While inside, SIGTERM is noted in `stop` and does not end the process."
+    try:
+        old = signal.signal(signal.SIGTERM, stop.tell)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+# %% ../nbs/04_train.ipynb #tr000012
+@dataclass
+class Trainer:
+    "A fit under way. `step` counts the updates done."
+
+    model: torch.nn.Module
+    config: FitConfig
+    desc: str = "train"
+    callback: object = None  # called with the step after each checkpoint and at the end
+    checkpoints: Checkpoints | None = None
+    step: int = 0
+    losses: list = field(default_factory=list)  # (step, mean loss since the last entry)
+    recent: list = field(default_factory=list)  # losses since then
+
+    def __post_init__(self):
+        self.device = next(self.model.parameters()).device
+        self.opt = optimiser(self.model.parameters(), self.config)
+
+
+# %% ../nbs/04_train.ipynb #tr000013
+@patch
+def resume(self: Trainer):
+    "Go on from the latest checkpoint, where there is one."
+    found = self.checkpoints and self.checkpoints.latest()
+    if not found:
+        return
+    tensors, meta = found
+    restore(self.model, self.opt, tensors)
+    self.step, self.recent = meta["step"], meta["recent"]
+    self.losses = [tuple(x) for x in meta["losses"]]
+    steps = self.config.steps
+    if self.step < steps:
+        print(f"{self.desc}: going on from step {self.step}", flush=True)
+    # killed or stopped between checkpoint and callback: it may not have run
+    if self.callback and (self.step % self.config.checkpoint_every == 0 or self.step == steps):
+        self.callback(self.step)
+
+
+# %% ../nbs/04_train.ipynb #tr000014
+@patch
+def advance(self: Trainer, batch):
+    "One update; returns its loss. A loss that is not finite is neither stepped on nor counted."
+    c = self.config
+    value = step_once(self.model, self.opt, batch, self.step, c, self.device)
+    if not math.isfinite(value):
+        return value
+    self.step += 1
+    self.recent.append(value)
+    if self.step % c.log_every == 0 or self.step == c.steps:
+        self.losses.append((self.step, sum(self.recent) / len(self.recent)))
+        self.recent = []
+    return value
+
+
+# %% ../nbs/04_train.ipynb #tr000015
+@patch
+def save(self: Trainer, call=True):
+    "Write a checkpoint, if this fit has a folder; then run the callback, unless told not to."
+    if self.checkpoints:
+        self.checkpoints.save(self.step, state_of(self.model, self.opt), losses=self.losses, recent=self.recent)
+    if self.callback and call:
+        self.callback(self.step)
+        self.model.train()  # a callback that evaluates leaves it in evaluation mode
+
+
 # %% ../nbs/04_train.ipynb #92bce667
 def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="train", callback=None) -> FitLog:
-    "Minimise `model.loss(sampler.batch(t))` for t = 0 ... steps-1, in place. `callback(t)` runs after each checkpoint and at the end."
-    c, start = config, time.time()
-    device = next(model.parameters()).device
-    opt, losses, recent, first, flag = optimiser(model.parameters(), c), [], [], 0, [False]
+    """Minimise `model.loss(sampler.batch(t))` for t = 0 ... steps - 1, in place.
+
+    With a `folder` the run writes checkpoints there: it can be killed at any moment, and the same call goes on from
+    the latest. `callback(step)` runs after each checkpoint and at the end. A loss that is not finite ends the run
+    with status 'diverged'; SIGTERM ends it with `Interrupted`."""
+    start, stop = time.time(), Stop()
+    trainer = Trainer(model, config, desc, callback)
     with contextlib.ExitStack() as stack:
-        ck = None
         if folder:
             stack.enter_context(run_lock(folder))
-            stack.enter_context(on_sigterm(flag))
-            ck = Checkpoints(
-                Path(folder),
-                plain(
-                    dict(
-                        fit=c,
-                        data=fingerprint(list(data_hashes)),
-                        where=where(device),
-                        weights=[list(p.shape) for p in model.parameters()],
-                    )
-                ),
-            )
-            if found := ck.latest():
-                restore(model, opt, found[0])
-                first, losses, recent = found[1]["step"], [tuple(x) for x in found[1]["losses"]], found[1]["recent"]
-                if first < c.steps:
-                    print(f"{desc}: going on from step {first}", flush=True)
-                if callback and (first % c.checkpoint_every == 0 or first == c.steps):
-                    callback(first)  # killed or stopped between checkpoint and callback: it may not have run
+            stack.enter_context(on_sigterm(stop))
+            trainer.checkpoints = checkpoints_of(folder, model, config, data_hashes)
+            trainer.resume()
         model.train()
-
-        def save(t, point=True):
-            if ck:
-                ck.save(t, state_of(model, opt), losses=losses, recent=recent)
-            if callback and point:
-                callback(t)
-                model.train()
-
-        for t in progress(range(first, c.steps), desc, total=c.steps - first):
-            value = step_once(model, opt, sampler.batch(t), t, c, device)
+        first, steps = trainer.step, config.steps
+        for t in progress(range(first, steps), desc, total=steps - first):
+            value = trainer.advance(sampler.batch(t))
             if not math.isfinite(value):
-                return FitLog(
-                    "diverged",
-                    t,
-                    losses,
-                    time.time() - start,
-                    f"loss is {value} at step {t}; the last good checkpoint is kept",
-                )
-            recent.append(value)
-            if (t + 1) % c.log_every == 0 or t + 1 == c.steps:
-                losses.append((t + 1, sum(recent) / len(recent)))
-                recent = []
-            if flag[0]:
-                save(t + 1, point=False)
+                why = f"loss is {value} at step {t}; the last good checkpoint is kept"
+                return FitLog("diverged", t, trainer.losses, time.time() - start, why)
+            if stop.told:
+                trainer.save(call=False)
                 raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")
-            if (t + 1) % c.checkpoint_every == 0 and t + 1 < c.steps:
-                save(t + 1)
-        if first < c.steps or c.steps == 0:
-            save(c.steps)
+            if (t + 1) % config.checkpoint_every == 0 and t + 1 < steps:
+                trainer.save()
+        if first < steps or steps == 0:
+            trainer.save()
     model.eval()
-    return FitLog("ok", c.steps, losses, time.time() - start)
+    return FitLog("ok", steps, trainer.losses, time.time() - start)
