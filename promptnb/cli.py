@@ -220,7 +220,8 @@ def cmd_film(a):
 # %% ../nbs/12_cli.ipynb #a9f168de
 def cmd_status(a):
     "Per exhibit: runs finished, stale, the time that `run` would take, failed (and why); what cannot be made."
-    from promptnb import results
+    from promptnb.report.view import View
+    from promptnb.report.view import status as status_of
 
     check_choice(a.scale, rc.SCALES, "scale")
     if a.seconds:
@@ -233,7 +234,7 @@ def cmd_status(a):
         if not rc.run_at(e, a.scale):
             print(f"{e.id:14s} at {' and '.join(e.only)} scale only")
             continue
-        s, (stages, sources, _) = results.status(e, a.scale), forecast(a.paper, [e.id], a.scale, done=done)
+        s, (stages, sources, _) = status_of(View(e, a.scale)), forecast(a.paper, [e.id], a.scale, done=done)
         print(
             f"{e.id:14s} {s['done']}/{s['total']} runs"
             + (f", {s['stale']} stale" if s["stale"] else "")

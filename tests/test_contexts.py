@@ -8,14 +8,15 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.pyplot import close
 
-from promptnb import contexts, results, scores
 from promptnb import recipes as rc
-from promptnb.contexts import BOUND, COLLECTED, GIVEN, NULL, WRONG
 from promptnb.core import PromptnbError
+from promptnb.report import cmt, exhibits, lamo, style, tables, view
+from promptnb.report.cmt import BOUND, COLLECTED, GIVEN, NULL, WRONG
+from promptnb.report.view import View
 
 
 def exhibit(id):
-    return results.exhibit("cmt", id)
+    return view.exhibit("cmt", id)
 
 
 EXHIBITS = [e for e in rc.exhibits("cmt") if not e.unknown]
@@ -64,7 +65,7 @@ def fabricate(
     for r, seed in ((rc.resolve(r, scale), seed) for r in rc.recipes_of(e, scale) for seed in seeds):
         if not keep(r, seed):
             continue
-        path = results.recipe_file(r, scale, seed)
+        path = view.recipe_file(r, scale, seed)
 
         def row(metric, i, v, step=0):
             return dict(
@@ -86,7 +87,7 @@ def fabricate(
         rows = [row("return", i, value(r, seed, i)) for i in ids]
         if r.key == "collect":
             rows += [row("episode_return", i, episode(k, seed, i), k) for i in ids for k in range(5)]
-        if " " in r.cell:
+        if " " in r.dataset:
             rows += [row("score", 0, score(r, seed)), row("length", 0, 40 + seed), row("demo_loss", 0, 1.0, 0)]
         rec = dict(
             run_id=path.stem,
@@ -103,11 +104,11 @@ def fabricate(
         path.write_text(json.dumps(rec))
 
 
-def drawn(e, partial=True, **kw):
+def drawn(e, partial=True):
     return (
-        {**results.DRAW, **scores.DRAW, **contexts.DRAW}[e.kind](e, "laptop", None, partial, **kw)
+        exhibits.drawn(View(e, "laptop", partial=partial))
         if e.kind != "table"
-        else (results.printed(t := results.tidy_table(e, "laptop", None, partial)), t)
+        else (tables.printed(t := tables.tidy_table(View(e, "laptop", partial=partial))), t)
     )
 
 
@@ -130,7 +131,7 @@ def test_every_kind_draws(tmp_home, records):
 
 def test_made_exhibits_leave_their_files(tmp_home):
     for e in EXHIBITS:
-        shown = results.make(e, "laptop", partial=True)
+        shown = exhibits.make(View(e, "laptop", partial=True))
         tables = e.kind in ("table", "scores", "wins")
         assert {p.suffix[1:] for p in (tmp_home / "figures/cmt/laptop").glob(f"{e.id}.*")} == set(
             ("csv md tex" if tables else "csv pdf png").split()
@@ -147,12 +148,12 @@ def test_missing_runs_are_refused_unless_partial(tmp_home):
 
 @pytest.mark.parametrize("records", [False, True])
 def test_no_table_speaks_of_published_numbers(tmp_home, records):
-    assert results.reported("cmt").empty
+    assert view.reported("cmt").empty
     said = {}
     for e in EXHIBITS:
         if records:
             fabricate(e, seeds=(0,))
-        shown = results.make(e, "laptop", partial=True)
+        shown = exhibits.make(View(e, "laptop", partial=True))
         said[e.id] = (
             shown.to_string()
             if isinstance(shown, pd.DataFrame)
@@ -168,25 +169,25 @@ def test_no_table_speaks_of_published_numbers(tmp_home, records):
 
 
 def test_other_papers_keep_their_columns():
-    t = results.tidy_table(results.exhibit("prompt_tuning_dt", "table1"), "paper", [99], True)
-    assert {"reported", "difference", "source"} <= set(t) and "reported" in results.printed(t).columns.get_level_values(
+    t = tables.tidy_table(View(view.exhibit("prompt_tuning_dt", "table1"), "paper", seeds=[99], partial=True))
+    assert {"reported", "difference", "source"} <= set(t) and "reported" in tables.printed(t).columns.get_level_values(
         1
     )
-    assert {"reported", "difference"} <= set(scores.tidy(results.exhibit("lamo", "table1"), "paper", [99], True))
+    assert {"reported", "difference"} <= set(lamo.tidy(view.exhibit("lamo", "table1"), "paper", [99], True))
 
 
 def test_labels_are_told_apart():
     for e in EXHIBITS:
-        mine = {contexts.by_length(l) for l in scores.labels_of(e)}
-        assert mine <= set(contexts.LOOK), e.id
-        assert len({contexts.LOOK[l] for l in mine}) == len(mine), e.id
+        mine = {cmt.by_length(l) for l in view.labels_of(e)}
+        assert mine <= set(cmt.LOOK), e.id
+        assert len({cmt.LOOK[l] for l in mine}) == len(mine), e.id
         if e.kind in ("adaptation", "range", "length", "bars"):
-            assert len({contexts.style(l)["color"] for l in mine}) == len(mine), e.id
+            assert len({cmt.style(l)["color"] for l in mine}) == len(mine), e.id
 
 
 def test_a_method_of_another_paper_looks_as_it_does_there():
-    shared = [l for l in contexts.LOOK if results.main_name(l) in results.ORDER]
-    assert len(shared) == 8 and all(contexts.style(l) == results.style(l) for l in (*shared, "Pure noise (control)"))
+    shared = [l for l in cmt.LOOK if style.main_name(l) in style.ORDER]
+    assert len(shared) == 8 and all(cmt.style(l) == style.style(l) for l in (*shared, "Pure noise (control)"))
 
 
 # ---- adaptation
@@ -194,7 +195,7 @@ def test_a_method_of_another_paper_looks_as_it_does_there():
 
 def test_numbers_of_the_adaptation_curve(tmp_home):
     fabricate(e := exhibit("adaptation"), value=lambda r, seed, i: len(r.key) + seed)
-    fig, n = contexts.adaptation(e, "laptop")
+    fig, n = cmt.adaptation(e, "laptop")
     close(fig)
     n = n[n.task == "cheetah-vel"]
     curve, line = n[n.step.notna()], n[n.step.isna()].set_index("label")
@@ -212,9 +213,9 @@ def test_adaptation_in_words(tmp_home):
     e = exhibit("adaptation")
 
     def said(**kw):
-        return fabricate(e, **kw) or contexts.adaptation_verdict(e, "laptop")
+        return fabricate(e, **kw) or cmt.adaptation_verdict(e, "laptop")
 
-    assert contexts.adaptation_verdict(e, "laptop") == "Is the last episode above episode 0? no runs yet."
+    assert cmt.adaptation_verdict(e, "laptop") == "Is the last episode above episode 0? no runs yet."
     assert "cheetah-vel: yes, +40.0 (3 seeds, 95 % interval +40.0 to +40.0)" in said()
     assert "ant-dir: no, the opposite, -4.0" in said(
         episode=lambda k, seed, i: -1.0 * k
@@ -227,11 +228,11 @@ def test_one_seed_decides_nothing(tmp_home):
     said = [
         f(exhibit(i), "laptop")
         for i, f in dict(
-            adaptation=contexts.adaptation_verdict,
-            meta=contexts.meta_verdict,
-            single=contexts.single_verdict,
-            skirmish=contexts.skirmish_verdict,
-            embedding=contexts.embedding_verdict,
+            adaptation=cmt.adaptation_verdict,
+            meta=cmt.meta_verdict,
+            single=cmt.single_verdict,
+            skirmish=cmt.skirmish_verdict,
+            embedding=cmt.embedding_verdict,
         ).items()
     ]
     for text in said:
@@ -246,13 +247,13 @@ def test_one_seed_decides_nothing(tmp_home):
 
 def test_ordered_contexts_have_rank_correlation_1():
     for sign in (1, -1):
-        o = contexts.order(look("cheetah-vel", lambda g: (sign * np.exp(g), 0 * g, 0 * g)), "cheetah-vel")
+        o = cmt.order(look("cheetah-vel", lambda g: (sign * np.exp(g), 0 * g, 0 * g)), "cheetah-vel")
         assert (
             [o["spearman_all"], o["spearman_unseen"]] == pytest.approx([1, 1])
             and (o["tasks"], o["unseen"], o["by"]) == (40, 5, "spearman")
             and 0.25 < o["chance"] < 0.4
         )
-    o = contexts.order(look("ant-dir", circle), "ant-dir")
+    o = cmt.order(look("ant-dir", circle), "ant-dir")
     assert (
         [o["distance_all"], o["distance_unseen"]] == pytest.approx([1, 1])
         and np.isnan(o["spearman_all"])
@@ -263,28 +264,28 @@ def test_ordered_contexts_have_rank_correlation_1():
 def test_shuffled_contexts_have_rank_correlation_0():
     for seed in range(3):
         mixed = {f: np.random.default_rng(seed).permutation(GOALS[f]) for f in ("cheetah-vel", "ant-dir")}
-        o = contexts.order(look("cheetah-vel", goals=mixed["cheetah-vel"]), "cheetah-vel")
+        o = cmt.order(look("cheetah-vel", goals=mixed["cheetah-vel"]), "cheetah-vel")
         assert o["spearman_all"] < 0.4 and abs(o["distance_all"]) < 0.3
-        assert abs(contexts.order(look("ant-dir", circle, mixed["ant-dir"]), "ant-dir")["distance_all"]) < 0.15
+        assert abs(cmt.order(look("ant-dir", circle, mixed["ant-dir"]), "ant-dir")["distance_all"]) < 0.15
 
 
 def test_unseen_tasks_in_reversed_order_are_below_0():
     x = look("cheetah-vel")
     z = np.array(x["embedding"])
     z[-5:] = z[-5:][::-1]
-    assert contexts.order(dict(x, embedding=z.tolist()), "cheetah-vel")["spearman_unseen"] == pytest.approx(-1)
+    assert cmt.order(dict(x, embedding=z.tolist()), "cheetah-vel")["spearman_unseen"] == pytest.approx(-1)
 
 
 def test_angles_are_on_a_circle():
-    a = contexts.apart(np.array([0.1, 2 * np.pi - 0.1, np.pi]), True)
+    a = cmt.apart(np.array([0.1, 2 * np.pi - 0.1, np.pi]), True)
     assert (
         a[0, 1] == pytest.approx(0.2) == a[1, 0] and a[0, 2] == pytest.approx(np.pi - 0.1) and (a.diagonal() == 0).all()
     )
-    assert contexts.apart(np.array([0.1, 6.0]), False)[0, 1] == pytest.approx(5.9)
+    assert cmt.apart(np.array([0.1, 6.0]), False)[0, 1] == pytest.approx(5.9)
 
 
 def test_two_goals_have_no_order():
-    o = contexts.order(look("cheetah-dir"), "cheetah-dir")
+    o = cmt.order(look("cheetah-dir"), "cheetah-dir")
     assert (
         np.isnan(o["spearman_all"])
         and np.isnan(o["spearman_unseen"])
@@ -295,9 +296,9 @@ def test_two_goals_have_no_order():
 
 def test_the_order_in_words(tmp_home):
     e = exhibit("embedding")
-    assert contexts.embedding_verdict(e, "laptop") == "no runs yet"
+    assert cmt.embedding_verdict(e, "laptop") == "no runs yet"
     fabricate(e)
-    s = contexts.embedding_verdict(e, "laptop").split("\n")
+    s = cmt.embedding_verdict(e, "laptop").split("\n")
     assert (
         s[0].endswith("too few tasks to tell.")
         and "no task is unseen" in s[0]
@@ -313,9 +314,9 @@ def test_the_order_in_words(tmp_home):
             np.random.default_rng(seed).permutation(GOALS[r.family]) if seed else None,
         ),
     )
-    s = contexts.embedding_verdict(e, "laptop").split("\n")
+    s = cmt.embedding_verdict(e, "laptop").split("\n")
     assert s[1].endswith("in some seeds only.") and set(
-        contexts.orders(e, "laptop")[["family", "seed"]].itertuples(index=False, name=None)
+        cmt.orders(e, "laptop")[["family", "seed"]].itertuples(index=False, name=None)
     ) == {(f, k) for f in GOALS for k in range(3)}
 
 
@@ -323,9 +324,9 @@ def test_the_order_in_words(tmp_home):
 
 
 def test_goals_come_from_a_record(tmp_home):
-    assert contexts.goals_of("cmt", "cheetah-vel") == ({}, [])
+    assert cmt.goals_of("cmt", "cheetah-vel") == ({}, [])
     fabricate(exhibit("embedding"), seeds=(1,))
-    goals, test = contexts.goals_of("cmt", "cheetah-vel")
+    goals, test = cmt.goals_of("cmt", "cheetah-vel")
     assert (
         goals[0] == pytest.approx(0.075)
         and goals[39] == pytest.approx(3)
@@ -339,7 +340,7 @@ def test_numbers_along_the_goals(tmp_home, named):
     if named:
         fabricate(exhibit("embedding"))
     fabricate(e := exhibit("range"), value=lambda r, seed, i: i + seed)
-    fig, n = contexts.along(e, "laptop")
+    fig, n = cmt.along(e, "laptop")
     label = fig.axes[0].get_xlabel()
     close(fig)
     a = n[n.label == "Prompt-DT, middle goals"].set_index("task_id")
@@ -353,7 +354,7 @@ def test_numbers_along_the_goals(tmp_home, named):
         and [a.part[i] for i in (9, 10, 15, 29, 30)] == ["outside", "trained", "between", "trained", "outside"]
     )
     assert n[n.label == NULL].groupby("part").size().to_dict() == dict(trained=35, between=5)
-    p = contexts.parts(e, "laptop")
+    p = cmt.parts(e, "laptop")
     assert (
         p.loc[GIVEN, "unseen, between"] == "15.6 ± 1.0 (5 goals, n=3)"
         and p.loc[GIVEN, "unseen, outside"] == ""
@@ -370,7 +371,7 @@ def test_numbers_by_length(tmp_home):
         value=lambda r, seed, i: i + r.pretrain.context.L,
         score=lambda r, seed: dict(r.tune.hyper)["L"] + seed,
     )
-    t = contexts.lengths(e, "laptop")
+    t = cmt.lengths(e, "laptop")
     assert set(t.label) == {"Random frozen prompt", "Prompt towards the best 10 %", GIVEN} and len(t) == 12 * 3
     h, c = t[t.cell == "hopper medium"], t[t.cell == "cheetah-vel"]
     assert (
@@ -388,7 +389,7 @@ def test_single_tasks_are_tables_of_scores(tmp_home):
     fabricate(
         e := exhibit("single"), score=lambda r, seed: len(r.method) + (0, 1, 5)[seed] + 10 * (r.family == "hopper")
     )
-    t = scores.tidy(e, "laptop")
+    t = lamo.tidy(e, "laptop")
     r = t[(t.cell == "hopper medium") & (t.method == "No prompt")].iloc[0]
     assert r[["mean", "n", "iqm", "lo", "hi", "trainable", "total"]].tolist() == pytest.approx(
         [21, 3, 21, 19, 24, 640, 1000]
@@ -399,12 +400,12 @@ def test_single_tasks_are_tables_of_scores(tmp_home):
         and m.source
         == "over hopper medium, medium-replay, medium-expert; halfcheetah medium, medium-replay, medium-expert; walker2d medium, medium-replay, medium-expert"
     )
-    p = scores.printed(t).loc["hopper medium"]
+    p = lamo.printed(t).loc["hopper medium"]
     assert p["No prompt"].to_dict() == {"ours": "21.0 ± 2.6", "IQM [95 %]": "21.0 [19.0, 24.0]"}
-    v = scores.verdicts(e, "laptop", base="No prompt")
-    assert set(v[v.method == "LoRA"].verdict) == {"worse"} and v[(v.cell == scores.EVERY) & (v.method == "LoRA")].iloc[
-        0
-    ][["cells", "difference"]].tolist() == [9, -5]
+    v = lamo.verdicts(e, "laptop", base="No prompt")
+    assert set(v[v.method == "LoRA"].verdict) == {"worse"} and v[(v.cell == lamo.EVERY) & (v.method == "LoRA")].iloc[0][
+        ["cells", "difference"]
+    ].tolist() == [9, -5]
 
 
 def test_numbers_of_games_won(tmp_home):
@@ -413,7 +414,7 @@ def test_numbers_of_games_won(tmp_home):
         value=lambda r, seed, i: 1 + seed / 10,
         score=lambda r, seed: 50 + (0, 1, 5)[seed] + 20 * (r.family == "smax-8m"),
     )
-    p, t = contexts.wins(e, "laptop")
+    p, t = cmt.wins(e, "laptop")
     r = t[(t.cell == "smax-3m good") & (t.method == "LoRA")].iloc[0]
     assert r[
         ["mean", "n", "iqm", "lo", "hi", "return", "return_std", "length", "length_std", "random", "behaviour", "total"]
@@ -429,7 +430,7 @@ def test_numbers_of_games_won(tmp_home):
     assert (
         m["mean"] == pytest.approx(56)
         and np.isnan(m["return"])
-        and list(p.columns) == [*scores.labels_of(e), "random actions", "behaviour"]
+        and list(p.columns) == [*view.labels_of(e), "random actions", "behaviour"]
     )
 
 
@@ -438,8 +439,8 @@ def test_missing_and_failed_games_are_shown(tmp_home):
     fabricate(e, keep=lambda r, seed: seed < (1 if r.method == "LoRA" else 3))
     fabricate(e, keep=lambda r, seed: r.method == "No prompt", status="failed")
     with pytest.raises(PromptnbError, match="lacks"):
-        contexts.wins(e, "laptop")
-    p = contexts.wins(e, "laptop", partial=True)[0].loc["smax-8m poor"]
+        cmt.wins(e, "laptop")
+    p = cmt.wins(e, "laptop", partial=True)[0].loc["smax-8m poor"]
     assert (
         p.loc["won, %", "LoRA"] == "50.0 (n=1, 2 missing)"
         and p.loc["won, %", "No prompt"] == "3 failed"
@@ -457,7 +458,7 @@ def test_against_random_actions(tmp_home):
         "smax-8m": lambda k: 10.5 + k,
     }
     fabricate(e, score=lambda r, seed: won[r.family](seed) + 20 * (r.method == "LoRA" and r.family == "smax-3s5z"))
-    s = contexts.beats_random(e, "laptop").split("\n")
+    s = cmt.beats_random(e, "laptop").split("\n")
     assert (
         len(s) == 3
         and s[0].startswith(
@@ -470,8 +471,8 @@ def test_against_random_actions(tmp_home):
 def test_no_floor_no_sentence(tmp_home):
     fabricate(e := exhibit("skirmish"), floor=None, seeds=(0,))
     assert (
-        contexts.beats_random(e, "laptop").count("no runs yet") == 6
-        and contexts.wins(e, "laptop", partial=True)[0].loc[("smax-3m good", "won, %"), "behaviour"] == ""
+        cmt.beats_random(e, "laptop").count("no runs yet") == 6
+        and cmt.wins(e, "laptop", partial=True)[0].loc[("smax-3m good", "won, %"), "behaviour"] == ""
     )
 
 
@@ -480,7 +481,7 @@ def test_no_floor_no_sentence(tmp_home):
 
 def test_verdicts_on_unseen_tasks(tmp_home):
     e = exhibit("meta")
-    assert contexts.meta_verdict(e, "laptop").count("no runs yet") == len(contexts.QUESTIONS)
+    assert cmt.meta_verdict(e, "laptop").count("no runs yet") == len(cmt.QUESTIONS)
     gain = {
         GIVEN: lambda seed: 12,
         WRONG: lambda seed: 2 * seed - 2,
@@ -493,7 +494,7 @@ def test_verdicts_on_unseen_tasks(tmp_home):
             10 * seed + i + gain.get(r.method, lambda seed: 0)(seed) + 5 * (r.method == GIVEN and r.family == "ant-dir")
         ),
     )
-    s = contexts.meta_verdict(e, "laptop").split("\n")
+    s = cmt.meta_verdict(e, "laptop").split("\n")
     assert (
         "cheetah-vel: yes, +12.0 (3 seeds, 95 % interval +12.0 to +12.0); ant-dir: yes, +17.0" in s[0]
         and s[1].count(": yes") == 3
@@ -512,7 +513,7 @@ def test_only_common_seeds_are_compared(tmp_home):
     )
     assert (
         "cheetah-vel: no clear difference, +5.0 (1 seed, one seed decides nothing)"
-        in contexts.meta_verdict(e, "laptop").split("\n")[0]
+        in cmt.meta_verdict(e, "laptop").split("\n")[0]
     )
 
 
@@ -521,8 +522,8 @@ def test_verdicts_on_single_tasks_and_games(tmp_home):
     for i in ("single", "skirmish"):
         fabricate(exhibit(i), score=lambda r, seed: 40 + seed + gain.get(r.method, 0))
     s, g = (
-        contexts.single_verdict(exhibit("single"), "laptop").split("\n"),
-        contexts.skirmish_verdict(exhibit("skirmish"), "laptop").split("\n"),
+        cmt.single_verdict(exhibit("single"), "laptop").split("\n"),
+        cmt.skirmish_verdict(exhibit("skirmish"), "laptop").split("\n"),
     )
     assert (
         len(s) == 15

@@ -41,9 +41,11 @@ from test_papers import (
 from test_resume import same_records, weights
 
 from promptnb import cli as command
-from promptnb import collect, core, data, experts, recipes, results, tasks, train
+from promptnb import collect, core, data, experts, recipes, tasks, train
 from promptnb.core import Checkpoints, PromptnbError, read_json, results_dir, runs_dir, sha256_file, write_json
 from promptnb.experiments import job, multitask, run
+from promptnb.report import exhibits, tables, view
+from promptnb.report.view import View
 
 FAM, TABLE1 = tasks.family(FAMILY), recipes.EXHIBITS[PAPER, "table1"]
 
@@ -698,24 +700,24 @@ def test_diverged(value, home, one_policy, monkeypatch):
         and "pre-training diverged" in read_json(tuned)["why"]
     )
     r = expected(TUNE)[0][0]
-    t = results.tidy_table(TABLE1, "smoke", partial=True)
+    t = tables.tidy_table(View(TABLE1, "smoke", partial=True))
     row = t[(t.method == r.method) & (t.family == FAMILY)].iloc[0]
     assert (
         row.note == "1 diverged"
         and np.isnan(row["mean"])
         and np.isnan(row.difference)
-        and results.printed(t).loc[r.method, (FAMILY, "ours")].strip() == "1 diverged"
+        and tables.printed(t).loc[r.method, (FAMILY, "ours")].strip() == "1 diverged"
     )
 
 
 def test_diverged_seed_in_a_full_table(tmp_home):
     fabricate(tmp_home, TABLE1, "laptop", (0, 1))
     fabricate(tmp_home, TABLE1, "laptop", (2,), status="diverged", rows=False)
-    t = results.tidy_table(TABLE1, "laptop")
+    t = tables.tidy_table(View(TABLE1, "laptop"))
     assert (
         (t.n == 2).all()
         and (t.note == "1 diverged").all()
-        and "(n=2;" in (cell := results.printed(t).iloc[0][FAMILY, "ours"])
+        and "(n=2;" in (cell := tables.printed(t).iloc[0][FAMILY, "ours"])
         and cell.endswith("1 diverged")
     )
 
@@ -820,12 +822,12 @@ def test_full_disk_for_figures_and_tables(tmp_home):
     ax.plot([1, 2])
     numbers = pd.DataFrame(dict(x=range(2000), y=range(2000)))
     folder = core.figures_dir(PAPER) / "smoke"
-    table = results.tidy_table(TABLE1, "smoke", partial=True)
+    table = tables.tidy_table(View(TABLE1, "smoke", partial=True))
 
     def save():
         return (
-            results.save_figure(fig, numbers, PAPER, "smoke", "f"),
-            results.save_table(table, PAPER, "smoke", "t", "-"),
+            tables.save_figure(fig, numbers, PAPER, "smoke", "f"),
+            tables.save_table(table, PAPER, "smoke", "t", "-"),
         )
 
     with tiny_disk(folder, 2**20) as disk:
@@ -1079,10 +1081,10 @@ def test_notebook_that_breaks(tmp_path, monkeypatch):
             and not job.stamp(job.find_job(TUNE), 0, "smoke").exists()
             and not list(home.rglob("*.tmp*"))
         )
-        refused(results.load, TABLE1, "smoke", says=["lacks", "promptnb run"])
-        s = results.status(TABLE1, "smoke")
+        refused(lambda: View(TABLE1, "smoke").rows, says=["lacks", "promptnb run"])
+        s = view.status(View(TABLE1, "smoke"))
         assert len(s["failed"]) == 1 and r.method in s["failed"][0] and why.lower() in s["failed"][0].lower()
-        t = results.tidy_table(TABLE1, "smoke", partial=True)
+        t = tables.tidy_table(View(TABLE1, "smoke", partial=True))
         row = t[(t.method == r.method) & (t.family == FAMILY)].iloc[0]
         assert row.note == "1 failed" and np.isnan(row["mean"])
     went(cli(home, "job", TUNE, *SMOKE))
@@ -1117,7 +1119,7 @@ def test_one_recipe_that_breaks_leaves_the_others(home, monkeypatch, capfd):
 
 def test_table_with_a_seed_missing(tmp_home):
     fabricate(tmp_home, TABLE1, "laptop", (0, 1, 2))
-    full = results.tidy_table(TABLE1, "laptop")
+    full = tables.tidy_table(View(TABLE1, "laptop"))
     assert (full.n == 3).all() and (full.note == "").all()
     r = recipes.resolve(recipes.RECIPES[TABLE1.recipes[3]], "laptop")
     (results_dir(PAPER) / f"{run.recipe_run(r, 'laptop', 0)}.json").unlink()
@@ -1128,9 +1130,9 @@ def test_table_with_a_seed_missing(tmp_home):
         f"promptnb run {PAPER} --exhibit table1 --scale laptop",
         "--partial",
     ]
-    refused(results.tidy_table, TABLE1, "laptop", says=says)
-    refused(results.make, TABLE1, "laptop", says=says)
-    t = results.tidy_table(TABLE1, "laptop", partial=True)
+    refused(tables.tidy_table, View(TABLE1, "laptop"), says=says)
+    refused(exhibits.make, View(TABLE1, "laptop"), says=says)
+    t = tables.tidy_table(View(TABLE1, "laptop", partial=True))
     mine = (t.method == r.method) & (t.family == r.family)
     row = t[mine].iloc[0]
     assert (
@@ -1138,7 +1140,7 @@ def test_table_with_a_seed_missing(tmp_home):
         and (t[~mine].n == 3).all()
         and row["mean"] == full[mine]["mean"].iloc[0] + 50
     )
-    assert "(n=2;" in (cell := results.printed(t).loc[r.method, (r.family, "ours")]) and "1 missing" in cell
+    assert "(n=2;" in (cell := tables.printed(t).loc[r.method, (r.family, "ours")]) and "1 missing" in cell
     one_line(cli(tmp_home, "render", PAPER, "--exhibit", "table1"), *says)
     assert (
         not list(tmp_home.rglob("table1.*"))
@@ -1160,7 +1162,7 @@ def test_verdicts_pair_the_same_seeds_only(tmp_home):
         )
         for k in ("pdt", "lora")
     )
-    assert b.method in set(results.verdicts(TABLE1, "laptop").query("family == @FAMILY").method)
+    assert b.method in set(tables.verdicts(View(TABLE1, "laptop")).query("family == @FAMILY").method)
     for r, seed in ((a, 2), (b, 0)):
         (results_dir(PAPER) / f"{run.recipe_run(r, 'laptop', seed)}.json").unlink()
-    assert b.method not in set(results.verdicts(TABLE1, "laptop", partial=True).query("family == @FAMILY").method)
+    assert b.method not in set(tables.verdicts(View(TABLE1, "laptop", partial=True)).query("family == @FAMILY").method)

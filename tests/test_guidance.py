@@ -8,14 +8,15 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.pyplot import close
 
-from promptnb import guidance, results
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError
-from promptnb.guidance import ADAPTER, CONSTANT, DECISION, GOALS, PPO, RANDOM, RULES, UNTUNED
+from promptnb.report import exhibits, prompts, rladapter, tables, view
+from promptnb.report.rladapter import ADAPTER, CONSTANT, DECISION, GOALS, PPO, RANDOM, RULES, UNTUNED
+from promptnb.report.view import View
 
 
 def exhibit(id):
-    return results.exhibit("rladapter", id)
+    return view.exhibit("rladapter", id)
 
 
 EXHIBITS = [e for e in rc.exhibits("rladapter") if not e.unknown]
@@ -36,7 +37,7 @@ GUIDE = dict(
     why="",
 )
 STEPS = rc.resolve(rc.RECIPES["rladapter/crafter/adapter"], "laptop").online.steps
-BUDGET = results.short(STEPS)
+BUDGET = tables.short(STEPS)
 COST = dict(
     queries=1000,
     calls=400,
@@ -70,7 +71,7 @@ def fabricate(
     for r, seed in ((rc.resolve(r, scale), seed) for r in rc.recipes_of(e, scale) for seed in seeds):
         if not keep(r.method, seed):
             continue
-        path, steps, x = results.recipe_file(r, scale, seed), r.online.steps, score(r.method, seed)
+        path, steps, x = view.recipe_file(r, scale, seed), r.online.steps, score(r.method, seed)
 
         def row(metric, v, n=500, step=steps):
             return dict(
@@ -134,7 +135,7 @@ def fabricate(
 
 
 def drawn(e, partial=True):
-    return guidance.DRAW[e.kind](e, "laptop", None, partial)
+    return rladapter.DRAW[e.kind](e, "laptop", None, partial)
 
 
 def said(f, id, **kw):
@@ -164,7 +165,7 @@ def test_made_exhibits_leave_their_files(tmp_home, records):
     for e in EXHIBITS:
         if records:
             fabricate(e, seeds=(0,))
-        shown = results.make(e, "laptop", partial=True)
+        shown = exhibits.make(View(e, "laptop", partial=True))
         assert {p.suffix[1:] for p in (tmp_home / "figures/rladapter/laptop").glob(f"{e.id}.*")} == set(
             ("csv md tex" if e.kind in TABLES else "csv pdf png").split()
         ), e.id
@@ -180,20 +181,20 @@ def test_missing_runs_are_refused_unless_partial(tmp_home):
 
 def test_kinds_of_other_pages_are_not_mixed_up(tmp_home):
     assert (
-        {"grid", "cost"} <= set(results.DRAW) & set(guidance.DRAW)
-        and all(guidance.mine(e) for e in EXHIBITS)
-        and not any(guidance.mine(e) for e in rc.EXHIBITS.values() if e.paper != "rladapter")
+        {"grid", "cost"} <= set(prompts.DRAW) & set(rladapter.DRAW)
+        and all(rladapter.mine(e) for e in EXHIBITS)
+        and not any(rladapter.mine(e) for e in rc.EXHIBITS.values() if e.paper != "rladapter")
     )
-    assert set(guidance.DRAW) >= {e.kind for e in EXHIBITS} and set(guidance.READ) == set(guidance.DRAW)
+    assert set(rladapter.DRAW) >= {e.kind for e in EXHIBITS} and set(rladapter.READ) == set(rladapter.DRAW)
 
 
 def test_arms_are_told_apart():
     for e in EXHIBITS:
-        arms = guidance.arms_of(e)
-        assert set(arms) <= set(guidance.LOOK), e.id
+        arms = rladapter.arms_of(e)
+        assert set(arms) <= set(rladapter.LOOK), e.id
         if e.kind in ("success", "along", "comprehension"):
-            assert len({guidance.style(l)["color"] for l in arms}) == len(arms), e.id
-    assert len(set(guidance.LOOK.values())) >= len(guidance.LOOK) - 1  # 'no SFT' looks as the arm that it is
+            assert len({rladapter.style(l)["color"] for l in arms}) == len(arms), e.id
+    assert len(set(rladapter.LOOK.values())) >= len(rladapter.LOOK) - 1  # 'no SFT' looks as the arm that it is
 
 
 # ---- the scoreboard
@@ -226,7 +227,7 @@ def test_numbers_of_the_scoreboard(tmp_home):
 
 def test_every_published_number_stands_in_the_table(tmp_home):
     p, t = drawn(exhibit("main"))
-    rep = results.reported("rladapter")
+    rep = view.reported("rladapter")
     text = p.loc["published"]
 
     def one(x):
@@ -247,7 +248,7 @@ def test_every_published_number_stands_in_the_table(tmp_home):
 
 
 def test_only_known_numbers_are_reported():
-    rep = results.reported("rladapter")
+    rep = view.reported("rladapter")
     ada = rep[rep.method.str.startswith("AdaRefiner") & (rep.exhibit == "scoreboard")]
     assert set(ada.value) == {15.8, 28.2, 23.4} and not rep.method.str.contains("RLAdapter").any()
     assert (
@@ -261,7 +262,7 @@ def test_only_known_numbers_are_reported():
 
 
 def test_the_caption_says_what_the_published_rewards_are():
-    assert "single episodes" in guidance.caption(exhibit("main"), "laptop") and "budgets differ" in guidance.caption(
+    assert "single episodes" in rladapter.caption(exhibit("main"), "laptop") and "budgets differ" in rladapter.caption(
         exhibit("main"), "laptop"
     )
 
@@ -273,10 +274,10 @@ def test_wilson_is_scipys():
     from scipy.stats import binomtest
 
     for k, n in ((0, 7), (3, 7), (7, 7), (1, 1500), (500, 1500)):
-        lo, hi = guidance.wilson(k, n)
+        lo, hi = rladapter.wilson(k, n)
         ci = binomtest(k, n).proportion_ci(method="wilson")
         assert [lo, hi] == pytest.approx([100 * ci.low, 100 * ci.high], abs=0.01)
-    assert np.isnan(guidance.wilson(0, 0)).all()
+    assert np.isnan(rladapter.wilson(0, 0)).all()
 
 
 def test_rates_are_pooled_over_seeds(tmp_home):
@@ -285,15 +286,15 @@ def test_rates_are_pooled_over_seeds(tmp_home):
     close(fig)
     r = t[(t.label == PPO) & (t.name == "eat_cow")].iloc[0]
     assert r[["percent", "n", "seeds"]].tolist() == pytest.approx([10, 1500, 3]) and [r.lo, r.hi] == pytest.approx(
-        np.array(guidance.wilson(150, 1500))
+        np.array(rladapter.wilson(150, 1500))
     )
     human = t[(t.label == "Human experts, published")].set_index("name").percent
     assert len(human) == 22 and human["collect_diamond"] == 12
 
 
 def test_every_achievement_has_a_panel():
-    rep = results.reported("rladapter")
-    assert {n.split("_")[0] for n in rep[rep.exhibit == "success"].family} == {w for p in guidance.PANELS for w in p}
+    rep = view.reported("rladapter")
+    assert {n.split("_")[0] for n in rep[rep.exhibit == "success"].family} == {w for p in rladapter.PANELS for w in p}
 
 
 # ---- along, grid
@@ -342,7 +343,7 @@ def test_numbers_of_the_ablation(tmp_home):
         and p.loc["K = 500", "n"] == "2 missing"
         and p.loc["K = 500", "score"] == ""
     )
-    s = guidance.ablation_verdict(e, "laptop")
+    s = rladapter.ablation_verdict(e, "laptop")
     assert (
         "better: 'K = 10' +3.00" in s
         and "worse: 'as released' -2.00" in s
@@ -372,7 +373,7 @@ EVIL = (
 
 @pytest.mark.parametrize("evil", EVIL, ids=lambda x: str(x)[:8].encode("ascii", "replace").decode())
 def test_text_becomes_plain(evil):
-    s = guidance.plain(evil)
+    s = rladapter.plain(evil)
     assert (
         len(s) <= 120
         and not set(s) & set('|<>[]`=!\\$&#_{}@+*~^/\n\r\t"')
@@ -397,7 +398,7 @@ def test_a_table_of_exchanges_stays_a_table(tmp_home):
         for x in EVIL
     ]
     fabricate(e := exhibit("guidance"), guides=guides)
-    results.make(e, "laptop")
+    exhibits.make(View(e, "laptop"))
     folder = tmp_home / "figures/rladapter/laptop"
     md, tex = (folder / "guidance.md").read_text(), (folder / "guidance.tex").read_text()
     lines = [l for l in md.splitlines() if l.startswith("|")]
@@ -445,18 +446,18 @@ def test_interval_is_students(n):
 
     rng = np.random.default_rng(n)
     a, b = rng.normal(size=(2, n))
-    v, want = guidance.compare(a, b), ttest_rel(a, b).confidence_interval()
+    v, want = rladapter.compare(a, b), ttest_rel(a, b).confidence_interval()
     assert (v["lo"], v["hi"], v["difference"]) == pytest.approx((*want, (a - b).mean())) and v["verdict"] == (
         "better" if want.low > 0 else "worse" if want.high < 0 else "no clear difference"
     )
-    same = [guidance.compare(*rng.normal(size=(2, n)))["verdict"] for _ in range(2_000)]
+    same = [rladapter.compare(*rng.normal(size=(2, n)))["verdict"] for _ in range(2_000)]
     assert 0.02 < np.mean([x != "no clear difference" for x in same]) < 0.08  # says so wrongly in one of twenty cases
 
 
 def test_comprehension_in_words(tmp_home):
-    assert guidance.comprehension_verdict(exhibit("comprehension"), "laptop") == "no runs yet"
+    assert rladapter.comprehension_verdict(exhibit("comprehension"), "laptop") == "no runs yet"
     s = said(
-        guidance.comprehension_verdict,
+        rladapter.comprehension_verdict,
         "comprehension",
         comprehend=lambda label, seed, part: 0.4 + {RULES: 1, GOALS: -1, DECISION: seed - 1}.get(label, 0) * part / 10,
     ).split("\n")
@@ -492,11 +493,11 @@ def test_numbers_of_the_tuning(tmp_home):
 def test_words_of_the_logs(tmp_home):
     "Percent with a goal of the taught habit, and different sentences, in the first and the last stage; arms without a tiny adapter and runs without a log are left out."
     fabricate(e := exhibit("ablation"), keep=lambda label, seed: label in (ADAPTER, UNTUNED, RULES))
-    assert guidance.words(e, "laptop", ["survival"]).empty
+    assert rladapter.words(e, "laptop", ["survival"]).empty
 
     def log(label, seed, *said):
         path = next(
-            results.recipe_file(x, "laptop", seed)
+            view.recipe_file(x, "laptop", seed)
             for x in (rc.resolve(r, "laptop") for r in rc.recipes_of(e, "laptop"))
             if x.method == label
         )
@@ -531,7 +532,7 @@ def test_words_of_the_logs(tmp_home):
     log(ADAPTER, 1, (0, good), (9, good), (late, habit), (late, good))
     log(RULES, 0, (0, habit), (late, habit))
     log(UNTUNED, 0, (0, habit), (late, habit))
-    t = guidance.words(e, "laptop", ["survival"])
+    t = rladapter.words(e, "laptop", ["survival"])
     assert list(t.index) == [UNTUNED, ADAPTER] and t.seeds.tolist() == [1, 2]
     assert (
         t.loc[ADAPTER, "habit"].to_dict() == {"first stage": 37.5, "last stage": 25.0}
@@ -541,7 +542,7 @@ def test_words_of_the_logs(tmp_home):
 
 
 def test_a_stage_that_was_not_tuned_is_said(tmp_home):
-    s = said(guidance.comprehension_verdict, "comprehension", sft=lambda seed: (2.0, 1.0) if seed else (None, None))
+    s = said(rladapter.comprehension_verdict, "comprehension", sft=lambda seed: (2.0, 1.0) if seed else (None, None))
     assert s.endswith("1 tuning not done: too few rows.") and "lower, -1.00 (2 seeds" in s
     fig, t = drawn(exhibit("comprehension"))
     fig.canvas.draw()
@@ -573,7 +574,7 @@ def test_behaviours(tmp_home):
         and row[PPO] == "40.0 ± 0.0 of 300"
         and p.loc["runs lacking", CONSTANT] == "1 missing"
     )
-    s = guidance.behaviour_verdict(e, "laptop").split("\n")
+    s = rladapter.behaviour_verdict(e, "laptop").split("\n")
     assert (
         s[-1]
         == f"{ADAPTER}, against 'PPO', 3 seeds: more often: sleeps when tired (+11.0); less often: none; no clear difference: 0 of 1 behaviour."
@@ -601,10 +602,10 @@ def test_costs(tmp_home):
 
 def test_verdicts_of_the_main_table(tmp_home):
     e = exhibit("main")
-    assert guidance.main_verdict(e, "laptop").count("no runs yet") == len(guidance.QUESTIONS)
+    assert rladapter.main_verdict(e, "laptop").count("no runs yet") == len(rladapter.QUESTIONS)
     gain = {RANDOM: lambda s: -2, ADAPTER: lambda s: 1, UNTUNED: lambda s: s - 1, GOALS: lambda s: 3}
     s = said(
-        guidance.main_verdict, "main", score=lambda label, seed: 5 + 10 * seed + gain.get(label, lambda s: 0)(seed)
+        rladapter.main_verdict, "main", score=lambda label, seed: 5 + 10 * seed + gain.get(label, lambda s: 0)(seed)
     ).split("\n")
 
     def find(w):
@@ -624,21 +625,21 @@ def test_verdicts_of_the_main_table(tmp_home):
 def test_one_seed_decides_nothing(tmp_home):
     kw = dict(seeds=(0,), score=lambda label, seed: len(label), behave=lambda label, seed: (len(label), 9))
     for f, id in (
-        (guidance.main_verdict, "main"),
-        (guidance.comprehension_verdict, "comprehension"),
-        (guidance.behaviour_verdict, "behaviour"),
+        (rladapter.main_verdict, "main"),
+        (rladapter.comprehension_verdict, "comprehension"),
+        (rladapter.behaviour_verdict, "behaviour"),
     ):
         for s in said(f, id, **kw).split("\n"):
             assert "one seed decides nothing" in s and not any(
                 w in s for w in ("? yes", "? no, ", ": rises", ": falls", ": lower", "sleeps")
             ), s
-    s = said(guidance.ablation_verdict, "ablation", **kw)
+    s = said(rladapter.ablation_verdict, "ablation", **kw)
     assert "one seed decides nothing: " in s and "better" not in s and "worse" not in s
 
 
 def test_only_common_seeds_are_compared(tmp_home):
     s = said(
-        guidance.main_verdict,
+        rladapter.main_verdict,
         "main",
         score=lambda label, seed: 100.0 * seed + 5 * (label == PPO),
         keep=lambda label, seed: seed != (0 if label == PPO else 2),
@@ -649,7 +650,7 @@ def test_only_common_seeds_are_compared(tmp_home):
 def test_failed_runs_are_said(tmp_home):
     fabricate(e := exhibit("main"), keep=lambda label, seed: label != PPO)
     fabricate(e, keep=lambda label, seed: label == PPO, status="failed")
-    assert drawn(e)[0].loc["ours, laptop scale", PPO, BUDGET]["n, or source"] == "3 failed" and guidance.main_verdict(
+    assert drawn(e)[0].loc["ours, laptop scale", PPO, BUDGET]["n, or source"] == "3 failed" and rladapter.main_verdict(
         e, "laptop"
     ).split("\n")[0].endswith("no runs yet.")
 
@@ -658,7 +659,7 @@ def test_failed_runs_are_said(tmp_home):
 
 
 def test_deviations_name_the_code():
-    t = results.deviations("rladapter", "laptop").set_index("field")
+    t = exhibits.deviations("rladapter", "laptop").set_index("field")
     assert (
         t.loc["steps", ["paper_scale", "this_scale", "source"]].tolist() == ["5000000", str(STEPS), "AdaRefiner's code"]
         and set(t.part) <= {"guided training", "evaluation of agents", "seeds"}

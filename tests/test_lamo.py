@@ -1024,11 +1024,12 @@ def test_diverged(home, monkeypatch, capsys):
     )
     monkeypatch.setattr(offline, "fit", lambda *a, **k: pytest.fail("trained again"))
     assert [x["status"] for x in run_job()] == ["diverged", "ok"]
-    from promptnb import results
+    from promptnb.report import view
+    from promptnb.report.view import View
 
     resolve = rc.resolve
     monkeypatch.setattr(rc, "resolve", lambda r, scale: bad if r.id == bad.id else resolve(r, scale))
-    s = results.status(rc.EXHIBITS[PAPER, "arms"], "smoke")
+    s = view.status(View(rc.EXHIBITS[PAPER, "arms"], "smoke"))
     assert s["failed"] == [f"{FAMILY} LaMo seed 0: diverged: {a['why']}"] and s["done"] == 1
 
 

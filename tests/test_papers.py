@@ -16,9 +16,11 @@ import pandas as pd
 import pytest
 
 from promptnb import cli as command
-from promptnb import recipes, results, scores
+from promptnb import recipes
 from promptnb.core import PromptnbError, Row, read_json, results_dir
 from promptnb.experiments import job, plan, run
+from promptnb.report import lamo, stats, tables, view
+from promptnb.report.view import View
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER, FAMILY = "prompt_tuning_dt", "cheetah-dir"
@@ -255,11 +257,11 @@ BESIDE = [
 @pytest.mark.parametrize("e", BESIDE, ids=lambda e: f"{e.paper}-{e.id}")
 def test_table_has_the_published_numbers_and_blanks(e, tmp_home):
     if e.kind == "scores":
-        t = scores.tidy(e, "paper", partial=True).rename(columns=dict(cell="family"))
+        t = lamo.tidy(e, "paper", partial=True).rename(columns=dict(cell="family"))
         t = t[~t.family.str.startswith("mean of")]
     else:
-        t = results.tidy_table(e, "smoke", partial=True)
-    t, known = t.set_index(["method", "family"]), results.reported(e.paper)
+        t = tables.tidy_table(View(e, "smoke", partial=True))
+    t, known = t.set_index(["method", "family"]), view.reported(e.paper)
     known = known[(known.exhibit == e.reported) & ~known.family.str.startswith("average")].set_index(
         ["method", "family"]
     )
@@ -377,7 +379,7 @@ def test_figures_of_generated_prompts(tmp_home):
     for r, seed in (
         (recipes.resolve(recipes.RECIPES[i], scale), s) for i in {i for e in es for i in e.recipes} for s in seeds
     ):
-        path = results.recipe_file(r, scale, seed)
+        path = view.recipe_file(r, scale, seed)
         rec = read_json(path)
         if r.tune.tuner in ("diffuser", "direct"):
             rows, fields = notes(r, seed, tasks.family(r.family).test)
@@ -418,17 +420,17 @@ def test_figures_of_generated_prompts(tmp_home):
 
 
 def test_one_seed_decides_nothing():
-    assert results.compare([[2.0, 2.0]], [[1.0, 1.0]])["verdict"] == "no clear difference"
+    assert stats.compare([[2.0, 2.0]], [[1.0, 1.0]])["verdict"] == "no clear difference"
 
 
 # ---- what a table refuses
 
 
 def test_two_scales_never_meet(finished_copy):
-    e = results.exhibit(PAPER, "table1")
+    e = view.exhibit(PAPER, "table1")
     fabricate(finished_copy, e, "laptop", (0, 1, 2))
-    small, large = results.tidy_table(e, "smoke", partial=True), results.tidy_table(e, "laptop")
-    assert set(results.load(e, "smoke", partial=True).scale) == {"smoke"} and set(results.load(e, "laptop").scale) == {
+    small, large = tables.tidy_table(View(e, "smoke", partial=True)), tables.tidy_table(View(e, "laptop"))
+    assert set(View(e, "smoke", partial=True).rows.scale) == {"smoke"} and set(View(e, "laptop").rows.scale) == {
         "laptop"
     }
     assert set(small.n.dropna()) == {1} and set(large.n) == {3} and small[small.family != FAMILY]["mean"].isna().all()
@@ -437,20 +439,20 @@ def test_two_scales_never_meet(finished_copy):
     ):  # a laptop record under a smoke record's name
         (results_dir(PAPER) / f"{name}.json").write_text((results_dir(PAPER) / f"{other}.json").read_text())
     assert (
-        not len(results.load(e, "smoke", partial=True))
-        and (results.tidy_table(e, "smoke", partial=True).query("family == @FAMILY").note == "1 stale").all()
+        not len(View(e, "smoke", partial=True).rows)
+        and (tables.tidy_table(View(e, "smoke", partial=True)).query("family == @FAMILY").note == "1 stale").all()
     )
 
 
 def test_a_stale_record_is_shown_as_stale(finished_copy, capsys):
-    e = results.exhibit(PAPER, "table1")
+    e = view.exhibit(PAPER, "table1")
     r, name = expected(TUNE)[0]
     path = results_dir(PAPER) / f"{name}.json"
     path.write_text(json.dumps(dict(read_json(path), recipe_digest="0123456789")))
-    row = results.tidy_table(e, "smoke", partial=True).query("method == @r.method and family == @FAMILY").iloc[0]
+    row = tables.tidy_table(View(e, "smoke", partial=True)).query("method == @r.method and family == @FAMILY").iloc[0]
     assert row.note == "1 stale" and math.isnan(row["mean"])
     with pytest.raises(PromptnbError, match="stale"):
-        results.load(e, "smoke")
+        View(e, "smoke").rows
     assert (
         command.main(["status", PAPER, *SMOKE]) == 0
         and f"table1         {len(METHODS) - 1}/{len(e.recipes)} runs, 1 stale" in capsys.readouterr().out

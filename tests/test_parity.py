@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.stats import chisquare, trim_mean
 
-from promptnb import results, tasks
+from promptnb import tasks
 from promptnb.core import Batch, Steps
 from promptnb.data import Demos, Sampler, from_arrays, state_stats
 from promptnb.models.dt import DTConfig, Policy, PromptDT
+from promptnb.report import stats
 from promptnb.tuners.core import prompt_loss
 from promptnb.tuners.ranking import PreferenceRanking, PromptVector, Resampling, rank_weights
 
@@ -583,17 +584,17 @@ def test_lock_step_is_the_single_environment(name):
 
 
 def test_iqm():
-    assert results.iqm([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5  # the mean of 2, 3, 4, 5
-    assert results.iqm([[5, 100], [-100, 7]]) == 6.0
+    assert stats.iqm([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5  # the mean of 2, 3, 4, 5
+    assert stats.iqm([[5, 100], [-100, 7]]) == 6.0
     x = np.random.default_rng(0).normal(size=(3, 7))
-    assert results.iqm(x) == trim_mean(x, 0.25, axis=None)
+    assert stats.iqm(x) == trim_mean(x, 0.25, axis=None)
 
 
 def test_interval_by_hand():
     "2 seeds x 2 tasks: 16 equally likely draws, so the ends (mass 1/16 each) are the means of the tasks' least and greatest."
     x = np.array([[1.0, 40.0], [3.0, 20.0]])
-    assert results.interval(x, np.mean) == (10.5, 21.5)
-    assert results.interval(x, np.mean, reps=10_000, level=0.56) == (
+    assert stats.interval(x, np.mean) == (10.5, 21.5)
+    assert stats.interval(x, np.mean, reps=10_000, level=0.56) == (
         11.5,
         20.5,
     )  # in 16ths: 10.5, 11 (2), 11.5, 15.5 (2), 16 (4), 16.5 (2), 20.5, 21 (2), 21.5
@@ -606,18 +607,17 @@ def test_interval_is_stratified():
     draw, boot = np.random.default_rng(5).integers(3, size=(200, 3, 4)), []
     for d in draw:
         boot.append(trim_mean(np.array([[x[d[i, j], j] for j in range(4)] for i in range(3)]), 0.25, axis=None))
-    assert results.interval(x, reps=200, seed=5) == tuple(np.quantile(boot, [0.025, 0.975]))
-    assert results.interval(np.tile([[1.0, 50.0, 7.0]], (3, 1)), np.mean) == pytest.approx((58 / 3, 58 / 3))
+    assert stats.interval(x, reps=200, seed=5) == tuple(np.quantile(boot, [0.025, 0.975]))
+    assert stats.interval(np.tile([[1.0, 50.0, 7.0]], (3, 1)), np.mean) == pytest.approx((58 / 3, 58 / 3))
 
 
 def test_summary_and_verdict():
     x = np.array([[1.0, 3.0], [3.0, 5.0], [5.0, 7.0]])
-    s = results.summary(x)
-    assert (s["mean"], s["std"], s["n"], s["iqm"]) == (4.0, 2.0, 3, results.iqm(x)) and s["lo"] <= s["iqm"] <= s["hi"]
-    assert np.isnan(results.summary(x[:1])["std"])
-    c = results.compare(x + 1, x)
+    s = stats.summary(x)
+    assert (s["mean"], s["std"], s["n"], s["iqm"]) == (4.0, 2.0, 3, stats.iqm(x)) and s["lo"] <= s["iqm"] <= s["hi"]
+    assert np.isnan(stats.summary(x[:1])["std"])
+    c = stats.compare(x + 1, x)
     assert (c["difference"], c["lo"], c["hi"], c["verdict"]) == (1.0, 1.0, 1.0, "better")
     assert (
-        results.compare(x, x + 1)["verdict"] == "worse"
-        and results.compare(x, x[::-1])["verdict"] == "no clear difference"
+        stats.compare(x, x + 1)["verdict"] == "worse" and stats.compare(x, x[::-1])["verdict"] == "no clear difference"
     )

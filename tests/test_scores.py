@@ -9,14 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.pyplot import close
 
 from promptnb import recipes as rc
-from promptnb import results, scores
 from promptnb.core import PromptnbError
+from promptnb.report import exhibits, lamo, view
+from promptnb.report.view import View
 
-LABELS = list(scores.LADDER)
+LABELS = list(lamo.LADDER)
 
 
 def exhibit(id):
-    return results.exhibit("lamo", id)
+    return view.exhibit("lamo", id)
 
 
 EXHIBITS = [e for e in rc.exhibits("lamo") if not e.unknown]
@@ -32,7 +33,7 @@ def row(r, seed, scale, step, metric, value):
         step=step,
         metric=metric,
         value=float(value),
-        run_id=results.recipe_file(r, scale, seed).stem,
+        run_id=view.recipe_file(r, scale, seed).stem,
     )
 
 
@@ -77,7 +78,7 @@ def fabricate(
                 losses=[[1, 7.0], [9, 5.0]],
             ),
         )
-        path = results.recipe_file(r, scale, seed)
+        path = view.recipe_file(r, scale, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rec))
 
@@ -94,7 +95,7 @@ def test_numbers_of_a_table(tmp_home):
         e := exhibit("table15"),
         lambda r, seed: {"LaMo": 30, "DT": 20}.get(r.method, 25) + (0, 1, 5)[seed] + 10 * (r.offline.ratio == 1),
     )
-    t = scores.tidy(e, "laptop")
+    t = lamo.tidy(e, "laptop")
     r = line(t, "reacher2d medium 10%", "LaMo")
     assert r[
         ["mean", "n", "iqm", "best", "worst", "own", "reported", "reported_std", "trainable", "total"]
@@ -113,7 +114,7 @@ def test_numbers_of_a_table(tmp_home):
         and m["std"] == pytest.approx(np.std([0, 1, 5], ddof=1))
         and m.source == "over reacher2d medium 10%, 30%, 100%"
     )
-    p = scores.printed(t).loc["reacher2d medium 10%"]
+    p = lamo.printed(t).loc["reacher2d medium 10%"]
     assert p["LaMo"].to_dict() == {"ours": "32.0 ± 2.6", "IQM [95 %]": "32.0 [30.0, 35.0]", "published": "12.4 ± 3.8"}
 
 
@@ -123,9 +124,9 @@ def test_missing_seeds_are_shown(tmp_home):
         e, lambda r, seed: 10.0 + seed, keep=lambda r, seed: seed < {"LaMo": 3, "LaMo, lambda = 1": 2}.get(r.method, 1)
     )
     with pytest.raises(PromptnbError, match="lacks 3 of 9 runs.*promptnb run lamo --exhibit switches"):
-        scores.tidy(e, "laptop")
-    t = scores.tidy(e, "laptop", partial=True)
-    p = scores.printed(t).loc["hopper medium 1%"]
+        lamo.tidy(e, "laptop")
+    t = lamo.tidy(e, "laptop", partial=True)
+    p = lamo.printed(t).loc["hopper medium 1%"]
     assert t.note.tolist() == ["", "2 missing", "1 missing"] and t.n.tolist() == [3, 1, 2]
     assert (
         p.loc["ours"].tolist() == ["11.0 ± 1.0", "10.0 (n=1, 2 missing)", "10.5 ± 0.7 (n=2, 1 missing)"]
@@ -135,39 +136,39 @@ def test_missing_seeds_are_shown(tmp_home):
 
 def test_failed_runs_are_shown(tmp_home):
     fabricate(e := exhibit("switches"), lambda r, seed: 10.0, status="diverged")
-    t = scores.tidy(e, "laptop", partial=True)
-    assert (t.note == "3 diverged").all() and t["mean"].isna().all() and "3 diverged" in scores.printed(t).to_string()
+    t = lamo.tidy(e, "laptop", partial=True)
+    assert (t.note == "3 diverged").all() and t["mean"].isna().all() and "3 diverged" in lamo.printed(t).to_string()
 
 
 def test_mean_of_cells_is_over_cells_that_all_have():
-    assert scores.shared(dict(a=[1, 2, 3, 4], b=[1, 2, 3], c=[4], d=[]), [1, 2, 3, 4]) == (
+    assert lamo.shared(dict(a=[1, 2, 3, 4], b=[1, 2, 3], c=[4], d=[]), [1, 2, 3, 4]) == (
         ["a", "b"],
         [1, 2, 3],
     )  # c and d have less than half
-    assert scores.shared({}, [1]) == ([], []) and scores.shared(dict(a=[1], b=[2]), [1, 2])[1] == []
+    assert lamo.shared({}, [1]) == ([], []) and lamo.shared(dict(a=[1], b=[2]), [1, 2])[1] == []
 
 
 def test_what_a_scale_leaves_out_is_named():
     for e in EXHIBITS:
-        assert scores.left_out(e, "paper") == "" and bool(said := scores.left_out(e, "laptop")) == (
+        assert lamo.left_out(e, "paper") == "" and bool(said := lamo.left_out(e, "laptop")) == (
             len(rc.recipes_of(e, "laptop")) < len(e.recipes)
         ), e.id
-        assert all(c.split()[0] in said for c in set(scores.cells_of(e)) - set(scores.cells_of(e, "laptop")))
-    assert "Wiki-RL (hopper medium 10%; walker2d medium 10%)" in scores.caption(exhibit("table3"), "laptop")
+        assert all(c.split()[0] in said for c in set(view.cells_of(e)) - set(view.cells_of(e, "laptop")))
+    assert "Wiki-RL (hopper medium 10%; walker2d medium 10%)" in lamo.caption(exhibit("table3"), "laptop")
 
 
 def test_best_three_for_table_13(tmp_home):
     fabricate(e := exhibit("table13"), lambda r, seed: 10.0)
-    assert (scores.tidy(e, "laptop")["mean"].dropna() == 12).all()
+    assert (lamo.tidy(e, "laptop")["mean"].dropna() == 12).all()
 
 
 def test_published_values_of_other_tables_stand_only_beside_exhibits_of_ours():
-    rep = results.reported("lamo")
+    rep = view.reported("lamo")
     assert (
-        scores.published(rep, exhibit("arms"), "LaMo", "reacher2d medium 10%").exhibit == "table1"
-        and scores.published(rep, exhibit("arms"), "LaMo without pre-training", "hopper medium 1%").exhibit == "table16"
+        lamo.published(rep, exhibit("arms"), "LaMo", "reacher2d medium 10%").exhibit == "table1"
+        and lamo.published(rep, exhibit("arms"), "LaMo without pre-training", "hopper medium 1%").exhibit == "table16"
     )
-    assert scores.published(rep, exhibit("table13"), "LaMo", "kitchen partial 10%") is None
+    assert lamo.published(rep, exhibit("table13"), "LaMo", "kitchen partial 10%") is None
 
 
 # ---- the ladder
@@ -180,17 +181,17 @@ def test_shares_sum_to_the_whole(tmp_home):
         e := exhibit("share"),
         lambda r, seed: RISE[r.method] + seed * (1 + RISE[r.method] / 100) + (r.family == "walker2d"),
     )
-    t = scores.gains(e, "laptop")
-    assert list(t.cell.unique()) == [scores.EVERY, *scores.cells_of(e, "laptop")]
+    t = lamo.gains(e, "laptop")
+    assert list(t.cell.unique()) == [lamo.EVERY, *view.cells_of(e, "laptop")]
     for _, g in t.groupby("cell"):
-        steps, whole = g[g.step != scores.WHOLE], g[g.step == scores.WHOLE].iloc[0]
+        steps, whole = g[g.step != lamo.WHOLE], g[g.step == lamo.WHOLE].iloc[0]
         assert (
             steps.share.sum() == pytest.approx(100) == whole.share
             and steps.difference.sum() == pytest.approx(whole.difference)
             and (steps.start.iloc[1:].to_numpy() == steps.end.iloc[:-1]).all()
         )
         assert steps.share.tolist() == pytest.approx([25, 12.5, -6.25, 25, 6.25, 37.5], abs=0.1)
-    assert "random frozen trunk 25 %" in scores.say_share(t)
+    assert "random frozen trunk 25 %" in lamo.say_share(t)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +199,8 @@ def test_shares_sum_to_the_whole(tmp_home):
 )  # interval around 0; LaMo below DT
 def test_no_share_of_an_unclear_gain(tmp_home, last):
     fabricate(e := exhibit("share"), lambda r, seed: last(seed) if r.method == "LaMo" else 10)
-    t = scores.gains(e, "laptop")
-    assert t.share.isna().all() and scores.say_share(t).count("no clear gain to share") == t.cell.nunique()
+    t = lamo.gains(e, "laptop")
+    assert t.share.isna().all() and lamo.say_share(t).count("no clear gain to share") == t.cell.nunique()
 
 
 def test_a_cell_without_all_rungs_is_not_in_the_ladder(tmp_home):
@@ -210,23 +211,21 @@ def test_a_cell_without_all_rungs_is_not_in_the_ladder(tmp_home):
             not (r.family == "reacher2d" and r.method == "LaMo on the Markov chain") and (seed < 2 or r.method != "DT")
         ),
     )
-    t = scores.gains(e, "laptop", partial=True)
+    t = lamo.gains(e, "laptop", partial=True)
     assert (
-        "reacher2d medium 10%" not in set(t.cell)
-        and (t.n == 2).all()
-        and t[t.cell == scores.EVERY].cells.unique() == [2]
+        "reacher2d medium 10%" not in set(t.cell) and (t.n == 2).all() and t[t.cell == lamo.EVERY].cells.unique() == [2]
     )
 
 
 # ---- verdicts
 
 
-def verdict(home, lamo, seeds=(0, 1, 2)):
+def verdict(home, value, seeds=(0, 1, 2)):
     fabricate(
-        e := exhibit("table16"), lambda r, seed: lamo(r, seed) if r.method == "LaMo" else 20.0 + seed, seeds=seeds
+        e := exhibit("table16"), lambda r, seed: value(r, seed) if r.method == "LaMo" else 20.0 + seed, seeds=seeds
     )
     return (
-        scores.verdicts(e, "laptop", base="LaMo without pre-training", partial=True)
+        lamo.verdicts(e, "laptop", base="LaMo without pre-training", partial=True)
         .query("method == 'LaMo'")
         .set_index("cell")
     )
@@ -240,8 +239,8 @@ def test_verdict_words(tmp_home):
         and v.loc["hopper medium 10%", "difference"] == 3
     )
     assert (
-        v.loc[scores.EVERY, "difference"] == pytest.approx(v.drop(scores.EVERY).difference.mean())
-        and v.loc[scores.EVERY, "cells"] == len(v) - 1
+        v.loc[lamo.EVERY, "difference"] == pytest.approx(v.drop(lamo.EVERY).difference.mean())
+        and v.loc[lamo.EVERY, "cells"] == len(v) - 1
     )
 
 
@@ -257,7 +256,7 @@ def test_pairs_by_seed(tmp_home):
         seeds=(0, 1, 2, 3),
         keep=lambda r, seed: seed != (0 if r.method == "LaMo" else 3),
     )
-    v = scores.verdicts(exhibit("switches"), "laptop", base="LaMo", seeds=(0, 1, 2, 3), partial=True)
+    v = lamo.verdicts(exhibit("switches"), "laptop", base="LaMo", seeds=(0, 1, 2, 3), partial=True)
     assert (v.n == 2).all() and (v.difference == -5).all()
 
 
@@ -265,9 +264,9 @@ def test_sentences_follow_the_data(tmp_home):
     e = exhibit("arms")
 
     def say():
-        return scores.pretraining_verdict(e, "laptop").split("\n")
+        return lamo.pretraining_verdict(e, "laptop").split("\n")
 
-    assert len(say()) == len(scores.QUESTIONS) and all(s.endswith("No runs yet.") for s in say())
+    assert len(say()) == len(lamo.QUESTIONS) and all(s.endswith("No runs yet.") for s in say())
     fabricate(
         e,
         lambda r, seed: 20 + seed + 3 * (r.method == "LaMo") - 2 * (r.method == "LaMo on the Markov chain"),
@@ -284,7 +283,7 @@ def test_sentences_follow_the_data(tmp_home):
     )
     assert (
         "4.00 nats before; 4.20 with the language loss, 6.00 without: it keeps more of the language model"
-        in scores.language_verdict(e, "laptop")
+        in lamo.language_verdict(e, "laptop")
     )
 
 
@@ -296,7 +295,7 @@ def test_every_kind_draws(tmp_home, records):
     for e in EXHIBITS:
         if records:
             fabricate(e, lambda r, seed: 20.0 + seed + len(r.method) % 7, seeds=(0, 1))
-        shown, numbers = scores.DRAW[e.kind](e, "laptop", None, True)
+        shown, numbers = lamo.DRAW[e.kind](e, "laptop", None, True)
         assert isinstance(numbers, pd.DataFrame) and isinstance(shown, (pd.DataFrame, Figure)), e.id
         if isinstance(shown, Figure):
             shown.canvas.draw()
@@ -313,7 +312,7 @@ def test_made_exhibits_leave_their_files(tmp_home):
         ("table5", "csv md tex"),
     ):
         fabricate(e := exhibit(id), lambda r, seed: 20.0 + seed)
-        results.make(e, "laptop", partial=True)
+        exhibits.make(View(e, "laptop", partial=True))
         assert {p.suffix[1:] for p in (tmp_home / "figures/lamo/laptop").glob(f"{id}.*")} == set(kinds.split())
     text = (tmp_home / "figures/lamo/laptop/table15.md").read_text()
     assert (
@@ -325,17 +324,17 @@ def test_made_exhibits_leave_their_files(tmp_home):
 
 def test_colours_are_told_apart():
     for e in EXHIBITS:
-        if scores.DRAW[e.kind] not in (scores.table, scores.params, scores.references):
-            assert len({scores.style(l)["color"] for l in scores.labels_of(e)}) == len(scores.labels_of(e)) <= 7, e.id
-    assert all(l in scores.LOOK for e in EXHIBITS for l in scores.labels_of(e))
+        if lamo.DRAW[e.kind] not in (lamo.table, lamo.params, lamo.references):
+            assert len({lamo.style(l)["color"] for l in view.labels_of(e)}) == len(view.labels_of(e)) <= 7, e.id
+    assert all(l in lamo.LOOK for e in EXHIBITS for l in view.labels_of(e))
 
 
 def test_deviations_name_what_a_scale_changes():
-    d = results.deviations("lamo", "laptop").set_index(["part", "field"])
+    d = exhibits.deviations("lamo", "laptop").set_index(["part", "field"])
     x = d.loc[("training of policies", "steps")]
     assert (
         "100000" in x.paper_scale
         and x.source == "LaMo's code"
         and not (d.paper_scale == d.this_scale).any()
-        and results.deviations("lamo", "paper").empty
+        and exhibits.deviations("lamo", "paper").empty
     )
