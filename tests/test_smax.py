@@ -1,4 +1,4 @@
-"SMAX in lock step: games that depend on their seeds alone, a script that stays legal and has the strength it says, plain arrays in."
+"SMAX in lock step: games that depend on their seeds alone, a legal script of known strength, plain arrays in."
 
 import importlib.util
 from dataclasses import replace
@@ -148,23 +148,22 @@ def test_reset_mask():
 
 
 def test_a_step_is_one_call(monkeypatch):
-    "Of 70 games in 3 blocks; it is compiled once for each number of blocks, whatever the number of games."
-    fam = replace(tasks.family("smax-3m"), horizon=50)
-
-    def start(n):
-        return smax.LockStep(fam, [0] * (n * N))  # a horizon of its own: nothing is compiled yet
-
-    vec, calls = start(70), []
+    "40 games are two blocks, in one call of the engine."
+    vec, calls = games(40), []
     step = vec.engine.step
     monkeypatch.setattr(vec.engine, "step", lambda *x: calls.append(x[2].shape) or step(*x))
-    for seed in (0, 1):
-        vec.reset(seed=seed)
-        [vec.step(np.full(70 * N, a)) for a in (1, smax.STOP)]
-    assert calls == [(3, 32, N)] * 4
-    assert step._cache_size() == 1
-    for n, compiled in ((96, 1), (65, 1), (1, 2), (32, 2)):
-        start(n).step(np.full(n * N, 1))
-        assert step._cache_size() == compiled, n
+    vec.reset(seed=0)
+    for a in (1, smax.STOP):
+        vec.step(np.full(40 * N, a))
+    assert calls == [(2, smax.BLOCK, N)] * 2
+
+
+def test_a_number_of_blocks_is_compiled_once():
+    "Whatever the number of games in them. No test here plays more than two blocks."
+    for n in (1, smax.BLOCK, smax.BLOCK + 1, 2 * smax.BLOCK):
+        vec = games(n)
+        vec.step(np.full(n * N, 1))
+    assert vec.engine.step._cache_size() == 2
 
 
 # ---- the end
