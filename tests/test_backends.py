@@ -97,6 +97,14 @@ def test_tokens_that_are_no_numbers_are_guessed(far, usage):
     assert 200 < r.tokens_in < 400 and r.tokens_out == len(GOOD[0]) // 4
 
 
+def test_attempts_that_may_be_billed_count_as_tokens(far):
+    "Nothing was generated for a server that is busy; a reply that was cut may have been paid for."
+    far.faults = [FAULTS["busy"]]
+    assert ask(far).tokens_in == 90
+    far.faults = [FAULTS["half_reply"]]
+    assert ask(far).tokens_in > 200
+
+
 BAD_TEXTS = dict(
     empty="",
     spaces=" \n\t ",
@@ -261,7 +269,8 @@ def two_voices(tmp_path):
     path = tmp_path / "t.jsonl"
     first, second = Scripted(GOOD[0]), Scripted(GOOD[1])
     second.name = "scripted-2"
-    assert [r.text for r in Cassette(path, first).complete([ONE, ONE])] == [GOOD[0]] * 2
+    replies = Cassette(path, first).complete([ONE, ONE])
+    assert [(r.text, r.cached) for r in replies] == [(GOOD[0], False), (GOOD[0], True)]
     assert len(first.asked) == 1 and Cassette(path, first).complete([ONE])[0].cached
     assert Cassette(path, second).complete([ONE])[0].text == GOOD[1]
     return path
@@ -422,6 +431,12 @@ def test_greedy_replies_depend_on_neither_company_nor_seed(toy):
     mixed = texts(toy, [GREEDY[0], SAMPLED[0], GREEDY[1]])
     assert [mixed[0], mixed[2]] == together[:2]
     assert toy.complete([]) == []
+
+
+def test_a_reply_ends_at_the_first_stop_token(toy, monkeypatch):
+    assert max(r.tokens_out for r in toy.complete(SAMPLED)) == 6
+    monkeypatch.setattr(toy, "stop", set(range(len(toy.tokenizer))))
+    assert {(r.text, r.tokens_out) for r in toy.complete(SAMPLED)} == {("", 0)}
 
 
 def test_padding_changes_no_reply(toy):

@@ -533,7 +533,7 @@ def test_diverged(home, monkeypatch):
     def broken(self):
         raise FloatingPointError("loss is not finite at step 128")
 
-    monkeypatch.setattr(Trainer, "note", broken)
+    monkeypatch.setattr(Trainer, "note_losses", broken)
     (path,) = job.run_job("rladapter/main/crafter/online/rules", 0, "smoke", "cpu", 1)
     rec = read_json(path)
     monkeypatch.undo()
