@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from promptnb.core import Batch, PromptnbError, Steps, action_loss, load_tensors, read_json
-from promptnb.evaluate import rollout, seats
+from promptnb.evaluate import eval_tasks, rollout
 from promptnb.models import lm as L
 from promptnb.models.lm import LamoBatch, LamoPolicy, LMConfig, WithText, chain, corpus, counts, entropy, pretrain_lm
 from promptnb.train import FitConfig, fit, optimiser

@@ -12,7 +12,7 @@ pytest.importorskip("ale_py")
 from promptnb import tasks
 from promptnb.core import Batch, PromptnbError, Steps
 from promptnb.data import Sampler, from_arrays
-from promptnb.evaluate import Buffers, ImageBuffers, rollout, seats
+from promptnb.evaluate import Buffers, ImageBuffers, eval_tasks, rollout
 from promptnb.models.lm import LamoBatch, counts
 from promptnb.models.pixels import Eye, PixelConfig, PixelLamo
 from promptnb.tasks import atari
