@@ -245,8 +245,10 @@ def rollout(
 ) -> RolloutResult:
     """Run every `EvalTask` for `episodes` episodes, all at once.
 
-    `seed`: a number, or one per task. `target`: initial return-to-go, a number or one per row (default: the family's). `keep`: return
-    a trace of all steps. `limit`: end episodes after so many steps (default, and at most: the family's horizon).
+    `seed`: a number, or one per task.
+    `target`: initial return-to-go, a number or one per row (default: the family's).
+    `keep`: return a trace of all steps.
+    `limit`: end episodes after so many steps (default, and at most: the family's horizon).
     """
     fam = tasks.family(fam)
     if fam.frames and not all(getattr(e.policy, "pictures", False) for e in eval_tasks):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +22,32 @@ __all__ = [
     "goal_features",
     "Behaviour",
     "expert_path",
+    "card_path",
     "load_card",
     "load_expert",
     "save_expert",
     "act_with",
     "act_random",
+    "newest_frame",
     "play",
     "measured_episodes",
     "returns_per_task",
+    "snapshots_for",
     "acting",
+    "script_returns",
     "measure_script",
     "PPOSettings",
+    "GoalEpisodes",
     "sb3_env",
     "fold",
     "choose",
+    "Snapshot",
+    "Recorder",
+    "sb3_callback",
+    "ppo_learner",
     "train_expert",
     "command_of",
+    "random_return",
     "finish",
 ]
 
@@ -47,33 +57,41 @@ def goal_features(fam, task_ids):
     "(N,) task ids -> (N, G) float32; G is 0 where the family has one goal."
     if fam.n_tasks == 1:
         return np.zeros((len(task_ids), 0), np.float32)
-    g = np.array([fam.goals[i] for i in task_ids])
-    return (np.stack([np.cos(g), np.sin(g)], -1) if fam.body == "ant" else g[:, None]).astype(np.float32)
+    goals = np.array([fam.goals[i] for i in task_ids])
+    if fam.body == "ant":  # goals are angles
+        return np.stack([np.cos(goals), np.sin(goals)], -1).astype(np.float32)
+    return goals[:, None].astype(np.float32)
 
 
 # %% ../nbs/02a_experts.ipynb #ed3cd9eb
 @dataclass
 class Behaviour:
-    "Goal-conditioned snapshots of one training run: `layers` [(C, in, out), (C, out)] x 3, and a card that says how they were made."
+    "Goal-conditioned snapshots of one training run, and a card that says how they were made."
 
     family: str
-    layers: list
+    layers: list  # three of (weights (C, in, out), biases (C, out)); C snapshots
     card: dict
 
     @property
     def snapshots(self):
+        "What the card says of each snapshot: steps, mean_return, worst_return."
         return self.card["snapshots"]
 
     def snapshot(self, quality):
-        "Index of the snapshot that acts for a quality: 'expert' is the last, 'medium' the one nearest the family's part of the way (a half; D4RL's: a third) from random's return to the expert's."
+        """Index of the snapshot that acts for a quality.
+
+        'expert' is the last one. 'medium' is the one whose return is nearest to the family's part of the way
+        (a half; D4RL's: a third) from random's return to the expert's.
+        """
         if quality == "expert":
             return len(self.snapshots) - 1
-        r = np.array([s["mean_return"] for s in self.snapshots])
-        low = self.card.get("random_mean_return", r[0])
-        return int(np.abs(r - (low + tasks.family(self.family).medium * (r[-1] - low))).argmin())
+        returns = np.array([s["mean_return"] for s in self.snapshots])
+        low = self.card.get("random_mean_return", returns[0])
+        wanted = low + tasks.family(self.family).medium * (returns[-1] - low)
+        return int(np.abs(returns - wanted).argmin())
 
     def __call__(self, x, c=-1):
-        "(N, S + G) -> mean action (N, A), for snapshot `c`: an index, or one a row."
+        "(N, S + G) -> mean action (N, A), for snapshot `c`: an index, or one per row."
         for i, (w, b) in enumerate(self.layers):
             x = x @ w[c] + b[c] if np.isscalar(c) else np.einsum("ni,nio->no", x, w[c]) + b[c]
             if i < len(self.layers) - 1:
@@ -81,25 +99,34 @@ class Behaviour:
         return np.clip(x, -1, 1)
 
     def __repr__(self):
-        return f"Behaviour({self.family}: {len(self.snapshots)} snapshots, returns {[round(s['mean_return'], 1) for s in self.snapshots]})"
+        returns = [round(s["mean_return"], 1) for s in self.snapshots]
+        return f"Behaviour({self.family}: {len(self.snapshots)} snapshots, returns {returns})"
 
 
 # %% ../nbs/02a_experts.ipynb #57eb856a
 def expert_path(name):
+    "The weights of a family's behaviour policy; its card has the suffix .json."
     return data_dir() / "experts" / f"{name}.safetensors"
+
+
+# %% ../nbs/02a_experts.ipynb #expcard1
+def card_path(fam):
+    "The card of who acts in a family: of the family whose expert it borrows, or its own."
+    borrows = fam.expert not in ("", "script")
+    return expert_path(fam.expert if borrows else fam.name).with_suffix(".json")
 
 
 # %% ../nbs/02a_experts.ipynb #5603ccac
 def load_card(name) -> dict:
-    "What is known of a family's behaviour policy, measured: how it was made, returns of expert and random, and the margin between them that a test asks for."
+    """What is known of a family's behaviour policy, measured.
+
+    How it was made, the returns of expert and random, and the margin between them that a test asks for.
+    """
     fam = tasks.family(name)
-    path = expert_path(fam.expert if fam.expert not in ("", "script") else fam.name).with_suffix(".json")
+    path = card_path(fam)
     if not path.exists():
-        raise PromptnbError(
-            f"no card {path}: promptnb.experts.measure_script('{fam.name}') writes one"
-            if fam.expert == "script"
-            else f"no card {path}"
-        )
+        remedy = f": promptnb.experts.measure_script('{fam.name}') writes one" if fam.expert == "script" else ""
+        raise PromptnbError(f"no card {path}{remedy}")
     return read_json(path)
 
 
@@ -118,151 +145,181 @@ def load_expert(name, path=None) -> Behaviour:
     if sha256_file(path) != card["sha256"]:
         raise PromptnbError(f"{path} is damaged (its hash is not the one on its card)")
     try:
-        t = {k: v.astype(np.float32) for k, v in load(path.read_bytes()).items()}
+        weights = {k: v.astype(np.float32) for k, v in load(path.read_bytes()).items()}
     except SafetensorError as e:
         raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
-    return Behaviour(name, [(t[f"w{i}"], t[f"b{i}"]) for i in range(3)], card)
+    return Behaviour(name, [(weights[f"w{i}"], weights[f"b{i}"]) for i in range(3)], card)
 
 
 # %% ../nbs/02a_experts.ipynb #af093770
-def save_expert(b: Behaviour, path=None):
-    "Write weights (float16 safetensors) and card. safetensors writes memory as it lies, so arrays are made contiguous first."
+def save_expert(behaviour: Behaviour, path=None):
+    "Write weights (float16 safetensors) and card; returns the path of the weights."
     from safetensors.numpy import save
 
-    path = Path(path or expert_path(b.family))
-    write_atomic(
-        path,
-        save(
-            {f"{n}{i}": np.ascontiguousarray(x, np.float16) for i, wb in enumerate(b.layers) for n, x in zip("wb", wb)}
-        ),
-    )
-    write_json(path.with_suffix(".json"), dict(b.card, sha256=sha256_file(path), bytes=path.stat().st_size))
+    path = Path(path or expert_path(behaviour.family))
+    weights = {}
+    for i, (w, b) in enumerate(behaviour.layers):  # safetensors writes memory as it lies: make it contiguous
+        weights[f"w{i}"] = np.ascontiguousarray(w, np.float16)
+        weights[f"b{i}"] = np.ascontiguousarray(b, np.float16)
+    write_atomic(path, save(weights))
+    card = dict(behaviour.card, sha256=sha256_file(path), bytes=path.stat().st_size)
+    write_json(path.with_suffix(".json"), card)
     return path
 
 
 # %% ../nbs/02a_experts.ipynb #10dc9aee
-def act_with(b: Behaviour, fam, task_ids, c=-1, noise=0.0, rng=None, rows=0):
-    "A function obs (N, S) -> actions (N, A): snapshot `c` (one, or one a row), plus Gaussian noise. Works on at least `rows` rows, so that the last bits of a row, and its noise, do not depend on N."
-    g, n = goal_features(fam, task_ids), len(task_ids)
-    x = np.zeros((max(rows, n), fam.state_dim + g.shape[1]), np.float32)
-    x[:n, fam.state_dim :] = g
+def act_with(behaviour: Behaviour, fam, task_ids, c=-1, noise=0.0, rng=None, rows=0):
+    """A function obs (N, S) -> actions (N, A): snapshot `c` (one, or one per row), plus Gaussian noise.
+
+    It works on at least `rows` rows, so that the last bits of a row, and its noise, do not depend on N.
+    """
+    goals = goal_features(fam, task_ids)
+    n = len(task_ids)
+    x = np.zeros((max(rows, n), fam.state_dim + goals.shape[1]), np.float32)  # written in place at every step
+    x[:n, fam.state_dim :] = goals
 
     def act(obs):
         x[:n, : fam.state_dim] = obs
-        a = b(x, c)[:n] if np.isscalar(c) else b(x[:n], c)
-        return (
-            np.clip(a + noise * rng.standard_normal((len(x), fam.act_dim))[:n], -1, 1).astype(np.float32)
-            if noise
-            else a.astype(np.float32)
-        )
+        a = behaviour(x, c)[:n] if np.isscalar(c) else behaviour(x[:n], c)
+        if noise:
+            a = np.clip(a + noise * rng.standard_normal((len(x), fam.act_dim))[:n], -1, 1)
+        return a.astype(np.float32)
 
     return act
 
 
 # %% ../nbs/02a_experts.ipynb #9d36e66e
 def act_random(fam, n, rng, rows=0):
-    "Uniform actions of n rows; drawn for at least `rows`."
+    "A function obs (n, S) -> uniform actions of n rows; drawn for at least `rows`."
     m = max(rows, n)
-    return lambda obs: (
-        rng.integers(fam.act_dim, size=m)[:n]
-        if fam.discrete
-        else rng.uniform(-1, 1, (m, fam.act_dim))[:n].astype(np.float32)
-    )
+
+    def act(obs):
+        if fam.discrete:
+            return rng.integers(fam.act_dim, size=m)[:n]
+        return rng.uniform(-1, 1, (m, fam.act_dim))[:n].astype(np.float32)
+
+    return act
+
+
+# %% ../nbs/02a_experts.ipynb #expnewfr
+def newest_frame(fam, obs):
+    "What is kept of observations: of stacked pictures (N, C, H, W) the last frame, copied, as the stack is a buffer."
+    return obs[:, -1].copy() if fam.frames else obs
 
 
 # %% ../nbs/02a_experts.ipynb #33af03fa
 def play(vec, act, seed):
-    "One episode a row. Arrays (N, T, ...), T the longest: s (T + 1 of them; of pictures the newest frame), a, r, legal where actions have limits; and length, terminated, success (N,)."
-    fam, N = vec.family, vec.num_envs
-    alive, length, fell, won = np.ones(N, bool), np.zeros(N, int), np.zeros(N, bool), np.zeros(N, bool)
+    """One episode per row: a dict of arrays, T steps the longest.
 
-    def newest(obs):
-        return obs[:, -1].copy() if fam.frames else obs
+    s (N, T + 1, ...; of pictures the newest frame), a (N, T, ...), r (N, T), legal (N, T, A) where actions have limits;
+    length, terminated, success (N,). Rewards after a row's end are 0.
+    """
+    fam, n = vec.family, vec.num_envs
+    alive = np.ones(n, bool)
+    length = np.zeros(n, int)
+    fell = np.zeros(n, bool)
+    won = np.zeros(n, bool)
 
     obs, _ = vec.reset(seed=seed)
-    kept = dict(s=[newest(obs)], a=[], r=[], legal=[])
-    for t in range(fam.horizon):
+    kept = dict(s=[newest_frame(fam, obs)], a=[], r=[], legal=[])
+    for _ in range(fam.horizon):
         a = act(obs)
         if hasattr(vec, "legal"):
             kept["legal"].append(vec.legal.copy())
-        obs, rew, term, trunc, info = vec.step(a)
-        for k, x in (("s", newest(obs)), ("a", a), ("r", rew * alive)):
-            kept[k].append(x)
+        obs, r, terminated, truncated, info = vec.step(a)
+        kept["s"].append(newest_frame(fam, obs))
+        kept["a"].append(a)
+        kept["r"].append(r * alive)
         length += alive
-        fell |= alive & term
+        fell |= alive & terminated
         won |= alive & info.get("success", False)
-        alive &= ~(term | trunc)
+        alive &= ~(terminated | truncated)
         if not alive.any():
             break
-    return dict({k: np.stack(v, 1) for k, v in kept.items() if v}, length=length, terminated=fell, success=won)
+    columns = {name: np.stack(steps, 1) for name, steps in kept.items() if steps}
+    return dict(columns, length=length, terminated=fell, success=won)
 
 
 # %% ../nbs/02a_experts.ipynb #cda90a81
 def measured_episodes(fam):
+    "Episodes per task when a policy is measured: at least 2, and 40 in all."
     return max(2, 40 // len(fam.task_ids))
 
 
 # %% ../nbs/02a_experts.ipynb #92fb3b2a
-def returns_per_task(b, fam, c=-1, episodes=None, seed=10_000, threads=None):
-    "(n_tasks,) mean undiscounted return of a snapshot, without noise; at least 2 episodes a task and 40 in all."
+def returns_per_task(behaviour, fam, c=-1, episodes=None, seed=10_000, threads=None):
+    "(n_tasks,) mean undiscounted return of snapshot `c`, without noise; `episodes`: see `measured_episodes`."
     episodes = episodes or measured_episodes(fam)
     ids = np.repeat(fam.task_ids, episodes)
-    return (
-        play(tasks.lock_step(fam, ids, threads=threads), act_with(b, fam, ids, c), seed)["r"]
-        .sum(-1)
-        .reshape(-1, episodes)
-        .mean(-1)
-    )
+    vec = tasks.lock_step(fam, ids, threads=threads)
+    played = play(vec, act_with(behaviour, fam, ids, c), seed)
+    return played["r"].sum(-1).reshape(-1, episodes).mean(-1)
 
 
-# %% ../nbs/02a_experts.ipynb #b68856a2
-NOISE = {
+# %% ../nbs/02a_experts.ipynb #expnoise
+NOISE = {  # standard deviation of the action noise
     "expert": 0.1,
     "medium": 0.1,
     "medium-expert": 0.1,
     "replay": 0.3,
     "medium-replay": 0.3,
-}  # std of the action noise
+}
 
 
+# %% ../nbs/02a_experts.ipynb #expsnaps
+def snapshots_for(behaviour, quality, n, rows, rng):
+    "Which snapshot acts in each of n rows for a quality: an index, or (n,) of them, drawn for `rows` rows."
+    last = len(behaviour.snapshots) - 1
+    medium = behaviour.snapshot("medium")
+    if quality == "replay":
+        return rng.integers(last + 1, size=rows)[:n]
+    if quality == "medium-replay":
+        return rng.integers(medium + 1, size=rows)[:n]
+    if quality == "medium-expert":
+        return np.where(np.arange(n) % 2, last, medium)
+    return behaviour.snapshot(quality)
+
+
+# %% ../nbs/02a_experts.ipynb #b68856a2
 def acting(vec, quality, rng, expert=None):
-    "The function obs -> actions by which a dataset of this quality is played. What a row does is the same whether it plays alone or in a full chunk."
+    """The function obs -> actions by which a dataset of this quality is played.
+
+    What a row does is the same whether it plays alone or in a full chunk.
+    """
     fam, n = vec.family, vec.num_envs
-    kind, rows = tasks.kind_module(fam), max(n, fam.chunk)
+    kind = tasks.kind_module(fam)
+    rows = max(n, fam.chunk)
     if hasattr(kind, "script"):
         return kind.script(vec, quality, rng)
     if quality == "random":
         return act_random(fam, n, rng, rows)
-    b = expert or load_expert(fam)
-    medium = b.snapshot("medium")
-    c = {
-        "replay": lambda: rng.integers(len(b.snapshots), size=rows)[:n],
-        "medium-replay": lambda: rng.integers(medium + 1, size=rows)[:n],
-        "medium-expert": lambda: np.where(np.arange(n) % 2, len(b.snapshots) - 1, medium),
-    }.get(quality, lambda: b.snapshot(quality))()
-    return act_with(b, fam, vec.task_ids, c, NOISE[quality], rng, rows)
+    behaviour = expert or load_expert(fam)
+    c = snapshots_for(behaviour, quality, n, rows, rng)
+    return act_with(behaviour, fam, vec.task_ids, c, NOISE[quality], rng, rows)
+
+
+# %% ../nbs/02a_experts.ipynb #expscrip
+def script_returns(fam, quality, episodes):
+    "((n_tasks,) mean return per task, success rate) of a scripted quality, `episodes` games per task."
+    ids = np.repeat(fam.task_ids, episodes * fam.agents)
+    vec = tasks.lock_step(fam, ids)
+    seeds = [10_000 + i // fam.agents for i in range(len(ids))]  # agents of a game share its seed
+    played = play(vec, acting(vec, quality, rng_for("card", fam.name, quality)), seeds)
+    vec.close()
+    return played["r"].sum(-1).reshape(len(fam.task_ids), -1).mean(-1), played["success"].mean()
 
 
 # %% ../nbs/02a_experts.ipynb #6793822a
 def measure_script(name, episodes=None, best=None, out=None):
-    "Play and write the card of a family with scripted behaviour; returns it. `episodes` a task: at least 2 and 40 in all."
-    fam, start = tasks.family(name), time.time()
+    "Play and write the card of a family with scripted behaviour; returns it. `episodes`: see `measured_episodes`."
+    start = time.time()
+    fam = tasks.family(name)
     best = best or fam.qualities[0]
     n = episodes or measured_episodes(fam)
-
-    def returns(quality):
-        ids = np.repeat(fam.task_ids, n * fam.agents)
-        vec = tasks.lock_step(fam, ids)
-        p = play(
-            vec,
-            acting(vec, quality, rng_for("card", fam.name, quality)),
-            [10_000 + i // fam.agents for i in range(len(ids))],
-        )
-        vec.close()
-        return p["r"].sum(-1).reshape(len(fam.task_ids), -1).mean(-1), p["success"].mean()
-
-    seen = {q: returns(q) for q in dict.fromkeys((*fam.qualities, "random"))}
-    expert, random = seen[best][0], seen["random"][0]
+    returns, success = {}, {}
+    for quality in dict.fromkeys((*fam.qualities, "random")):
+        returns[quality], success[quality] = script_returns(fam, quality, n)
+    expert, random = returns[best], returns["random"]
     given = f", episodes={n}" if n != measured_episodes(fam) else ""
     card = dict(
         family=fam.name,
@@ -274,8 +331,8 @@ def measure_script(name, episodes=None, best=None, out=None):
         expert_mean_return=expert.mean(),
         expert_worst_return=expert.min(),
         margin=(expert.mean() - random.mean()) / 2,
-        returns={q: r.mean() for q, (r, _) in seen.items()},
-        success={q: s for q, (_, s) in seen.items()},
+        returns={q: r.mean() for q, r in returns.items()},
+        success=success,
     )
     write_json(out or expert_path(fam.name).with_suffix(".json"), card)
     return card
@@ -284,7 +341,11 @@ def measure_script(name, episodes=None, best=None, out=None):
 # %% ../nbs/02a_experts.ipynb #7a727cd0
 @dataclass(frozen=True)
 class PPOSettings:
-    "PPO for a family of goals. Found by three trials on cheetah-vel (a smaller initial noise and more, smaller minibatches halved the steps needed); nothing here comes from the papers, which used SAC and TD3."
+    """PPO for a family of goals.
+
+    Found by three trials on cheetah-vel (a smaller initial noise and more, smaller minibatches halved the steps
+    needed); nothing here comes from the papers, which used SAC and TD3.
+    """
 
     steps: int = 3_200_000
     seed: int = 0
@@ -305,49 +366,70 @@ class PPOSettings:
     until: float | None = None  # stop at the first snapshot whose mean return reaches it
 
 
+# %% ../nbs/02a_experts.ipynb #expgoal1
+class GoalEpisodes:
+    "The lock-step environment as a learner sees it: observation with goal, finished rows restarted with a new goal."
+
+    def __init__(self, fam, settings):
+        self.fam = fam
+        self.n = settings.envs
+        self.rng = rng_for(settings.seed, "expert", fam.name)
+        self.vec = tasks.lock_step(fam, self.draw_tasks(), threads=settings.threads)
+        self.size = fam.state_dim + goal_features(fam, [0]).shape[1]
+
+    def draw_tasks(self):
+        "A task id for every row."
+        return self.rng.choice(self.fam.task_ids, self.n)
+
+    def see(self, obs):
+        "Observations (N, S) with their rows' goals: (N, S + G)."
+        return np.concatenate([obs, goal_features(self.fam, self.vec.task_ids)], -1)
+
+    def reset(self):
+        "Start all rows; returns what is seen."
+        return self.see(self.vec.reset(seed=int(self.rng.integers(2**31)))[0])
+
+    def step(self, actions):
+        "One step of all rows: (seen, rewards, done, infos), as stable-baselines3 defines them."
+        obs, r, terminated, truncated, _ = self.vec.step(actions)
+        done, seen, infos = terminated | truncated, self.see(obs), [{} for _ in range(self.n)]
+        if done.any():
+            for i in np.flatnonzero(done):
+                late = bool(truncated[i] and not terminated[i])
+                infos[i] = {"terminal_observation": seen[i], "TimeLimit.truncated": late}
+            self.vec.set_tasks(np.where(done, self.draw_tasks(), self.vec.task_ids))
+            seen = self.see(self.vec.reset(options=dict(reset_mask=done))[0])
+        return seen, r.astype(np.float32), done, infos
+
+
 # %% ../nbs/02a_experts.ipynb #3bf704d4
 def sb3_env(fam, settings):
-    "stable-baselines3's view of the lock-step environment: observation and goal side by side, finished rows restarted with a new goal."
+    """stable-baselines3's view of `GoalEpisodes`.
+
+    The class is defined in here, as its base, and torch with it, is loaded for training only.
+    """
     from gymnasium.spaces import Box
     from stable_baselines3.common.vec_env import VecEnv
 
     class GoalEnv(VecEnv):
         def __init__(self):
-            self.rng = rng_for(settings.seed, "expert", fam.name)
-            self.vec = tasks.lock_step(fam, self._draw(settings.envs), threads=settings.threads)
-            d = fam.state_dim + goal_features(fam, [0]).shape[1]
-            super().__init__(settings.envs, Box(-np.inf, np.inf, (d,), np.float32), self.vec.single_action_space)
-            self.infos = [{} for _ in range(settings.envs)]
-
-        def _draw(self, n):
-            return self.rng.choice(fam.task_ids, n)
-
-        def _see(self, obs):
-            return np.concatenate([obs, goal_features(fam, self.vec.task_ids)], -1)
+            self.episodes = GoalEpisodes(fam, settings)
+            box = Box(-np.inf, np.inf, (self.episodes.size,), np.float32)
+            super().__init__(settings.envs, box, self.episodes.vec.single_action_space)
 
         def reset(self):
-            return self._see(self.vec.reset(seed=int(self.rng.integers(2**31)))[0])
+            return self.episodes.reset()
 
         def step_async(self, actions):
             self.actions = actions
 
         def step_wait(self):
-            obs, r, term, trunc, _ = self.vec.step(self.actions)
-            done, seen, infos = term | trunc, self._see(obs), self.infos
-            if done.any():
-                infos = [
-                    dict(terminal_observation=seen[i], **{"TimeLimit.truncated": bool(trunc[i] and not term[i])})
-                    if done[i]
-                    else {}
-                    for i in range(self.num_envs)
-                ]
-                self.vec.set_tasks(np.where(done, self._draw(self.num_envs), self.vec.task_ids))
-                seen = self._see(self.vec.reset(options=dict(reset_mask=done))[0])
-            return seen, r.astype(np.float32), done, infos
+            return self.episodes.step(self.actions)
 
         def close(self):
-            self.vec.close()
+            self.episodes.vec.close()
 
+        # The rest of the interface is for environments in processes of their own.
         def get_attr(self, name, indices=None):
             return [None] * self.num_envs
 
@@ -365,15 +447,19 @@ def sb3_env(fam, settings):
 
 # %% ../nbs/02a_experts.ipynb #b9076d8d
 def fold(actor, rms):
-    "The actor's three layers as [(in, out), (out,)], with (x - mean) / std folded into the first. Clipping at 10 std is dropped."
-    ls = [
-        (m.weight.detach().cpu().numpy().T.astype(np.float64), m.bias.detach().cpu().numpy().astype(np.float64))
-        for m in actor
-    ]
+    """The actor's three layers as [(in, out), (out,)], with (x - mean) / std folded into the first.
+
+    `VecNormalize` also clips at 10 std: that is dropped.
+    """
+    layers = []
+    for linear in actor:
+        w = linear.weight.detach().cpu().numpy().T.astype(np.float64)
+        layers.append((w, linear.bias.detach().cpu().numpy().astype(np.float64)))
     std = np.sqrt(rms.var + 1e-8)
-    w, b = ls[0]
-    ls[0] = (w / std[:, None], b - (rms.mean / std) @ w)
-    return [(w.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32)) for w, b in ls]
+    w, b = layers[0]
+    layers[0] = (w / std[:, None], b - (rms.mean / std) @ w)
+    # through float16, as shipped: what is measured is what is loaded
+    return [(w.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32)) for w, b in layers]
 
 
 # %% ../nbs/02a_experts.ipynb #016fde62
@@ -383,98 +469,150 @@ LADDER = (0, 1 / 6, 0.3, 1 / 2, 3 / 4, 1)  # of the way from the first return to
 def choose(returns):
     "Indices of the snapshots, up to the best, whose mean returns are nearest to the rungs of the ladder."
     r = np.array(returns[: int(np.argmax(returns)) + 1])
-    return sorted({0, len(r) - 1, *(int(np.abs(r - (r[0] + x * (r[-1] - r[0]))).argmin()) for x in LADDER)})
+    nearest = {int(np.abs(r - (r[0] + rung * (r[-1] - r[0]))).argmin()) for rung in LADDER}
+    return sorted({0, len(r) - 1} | nearest)
+
+
+# %% ../nbs/02a_experts.ipynb #expreco2
+@dataclass
+class Snapshot:
+    "The actor at one moment of its training."
+
+    layers: list  # as `fold` gives them
+    steps: int  # of the environment, so far
+    returns: np.ndarray  # (n_tasks,) without noise
+    seconds: float  # of training, so far
+
+
+# %% ../nbs/02a_experts.ipynb #expreco3
+@dataclass
+class Recorder:
+    "Takes snapshots of a learner's actor and keeps them all."
+
+    fam: object
+    settings: PPOSettings
+    shots: list = field(default_factory=list)  # of Snapshot
+    start: float = field(default_factory=time.time)
+
+    def is_due(self, steps):
+        "Is it time for the next snapshot?"
+        return steps >= self.settings.every * self.settings.steps * len(self.shots)
+
+    def goes_on(self):
+        "Was the return that training waits for not yet reached?"
+        until = self.settings.until
+        return until is None or not self.shots or self.shots[-1].returns.mean() < until
+
+    def take(self, ppo):
+        "Fold, measure and keep the actor of a stable-baselines3 PPO."
+        mlp, head = ppo.policy.mlp_extractor.policy_net, ppo.policy.action_net
+        layers = fold([mlp[0], mlp[2], head], ppo.get_vec_normalize_env().obs_rms)
+        behaviour = Behaviour(self.fam.name, [(w[None], b[None]) for w, b in layers], {})
+        returns = returns_per_task(behaviour, self.fam, threads=self.settings.threads)
+        seconds = time.time() - self.start
+        self.shots.append(Snapshot(layers, ppo.num_timesteps, returns, seconds))
+        std = ppo.policy.log_std.exp().mean().item()
+        print(
+            f"{self.fam.name}: {ppo.num_timesteps / 1e6:.2f}M steps, {seconds:.0f} s, "
+            f"return mean {returns.mean():.1f}, worst goal {returns.min():.1f}, std {std:.2f}",
+            flush=True,
+        )
+
+
+# %% ../nbs/02a_experts.ipynb #expreco4
+def sb3_callback(recorder):
+    "stable-baselines3's callback that asks a recorder."
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Snapshots(BaseCallback):
+        def _on_step(self):
+            return recorder.goes_on()
+
+        def _on_rollout_start(self):
+            if recorder.is_due(self.num_timesteps):
+                recorder.take(self.model)
+
+    return Snapshots()
+
+
+# %% ../nbs/02a_experts.ipynb #explearn
+def ppo_learner(env, settings):
+    "stable-baselines3's PPO with these settings."
+    from stable_baselines3 import PPO
+
+    return PPO(
+        "MlpPolicy",
+        env,
+        n_steps=settings.n_steps,
+        batch_size=settings.batch_size,
+        n_epochs=settings.n_epochs,
+        learning_rate=lambda left: settings.learning_rate * max(left, 0.05),
+        gamma=settings.gamma,
+        gae_lambda=settings.gae_lambda,
+        clip_range=settings.clip_range,
+        ent_coef=settings.ent_coef,
+        target_kl=settings.target_kl,
+        seed=settings.seed,
+        device="cpu",
+        policy_kwargs=dict(net_arch=[settings.width] * 2, log_std_init=settings.log_std_init),
+    )
 
 
 # %% ../nbs/02a_experts.ipynb #0e0f247b
 def train_expert(name, settings: PPOSettings = PPOSettings(), out=None):
     "Train a family's behaviour policy; writes weights and card, returns the Behaviour. Takes minutes on one core."
     import torch
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.vec_env import VecNormalize
 
-    fam, st, shots, start = tasks.family(name), settings, [], time.time()
-    torch.set_num_threads(st.threads)
-    env = VecNormalize(sb3_env(fam, st), gamma=st.gamma)
-    ppo = PPO(
-        "MlpPolicy",
-        env,
-        n_steps=st.n_steps,
-        batch_size=st.batch_size,
-        n_epochs=st.n_epochs,
-        learning_rate=lambda left: st.learning_rate * max(left, 0.05),
-        gamma=st.gamma,
-        gae_lambda=st.gae_lambda,
-        clip_range=st.clip_range,
-        ent_coef=st.ent_coef,
-        target_kl=st.target_kl,
-        seed=st.seed,
-        device="cpu",
-        policy_kwargs=dict(net_arch=[st.width] * 2, log_std_init=st.log_std_init),
-    )
-
-    class Snapshots(BaseCallback):
-        def _on_step(self):
-            return st.until is None or not shots or shots[-1]["returns"].mean() < st.until
-
-        def _on_rollout_start(self):
-            if self.num_timesteps >= st.every * st.steps * len(shots):
-                self.take()
-
-        def take(self):
-            mlp, head = self.model.policy.mlp_extractor.policy_net, self.model.policy.action_net
-            layers = fold([mlp[0], mlp[2], head], env.obs_rms)
-            one = Behaviour(fam.name, [(w[None], b[None]) for w, b in layers], {})
-            r = returns_per_task(one, fam, threads=st.threads)
-            shots.append(dict(layers=layers, steps=self.num_timesteps, returns=r, seconds=time.time() - start))
-            print(
-                f"{fam.name}: {self.num_timesteps / 1e6:.2f}M steps, {time.time() - start:.0f} s, return mean {r.mean():.1f}, worst goal {r.min():.1f}, std {self.model.policy.log_std.exp().mean().item():.2f}",
-                flush=True,
-            )
-
-    snap = Snapshots()
-    ppo.learn(st.steps, callback=snap)
-    if snap._on_step():
-        snap.take()
-    return finish(fam, st, shots, time.time() - start, out)
+    fam = tasks.family(name)
+    torch.set_num_threads(settings.threads)
+    recorder = Recorder(fam, settings)
+    ppo = ppo_learner(VecNormalize(sb3_env(fam, settings), gamma=settings.gamma), settings)
+    ppo.learn(settings.steps, callback=sb3_callback(recorder))
+    if recorder.goes_on():  # what the last iteration learnt
+        recorder.take(ppo)
+    return finish(fam, settings, recorder.shots, time.time() - recorder.start, out)
 
 
 # %% ../nbs/02a_experts.ipynb #8c45ec31
-def command_of(name, st):
+def command_of(name, settings):
     "The call that trains this policy again: settings other than the defaults are spelt out."
-    own = ", ".join(f"{k}={v!r}" for k, v in asdict(st).items() if v != getattr(PPOSettings(), k))
+    own = ", ".join(f"{k}={v!r}" for k, v in asdict(settings).items() if v != getattr(PPOSettings(), k))
     return f"promptnb.experts.train_expert('{name}', PPOSettings({own}))"
 
 
-# %% ../nbs/02a_experts.ipynb #07c29a3e
-def finish(fam, st, shots, seconds, out=None):
-    "Keep a ladder of snapshots, measure them on episodes that did not choose them, write the card."
-    keep = choose([s["returns"].mean() for s in shots])
-    layers = [tuple(np.stack([shots[k]["layers"][i][j] for k in keep]) for j in (0, 1)) for i in range(3)]
-    fresh = [returns_per_task(Behaviour(fam.name, layers, {}), fam, c, seed=20_000) for c in range(len(keep))]
+# %% ../nbs/02a_experts.ipynb #exprando
+def random_return(fam):
+    "Mean return of uniform actions."
     ids = np.repeat(fam.task_ids, measured_episodes(fam))
-    rnd = play(tasks.lock_step(fam, ids), act_random(fam, len(ids), rng_for("random", fam.name)), 10_000)["r"].sum(-1)
-    best = fresh[-1].mean()
+    played = play(tasks.lock_step(fam, ids), act_random(fam, len(ids), rng_for("random", fam.name)), 10_000)
+    return played["r"].sum(-1).mean()
+
+
+# %% ../nbs/02a_experts.ipynb #07c29a3e
+def finish(fam, settings, shots, seconds, out=None):
+    "Keep a ladder of snapshots, measure them on episodes that did not choose them, write weights and card."
+    kept = [shots[k] for k in choose([s.returns.mean() for s in shots])]
+    layers = [tuple(map(np.stack, zip(*(s.layers[i] for s in kept)))) for i in range(3)]
+    fresh = [returns_per_task(Behaviour(fam.name, layers, {}), fam, c, seed=20_000) for c in range(len(kept))]
+    random, best = random_return(fam), fresh[-1].mean()
     card = dict(
         family=fam.name,
-        command=command_of(fam.name, st),
-        settings=asdict(st),
+        command=command_of(fam.name, settings),
+        settings=asdict(settings),
         seconds=round(seconds),
-        env_steps=shots[-1]["steps"],
+        env_steps=shots[-1].steps,
         episodes_per_goal=measured_episodes(fam),
-        random_mean_return=rnd.mean(),
+        random_mean_return=random,
         expert_mean_return=best,
-        margin=(best - rnd.mean()) / 2,
-        snapshots=[
-            dict(steps=shots[k]["steps"], mean_return=r.mean(), worst_return=r.min()) for k, r in zip(keep, fresh)
-        ],
+        margin=(best - random) / 2,
+        snapshots=[dict(steps=s.steps, mean_return=r.mean(), worst_return=r.min()) for s, r in zip(kept, fresh)],
         expert_return_per_goal=dict(zip(map(str, fam.task_ids), fresh[-1].round(2).tolist())),
         learning_curve=[
-            (s["steps"], round(s["seconds"]), round(float(s["returns"].mean()), 1), round(float(s["returns"].min()), 1))
+            (s.steps, round(s.seconds), round(float(s.returns.mean()), 1), round(float(s.returns.min()), 1))
             for s in shots
         ],
     )
-    b = Behaviour(fam.name, layers, json.loads(json.dumps(card, default=float)))
-    save_expert(b, out)
-    return b
+    behaviour = Behaviour(fam.name, layers, json.loads(json.dumps(card, default=float)))
+    save_expert(behaviour, out)
+    return behaviour
