@@ -347,7 +347,7 @@ def fill(order, task_ids, say):
 
 # %% ../nbs/02b_collect.ipynb #70c96b7b
 def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None, threads=None, say=print):
-    "Write the datasets of a family and quality (default: its best) that are not there yet; returns the manifest's entries."
+    "Write the datasets of a family and quality (default: its best) that are missing; returns the manifest's entries."
     fam = tasks.family(name)
     quality = check_choice(quality or fam.qualities[0], (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
     episodes = fam.episodes[1] if episodes is None else episodes

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from . import tasks
 from promptnb.core import (
@@ -35,38 +36,55 @@ __all__ = [
     "COLUMNS",
     "KINDS",
     "Store",
+    "sizes",
+    "arrays_of",
+    "are_pictures",
+    "check_shapes",
     "check_trajectory",
     "check_legal",
+    "family_sizes",
     "check_family",
-    "sizes",
+    "returns_to_go",
+    "flat",
     "from_arrays",
+    "columns_header",
+    "columns_parts",
     "write_columns",
     "open_columns",
     "cut",
     "memory_left",
     "join",
-    "from_minari",
     "minari_root",
+    "minari_trajectories",
+    "from_minari",
+    "check_columns",
     "load",
     "subset",
-    "in_order",
     "of_tasks",
     "subsample",
+    "in_order",
+    "chunks_of",
+    "mean_of",
     "state_stats",
+    "gather",
+    "zero_padding",
     "Table",
     "prompt_rows",
     "joined",
     "prompt_steps",
     "pick",
+    "Spans",
+    "spans_of",
     "Sampler",
     "Demos",
     "demos",
 ]
 
-# %% ../nbs/02_data.ipynb #e3c0414a
+# %% ../nbs/02_data.ipynb #datacols
 COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")  # in the order of their files: widest numbers first
 
 
+# %% ../nbs/02_data.ipynb #e3c0414a
 @dataclass(frozen=True)
 class Store:
     "Trajectories end to end. N steps, M trajectories, sorted by task."
@@ -85,66 +103,106 @@ class Store:
 
     @property
     def columns(self):
-        return {k: v for k in COLUMNS if (v := getattr(self, k)) is not None}
+        "Name -> tensor, of the columns that it has."
+        tensors = {name: getattr(self, name) for name in COLUMNS}
+        return {name: x for name, x in tensors.items() if x is not None}
 
     @property
     def nbytes(self):
+        "Size of the columns in bytes."
         return sum(x.numel() * x.element_size() for x in self.columns.values())
 
     @property
     def returns(self):
+        "Undiscounted return of each trajectory (M,)."
         return self.rtg[self.first]
 
     @property
     def task_ids(self):
+        "The tasks that it holds, in order."
         return tuple(self.task.unique().tolist())
 
     def to(self, device):
-        return replace(self, **{k: v.to(device) for k, v in self.columns.items()})
+        "The same on a device."
+        return replace(self, **{name: x.to(device) for name, x in self.columns.items()})
 
     def __len__(self):
         return len(self.length)
 
     def __repr__(self):
-        return f"Store({len(self)} trajectories, {len(self.s):,} steps, {len(self.task_ids)} tasks, return {self.returns.mean():.1f} ± {self.returns.std():.1f})"
+        size = f"{len(self)} trajectories, {len(self.s):,} steps, {len(self.task_ids)} tasks"
+        return f"Store({size}, return {self.returns.mean():.1f} ± {self.returns.std():.1f})"
 
 
-# %% ../nbs/02_data.ipynb #36b548df
-def check_trajectory(d, i, S=None, A=None):
-    "One trajectory as float32 arrays (s, a, r); what is wrong with it is one line with its index."
-    for k in ("observations", "actions", "rewards"):
-        if k not in d:
-            raise PromptnbError(f"trajectory {i} has no '{k}' (it has {', '.join(map(str, d)) or 'nothing'})")
+# %% ../nbs/02_data.ipynb #a648c127
+def sizes(x):
+    "The size of a state as text: 39, or 84 x 84. `x`: states (N, ...), or the shape of one."
+    return " x ".join(map(str, x.shape[1:] if hasattr(x, "shape") else x))
+
+
+# %% ../nbs/02_data.ipynb #dataarrs
+def arrays_of(d, i):
+    "Observations, actions and rewards of trajectory i as arrays of numbers."
+    for name in ("observations", "actions", "rewards"):
+        if name not in d:
+            raise PromptnbError(f"trajectory {i} has no '{name}' (it has {', '.join(map(str, d)) or 'nothing'})")
     try:
-        s, a, r = (np.asarray(d[k]) for k in ("observations", "actions", "rewards"))
-        T = len(r)
+        s, a, r = (np.asarray(d[name]) for name in ("observations", "actions", "rewards"))
+        steps = len(r)
     except (TypeError, ValueError):
         raise PromptnbError(f"trajectory {i} holds no arrays: rows of unequal length, or a single number") from None
-    if T == 0:
+    if steps == 0:
         raise PromptnbError(f"trajectory {i} has no steps")
     if any(x.dtype.kind not in "biuf" for x in (s, a, r)):
         raise PromptnbError(f"trajectory {i} holds Python objects or text, not numbers")
-    picture = s.dtype == np.uint8 and s.ndim == 3
-    if (s.ndim != 2 and not picture) or a.ndim != 2 or r.ndim != 1 or len(a) != T or len(s) not in (T, T + 1):
+    return s, a, r
+
+
+# %% ../nbs/02_data.ipynb #dataisim
+def are_pictures(s):
+    "Are observations (T, ...) pictures?"
+    return s.dtype == np.uint8 and s.ndim == 3
+
+
+# %% ../nbs/02_data.ipynb #datashap
+def check_shapes(s, a, r, i, S=None, A=None):
+    "Do the arrays of trajectory i fit each other, and the sizes S (a shape) and A of the others?"
+    T = len(r)
+    fits = (s.ndim == 2 or are_pictures(s)) and a.ndim == 2 and r.ndim == 1 and len(a) == T and len(s) in (T, T + 1)
+    if not fits:
         raise PromptnbError(
-            f"trajectory {i}: {T} rewards, but observations {s.shape} and actions {a.shape}; wanted (T, S) or (T+1, S), and (T, A)"
+            f"trajectory {i}: {T} rewards, but observations {s.shape} and actions {a.shape}; "
+            "wanted (T, S) or (T+1, S), and (T, A)"
         )
     if (S is not None and s.shape[1:] != tuple(S)) or (A is not None and a.shape[1] != A):
         raise PromptnbError(
             f"trajectory {i}: state and action sizes {sizes(s)}, {a.shape[1]}, but {sizes(S)}, {A} are wanted"
         )
-    s, a, r = (x[:T] if picture and x is s else x[:T].astype(np.float32, copy=False) for x in (s, a, r))
-    for n, x in (("observations", s), ("actions", a), ("rewards", r)):
-        if not np.isfinite(x).all():
-            raise PromptnbError(
-                f"trajectory {i}: '{n}' has NaN or infinity at step {int(np.argwhere(~np.isfinite(x))[0][0])}"
-            )
+
+
+# %% ../nbs/02_data.ipynb #36b548df
+def check_trajectory(d, i, S=None, A=None):
+    """Trajectory i as arrays (s, a, r) of its T steps, float32 (pictures: uint8).
+
+    What is wrong with it is one line with its index.
+    """
+    s, a, r = arrays_of(d, i)
+    check_shapes(s, a, r, i, S, A)
+    s = s[: len(r)]  # the state after the last step is not used
+    if not are_pictures(s):
+        s = s.astype(np.float32, copy=False)
+    a, r = (x.astype(np.float32, copy=False) for x in (a, r))
+    for name, x in (("observations", s), ("actions", a), ("rewards", r)):
+        finite = np.isfinite(x)
+        if not finite.all():
+            step = int(np.argwhere(~finite)[0][0])
+            raise PromptnbError(f"trajectory {i}: '{name}' has NaN or infinity at step {step}")
     return s, a, r
 
 
 # %% ../nbs/02_data.ipynb #59025957
 def check_legal(d, i, T, A):
-    "A trajectory's 'legal' as (T, A) bool."
+    "The 'legal' of trajectory i as (T, A) bool."
     if "legal" not in d:
         raise PromptnbError(f"trajectory {i} has no 'legal', but others have")
     try:
@@ -156,91 +214,113 @@ def check_legal(d, i, T, A):
     return x
 
 
+# %% ../nbs/02_data.ipynb #datafams
+def family_sizes(fam):
+    "(shape of a stored state, number of actions) of a family."
+    return fam.frames[1:] or (fam.state_dim,), fam.act_dim
+
+
 # %% ../nbs/02_data.ipynb #bf80a51e
 def check_family(fam, s, a, trajectories, task_ids):
     "Do arrays belong to the family? Its sizes, its tasks, actions in [-1, 1]."
-    if s.shape[1:] != (fam.frames[1:] or (fam.state_dim,)) or a.shape[1] != fam.act_dim:
+    S, A = family_sizes(fam)
+    if s.shape[1:] != S or a.shape[1] != A:
         raise PromptnbError(
-            f"trajectories have states and actions of sizes {sizes(s)}, {a.shape[1]}, but {fam.name} has {sizes(fam.frames[1:] or (fam.state_dim,))}, {fam.act_dim}"
+            f"trajectories have states and actions of sizes {sizes(s)}, {a.shape[1]}, "
+            f"but {fam.name} has {sizes(S)}, {A}"
         )
-    if bad := [i for i in task_ids if i not in fam.task_ids]:
-        raise PromptnbError(
-            f"trajectory {list(task_ids).index(bad[0])} is of task {bad[0]}, but {fam.name} has tasks {', '.join(map(str, fam.task_ids[:8]))}{', ...' * (fam.n_tasks > 8)}"
-        )
+    for i, task in enumerate(task_ids):
+        if task not in fam.task_ids:
+            known = ", ".join(map(str, fam.task_ids[:8])) + (", ..." if fam.n_tasks > 8 else "")
+            raise PromptnbError(f"trajectory {i} is of task {task}, but {fam.name} has tasks {known}")
     for i, d in enumerate(trajectories):
-        if (top := np.abs(d["actions"]).max()) > 1 + 1e-5:
+        largest = np.abs(d["actions"]).max()
+        if largest > 1 + 1e-5:
             raise PromptnbError(
-                f"trajectory {i}: an action is {top:.3g}, but policies act in [-1, 1]: divide by the environment's bounds"
+                f"trajectory {i}: an action is {largest:.3g}, but policies act in [-1, 1]: "
+                "divide by the environment's bounds"
             )
 
 
-# %% ../nbs/02_data.ipynb #a648c127
-def sizes(x):
-    "A state's size as text: 39, or 84 x 84."
-    return " x ".join(map(str, x.shape[1:] if hasattr(x, "shape") else x))
+# %% ../nbs/02_data.ipynb #datartg1
+def returns_to_go(r):
+    "Rewards (T,) -> undiscounted sums from each step to the end, summed in float64."
+    return np.cumsum(r[::-1].astype(np.float64))[::-1].astype(np.float32)
+
+
+# %% ../nbs/02_data.ipynb #dataflat
+def flat(arrays):
+    "Arrays end to end, as one tensor."
+    return torch.from_numpy(np.concatenate(arrays))
 
 
 # %% ../nbs/02_data.ipynb #fa78e500
 def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
-    "A Store from trajectories (dicts of arrays), in order of task; `task_ids`, one each, default 0. With `family`, sizes, actions and tasks must be that family's."
+    """A Store from trajectories (dicts of arrays), in order of task; `task_ids`, one each, default 0.
+
+    With `family`, sizes, actions and tasks must be that family's.
+    """
     if isinstance(trajectories, dict) or not len(trajectories):
         raise PromptnbError("no trajectories were given: wanted a list of dicts")
     task_ids = np.zeros(len(trajectories), int) if task_ids is None else np.asarray(task_ids)
-    order = np.argsort(task_ids, kind="stable")
     if task_ids.dtype.kind not in "iu":
         raise PromptnbError(f"task ids are {task_ids.dtype}, but whole numbers are wanted")
     if len(task_ids) != len(trajectories):
         raise PromptnbError(f"{len(trajectories)} trajectories, but {len(task_ids)} task ids")
+    order = np.argsort(task_ids, kind="stable")
     s0, a0, _ = check_trajectory(trajectories[0], 0)
-    parts = [check_trajectory(trajectories[i], i, s0.shape[1:], a0.shape[1]) for i in order]
+    A = a0.shape[1]
+    parts = [check_trajectory(trajectories[i], i, s0.shape[1:], A) for i in order]
     if family is not None:
         check_family(tasks.family(family), s0, a0, trajectories, task_ids)
-    rtg = [np.cumsum(r[::-1].astype(np.float64))[::-1].astype(np.float32) for _, _, r in parts]
-
-    def flat(xs):
-        return torch.from_numpy(np.concatenate(xs))
-
-    legal = (
-        flat([check_legal(trajectories[i], i, len(r), a0.shape[1]) for i, (_, _, r) in zip(order, parts)])
-        if any("legal" in d for d in trajectories)
-        else None
-    )
+    states, actions, rewards = zip(*parts)
+    legal = None
+    if any("legal" in d for d in trajectories):
+        legal = flat([check_legal(trajectories[i], i, len(r), A) for i, r in zip(order, rewards)])
     return Store(
-        flat([p[0] for p in parts]),
-        flat([p[1] for p in parts]),
-        flat([p[2] for p in parts]),
-        flat(rtg),
-        torch.tensor([len(r) for _, _, r in parts]),
-        torch.from_numpy(task_ids[order].astype(np.int64)),
-        legal,
-        tuple(hashes),
+        s=flat(states),
+        a=flat(actions),
+        r=flat(rewards),
+        rtg=flat([returns_to_go(r) for r in rewards]),
+        length=torch.tensor([len(r) for r in rewards]),
+        task=torch.from_numpy(task_ids[order].astype(np.int64)),
+        legal=legal,
+        hashes=tuple(hashes),
     )
 
 
-# %% ../nbs/02_data.ipynb #03bf5ea0
+# %% ../nbs/02_data.ipynb #datakind
 KINDS = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
 
 
-def write_columns(path, stores):
-    "Write Stores one after the other as one file of columns, a column at a time: never more than one part of one in memory."
-    stores = list(stores)
-    names = stores[0].columns
+# %% ../nbs/02_data.ipynb #datahead
+def columns_header(stores):
+    "The header of a safetensors file of these Stores, one after the other: names, types and places, padded to 8 bytes."
     head, at = {}, 0
-    for k, x in names.items():
-        n = sum(len(getattr(s, k)) for s in stores)
-        size = n * x[:1].numel() * x.element_size()
-        head[k] = dict(dtype=KINDS[x.dtype], shape=[n, *x.shape[1:]], data_offsets=[at, at + size])
-        at += size
+    for name, x in stores[0].columns.items():
+        n = sum(len(getattr(s, name)) for s in stores)
+        end = at + n * x[:1].numel() * x.element_size()
+        head[name] = dict(dtype=KINDS[x.dtype], shape=[n, *x.shape[1:]], data_offsets=[at, end])
+        at = end
     text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
+    return text + b" " * (-len(text) % 8)
 
-    def parts():
-        yield len(text).to_bytes(8, "little") + text
-        for k in names:
-            for s in stores:
-                yield memoryview(np.ascontiguousarray(getattr(s, k).numpy())).cast("B") if len(getattr(s, k)) else b""
 
-    return write_atomic(path, parts())
+# %% ../nbs/02_data.ipynb #datapart
+def columns_parts(stores):
+    "The bytes of a file of columns, piece by piece: never more than one Store's part of one column in memory."
+    header = columns_header(stores)
+    yield len(header).to_bytes(8, "little") + header
+    for name in stores[0].columns:
+        for store in stores:
+            x = np.ascontiguousarray(getattr(store, name).numpy())
+            yield memoryview(x).cast("B") if len(x) else b""
+
+
+# %% ../nbs/02_data.ipynb #03bf5ea0
+def write_columns(path, stores):
+    "Write Stores one after the other as one file of columns; returns the path."
+    return write_atomic(path, columns_parts(list(stores)))
 
 
 # %% ../nbs/02_data.ipynb #bc0a6010
@@ -250,7 +330,7 @@ def open_columns(path, hashes=()) -> Store:
 
     try:
         with safe_open(str(path), "pt") as f:
-            return Store(**{k: f.get_tensor(k) for k in f.keys()}, hashes=tuple(hashes))
+            return Store(**{name: f.get_tensor(name) for name in f.keys()}, hashes=tuple(hashes))
     except (SafetensorError, FileNotFoundError, TypeError) as e:
         raise PromptnbError(f"{path} is damaged (not columns of a dataset: {e})") from None
 
@@ -258,61 +338,35 @@ def open_columns(path, hashes=()) -> Store:
 # %% ../nbs/02_data.ipynb #7929f6d8
 def cut(store, episodes) -> Store:
     "The first `episodes` trajectories; views, not copies."
-    n = int(store.length[:episodes].sum())
-    return replace(store, **{k: x[:episodes] if k in ("length", "task") else x[:n] for k, x in store.columns.items()})
+    steps = int(store.length[:episodes].sum())
+    per_trajectory = ("length", "task")
+    return replace(store, **{k: x[: episodes if k in per_trajectory else steps] for k, x in store.columns.items()})
 
 
 # %% ../nbs/02_data.ipynb #6e895c1f
 def memory_left():
+    "Free memory in bytes."
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # %% ../nbs/02_data.ipynb #9595a362
 def join(stores, folder, mapped=None) -> Store:
-    "Stores of one task each as one. Mapped (default: when they would fill half of the free memory): written once to `folder`, and opened there."
+    """Stores of one task each as one.
+
+    Mapped (default: when they would fill half of the free memory): written once to `folder`, and opened there.
+    """
     if len(stores) == 1:
         return stores[0]
     stores = sorted(stores, key=lambda s: int(s.task[0]))
     hashes = tuple(h for s in stores for h in s.hashes)
-    if not (sum(s.nbytes for s in stores) > memory_left() / 2 if mapped is None else mapped):
-        return Store(**{k: torch.cat([getattr(s, k) for s in stores]) for k in stores[0].columns}, hashes=hashes)
-    path = (
-        Path(folder)
-        / f"{fingerprint([hashes, [len(s) for s in stores], [int(s.task[0]) for s in stores]])}.safetensors"
-    )
+    if mapped is None:
+        mapped = sum(s.nbytes for s in stores) > memory_left() / 2
+    if not mapped:
+        columns = {name: torch.cat([getattr(s, name) for s in stores]) for name in stores[0].columns}
+        return Store(**columns, hashes=hashes)
+    name = fingerprint([hashes, [len(s) for s in stores], [int(s.task[0]) for s in stores]])
+    path = Path(folder) / f"{name}.safetensors"
     return open_columns(path if path.exists() else write_columns(path, stores), hashes)
-
-
-# %% ../nbs/02_data.ipynb #d62a22bc
-def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) -> Store:
-    "A Store from Minari datasets, one a task (ids in order); at most `episodes` of each. Discrete actions become one-hot."
-    from gymnasium.spaces import Discrete
-
-    ids = [ids] if isinstance(ids, str) else list(ids)
-    trajs, of = [], []
-    with minari_root(root or (minari_dir() if str(ids[0]).startswith("promptnb/") else None)):
-        for k, i in enumerate(ids):
-            try:
-                ds = minari_dataset(i, download)
-                n = ds.action_space.n if isinstance(ds.action_space, Discrete) else None
-                for ep in ds.iterate_episodes(range(min(episodes or ds.total_episodes, ds.total_episodes))):
-                    a = np.eye(n, dtype=np.float32)[ep.actions] if n else ep.actions
-                    trajs.append(
-                        dict(
-                            observations=ep.observations,
-                            actions=a,
-                            rewards=ep.rewards,
-                            **({"legal": ep.infos["legal"]} if "legal" in (ep.infos or {}) else {}),
-                        )
-                    )
-                    of.append(task_ids[k] if task_ids is not None else k)
-            except PromptnbError:
-                raise
-            except Exception as e:
-                raise PromptnbError(
-                    f"cannot load Minari dataset '{i}': {(str(e) or type(e).__name__).splitlines()[0]}"
-                ) from None
-    return from_arrays(trajs, of)
 
 
 # %% ../nbs/02_data.ipynb #90d7289a
@@ -325,8 +379,60 @@ def minari_root(root):
     try:
         yield
     finally:
-        os.environ.pop("MINARI_DATASETS_PATH", None) if before is None else os.environ.__setitem__(
-            "MINARI_DATASETS_PATH", before
+        if before is None:
+            os.environ.pop("MINARI_DATASETS_PATH", None)
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+
+
+# %% ../nbs/02_data.ipynb #datamina
+def minari_trajectories(id_, episodes=None, download=False):
+    "Trajectories of one Minari dataset, at most `episodes`; discrete actions become one-hot."
+    from gymnasium.spaces import Discrete
+
+    dataset = minari_dataset(id_, download)
+    n = dataset.action_space.n if isinstance(dataset.action_space, Discrete) else None
+    for episode in dataset.iterate_episodes(range(min(episodes or dataset.total_episodes, dataset.total_episodes))):
+        actions = np.eye(n, dtype=np.float32)[episode.actions] if n else episode.actions
+        trajectory = dict(observations=episode.observations, actions=actions, rewards=episode.rewards)
+        if "legal" in (episode.infos or {}):
+            trajectory["legal"] = episode.infos["legal"]
+        yield trajectory
+
+
+# %% ../nbs/02_data.ipynb #d62a22bc
+def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) -> Store:
+    """A Store from Minari datasets, one per task (ids in order); at most `episodes` of each.
+
+    `root`: Minari's folder (default: ours for ids that begin with 'promptnb/', Minari's own for others).
+    """
+    ids = [ids] if isinstance(ids, str) else list(ids)
+    task_ids = range(len(ids)) if task_ids is None else task_ids
+    if len(task_ids) < len(ids):
+        raise PromptnbError(f"{len(ids)} Minari datasets, but {len(task_ids)} task ids")
+    if root is None and str(ids[0]).startswith("promptnb/"):
+        root = minari_dir()
+    trajectories, of_task = [], []
+    with minari_root(root):
+        for id_, task in zip(ids, task_ids):
+            try:
+                trajectories += minari_trajectories(id_, episodes, download)
+            except PromptnbError:
+                raise
+            except Exception as e:
+                reason = (str(e) or type(e).__name__).splitlines()[0]
+                raise PromptnbError(f"cannot load Minari dataset '{id_}': {reason}") from None
+            of_task += [task] * (len(trajectories) - len(of_task))
+    return from_arrays(trajectories, of_task)
+
+
+# %% ../nbs/02_data.ipynb #datadama
+def check_columns(file, sha256, manifest):
+    "Is a file of columns the one that was written?"
+    if not file.exists() or sha256_file(file) != sha256:
+        raise PromptnbError(
+            f"{file} is damaged (its hash is not the manifest's): "
+            f"delete the folder {file.parent} and its line in {manifest}, then collect again"
         )
 
 
@@ -334,28 +440,29 @@ def minari_root(root):
 def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=True, mapped=None) -> Store:
     "The collected data of a family, all tasks or some; hashes are checked against the manifest first."
     fam, root = tasks.family(name), Path(root or minari_dir())
-    path = root / "promptnb" / f"{fam.name}.json"
-    known, stores = read_json(path) if path.exists() else {}, []
-    for i in task_ids if task_ids is not None else fam.task_ids:
+    manifest = root / "promptnb" / f"{fam.name}.json"
+    known = read_json(manifest) if manifest.exists() else {}
+    S, A = family_sizes(fam)
+    stores = []
+    for i in fam.task_ids if task_ids is None else task_ids:
         id_ = f"promptnb/{fam.task_name(i)}/{quality}-v0"
-        e = known.get(id_, {})
+        entry = known.get(id_, {})
+        if entry.get("episodes", 0) < (episodes or 1) or "columns" not in entry:
+            asked = f" --episodes {episodes}" if episodes else ""
+            raise PromptnbError(
+                f"dataset {id_} with {episodes or 1} episodes is not here: "
+                f"promptnb collect --family {fam.name} --quality {quality}{asked}"
+            )
         file = root / id_ / "columns.safetensors"
-        if e.get("episodes", 0) < (episodes or 1) or "columns" not in e:
+        if check:
+            check_columns(file, entry["columns"], manifest)
+        store = cut(open_columns(file, [entry["columns"]]), (episodes or entry["episodes"]) * fam.agents)
+        if (store.s.shape[1:], store.a.shape[1]) != (S, A):
             raise PromptnbError(
-                f"dataset {id_} with {episodes or 1} episodes is not here: promptnb collect --family {fam.name} --quality {quality}"
-                + (f" --episodes {episodes}" if episodes else "")
+                f"the {quality} data of {fam.name} have states and actions of sizes "
+                f"{sizes(store.s)}, {store.a.shape[1]}, but {sizes(S)}, {A} are wanted: {root}"
             )
-        if check and (not file.exists() or sha256_file(file) != e["columns"]):
-            raise PromptnbError(
-                f"{file} is damaged (its hash is not the manifest's): delete the folder {file.parent} and its line in {path}, then collect again"
-            )
-        stores.append(cut(open_columns(file, [e["columns"]]), (episodes or e["episodes"]) * fam.agents))
-        size = (stores[-1].s.shape[1:], stores[-1].a.shape[1])
-        want = (fam.frames[1:] or (fam.state_dim,), fam.act_dim)
-        if size != want:
-            raise PromptnbError(
-                f"the {quality} data of {fam.name} have states and actions of sizes {sizes(size[0])}, {size[1]}, but {sizes(want[0])}, {want[1]} are wanted: {root}"
-            )
+        stores.append(store)
     return join(stores, root / "promptnb" / ".joined", mapped)
 
 
@@ -365,16 +472,10 @@ def subset(store, trajs) -> Store:
     if not len(trajs):
         raise PromptnbError("none of the trajectories was chosen")
     trajs = torch.as_tensor(trajs)
-    rows = torch.cat(
-        [torch.arange(f, f + n) for f, n in zip(store.first[trajs].tolist(), store.length[trajs].tolist())]
-    )
-    return replace(store, **{k: x[trajs if k in ("length", "task") else rows] for k, x in store.columns.items()})
-
-
-# %% ../nbs/02_data.ipynb #294a67bc
-def in_order(store, task) -> Store:
-    "The same trajectories as those of other tasks (one id a trajectory), in order of these."
-    return subset(replace(store, task=torch.as_tensor(task)), torch.as_tensor(task).argsort(stable=True))
+    spans = zip(store.first[trajs].tolist(), store.length[trajs].tolist())
+    rows = torch.cat([torch.arange(first, first + n) for first, n in spans])
+    per_trajectory = ("length", "task")
+    return replace(store, **{k: x[trajs if k in per_trajectory else rows] for k, x in store.columns.items()})
 
 
 # %% ../nbs/02_data.ipynb #81884bd4
@@ -390,80 +491,111 @@ def subsample(store, ratio, seed=0):
         raise PromptnbError(f"ratio is {ratio}, but must be above 0 and at most 1")
     if ratio == 1:
         return store, list(range(len(store)))
-    gen = torch.Generator().manual_seed(seed_for(seed, "share"))
-    ids = []
+    gen = torch.Generator().manual_seed(seed_for(seed, "share"))  # the word is part of the seed
+    chosen = []
     for i in store.task_ids:
-        t = (store.task == i).nonzero()[:, 0]
-        ids += t[torch.randperm(len(t), generator=gen)[: max(1, round(ratio * len(t)))]].sort().values.tolist()
-    return subset(store, ids), ids
+        own = (store.task == i).nonzero()[:, 0]
+        n = max(1, round(ratio * len(own)))
+        chosen += own[torch.randperm(len(own), generator=gen)[:n]].sort().values.tolist()
+    return subset(store, chosen), chosen
+
+
+# %% ../nbs/02_data.ipynb #294a67bc
+def in_order(store, task) -> Store:
+    "The same trajectories as those of other tasks (one id per trajectory), in order of these."
+    task = torch.as_tensor(task)
+    return subset(replace(store, task=task), task.argsort(stable=True))
+
+
+# %% ../nbs/02_data.ipynb #datachnk
+def chunks_of(stores, task_ids=None, size=65_536):
+    "The states of these tasks (default: all) in pieces of at most `size` steps, float64: a mapped Store stays on disk."
+    for store in stores:
+        wanted = itertools.repeat(slice(None))
+        if task_ids is not None:
+            of_task = torch.isin(store.task, torch.tensor(list(task_ids)))
+            wanted = of_task.repeat_interleave(store.length).split(size)
+        for states, keep in zip(store.s.split(size), wanted):
+            yield states[keep].double()
+
+
+# %% ../nbs/02_data.ipynb #datamean
+def mean_of(pieces):
+    "Mean over the rows of all pieces."
+    total = n = 0
+    for x in pieces:
+        total = total + x.sum(0)
+        n += len(x)
+    return total / n
 
 
 # %% ../nbs/02_data.ipynb #37aa55e5
 def state_stats(stores, task_ids=None, chunk=65_536):
-    "Mean (S,) and std (S,) + 1e-6 over the steps of these tasks (default: all) of one Store or several; of pictures 0 and 1. Read in chunks: a mapped Store stays on disk."
+    """Mean (S,) and std (S,) + 1e-6 over the steps of these tasks (default: all).
+
+    `stores`: one Store or several. Pictures are not normalised: 0 and 1.
+    """
     stores = [stores] if isinstance(stores, Store) else stores
     if stores[0].s.dtype == torch.uint8:
         return torch.zeros(1), torch.ones(1)
-
-    def over(f):
-        total = n = 0
-        for st in stores:
-            keep = (
-                None
-                if task_ids is None
-                else torch.isin(st.task, torch.tensor(list(task_ids))).repeat_interleave(st.length)
-            )
-            for x, k in zip(
-                st.s.split(chunk), keep.split(chunk) if keep is not None else itertools.repeat(slice(None))
-            ):
-                x = x[k].double()
-                total, n = total + f(x).sum(0), n + len(x)
-        return total / n
-
-    mean = over(lambda x: x)
-    std = over(lambda x: (x - mean) ** 2).sqrt()
+    mean = mean_of(chunks_of(stores, task_ids, chunk))
+    std = mean_of((x - mean) ** 2 for x in chunks_of(stores, task_ids, chunk)).sqrt()
     return mean.float(), std.float() + 1e-6
+
+
+# %% ../nbs/02_data.ipynb #datagath
+def gather(x, at):
+    "The rows `at` (B, ...) of a column (N, .): (B, ..., .)."
+    return x.index_select(0, at.flatten()).unflatten(0, at.shape)
+
+
+# %% ../nbs/02_data.ipynb #datazero
+def zero_padding(x, mask):
+    "Steps (B, K, .) with zeros where `mask` (B, K) is False."
+    return x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
 
 
 # %% ../nbs/02_data.ipynb #56b61f14
 @dataclass(frozen=True)
 class Table:
-    "A Store ready to be read: states normalised by mean and std (S,), returns-to-go divided by `scale`, pictures stacked."
+    "A Store ready to be read: states normalised, returns-to-go divided by `scale`, pictures stacked."
 
     store: Store
-    mean: torch.Tensor
-    std: torch.Tensor
+    mean: torch.Tensor  # (S,)
+    std: torch.Tensor  # (S,)
     scale: float
-    stack: int = 4
+    stack: int = 4  # pictures in an observation
 
     def span(self, rows, K):
-        "The rows (B, K) from each row (B,) on, left padded with it; which of them are real; and the first row of its trajectory (B,)."
-        st = self.store
-        j = torch.searchsorted(st.first, rows, right=True) - 1
-        first = st.first[j]  # each row's trajectory
-        n = (first + st.length[j] - rows).clamp(max=K)
+        """Where the windows from each row (B,) on lie.
+
+        The rows (B, K), left padded with the first; which of them are real (B, K);
+        the first row of their trajectory (B,).
+        """
+        store = self.store
+        trajectory = torch.searchsorted(store.first, rows, right=True) - 1
+        first = store.first[trajectory]
+        n = (first + store.length[trajectory] - rows).clamp(max=K)  # steps that are left
         at = rows[:, None] + torch.arange(K, device=rows.device) - (K - n)[:, None]
         mask = at >= rows[:, None]
         return torch.where(mask, at, rows[:, None]), mask, first
 
+    def states(self, at, first):
+        "Normalised states (B, K, S) of the rows `at` (B, K); of pictures stacks (B, K, stack, H, W) from `first` on."
+        if self.store.s.dtype != torch.uint8:
+            return (gather(self.store.s, at) - self.mean) / self.std
+        back = torch.arange(self.stack - 1, -1, -1, device=at.device)
+        return gather(self.store.s, torch.maximum(at[..., None] - back, first[:, None, None]))
+
     def windows(self, rows, K) -> Steps:
         "From each row (B,) take up to K steps of its trajectory, left padded: Steps (B, K, .)."
-        st = self.store
+        store = self.store
         at, mask, first = self.span(rows, K)
-
-        def take(x, at=at):
-            return x.index_select(0, at.flatten()).unflatten(0, at.shape)
-
-        s = take(st.s, self.stacked(at, first)) if st.s.dtype == torch.uint8 else (take(st.s) - self.mean) / self.std
-
-        def zero(x):
-            return x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
-
         return Steps(
-            zero(s),
-            zero(take(st.a)),
-            zero(take(st.rtg)[..., None] / self.scale),
-            zero(at - first[:, None]),
+            zero_padding(self.states(at, first), mask),
+            zero_padding(gather(store.a, at), mask),
+            zero_padding(gather(store.rtg, at)[..., None] / self.scale, mask),
+            zero_padding(at - first[:, None], mask),
             mask.float(),
         )
 
@@ -472,22 +604,19 @@ class Table:
         at, mask, _ = self.span(rows, K)
         return self.store.r[at].mul(mask).unsqueeze(-1) / self.scale
 
-    def stacked(self, at, first):
-        return torch.maximum(
-            at[..., None] - torch.arange(self.stack - 1, -1, -1, device=at.device), first[:, None, None]
-        )
-
 
 # %% ../nbs/02_data.ipynb #c072e08a
 def prompt_rows(tab, traj, H, position="tail", gen=None):
-    "Where segments of H steps begin in trajectories `traj` (B, J): rows (B, J). position: 'tail' (released code) or 'random' (paper)."
+    """Where segments of H steps begin in trajectories `traj` (B, J): rows (B, J).
+
+    position: 'tail' (released code) or 'random' (paper).
+    """
     store = tab.store
     room = (store.length[traj] - H).clamp(min=0)
-    start = (
-        (room - 1).clamp(min=0)
-        if position == "tail"
-        else (torch.rand(traj.shape, generator=gen).to(room.device) * (room + 1)).long()
-    )
+    if position == "tail":
+        start = (room - 1).clamp(min=0)
+    else:
+        start = (torch.rand(traj.shape, generator=gen).to(room.device) * (room + 1)).long()
     return store.first[traj] + start
 
 
@@ -507,22 +636,51 @@ def prompt_steps(tab, traj, H, position="tail", gen=None, gap=False) -> Steps:
 
 # %% ../nbs/02_data.ipynb #61039b1c
 def pick(store, task_ids, n, gen, which="any", pool=5, least=1):
-    "Trajectories (len(task_ids), n) of at least `least` steps drawn per task: of 'any', or of the `pool` of the 'best' or 'worst' by return."
+    """Trajectories (len(task_ids), n) of at least `least` steps drawn per task.
+
+    Of 'any', or of the `pool` of the 'best' or 'worst' by return.
+    """
     out = []
     for i in task_ids:
-        t = ((store.task == i) & (store.length >= least)).nonzero()[:, 0]
-        if not len(t):
+        own = ((store.task == i) & (store.length >= least)).nonzero()[:, 0]
+        if not len(own):
             raise PromptnbError(f"there is no trajectory of task {i} with {least} steps")
         if which != "any":
-            t = t[store.returns[t].argsort(descending=which == "best")[:pool]]
-        out.append(t[torch.randint(len(t), (n,), generator=gen)])
+            own = own[store.returns[own].argsort(descending=which == "best")[:pool]]
+        out.append(own[torch.randint(len(own), (n,), generator=gen)])
     return torch.stack(out)
+
+
+# %% ../nbs/02_data.ipynb #dataspan
+@dataclass(frozen=True)
+class Spans:
+    "Where each of G tasks lies in a Store: its rows, or its trajectories, are neighbours."
+
+    first: torch.Tensor  # (G,)
+    count: torch.Tensor  # (G,)
+
+    def draw(self, g, shape, gen):
+        "Uniform indices of the given shape (len(g), ...) within the spans of tasks g."
+        first, count = (x[g].view(-1, *[1] * (len(shape) - 1)) for x in (self.first, self.count))
+        return first + (torch.rand(shape, generator=gen, dtype=torch.float64) * count).long()
+
+
+# %% ../nbs/02_data.ipynb #dataspa2
+def spans_of(store, task_ids, of="rows"):
+    "The `Spans` of tasks in a Store, of their 'rows' or their 'trajectories'."
+    weight = store.length if of == "rows" else torch.ones_like(store.length)
+    count = torch.stack([weight[store.task == i].sum() for i in task_ids]).cpu()
+    for i, n in zip(task_ids, count.tolist()):
+        if n == 0:
+            raise PromptnbError(f"there is no trajectory of task {i} to take prompts from")
+    first = torch.stack([weight[store.task < i].sum() for i in task_ids]).cpu()
+    return Spans(first, count)
 
 
 # %% ../nbs/02_data.ipynb #fb19d3c7
 @dataclass
 class Sampler:
-    "Draws Batch t from Generator(seed, t). Prompts come from `prompts` (default: the same store), any trajectory of the task."
+    "Draws Batch t from Generator(seed, t)."
 
     store: Store
     mean: torch.Tensor
@@ -534,7 +692,7 @@ class Sampler:
     J: int = 1  # prompt segments
     H: int = 5  # steps a segment; 0: no prompt
     position: str = "tail"
-    prompts: Store | None = None
+    prompts: Store | None = None  # where prompts come from, any trajectory of the task; default: `store`
     gap: bool = False  # an empty step after each segment, which tells where trajectories meet
     seed: int = 0
     device: str = "cpu"
@@ -547,36 +705,25 @@ class Sampler:
         self.table = Table(self.store, mean, std, self.scale)
         self.prompt_table = self.table if self.prompts is self.store else Table(self.prompts, mean, std, self.scale)
         self.ids = torch.tensor(self.store.task_ids)
-        self._rows, self._trajs = self._spans(self.store, steps=True), self._spans(self.prompts, steps=False)
+        self.rows = spans_of(self.store, self.store.task_ids)
+        self.trajs = spans_of(self.prompts, self.store.task_ids, "trajectories")
 
-    def _spans(self, store, steps):
-        "First (G,) and number (G,) of each task's rows or trajectories: they are contiguous."
-        count = torch.stack(
-            [(store.length[store.task == i].sum() if steps else (store.task == i).sum()) for i in self.ids.tolist()]
-        ).cpu()
-        if (count == 0).any():
-            raise PromptnbError(f"there is no trajectory of task {self.ids[count == 0][0].item()} to take prompts from")
-        before = torch.stack(
-            [(store.length[store.task < i].sum() if steps else (store.task < i).sum()) for i in self.ids.tolist()]
-        ).cpu()
-        return before, count
-
-    def draw(self, spans, g, shape, gen):
-        "Uniform indices of the given shape (len(g), ...) within the spans of tasks g."
-        first, count = (x[g].view(-1, *[1] * (len(shape) - 1)) for x in spans)
-        return first + (torch.rand(shape, generator=gen, dtype=torch.float64) * count).long()
+    def draw_tasks(self, n, gen):
+        "n of the G tasks, in order if all are drawn: indices (n,)."
+        G = len(self.ids)
+        return torch.randperm(G, generator=gen)[:n] if n < G else torch.arange(G)
 
     def batch(self, t) -> Batch:
+        "Batch t: `per_task` rows of each task drawn; `task` says which of the sampler's tasks a row is of."
         gen = torch.Generator().manual_seed(seed_for(self.seed, "batch", t))
-        G = len(self.ids)
-        n = min(self.tasks_per_batch or G, G)
-        g = torch.randperm(G, generator=gen)[:n] if n < G else torch.arange(G)
-        rows = self.draw(self._rows, g, (n, self.per_task), gen).flatten().to(self.device)
+        n = min(self.tasks_per_batch or len(self.ids), len(self.ids))
+        g = self.draw_tasks(n, gen)
+        rows = self.rows.draw(g, (n, self.per_task), gen).flatten().to(self.device)
         history = self.table.windows(rows, self.K)
         task = g.repeat_interleave(self.per_task).to(self.device)
         if not self.H:
             return Batch(history, None, task)
-        traj = self.draw(self._trajs, g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
+        traj = self.trajs.draw(g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
         return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen, self.gap), task)
 
 
@@ -594,67 +741,78 @@ class Demos:
 
     @property
     def G(self):
+        "Number of tasks."
         return len(self.sampler.ids)
 
     @property
     def task_ids(self):
+        "Ids of the tasks, in order of the prompts."
         return self.sampler.ids.tolist()
 
     def batch(self, t) -> Steps:
         "Windows (G, B, K, .) of the demonstrations, B = the sampler's per_task."
         return self.sampler.batch(t).history.map(lambda x: x.unflatten(0, (self.G, -1)))
 
-    def best(self, share=0.1):
-        "The same of the best trajectories by return only: this share of each task's, at least one."
-        st = self.sampler.store
-        of = [(st.task == i).nonzero()[:, 0] for i in self.task_ids]
-        keep = [
-            t[st.returns[t].argsort(descending=True, stable=True)[: max(1, round(share * len(t)))]].sort().values
-            for t in of
-        ]
-        return replace(self, sampler=replace(self.sampler, store=subset(st, torch.cat(keep)), prompts=None))
 
-    def segments(self, m, P, gen) -> Steps:
-        "m segments of P steps a task, from anywhere in those of its demonstrations that are long enough: Steps (G, m, P, .)."
-        s = self.sampler
-        traj = pick(s.store, self.task_ids, m, gen, least=P)
-        return prompt_steps(s.table, traj.flatten()[:, None], P, "random", gen).map(
-            lambda x: x.unflatten(0, traj.shape)
-        )
+# %% ../nbs/02_data.ipynb #datasegm
+@patch
+def segments(self: Demos, m, P, gen) -> Steps:
+    "m segments of P steps per task, from anywhere in its demonstrations that are long enough: Steps (G, m, P, .)."
+    traj = pick(self.sampler.store, self.task_ids, m, gen, least=P)
+    steps = prompt_steps(self.sampler.table, traj.flatten()[:, None], P, "random", gen)
+    return steps.map(lambda x: x.unflatten(0, traj.shape))
 
-    def draw(self, t, m, tasks=None, seed=0):
-        "Draw t of a tuner that learns to write prompts: m demonstrations' prompts a task as Steps (n, m, P, .), their rewards (n, m, P, 1) and windows (n, B, K, .) of n tasks (default: all)."
-        s, gen = self.sampler, torch.Generator().manual_seed(seed_for(self.sampler.seed, "draw", seed, t))
-        n = min(tasks or self.G, self.G)
-        g = torch.randperm(self.G, generator=gen)[:n] if n < self.G else torch.arange(n)
-        rows = s.draw(s._rows, g, (n, s.per_task), gen).flatten().to(s.device)
-        traj = s.draw(s._trajs, g, (n, m, self.J), gen).flatten(0, 1).to(s.device)
-        at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten()
 
-        def cut(x):
-            return joined(x, traj.shape, self.gap).unflatten(0, (n, m))
+# %% ../nbs/02_data.ipynb #datadraw
+@patch
+def draw(self: Demos, t, m, tasks=None, seed=0):
+    """Draw t of a tuner that learns to write prompts, for n tasks (default: all).
 
-        return (
-            s.table.windows(at, self.H).map(cut),
-            cut(s.table.rewards(at, self.H)),
-            s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1))),
-        )
+    (m prompts per task, cut from demonstrations: Steps (n, m, P, .); their rewards (n, m, P, 1); windows (n, B, K, .)).
+    """
+    s = self.sampler
+    gen = torch.Generator().manual_seed(seed_for(s.seed, "draw", seed, t))
+    n = min(tasks or self.G, self.G)
+    g = s.draw_tasks(n, gen)
+    rows = s.rows.draw(g, (n, s.per_task), gen).flatten().to(s.device)
+    traj = s.trajs.draw(g, (n, m, self.J), gen).flatten(0, 1).to(s.device)
+    at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten()
+
+    def as_prompts(x):
+        return joined(x, traj.shape, self.gap).unflatten(0, (n, m))
+
+    prompts = s.table.windows(at, self.H).map(as_prompts)
+    rewards = as_prompts(s.table.rewards(at, self.H))
+    windows = s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1)))
+    return prompts, rewards, windows
+
+
+# %% ../nbs/02_data.ipynb #databest
+@patch
+def best(self: Demos, share=0.1):
+    "The same of the best trajectories by return only: this share of each task's, at least one."
+    store, kept = self.sampler.store, []
+    for i in self.task_ids:
+        own = (store.task == i).nonzero()[:, 0]
+        n = max(1, round(share * len(own)))
+        kept.append(own[store.returns[own].argsort(descending=True, stable=True)[:n]].sort().values)
+    return replace(self, sampler=replace(self.sampler, store=subset(store, torch.cat(kept)), prompts=None))
 
 
 # %% ../nbs/02_data.ipynb #4866e07c
 def demos(
     store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", which="any", seed=0, gap=False
 ) -> Demos:
-    "Draw `n` demonstrations a task and one prompt a task; everything follows from the seed."
+    """Draw `n` demonstrations (0: all) and one prompt per task; everything follows from the seed.
+
+    `prompt_store`: where prompts come from. `policy`: has the normaliser (mean, std, rtg_scale). `which`: see `pick`.
+    """
     gen = torch.Generator().manual_seed(seed_for(seed, "demos"))
     mean, std, scale = policy.mean.cpu(), policy.std.cpu(), policy.rtg_scale
     chosen = pick(store, store.task_ids, n, gen).unique().tolist() if n else list(range(len(store)))
     traj = pick(prompt_store, store.task_ids, J, gen, which)
-    return Demos(
-        Sampler(subset(store, chosen), mean, std, scale, K=K, per_task=batch, H=0, seed=seed_for(seed, "demo-batches")),
-        prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen, gap),
-        J,
-        H,
-        position,
-        gap,
+    prompt = prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen, gap)
+    sampler = Sampler(
+        subset(store, chosen), mean, std, scale, K=K, per_task=batch, H=0, seed=seed_for(seed, "demo-batches")
     )
+    return Demos(sampler, prompt, J, H, position, gap)
