@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_faults import refused
 from test_papers import FAMILY, PRETRAIN, ROOT, cli, new_home, one_line
-from test_project import py, settings
+from test_project import run_python, settings
 from test_resume import kill_group, mtimes, start, wait_for
 
 from promptnb import cli as command
@@ -448,7 +448,7 @@ print(kept[0].nbytes)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_mapped_columns_take_no_memory(tmp_path):
     "200 MB on disk are written, measured and trained on by a process that grows by less than a quarter of that; in memory they weigh what they weigh."
-    mapped, memory, size = map(float, py(f"FOLDER = {str(tmp_path)!r}" + MEMORY, ROOT).split())
+    mapped, memory, size = map(float, run_python(f"FOLDER = {str(tmp_path)!r}" + MEMORY, ROOT).split())
     next(tmp_path.iterdir()).unlink()
     assert size > 200e6 and mapped < 0.25 and memory > 0.9
 
