@@ -60,14 +60,12 @@ def test_protocol_is_the_standard_one():
 
 
 def test_a_row_depends_on_its_own_seed_alone():
-    a, b, c = (
-        follow(rows("breakout", 1), 0, 7, 1),
-        follow(rows("breakout", 3), 2, 7, 5),
-        follow(rows("breakout", 1), 0, 8, 1),
-    )
-    assert (a[0] == b[0]).all()
-    assert (a[1] == b[1]).all()
-    assert not (a[0] == c[0]).all()
+    frames, rewards = follow(rows("breakout", 1), 0, 7, 1)
+    beside_others = follow(rows("breakout", 3), 2, 7, 5)
+    other_frames, _ = follow(rows("breakout", 1), 0, 8, 1)
+    assert (beside_others[0] == frames).all()
+    assert (beside_others[1] == rewards).all()
+    assert (other_frames != frames).any()
 
 
 def test_resets_without_a_seed_go_on_reproducibly():
@@ -100,13 +98,13 @@ def test_ended_rows_are_frozen_until_reset():
 def test_a_lost_game_terminates_and_earns_nothing_more():
     vec = rows("breakout", 1)
     vec.reset(seed=0)
-    rng, over = np.random.default_rng(0), False
+    rng = np.random.default_rng(0)
     for _ in range(2000):
         obs, r, term, trunc, info = vec.step(rng.integers(4, size=1))
-        if over := term[0]:
+        if term[0]:
             break
+    assert term[0]
     again, r, term, *_ = vec.step([1])
-    assert over
     assert info["lives"][0] == 0
     assert term[0]
     assert r[0] == 0
@@ -187,41 +185,36 @@ def test_frames_of_any_source_become_what_the_agent_sees():
         atari.gray84(np.zeros((2, 84)))
 
 
-def test_minari_episodes(tmp_path, monkeypatch):
+@pytest.fixture
+def minari_game(tmp_path, monkeypatch):
+    "A Minari dataset of one made-up game of Pong, of three steps."
     minari = pytest.importorskip("minari")
     from minari.data_collector import EpisodeBuffer
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    frames = np.random.default_rng(0).integers(0, 256, (4, 210, 160, 3), np.uint8)
-    end = np.array([False, False, True])
-    ds = minari.create_dataset_from_buffers(
-        "atari/pong/test-v0",
-        [
-            EpisodeBuffer(
-                id=0,
-                observations=frames,
-                actions=np.array([0, 5, 2]),
-                rewards=np.array([0.0, -1.0, 1.0]),
-                terminations=end,
-                truncations=end & False,
-            )
-        ],
-        observation_space=gym.spaces.Box(0, 255, (210, 160, 3), np.uint8),
-        action_space=gym.spaces.Discrete(6),
-        algorithm_name="-",
-        author="-",
-        author_email="-",
-        code_permalink="-",
-        description="-",
-        jpeg_encoding=False,
+    episode = EpisodeBuffer(
+        id=0,
+        observations=np.random.default_rng(0).integers(0, 256, (4, 210, 160, 3), np.uint8),
+        actions=np.array([0, 5, 2]),
+        rewards=np.array([0.0, -1.0, 1.0]),
+        terminations=np.array([False, False, True]),
+        truncations=np.zeros(3, bool),
     )
-    (one,) = atari.from_minari_atari(ds, "pong")
+    spaces = dict(
+        observation_space=gym.spaces.Box(0, 255, (210, 160, 3), np.uint8), action_space=gym.spaces.Discrete(6)
+    )
+    who = dict(algorithm_name="-", author="-", author_email="-", code_permalink="-", description="-")
+    return minari.create_dataset_from_buffers("atari/pong/test-v0", [episode], jpeg_encoding=False, **spaces, **who)
+
+
+def test_minari_episodes(minari_game):
+    (one,) = atari.from_minari_atari(minari_game, "pong")
     assert one["observations"].shape == (3, 84, 84)
     assert one["observations"].dtype == np.uint8
     assert one["actions"].tolist() == [0, 5, 2]
     assert one["rewards"].tolist() == [0, -1, 1]
     with pytest.raises(PromptnbError, match="6 actions, but breakout has 4"):
-        atari.from_minari_atari(ds, "breakout")
+        atari.from_minari_atari(minari_game, "breakout")
 
 
 def write_part(folder, part=0, n=10, terminal=(3, 7), **over):
@@ -251,25 +244,41 @@ def test_dqn_replay_is_split_at_terminals(tmp_path):
     assert [len(e["actions"]) for e in atari.from_dqn_replay(tmp_path, parts=[0], steps=6)] == [4, 2]
 
 
-def test_damaged_replays_are_one_line(tmp_path):
+@pytest.fixture
+def replay(tmp_path):
+    "A replay folder of one whole part."
+    write_part(tmp_path)
+    return tmp_path
+
+
+def test_an_empty_replay_folder(tmp_path):
     with pytest.raises(PromptnbError, match="no DQN-replay data"):
         atari.from_dqn_replay(tmp_path)
-    write_part(tmp_path, action=np.zeros(9, np.int32))
-    with pytest.raises(PromptnbError, match="lengths 10, 9, 10, 10"):
-        atari.from_dqn_replay(tmp_path)
-    write_part(tmp_path)
-    f = tmp_path / "$store$_observation_ckpt.0.gz"
-    whole = f.read_bytes()
-    for bad in (whole[:-30], b"nonsense", whole[:40] + b"x" * 40 + whole[80:]):
-        f.write_bytes(bad)
-        with pytest.raises(PromptnbError, match="is damaged"):
-            atari.from_dqn_replay(tmp_path)
-    with gzip.open(f, "wb") as g:
-        np.save(g, np.array([{}] * 10), allow_pickle=True)
-    with pytest.raises(PromptnbError, match="not a plain array"):
-        atari.from_dqn_replay(tmp_path)
-    f.unlink()
-    write_part(tmp_path)
-    (tmp_path / "$store$_reward_ckpt.0.gz").unlink()
+
+
+def test_a_replay_part_needs_its_four_files(replay):
+    (replay / "$store$_reward_ckpt.0.gz").unlink()
     with pytest.raises(PromptnbError, match="reward_ckpt.0.gz"):
-        atari.from_dqn_replay(tmp_path)
+        atari.from_dqn_replay(replay)
+
+
+def test_replay_arrays_have_one_length(replay):
+    write_part(replay, action=np.zeros(9, np.int32))
+    with pytest.raises(PromptnbError, match="lengths 10, 9, 10, 10"):
+        atari.from_dqn_replay(replay)
+
+
+def test_damaged_replay_files(replay):
+    file = replay / "$store$_observation_ckpt.0.gz"
+    whole = file.read_bytes()
+    for bad in (whole[:-30], b"nonsense", whole[:40] + b"x" * 40 + whole[80:]):
+        file.write_bytes(bad)
+        with pytest.raises(PromptnbError, match="is damaged"):
+            atari.from_dqn_replay(replay)
+
+
+def test_pickled_replay_files_are_refused(replay):
+    with gzip.open(replay / "$store$_observation_ckpt.0.gz", "wb") as f:
+        np.save(f, np.array([{}] * 10), allow_pickle=True)
+    with pytest.raises(PromptnbError, match="not a plain array"):
+        atari.from_dqn_replay(replay)

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from promptnb.tasks.kitchen import JOINTS, SUBTASKS, Kitchen, from_minari_kitche
 
 
 def play(vec, seeds, act, steps):
-    "Observations (steps + 1, N, 59), actions and rewards of lock-step play."
+    "Lock-step play: observations s (steps + 1, N, 59), actions a and rewards r (steps, N, ...), and the rows `vec`."
     obs, _ = vec.reset(seed=seeds)
     s, a, r = [obs], [], []
     for _ in range(steps):
@@ -27,14 +28,14 @@ def play(vec, seeds, act, steps):
         r.append(reward)
         if (term | trunc).all():
             break
-    return np.stack(s), np.stack(a), np.stack(r)
+    return SimpleNamespace(s=np.stack(s), a=np.stack(a), r=np.stack(r), vec=vec)
 
 
 @pytest.fixture(scope="module")
 def played():
     "Two whole episodes of the script."
     vec = tasks.lock_step("kitchen", [0, 0])
-    return (*play(vec, [5, 6], kitchen.script(vec, "expert", np.random.default_rng(0)), 280), vec)
+    return play(vec, [5, 6], kitchen.script(vec, "expert", np.random.default_rng(0)), 280)
 
 
 def test_environment_passes_the_checker():
@@ -55,22 +56,23 @@ def test_equals_the_package_bit_for_bit():
         assert r == r2
 
 
-def test_an_episode_depends_on_its_seed_alone(played):
-    s, a, r, vec = played
-    again = kitchen.Script(vec.envs[0].unwrapped, 2, kitchen.NOISE, np.random.default_rng(0))
-    s2, a2, r2 = play(vec, [5, 6], again, 60)  # the same rows, which have moved
-    assert np.array_equal(s[:61], s2)
-    assert np.array_equal(a[:60], a2)
-    three = tasks.lock_step("kitchen", [0] * 3)
-    t = iter(range(60))  # another row, other neighbours
-    s3, *_ = play(three, [9, 6, 5], lambda obs: np.stack([np.ones(9, np.float32), *a[next(t), ::-1]]), 60)
-    assert np.array_equal(s3[:, 1], s[:61, 1])
-    assert np.array_equal(s3[:, 2], s[:61, 0])
-    assert not np.array_equal(s3[1, 0], s3[1, 1])
+def test_an_episode_is_the_same_in_rows_that_have_moved(played):
+    script = kitchen.Script(played.vec.envs[0].unwrapped, 2, kitchen.NOISE, np.random.default_rng(0))
+    again = play(played.vec, [5, 6], script, 60)
+    assert np.array_equal(again.s, played.s[:61])
+    assert np.array_equal(again.a, played.a[:60])
+
+
+def test_an_episode_is_the_same_in_another_row_beside_others(played):
+    three, actions = tasks.lock_step("kitchen", [0] * 3), iter(played.a)
+    moved = play(three, [9, 6, 5], lambda obs: np.stack([np.ones(9, np.float32), *next(actions)[::-1]]), 60)
+    assert np.array_equal(moved.s[:, 1], played.s[:61, 1])
+    assert np.array_equal(moved.s[:, 2], played.s[:61, 0])
+    assert not np.array_equal(moved.s[1, 0], moved.s[1, 1])
 
 
 def test_rows_are_reset_by_a_mask(played):
-    vec = played[3]
+    vec = played.vec
     vec.reset(seed=[5, 6])
     vec.step(np.ones((2, 9)))
     kept, _ = vec.reset(seed=[7, 8], options=dict(reset_mask=np.array([True, False])))
@@ -82,20 +84,22 @@ def test_rows_are_reset_by_a_mask(played):
 def test_d4rl_pays_once_and_ends_when_all_are_done():
     env = gym.make("promptnb/kitchen-v0")
     env.reset(seed=0)
-    q = env.unwrapped.data.qpos
-    paid = []
-    for k in SUBTASKS:
-        if k == "microwave":
-            q[JOINTS[k]] = kitchen.GOALS[k]
-            paid.append(env.step(np.zeros(9))[1:3])
-            q[JOINTS[k]] = 0
-            paid.append(env.step(np.zeros(9))[1:3])
-        q[JOINTS[k]] = kitchen.GOALS[k]
-        *_, info = out = env.step(np.zeros(9))
-        paid.append(out[1:3])
-    assert paid == [(1, False), (0, False), (0, False), (1, False), (1, False), (1, True)]
-    assert info["success"]
-    assert info["finished"] == SUBTASKS
+
+    def put(subtask, angles):
+        "Put a thing somewhere: reward, terminated, info of the step after."
+        env.unwrapped.data.qpos[JOINTS[subtask]] = angles
+        _, reward, ended, _, info = env.step(np.zeros(9))
+        return reward, ended, info
+
+    microwave, *others = SUBTASKS
+    assert put(microwave, kitchen.GOALS[microwave])[:2] == (1, False)
+    assert put(microwave, 0)[:2] == (0, False)
+    assert put(microwave, kitchen.GOALS[microwave])[:2] == (0, False)  # it was paid before
+    *first, last = [put(k, kitchen.GOALS[k]) for k in others]
+    assert [x[:2] for x in first] == [(1, False), (1, False)]
+    assert last[:2] == (1, True)
+    assert last[2]["success"]
+    assert last[2]["finished"] == SUBTASKS
 
 
 def test_the_other_protocol_pays_on_and_never_ends():
@@ -123,24 +127,24 @@ def test_rule_on_arrays():
 
 def test_script_beats_random_by_the_cards_margin(played):
     card = read_json(data_dir() / "experts" / "kitchen.json")
-    expert = played[2].sum(0)
+    expert = played.r.sum(0)
     vec = tasks.lock_step("kitchen", [0])
-    random = play(vec, [5], kitchen.script(vec, "random", np.random.default_rng(0)), 280)[2].sum(0)
+    random = play(vec, [5], kitchen.script(vec, "random", np.random.default_rng(0)), 280).r.sum(0)
     assert expert.mean() - random.mean() > card["margin"] > 0.5
-    assert played[3].finished.shape == (2, 4)
+    assert played.vec.finished.shape == (2, 4)
     assert card["expert_mean_return"] <= 4
     with pytest.raises(PromptnbError, match="unknown quality of kitchen 'medium'"):
         kitchen.script(vec, "medium", np.random.default_rng(0))
 
 
 def test_script_begins_anew_after_a_reset(played):
-    vec = played[3]
+    vec = played.vec
     act = kitchen.script(vec, "expert", np.random.default_rng(1))
     act.noise = 0 * act.noise
-    a = play(vec, [5, 6], act, 30)[1]
+    a = play(vec, [5, 6], act, 30).a
     vec.reset(seed=[1, 2])
     assert act.place[:, 1].min() > 0
-    assert np.array_equal(play(vec, [5, 6], act, 30)[1], a)
+    assert np.array_equal(play(vec, [5, 6], act, 30).a, a)
 
 
 def test_noise_of_a_row_does_not_depend_on_the_others():
@@ -173,38 +177,24 @@ def dict_episode(T=30, done=(3, 9, 9, 20), extra=0):
 
 
 def write(id_, episodes, observation_space, env):
+    "A Minari dataset of (observations, actions, rewards)."
     import minari
     from minari.data_collector import EpisodeBuffer
 
-    bufs = [
-        EpisodeBuffer(
-            id=i,
-            observations=o,
-            actions=a,
-            rewards=r,
-            terminations=np.zeros(len(r), bool),
-            truncations=np.arange(len(r)) == len(r) - 1,
-        )
-        for i, (o, a, r) in enumerate(episodes)
-    ]
+    who = dict(algorithm_name="made up", author="-", author_email="-", code_permalink="-")
+    buffers = []
+    for i, (o, a, r) in enumerate(episodes):
+        ends = dict(terminations=np.zeros(len(r), bool), truncations=np.arange(len(r)) == len(r) - 1)
+        buffers.append(EpisodeBuffer(id=i, observations=o, actions=a, rewards=r, **ends))
+    spaces = dict(observation_space=observation_space, action_space=env.action_space)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        minari.create_dataset_from_buffers(
-            id_,
-            bufs,
-            observation_space=observation_space,
-            action_space=env.action_space,
-            algorithm_name="made up",
-            author="promptnb",
-            author_email="-",
-            code_permalink="-",
-            description="a test",
-            data_format="hdf5",
-        )
+        minari.create_dataset_from_buffers(id_, buffers, **spaces, **who, description="a test", data_format="hdf5")
 
 
 @pytest.fixture
 def human(tmp_path, monkeypatch):
+    "Three made-up demonstrations in Minari's folder: whole, one sub-task short, the last one too late."
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     env = Kitchen("gymnasium").inner
     episodes = [dict_episode(), dict_episode(done=(3, 9, 40, 20)), dict_episode(T=300, done=(3, 9, 290, 20))]

@@ -1,4 +1,4 @@
-"LaMo on pictures: the network written out, what a window's padding and memory change (nothing), memory in evaluation, learning, saving."
+"LaMo on pictures: the network written out, padding and memory that change nothing, learning, saving."
 
 from dataclasses import asdict, replace
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("ale_py")
 
 from promptnb import tasks
-from promptnb.core import Batch, PromptnbError, Steps
+from promptnb.core import Batch, PromptnbError
 from promptnb.data import Sampler, from_arrays
 from promptnb.evaluate import Buffers, ImageBuffers, eval_tasks, rollout
 from promptnb.models.lm import LamoBatch, counts
@@ -54,21 +54,25 @@ def sampler(store):
 
 
 def played(steps, n=3, k=K, seed=0):
-    "A game of noise: ImageBuffers and Buffers of the same steps, and each step's windows."
-    g, rings, plain = (
-        np.random.default_rng(seed),
-        ImageBuffers(n, steps, k, FRAMES, A, np.arange(n) * 10.0, "cpu"),
-        Buffers(n, steps, k, 28224, A, np.arange(n) * 10.0, "cpu"),
-    )
+    "A game of noise: at each step, the step, and ImageBuffers and Buffers that have seen the same."
+    g, targets = np.random.default_rng(seed), np.arange(n) * 10.0
+    rings = ImageBuffers(n, steps, k, FRAMES, A, targets, "cpu")
+    plain = Buffers(n, steps, k, 28224, A, targets, "cpu")
     for t in range(steps):
         x = g.integers(0, 256, (n, *FRAMES), np.uint8)
         a = F.one_hot(torch.from_numpy(g.integers(A, size=n)), A).float()
         r = g.random(n)
-        for b in (rings, plain):
-            b.observe(t, x if b is rings else x.reshape(n, -1))
+        rings.observe(t, x)
+        plain.observe(t, x.reshape(n, -1))
         yield t, rings, plain
-        for b in (rings, plain):
-            b.acted(t, a, r)
+        rings.acted(t, a, r)
+        plain.acted(t, a, r)
+
+
+def windows(steps):
+    "A copy of each step's window of a game of noise."
+    for t, ring, _ in played(steps):
+        yield ring.window(t).map(torch.clone)
 
 
 # ---- evaluation
@@ -123,14 +127,8 @@ def test_memory_changes_nothing(kw):
 
 
 def test_memory_of_another_step_is_not_used():
-    pi = policy()
-    past, ws = (
-        pi.begin([0, 1, 2]),
-        [
-            Steps(*(getattr(ring.window(t), n).clone() for n in ("s", "a", "rtg", "t", "mask")))
-            for t, ring, _ in played(9)
-        ],
-    )
+    pi, ws = policy(), list(windows(9))
+    past = pi.begin([0, 1, 2])
     for t in (0, 1, 5, 5, 2, 3, 0):
         torch.testing.assert_close(pi.act(ws[t], past), pi.act(ws[t]), atol=1e-5, rtol=1e-5)
 
@@ -138,9 +136,47 @@ def test_memory_of_another_step_is_not_used():
 @pytest.mark.parametrize("kw", [{}, dict(use_positions=False)])
 def test_padding_is_not_seen(kw):
     pi = policy(**kw)
-    for t, ring, _ in played(K):
-        w = ring.window(t)
-        torch.testing.assert_close(pi.act(w), pi.act(w.map(lambda x: x[:, K - 1 - t :])), atol=1e-5, rtol=1e-5)
+    for t, padded in enumerate(windows(K)):
+        torch.testing.assert_close(pi.act(padded), pi.act(padded[:, K - 1 - t :]), atol=1e-5, rtol=1e-5)
+
+
+class Forgets(PixelLamo):
+    "Embeds the whole window at each step."
+
+    def begin(self, rows):
+        self.eval()
+
+
+def play(*policies):
+    "Two games of 30 steps for each policy, with two targets."
+    return rollout(
+        [task for p in policies for task in eval_tasks(p, [0])],
+        "breakout",
+        episodes=2,
+        target=[90.0, 120.0] * len(policies),
+        limit=30,
+        threads=1,
+        keep=True,
+    )
+
+
+def test_plays_breakout():
+    x = play(policy())
+    assert x.returns.shape == (1, 2)
+    assert (x.lengths == 30).all()
+    assert not x.failed.any()
+    assert x.trace["a"].shape == (2, 30, A)
+    assert "s" not in x.trace
+
+
+def test_plays_alike_without_memory_and_beside_another():
+    pi = policy()
+    forgetful = Forgets(asdict(TINY), K=K)
+    forgetful.load_state_dict(pi.state_dict())
+    alone, without_memory, second = play(pi), play(forgetful), play(policy(embed="linear"), pi)
+    assert np.array_equal(alone.trace["a"], without_memory.trace["a"])
+    assert np.array_equal(alone.trace["a"], second.trace["a"][2:])
+    assert np.array_equal(alone.returns[0], second.returns[1])
 
 
 def test_plays_breakout():

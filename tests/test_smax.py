@@ -1,7 +1,6 @@
 "SMAX in lock step: games that depend on their seeds alone, a legal script of known strength, plain arrays in."
 
 import importlib.util
-from dataclasses import replace
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -21,35 +20,38 @@ N, A, HORIZON = 3, 8, 100
 
 
 def games(n, family="smax-3m"):
+    "A lock step of n games."
     return tasks.lock_step(family, [0] * (n * tasks.family(family).agents))
 
 
 def per_game(seeds):
+    "One seed a row: all agents of a game have their game's."
     return [s for s in seeds for _ in range(N)]
 
 
 def one_line(match):
+    "Expects an error of one line."
     return pytest.raises(PromptnbError, match=f"^[^\n]*{match}[^\n]*$")
 
 
 def play(vec, quality, seeds, rng=0, steps=HORIZON):
-    "One game each: arrays (T, rows, ...), T the longest; everything that step returns, and what was legal before it."
+    "One game each: arrays (T, rows, ...), T the longest; what a step returns, and what was legal before it."
     act = smax.script(vec, quality, np.random.default_rng(rng))
     obs, info = vec.reset(seed=seeds)
     out = []
     for _ in range(steps):
         legal, a = vec.legal.copy(), act(obs)
         obs, r, term, trunc, info = vec.step(a)
-        out.append((obs, a, r, term, trunc, info["success"], legal, np.repeat(vec.world_state, vec.family.agents, 0)))
+        world = np.repeat(vec.world_state, vec.family.agents, 0)
+        out.append(dict(obs=obs, a=a, r=r, term=term, trunc=trunc, won=info["success"], legal=legal, world=world))
         if (term | trunc).all():
             break
-    return SimpleNamespace(
-        **{k: np.stack(v) for k, v in zip(("obs", "a", "r", "term", "trunc", "won", "legal", "world"), zip(*out))}
-    )
+    return SimpleNamespace(**{k: np.stack([step[k] for step in out]) for k in out[0]})
 
 
 @pytest.fixture(scope="module")
 def played():
+    "64 games by each quality, from the seeds 0 to 63."
     return {q: play(games(64), q, per_game(range(64))) for q in smax.NOISE}
 
 
@@ -62,6 +64,11 @@ def test_rows_are_whole_games():
             tasks.lock_step("smax-3m", ids)
     with one_line("unknown task 'smax-3m-1'"):
         tasks.lock_step("smax-3m", [1] * 3)
+    with one_line("same for each 3"):
+        games(2).reset(options=dict(reset_mask=np.arange(6) == 1))
+
+
+def test_the_number_of_rows_can_change():
     vec = games(2)
     vec.reset(seed=0)
     vec.set_tasks([0] * 15)
@@ -71,8 +78,6 @@ def test_rows_are_whole_games():
     assert obs.dtype == np.float32
     assert info["legal"].shape == (15, A)
     assert vec.world_state.shape == (5, 72)
-    with one_line("same for each 3"):
-        vec.reset(options=dict(reset_mask=np.arange(15) == 1))
 
 
 def test_agents_of_a_game_share_it(played):
@@ -84,50 +89,60 @@ def test_agents_of_a_game_share_it(played):
         assert all(len(np.unique(p.obs[0][3 * g : 3 * g + 3], axis=0)) == 3 for g in range(64))
 
 
-def test_seeds():
-    "A game takes its first row's; an int counts rows; all 64 bits count; None goes on to another game, the same each time."
+def start_of(vec, seed):
+    return vec.reset(seed=seed)[0]
+
+
+def test_a_game_takes_its_first_rows_seed():
+    "An int counts rows; all 64 bits count."
     vec = games(2)
+    a = start_of(vec, [5, 9, 9, 8, 1, 1])
+    assert np.array_equal(a, start_of(vec, per_game([5, 8])))
+    assert np.array_equal(a, start_of(vec, 5))
+    assert np.array_equal(a[3:], start_of(vec, per_game([8, 8]))[3:])
+    large = start_of(vec, per_game([2**40 + 1] * 2))
+    assert np.array_equal(*np.split(large, 2))
+    assert not np.array_equal(large, start_of(vec, per_game([1, 1])))
 
-    def start(seed):
-        return vec.reset(seed=seed)[0]
 
-    a = start([5, 9, 9, 8, 1, 1])
-    assert np.array_equal(a, start(per_game([5, 8])))
-    assert np.array_equal(a, start(5))
-    assert np.array_equal(a[3:], start(per_game([8, 8]))[3:])
-    assert np.array_equal(*np.split(start(per_game([2**40 + 1] * 2)), 2))
-    assert not np.array_equal(start(per_game([2**40 + 1] * 2)), start(per_game([1, 1])))
-    a = start(3)
-    b, c = start(None), start(None)
-    start(3)
-    assert np.array_equal(b, start(None))
-    assert np.array_equal(c, start(None))
+def test_without_a_seed_another_game_follows_always_the_same():
+    vec = games(2)
+    a, b, c = start_of(vec, 3), start_of(vec, None), start_of(vec, None)
+    start_of(vec, 3)
+    assert np.array_equal(b, start_of(vec, None))
+    assert np.array_equal(c, start_of(vec, None))
     assert not np.array_equal(a, b)
     assert not np.array_equal(b, c)
 
 
 def test_a_game_is_the_same_in_any_company():
-    "Bit for bit: alone, among 7 and among 39 (another block), in any place, with the script's noise."
+    "Bit for bit: alone, among 7 and among 39 (another block), with the script's noise."
     many = play(games(40), "medium", per_game(range(40)))
     for n in (1, 8):
         few = play(games(n), "medium", per_game(range(n)))
-        T = len(few.obs)
         for k, x in vars(few).items():
-            assert np.array_equal(x, getattr(many, k)[:T, : 3 * n]), k
+            assert np.array_equal(x, getattr(many, k)[: len(few.obs), : 3 * n]), k
+
+
+def course(n, at, mine, rng):
+    "What game `at` of n shows and earns under scores `mine` (T, N, A), while the others get scores of `rng`."
+    vec, out = games(n), []
+    vec.reset(seed=per_game([7 if g == at else 50 + g for g in range(n)]))
+    for s in mine:
+        scores = rng.random((n, N, A))
+        scores[at] = s
+        scores[..., 1] += 1  # to the right, where the enemy is
+        obs, r, *_ = vec.step(scores.reshape(-1, A))
+        out.append(np.append(obs[N * at : N * at + N].ravel(), r[N * at]))
+    return np.stack(out)
+
+
+def test_a_game_is_the_same_in_any_place():
     rng = np.random.default_rng(0)
-    scores, base = rng.random((30, N, A)), None
-    for n, at in ((1, 0), (7, 5), (8, 2), (40, 37)):
-        vec = games(n)
-        vec.reset(seed=per_game([7 if g == at else 50 + g for g in range(n)]))
-        out = []
-        for s in scores:
-            every = rng.random((n, N, A))
-            every[at] = s
-            every[..., 1] += 1
-            obs, r, *_ = vec.step(every.reshape(-1, A))
-            out.append(np.append(obs[N * at : N * at + N].ravel(), r[N * at]))
-        base = np.stack(out) if base is None else base
-        assert np.array_equal(np.stack(out), base)
+    mine = rng.random((30, N, A))
+    alone = course(1, 0, mine, rng)
+    for n, at in ((7, 5), (8, 2), (40, 37)):
+        assert np.array_equal(course(n, at, mine, rng), alone), (n, at)
 
 
 def test_reset_mask():
@@ -138,7 +153,8 @@ def test_reset_mask():
     vec.reset(seed=per_game(range(40)))
     straight = [vec.step(a)[0] for _ in range(6)]
     vec.reset(seed=per_game(range(40)))
-    [vec.step(a) for _ in range(3)]
+    for _ in range(3):
+        vec.step(a)
     obs, _ = vec.reset(seed=per_game(range(40)), options=dict(reset_mask=mask))
     assert np.array_equal(obs[~mask], straight[2][~mask])
     assert not np.array_equal(obs[mask], straight[2][mask])
@@ -226,69 +242,84 @@ def test_scores_give_the_best_legal_action():
 # ---- the script
 
 
-def test_script_is_legal_and_as_strong_as_said(played):
-    won, ret = (
-        {q: f(p) for q, p in played.items()} for f in (lambda p: p.won.any(0).mean(), lambda p: p.r.sum(0).mean())
-    )
+def test_script_is_legal(played):
     for p in played.values():
         assert np.take_along_axis(p.legal, p.a[..., None], -1).all()
         assert p.legal[..., smax.STOP].all()
+    with one_line("unknown quality 'god'.*'good'"):
+        smax.script(games(1), "god", np.random.default_rng(0))
+
+
+def test_script_is_as_strong_as_said(played):
+    won = {q: p.won.any(0).mean() for q, p in played.items()}
+    ret = {q: p.r.sum(0).mean() for q, p in played.items()}
     assert won["good"] > 0.65, won
     assert won["good"] > won["medium"] + 0.12, won
     assert won["medium"] > won["poor"] + 0.12, won
     assert won["random"] < 0.05, won
     assert ret["good"] > ret["medium"] > ret["poor"] > ret["random"] + 0.3, ret
-    with one_line("unknown quality 'god'.*'good'"):
-        smax.script(games(1), "god", np.random.default_rng(0))
 
 
-def test_seen_is_what_is_there():
-    "On a map of two types of units: positions, health and cooldowns agree with the state of the map."
+@pytest.fixture
+def skirmish():
+    "Two games of 2s3z with units put anywhere, hurt, reloading; one is dead: the lock step, places and health shares."
     vec = games(2, "smax-2s3z")
     vec.reset(seed=0)
-    n, rng = 5, np.random.default_rng(0)
-    s = vec._states
-    u = s.state
-    place = rng.uniform(10, 20, u.unit_positions.shape).astype(np.float32)
-    share = rng.uniform(0.1, 1, u.unit_health.shape).astype(np.float32)
-    vec._states = s.replace(
-        state=u.replace(
-            unit_positions=place,
-            unit_health=u.unit_health * share,
-            unit_weapon_cooldowns=u.unit_weapon_cooldowns + 0.7,
-            unit_alive=u.unit_alive.at[..., 6].set(False),
-        )
+    rng, states = np.random.default_rng(0), vec._states
+    units = states.state
+    place = rng.uniform(10, 20, units.unit_positions.shape).astype(np.float32)
+    share = rng.uniform(0.1, 1, units.unit_health.shape).astype(np.float32)
+    changed = units.replace(
+        unit_positions=place,
+        unit_health=units.unit_health * share,
+        unit_weapon_cooldowns=units.unit_weapon_cooldowns + 0.7,
+        unit_alive=units.unit_alive.at[..., 6].set(False),
     )
+    vec._states = states.replace(state=changed)
     vec._begin(np.zeros((1, smax.BLOCK), bool))
-    got, place, share = smax.seen(vec, vec._obs), place[0], share[0]
-    at = place[:2, None, n:] - place[:2, :n, None]
-    far = np.linalg.norm(at, axis=-1) >= np.where(np.arange(n) < 2, 10, 9)[:, None]
-    gone = far | (np.arange(n) == 1)
+    return vec, place[0, :2], share[0, :2]
+
+
+def test_seen_is_what_is_there(skirmish):
+    "On a map of two types of units: positions, health and cooldowns agree with the state of the map."
+    (vec, place, share), n = skirmish, 5
+    got = smax.seen(vec, vec._obs)
+    at = place[:, None, n:] - place[:, :n, None]
+    distance = np.linalg.norm(at, axis=-1)
+    sight = np.where(np.arange(n) < 2, 10, 9)  # stalkers see farther than zealots
+    gone = (distance >= sight[:, None]) | (np.arange(n) == 1)
     assert 0 < gone.mean() < 0.9
     assert np.array_equal(got.distance >= smax.FAR, gone)
     np.testing.assert_allclose(got.at[~gone], at[~gone], atol=1e-4)
-    np.testing.assert_allclose(got.distance[~gone], np.linalg.norm(at, axis=-1)[~gone], atol=1e-4)
-    full = np.array([160, 160, 150, 150, 150])
-    np.testing.assert_allclose(
-        got.health[~gone], np.broadcast_to((full * share[:2, n:])[:, None], gone.shape)[~gone], rtol=1e-4
-    )
+    np.testing.assert_allclose(got.distance[~gone], distance[~gone], atol=1e-4)
+    health = np.array([160, 160, 150, 150, 150]) * share[:, n:]
+    np.testing.assert_allclose(got.health[~gone], np.broadcast_to(health[:, None], gone.shape)[~gone], rtol=1e-4)
     assert got.damage[0].tolist() == [13, 13, 8, 8, 8]
     assert not got.ready.any()
 
 
-def test_volley_spends_no_shots_on_the_dead():
-    s = SimpleNamespace(
+def three_marines(ready=True):
+    "Three marines before two enemies of 9 and 20 health points; the second is nearer. A shot takes 9."
+    return SimpleNamespace(
         health=np.array([[[9.0, 20.0]] * 3]),
         distance=np.array([[[4.0, 3.0]] * 3]),
         damage=np.full((1, 3), 9.0),
-        ready=np.ones((1, 3), bool),
+        ready=np.full((1, 3), ready),
     )
-    near = np.ones((1, 3, 2), bool)
-    assert smax.volley(s, near).tolist() == [[0, 1, 1]]
-    near[0, 0, 0] = False
-    assert smax.volley(s, near).tolist() == [[1, 0, 1]]
-    s.ready[:] = False
-    assert smax.volley(s, np.ones((1, 3, 2), bool)).tolist() == [[0, 0, 0]]
+
+
+def test_volley_spends_no_shots_on_the_dead():
+    in_range = np.ones((1, 3, 2), bool)
+    assert smax.volley(three_marines(), in_range).tolist() == [[0, 1, 1]]
+    in_range[0, 0, 0] = False
+    assert smax.volley(three_marines(), in_range).tolist() == [[1, 0, 1]]
+
+
+def test_volley_of_who_cannot_shoot_yet_spends_nothing():
+    assert smax.volley(three_marines(ready=False), np.ones((1, 3, 2), bool)).tolist() == [[0, 0, 0]]
+
+
+def test_direction():
     assert smax.direction(np.array([[0, 2.0], [2, 0], [0, -2], [-2, 0]])).tolist() == [0, 1, 2, 3]
 
 
@@ -307,25 +338,27 @@ def test_moves_go_where_the_script_thinks():
 # ---- one agent, pictures
 
 
-def test_agent_environment(played):
-    "It passes Gymnasium's checker, and is row 0 of a game whose other rows follow the script."
+def test_agent_environment_passes_the_checker():
     env = gym.make("promptnb/smax-3m-v0", render_mode="rgb_array")
     check_env(env.unwrapped)
-    p = played["good"]
-    obs, info = env.reset(seed=4)
-    over = False
-    t = 0
-    while not over:
-        assert np.array_equal(info["legal"], p.legal[t, 12])
-        obs, r, term, trunc, info = env.step(p.a[t, 12])
-        over = term or trunc
-        assert np.array_equal(obs, p.obs[t, 12])
-        assert (r, term, trunc, info["success"]) == (p.r[t, 12], p.term[t, 12], p.trunc[t, 12], p.won[t, 12])
-        t += 1
+    env.reset(seed=4)
     assert env.render().shape == (240, 240, 3)
     assert env.render().dtype == np.uint8
     with one_line("unknown task 'smax-3m-1'"):
         gym.make("promptnb/smax-3m-v0", task=1)
+
+
+def test_agent_environment_is_row_0_of_a_game(played):
+    "The other rows follow the script."
+    env, p, row = gym.make("promptnb/smax-3m-v0"), played["good"], 4 * N
+    obs, info = env.reset(seed=4)
+    t, over = 0, False
+    while not over:
+        assert np.array_equal(info["legal"], p.legal[t, row])
+        obs, r, term, trunc, info = env.step(p.a[t, row])
+        assert np.array_equal(obs, p.obs[t, row])
+        assert (r, term, trunc, info["success"]) == (p.r[t, row], p.term[t, row], p.trunc[t, row], p.won[t, row])
+        t, over = t + 1, term or trunc
 
 
 def test_pictures(played):
@@ -347,6 +380,7 @@ def test_pictures(played):
 
 @pytest.fixture
 def arrays():
+    "Two episodes of a map, of 5 and 3 steps."
     g = np.random.default_rng(0)
     legal = g.random((2, 5, N, 9)) < 0.7
     legal[..., 0] = True
@@ -359,14 +393,17 @@ def arrays():
     )
 
 
-def test_from_smac(tmp_path, arrays):
+def test_from_smac_takes_all_maps_in_order(tmp_path, arrays):
     np.savez(tmp_path / "3m.npz", **arrays)
-    np.savez(
-        tmp_path / "2m_vs_1z.npz", **{k: v if k in ("rewards", "length") else v[:, :, :2] for k, v in arrays.items()}
-    )
+    two = {k: v if k in ("rewards", "length") else v[:, :, :2] for k, v in arrays.items()}
+    np.savez(tmp_path / "2m_vs_1z.npz", **two)
     trajs, ids = smax.from_smac(tmp_path)
     assert [t["map"] for t in trajs] == ["2m_vs_1z"] * 4 + ["3m"] * 6
     assert ids.tolist() == [0] * 4 + [1] * 6
+
+
+def test_from_smac_gives_a_trajectory_for_each_agent(tmp_path, arrays):
+    np.savez(tmp_path / "3m.npz", **arrays)
     trajs, ids = smax.from_smac(tmp_path, ["3m"])
     assert ids.tolist() == [0] * 6
     for k, d in enumerate(trajs):
@@ -380,36 +417,57 @@ def test_from_smac(tmp_path, arrays):
         assert d["actions"].shape == (T, 9)
         assert np.array_equal(d["actions"].argmax(-1), arrays["actions"][e, :T, i])
         assert (d["actions"].sum(-1) == 1).all()
+
+
+def test_from_smac_becomes_a_store(tmp_path, arrays):
     from promptnb.data import from_arrays
 
-    store = from_arrays(trajs, ids)
+    np.savez(tmp_path / "3m.npz", **arrays)
+    store = from_arrays(*smax.from_smac(tmp_path))
     assert len(store) == 6
     assert len(store.s) == 24
 
 
-def test_from_smac_faults(tmp_path, arrays):
-    p = tmp_path / "3m.npz"
+@pytest.fixture
+def illegal(arrays):
+    "What was legal, but for one action: the second episode's third step."
+    legal = arrays["legal"].copy()
+    legal[1, 2, 0, arrays["actions"][1, 2, 0]] = False
+    return legal
 
-    def broken(match, **change):
-        np.savez(p, **{k: v for k, v in {**arrays, **change}.items() if v is not None})
-        with one_line(match):
-            smax.from_smac(tmp_path)
 
+@pytest.mark.parametrize(
+    "match, change",
+    {
+        "lacks legal, length": lambda x: dict(legal=None, length=None),
+        "pickled objects are not read": lambda x: dict(obs=np.array([{}, None], object)),
+        "obs .* is not numbers with 4 dimensions": lambda x: dict(obs=x["obs"][0]),
+        "rewards is .*, but legal wants \\(2, 5\\)": lambda x: dict(rewards=x["rewards"][:, :4]),
+        "lengths must be 1 to 5": lambda x: dict(length=np.array([5, 6])),
+        "episode 0 has an action": lambda x: dict(actions=x["actions"] + 9),
+    }.items(),
+    ids=["missing", "pickled", "dimensions", "shapes", "lengths", "unknown-action"],
+)
+def test_from_smac_refuses_broken_arrays(tmp_path, arrays, match, change):
+    changed = {**arrays, **change(arrays)}
+    np.savez(tmp_path / "3m.npz", **{k: v for k, v in changed.items() if v is not None})
+    with one_line(match):
+        smax.from_smac(tmp_path)
+
+
+def test_from_smac_refuses_what_was_not_available(tmp_path, arrays, illegal):
+    np.savez(tmp_path / "3m.npz", **dict(arrays, legal=illegal))
+    with one_line("episode 1 has an action that was not available"):
+        smax.from_smac(tmp_path)
+    np.savez(tmp_path / "3m.npz", **dict(arrays, legal=illegal, length=np.array([5, 2])))
+    assert len(smax.from_smac(tmp_path)[0]) == 6  # after the end nothing counts
+
+
+def test_from_smac_needs_files(tmp_path):
     with one_line("has no <map>.npz"):
         smax.from_smac(tmp_path)
     with one_line("there is no"):
         smax.from_smac(tmp_path, ["8m"])
-    broken("lacks legal, length", legal=None, length=None)
-    broken("pickled objects are not read", obs=np.array([{}, None], object))
-    broken("obs .* is not numbers with 4 dimensions", obs=arrays["obs"][0])
-    broken("rewards is .*, but legal wants \\(2, 5\\)", rewards=arrays["rewards"][:, :4])
-    broken("lengths must be 1 to 5", length=np.array([5, 6]))
-    illegal = arrays["legal"].copy()
-    illegal[1, 2, 0, arrays["actions"][1, 2, 0]] = False
-    broken("episode 1 has an action that was not available", legal=illegal)
-    broken("episode 0 has an action", actions=arrays["actions"] + 9)
-    np.savez(p, **dict(arrays, legal=illegal, length=np.array([5, 2])))
-    assert len(smax.from_smac(tmp_path)[0]) == 6  # after the end nothing counts
-    p.write_bytes(b"\x80\x04N.")
+    (tmp_path / "3m.npz").write_bytes(b"\x80\x04N.")
     with one_line("is no .npz file"):
         smax.from_smac(tmp_path)
