@@ -5,22 +5,26 @@
 # %% ../../nbs/06b_tuners.diffuser.ipynb #fcb3621f
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import PromptnbError, Steps, check_choice, read_json, seed_for, write_json
 from ..models.dt import SafeHub
-from ..train import FitConfig, fit
-from .core import Adapted, Tuner, frozen, prompt_loss, same_batch, windows_loss
+from ..train import FitConfig
+from .core import Adapted, Tuner, fitted, frozen, prompt_loss, same_batch, windows_loss
 
 # %% auto #0
 __all__ = [
     "SCHEDULES",
     "GUIDANCE",
+    "variance_preserving",
+    "linear_betas",
     "scheduler",
     "Linears",
     "sinusoid",
@@ -31,22 +35,35 @@ __all__ = [
     "Guided",
     "Draws",
     "PromptDiffuser",
+    "Conflict",
+    "rms_distance",
+    "diversity",
     "Regressor",
     "DirectPrompt",
 ]
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #d3164bd2
-SCHEDULES = {  # betas of N steps
-    "vp": lambda N: (
-        1 - np.exp(-0.1 / N - 0.5 * (10 - 0.1) * (2 * np.arange(1, N + 1) - 1) / N**2)
-    ),  # variance preserving, rate from 0.1 to 10
-    "linear": lambda N: np.linspace(0.1 / N, min(20 / N, 0.999), N),  # DDPM's 1e-4 to 0.02 of 1000 steps, for N
-    "cosine": lambda N: None,  # diffusers' own
-}
+def variance_preserving(N):
+    "Betas of N steps whose rate rises from 0.1 to 10."
+    return 1 - np.exp(-0.1 / N - 0.5 * (10 - 0.1) * (2 * np.arange(1, N + 1) - 1) / N**2)
 
 
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00001
+def linear_betas(N):
+    "DDPM's 1e-4 to 0.02 of 1000 steps, stretched for N."
+    return np.linspace(0.1 / N, min(20 / N, 0.999), N)
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00002
+SCHEDULES = dict(vp=variance_preserving, linear=linear_betas, cosine=lambda N: None)  # cosine: diffusers' own
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00003
 def scheduler(schedule="vp", N=10, clip=0.0):
-    "diffusers' DDPM over N steps. clip: largest |x0| that a step may predict, in standard deviations (0: no limit, the paper's formula)."
+    """diffusers' DDPM over N steps.
+
+    clip: largest |x0| that a step may predict, in standard deviations (0: no limit, the paper's formula)."""
     from diffusers import DDPMScheduler
 
     s = DDPMScheduler(
@@ -67,11 +84,9 @@ class Linears(nn.Module):
 
     def __init__(self, G, i, o):
         super().__init__()
-
-        def u(*d):
-            return nn.Parameter((torch.rand(G, *d) * 2 - 1) * i**-0.5)  # as torch's Linear
-
-        self.weight, self.bias = u(i, o), u(1, o)
+        bound = i**-0.5  # as torch's Linear
+        self.weight = nn.Parameter((torch.rand(G, i, o) * 2 - 1) * bound)
+        self.bias = nn.Parameter((torch.rand(G, 1, o) * 2 - 1) * bound)
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)
@@ -81,21 +96,23 @@ class Linears(nn.Module):
 def sinusoid(x, dim=16):
     "Positions (...) -> sines and cosines (..., dim)."
     f = torch.exp(torch.arange(dim // 2, device=x.device) * (-np.log(10_000) / (dim // 2 - 1)))
-    return torch.cat([(w := x[..., None] * f).sin(), w.cos()], -1)
+    waves = x[..., None] * f
+    return torch.cat([waves.sin(), waves.cos()], -1)
 
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #27016a16
 class NoiseNet(nn.Module):
-    "The noise in transitions x (G, n, D), given their return-to-go (G, n, 1), timestep (G, n) and step i (G, n) of the chain: G nets side by side."
+    """G nets side by side that guess the noise in transitions x (G, n, D).
+
+    Given are their return-to-go (G, n, 1), timestep (G, n) and step i (G, n) of the chain."""
 
     def __init__(self, G, D, width=256, depth=3, emb=16):
         super().__init__()
         self.emb, self.rtg = emb, Linears(G, 1, emb)
         self.step = nn.Sequential(Linears(G, emb, 2 * emb), nn.Mish(), Linears(G, 2 * emb, emb))
         sizes = [D + 3 * emb] + [width] * depth
-        self.body = nn.Sequential(
-            *(m for i, o in zip(sizes, sizes[1:]) for m in (Linears(G, i, o), nn.Mish())), Linears(G, width, D)
-        )
+        hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (Linears(G, i, o), nn.Mish())]
+        self.body = nn.Sequential(*hidden, Linears(G, width, D))
 
     def forward(self, x, rtg, t, i):
         return self.body(torch.cat([x, self.rtg(rtg), sinusoid(t, self.emb), self.step(sinusoid(i, self.emb))], -1))
@@ -122,48 +139,17 @@ class Diffuser(nn.Module, SafeHub, tags=["promptnb", "prompt-diffuser"]):
         super().__init__()
         D = state_dim + act_dim + 1
         self.S, self.A, self.G, self.N = state_dim, act_dim, G, N
-        self.net, self.sched = NoiseNet(G, D, width, depth), scheduler(schedule, N, clip)
+        self.net = NoiseNet(G, D, width, depth)
+        self.sched = scheduler(schedule, N, clip)
         if self.START_AT_MEAN:
-            [nn.init.zeros_(p) for p in self.net.body[-1].parameters()]
-        for n, x in dict(
-            mean=torch.zeros(D),
-            std=torch.ones(D),
-            rtg_mean=torch.zeros(1),
-            rtg_std=torch.ones(1),
-            typical_rtg=torch.zeros(P, 1),
-            typical_t=torch.zeros(P),
-        ).items():
-            self.register_buffer(n, x)
-
-    @torch.no_grad()
-    def fit_scale(self, x, y, least=0.1):
-        "Standardise by prompts x (n, m, P, D) with conditions y. `least`: smallest standard deviation, in units of the policy's inputs (assumed)."
-        real = y.mask.bool()
-        rtg = y.rtg[real]
-
-        def over(v):
-            return (v * y.mask[..., None]).sum((0, 1)) / y.mask.sum((0, 1)).clamp(min=1)[
-                :, None
-            ]  # of each of the P steps
-
-        for name, v in (
-            ("mean", x[real].mean(0)),
-            ("std", x[real].std(0).clamp(min=least)),
-            ("rtg_mean", rtg.mean(0)),
-            ("rtg_std", rtg.std(0).clamp(min=1e-3)),
-            ("typical_rtg", over(y.rtg)),
-            ("typical_t", over(y.t[..., None].float())[:, 0].round()),
-        ):
-            getattr(self, name).copy_(v)
-        return self
-
-    def spread(self, G):
-        "This net, once for each of G tasks."
-        new = type(self)(**dict(self._hub_mixin_config, G=G)).to(self.mean.device)
-        new.load_state_dict(
-            {k: v.expand(G, *v.shape[1:]) if k.startswith("net.") else v for k, v in self.state_dict().items()}
-        )
-        return new
+            for p in self.net.body[-1].parameters():
+                nn.init.zeros_(p)
+        self.register_buffer("mean", torch.zeros(D))
+        self.register_buffer("std", torch.ones(D))
+        self.register_buffer("rtg_mean", torch.zeros(1))
+        self.register_buffer("rtg_std", torch.ones(1))
+        self.register_buffer("typical_rtg", torch.zeros(P, 1))
+        self.register_buffer("typical_t", torch.zeros(P))
 
     def noise(self, x, y, i):
         "Predicted noise of x (n, m, P, D) at step i (a number, or (n, m, P)), conditions y (n, m, P, .)."
@@ -182,7 +168,7 @@ class Diffuser(nn.Module, SafeHub, tags=["promptnb", "prompt-diffuser"]):
         err = (eps - self.noise(noised, y, i)).square().mean(-1) * y.mask
         return err.sum((1, 2)) / y.mask.sum((1, 2))
 
-    def chain(self, y, gen=None):
+    def chain(self, y, gen=None) -> Iterator[torch.Tensor]:
         "From noise to prompts: x_N, x_N-1, ..., x_0, each (n, m, P, D) standardised, for conditions y (n, m, P, .)."
         x = torch.randn(*y.t.shape, len(self.mean), generator=gen).to(self.mean.device)
         yield x
@@ -190,24 +176,60 @@ class Diffuser(nn.Module, SafeHub, tags=["promptnb", "prompt-diffuser"]):
             x = self.sched.step(self.noise(x, y, i), i, x, generator=gen, return_dict=False)[0]
             yield x
 
-    def sample(self, y, gen=None):
-        "Prompts x (n, m, P, D), for conditions y (n, m, P, .)."
-        for x in self.chain(y, gen):
-            pass
-        return x * self.std + self.mean
 
-    def steps(self, x, y: Steps) -> Steps:
-        "A prompt for the policy: states and actions of x, the rest of y; the reward is not read."
-        x = x * y.mask[..., None]
-        return replace(y, s=x[..., : self.S], a=x[..., self.S : self.S + self.A])
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00004
+@patch
+def sample(self: Diffuser, y, gen=None):
+    "Prompts x (n, m, P, D), for conditions y (n, m, P, .): the end of the chain, in the policy's units."
+    *_, x = self.chain(y, gen)
+    return x * self.std + self.mean
 
-    def typical(self, y: Steps) -> Steps:
-        "y (n, m, P, .) with the mean return-to-go and timestep of the prompts seen in `fit_scale` (ours, for zero-shot: the paper does not say)."
-        return replace(
-            y,
-            rtg=self.typical_rtg.expand_as(y.rtg) * y.mask[..., None],
-            t=(self.typical_t.expand(y.t.shape) * y.mask).long(),
-        )
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00005
+@patch
+def steps(self: Diffuser, x, y: Steps) -> Steps:
+    "A prompt for the policy: states and actions of x, the rest of y; the reward is not read."
+    x = x * y.mask[..., None]
+    return replace(y, s=x[..., : self.S], a=x[..., self.S : self.S + self.A])
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00007
+@patch
+@torch.no_grad()
+def fit_scale(self: Diffuser, x, y, least=0.1):
+    """Standardise by prompts x (n, m, P, D) with conditions y; returns self.
+
+    least: smallest standard deviation, in units of the policy's inputs (assumed)."""
+    real = y.mask.bool()
+    rtg = y.rtg[real]
+    count = y.mask.sum((0, 1)).clamp(min=1)[:, None]  # prompts that reach each of the P steps
+    self.mean.copy_(x[real].mean(0))
+    self.std.copy_(x[real].std(0).clamp(min=least))
+    self.rtg_mean.copy_(rtg.mean(0))
+    self.rtg_std.copy_(rtg.std(0).clamp(min=1e-3))
+    self.typical_rtg.copy_((y.rtg * y.mask[..., None]).sum((0, 1)) / count)
+    self.typical_t.copy_(((y.t.float() * y.mask).sum((0, 1)) / count[:, 0]).round())
+    return self
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00008
+@patch
+def typical(self: Diffuser, y: Steps) -> Steps:
+    """y (n, m, P, .) with the mean return-to-go and timestep of the prompts seen in `fit_scale`.
+
+    This is ours, for zero-shot: the paper does not say."""
+    rtg = self.typical_rtg.expand_as(y.rtg) * y.mask[..., None]
+    return replace(y, rtg=rtg, t=(self.typical_t.expand(y.t.shape) * y.mask).long())
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00009
+@patch
+def spread(self: Diffuser, G):
+    "This net, once for each of G tasks."
+    new = type(self)(**dict(self._hub_mixin_config, G=G)).to(self.mean.device)
+    wide = {k: v.expand(G, *v.shape[1:]) if k.startswith("net.") else v for k, v in self.state_dict().items()}
+    new.load_state_dict(wide)
+    return new
 
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #c76e9739
@@ -220,16 +242,22 @@ def transitions(prompts: Steps, r):
 GUIDANCE = ("always", "conflict", "sum", "dm", "dt")
 
 
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00010
 def combine(g_dm, g_dt, lam=1.0, guidance="always"):
     "Gradients (G, n) of L_DM and L_DT -> the update's gradient (G, n), and the cosine between the two (G,)."
-    dot, size = (g_dm * g_dt).sum(-1, keepdim=True), g_dm.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    check_choice(guidance, GUIDANCE, "guidance")
+    dot = (g_dm * g_dt).sum(-1, keepdim=True)
+    size = g_dm.square().sum(-1, keepdim=True).clamp(min=1e-30)
     along = dot / size * g_dm  # the part of g_dt that lies along g_dm
-    take = dict(always=g_dt - along, conflict=g_dt - torch.where(dot < 0, along, 0.0), sum=g_dt, dm=0.0, dt=g_dt)[
-        check_choice(guidance, GUIDANCE, "guidance")
-    ]
-    return (0.0 if guidance == "dt" else g_dm) + lam * take, (
-        dot / (size.sqrt() * g_dt.norm(dim=-1, keepdim=True).clamp(min=1e-30))
-    )[:, 0]
+    if guidance == "always":
+        take = g_dt - along
+    elif guidance == "conflict":
+        take = g_dt - torch.where(dot < 0, along, 0.0)
+    else:
+        take = 0.0 if guidance == "dm" else g_dt
+    lead = 0.0 if guidance == "dt" else g_dm
+    cosine = dot / (size.sqrt() * g_dt.norm(dim=-1, keepdim=True).clamp(min=1e-30))
+    return lead + lam * take, cosine[:, 0]
 
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #45b1fbdc
@@ -238,10 +266,10 @@ class Guided(nn.Module):
 
     def __init__(self, diffuser, model, guidance="always", lam=1.0):
         super().__init__()
-        self.diffuser, self._model, self.guidance, self.lam = diffuser, [model], guidance, lam
-        self.register_buffer(
-            "cosine", torch.full((diffuser.G,), float("nan"), device=diffuser.mean.device)
-        )  # the last update's; a buffer, so that checkpoints have it
+        self.diffuser, self.guidance, self.lam = diffuser, guidance, lam
+        self._model = [model]  # a list hides the model from `parameters()`
+        # the last update's cosine of each task; a buffer, so that checkpoints have it
+        self.register_buffer("cosine", torch.full((diffuser.G,), float("nan"), device=diffuser.mean.device))
 
     def losses(self, prompts, r, windows):
         "L_DM and L_DT of each task (n,), each a function of the diffuser's weights."
@@ -255,27 +283,26 @@ class Guided(nn.Module):
             written = self.diffuser.steps(self.diffuser.sample(first), first).map(lambda x: x[:, 0])
         return dm, windows_loss(model, model.prefix(*model.prompt_tokens(written)), windows)[:, 0]
 
+    def total(self, each):
+        "A loss of all tasks (n,) as a scalar: their sum where each has a net of its own, else the mean."
+        return each.mean() if self.diffuser.G == 1 else each.sum()
+
+    def gradient(self, each, params):
+        "The gradient of a loss (n,) side by side for each net, (G, n); zeros where the loss is not used."
+        G = self.diffuser.G
+        if each is None:
+            return torch.zeros(G, sum(p.numel() for p in params) // G, device=params[0].device)
+        return torch.cat([g.reshape(G, -1) for g in torch.autograd.grad(self.total(each), params)], -1)
+
     def loss(self, batch):
         "A scalar whose value is L_DM + lam L_DT and whose gradient is the combined one."
         dm, dt = self.losses(*batch)
-        params, G = list(self.diffuser.parameters()), self.diffuser.G
-
-        def total(l):
-            return l.mean() if G == 1 else l.sum()
-
-        def flat(l):
-            return torch.cat([g.reshape(G, -1) for g in torch.autograd.grad(total(l), params)], -1)
-
-        def zero():
-            return torch.zeros(G, sum(p.numel() for p in params) // G, device=params[0].device)
-
-        g, cos = combine(
-            zero() if dm is None else flat(dm), zero() if dt is None else flat(dt), self.lam, self.guidance
-        )
+        params = list(self.diffuser.parameters())
+        g, cosine = combine(self.gradient(dm, params), self.gradient(dt, params), self.lam, self.guidance)
         if dm is not None and dt is not None:
-            self.cosine.copy_(cos.detach())
-        parts = g.split([p.numel() // G for p in params], -1)
-        value = sum(w * total(l.detach()) for l, w in ((dm, 1.0), (dt, self.lam)) if l is not None)
+            self.cosine.copy_(cosine.detach())
+        parts = g.split([p.numel() // self.diffuser.G for p in params], -1)
+        value = sum(w * self.total(each.detach()) for each, w in ((dm, 1.0), (dt, self.lam)) if each is not None)
         return value + sum(((p - p.detach()) * part.view_as(p)).sum() for p, part in zip(params, parts))
 
 
@@ -296,7 +323,9 @@ class Draws:
 # %% ../../nbs/06b_tuners.diffuser.ipynb #e5ed29c7
 @dataclass
 class PromptDiffuser(Tuner):
-    "Prompt Diffuser (Hu et al., 2024): prepared on train tasks, adapted on a few demonstrations, the policy frozen. What the paper does not say is marked assumed."
+    """Prompt Diffuser (Hu et al., 2024): prepared on train tasks, adapted on a few demonstrations, the policy frozen.
+
+    What the paper does not say is marked assumed."""
 
     steps: int = 400  # updates on the demonstrations; assumed. 0: zero-shot
     lr: float = 1e-3  # assumed
@@ -305,9 +334,11 @@ class PromptDiffuser(Tuner):
     N: int = 10  # steps of the chain: 'relatively small'; assumed
     schedule: str = "vp"  # or 'linear', 'cosine'; assumed
     lam: float = 1.0  # weight of L_DT (paper)
-    guidance: str = "always"  # how L_DT's gradient joins L_DM's: orthogonal part 'always' or only on 'conflict', plain 'sum', 'dm' or 'dt' alone
+    # how L_DT's gradient joins L_DM's: its orthogonal part 'always' or on 'conflict', plain 'sum', 'dm' or 'dt' alone
+    guidance: str = "always"
     clip: float = 3.0  # largest |x0| that a step predicts, in standard deviations; the paper's formula has no limit (0)
-    condition: str = "prompt"  # return-to-go and timesteps: of the drawn prompt, or the mean over the 'train' tasks' (zero-shot; the paper does not say)
+    # return-to-go and timesteps: of the drawn prompt, or the mean over the 'train' tasks' (zero-shot; paper: not said)
+    condition: str = "prompt"
     candidates: int = 1  # prompts drawn
     keep: str = "first"  # which is kept: 'first' (paper), or the best by 'demos' or by 'score'
     source: str = "diffused"  # controls: an 'untrained' diffuser's prompts, or pure 'noise' of the prompts' scale
@@ -317,238 +348,236 @@ class PromptDiffuser(Tuner):
     depth: int = 3
     precision: str = "fp32"
     log_every: int = 10
-    PREPARES = (
-        "prepare_steps",
-        "prepare_lr",
-        "N",
-        "schedule",
-        "lam",
-        "guidance",
-        "clip",
-        "prompts",
-        "tasks",
-        "width",
-        "depth",
-        "source",
-        "precision",
+
+    PREPARES = tuple(
+        "prepare_steps prepare_lr N schedule lam guidance clip prompts tasks width depth source precision".split()
     )
     ENTRIES = True
     IDLE = dict(steps=0)
     DIFFUSER = Diffuser
+    prepared = None  # the net of the train tasks, after `prepare`
+    history = ()  # of the gradients' conflict there: dicts of step and cosine
 
     @property
     def needs_score(self):
         return self.keep == "score"
 
-    def check(self, policy):
-        "Refuse, before any work, what cannot be run."
-        for value, known, what in (
-            (self.schedule, SCHEDULES, "schedule"),
-            (self.guidance, GUIDANCE, "guidance"),
-            (self.condition, ("prompt", "train"), "condition"),
-            (self.keep, ("first", "demos", "score"), "keep"),
-            (self.source, ("diffused", "untrained", "noise"), "source"),
-        ):
-            check_choice(value, known, what)
-        if self.N < 1 or self.candidates < 1:
-            raise PromptnbError(f"N = {self.N} and candidates = {self.candidates}, but both must be at least 1")
-        if not policy.config.prompt:
-            raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
 
-    def new(self, policy, demos, rng, G=1):
-        "An untrained diffuser, its statistics taken from the demonstrations' prompts."
-        torch.manual_seed(seed_for(rng, "diffuser"))
-        c = policy.config
-        d = self.DIFFUSER(
-            c.state_dim,
-            c.act_dim,
-            demos.prompt.t.shape[-1],
-            G,
-            self.N,
-            self.schedule,
-            self.clip,
-            self.width,
-            self.depth,
-        ).to(policy.mean.device)
-        prompts, r, _ = demos.draw(0, 256, seed="scale")
-        return d.fit_scale(transitions(prompts, r), prompts)
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00020
+@patch
+def check(self: PromptDiffuser, policy):
+    "Refuse, before any work, what cannot be run."
+    check_choice(self.schedule, SCHEDULES, "schedule")
+    check_choice(self.guidance, GUIDANCE, "guidance")
+    check_choice(self.condition, ("prompt", "train"), "condition")
+    check_choice(self.keep, ("first", "demos", "score"), "keep")
+    check_choice(self.source, ("diffused", "untrained", "noise"), "source")
+    if self.N < 1 or self.candidates < 1:
+        raise PromptnbError(f"N = {self.N} and candidates = {self.candidates}, but both must be at least 1")
+    if not policy.config.prompt:
+        raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
 
-    def config(self, steps, lr, seed):
-        return FitConfig(
-            steps,
-            lr,
-            0.0,
-            1,
-            float("inf"),
-            seed,
-            self.precision,
-            checkpoint_every=self.log_every,
-            log_every=self.log_every,
-        )
 
-    def prepare(self, policy, families, rng, folder=None):
-        "Train one net on all train tasks: `families` gives their Demos. With a folder, a killed preparation goes on where it stopped, a finished one is read."
-        self.check(policy)
-        self.prepared, self.history = None, []
-        for k, demos in enumerate(families if self.prepare_steps and self.source == "diffused" else ()):
-            d = self.prepared or self.new(policy, demos, rng)
-            guided, sub = (
-                Guided(d, frozen(policy.clone().model), self.guidance, self.lam),
-                folder and Path(folder) / str(k),
-            )
-            notes = sub and sub / "conflict.json"
-            known = read_json(notes) if notes and notes.exists() else []
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00021
+@patch
+def new(self: PromptDiffuser, policy, demos, rng, G=1):
+    "An untrained diffuser, its statistics taken from the demonstrations' prompts."
+    torch.manual_seed(seed_for(rng, "diffuser"))
+    sizes = policy.config.state_dim, policy.config.act_dim, demos.prompt.t.shape[-1]
+    d = self.DIFFUSER(*sizes, G, self.N, self.schedule, self.clip, self.width, self.depth).to(policy.mean.device)
+    prompts, r, _ = demos.draw(0, 256, seed="scale")
+    return d.fit_scale(transitions(prompts, r), prompts)
 
-            def note(t):
-                if t and guided.cosine.isfinite().all():
-                    known[:] = [n for n in known if n["step"] < t] + [dict(step=t, cosine=guided.cosine.mean().item())]
-                    notes and write_json(notes, known)
 
-            every = max(1, self.prepare_steps // 20)
-            cfg = replace(
-                self.config(self.prepare_steps, self.prepare_lr, seed_for(rng, "prepare")),
-                checkpoint_every=every,
-                log_every=every,
-            )
-            done = fit(
-                guided,
-                Draws(demos, self.prompts, self.tasks, rng),
-                cfg,
-                sub,
-                demos.sampler.store.hashes,
-                f"{type(self).__name__}, train tasks",
-                note,
-            )
-            if done.status != "ok":
-                raise PromptnbError(f"{type(self).__name__} on the train tasks: {done.why}")
-            self.prepared = d
-            self.history += known
-        return self
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00022
+@patch
+def fit_config(self: PromptDiffuser, steps, lr, seed, every) -> FitConfig:
+    "Neither decay, nor warm-up, nor clipping; a checkpoint and an entry of the log after so many steps."
+    return FitConfig(steps, lr, 0.0, 1, float("inf"), seed, self.precision, checkpoint_every=every, log_every=every)
 
-    def adapt(self, policy, demos, rng, score=None):
-        self.check(policy)
-        prepared = getattr(self, "prepared", None)
-        if self.keep == "score" and score is None:
-            raise PromptnbError(
-                f"{type(self).__name__} with keep='score' needs `score`: prompts (G, m, P, .) -> returns (G, m)"
-            )
-        if self.condition == "train" and prepared is None:
-            raise PromptnbError(f"{type(self).__name__} with condition='train' needs `prepare` on train tasks")
-        d = prepared.spread(demos.G) if prepared is not None else self.new(policy, demos, rng, demos.G)
-        guided, held, log = Guided(d, frozen(policy.clone().model), self.guidance, self.lam), same_batch(demos), []
-        y = demos.prompt[:, None] if self.condition == "prompt" else d.typical(demos.prompt[:, None])
-        blank = (
-            self.source == "diffused" and prepared is None and not self.steps
-        )  # what has learned nothing writes nothing
 
-        def written(judge=None):
-            return demos.prompt if blank else self.chosen(policy, self.write(d, y, rng, self.candidates), held, judge)
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00024
+class Conflict:
+    "Cosines between the two gradients by step, kept in a file where there is one."
 
-        def note(t):
-            error = prompt_loss(policy, (written() if t else demos.prompt)[:, None], held, self.precision)[
-                :, 0
-            ].tolist()
-            log.extend(
-                dict(step=t, task=g, loss=l, **(dict(cosine=c) if np.isfinite(c) else {}))
-                for g, (l, c) in enumerate(zip(error, guided.cosine.tolist()))
-            )
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self.entries = read_json(path) if path and path.exists() else []
 
-        note(0)
-        if self.source == "diffused" and self.steps:
-            done = fit(
-                guided,
-                Draws(demos, self.prompts, None, rng),
-                self.config(self.steps, self.lr, seed_for(rng, "fit")),
-                callback=note,
-                desc=type(self).__name__,
-            )
-            if done.status != "ok":
-                raise PromptnbError(f"{type(self).__name__}: {done.why}")
-        spent = getattr(score, "env_steps", 0)
-        p = policy.with_prompt(written(score))
-        facts, look = self.look(policy, d, y, demos, rng)
-        return Adapted(
-            [(p, g) for g in range(demos.G)],
-            sum(x.numel() for x in d.parameters()) // d.G if self.source == "diffused" else 0,
-            log,
-            getattr(score, "env_steps", 0) - spent,
-            d.eval().requires_grad_(False),
-            facts,
-            look,
-        )
+    def note(self, step, cosine):
+        "Add one; what a killed run noted at this step or later is forgotten."
+        self.entries = [n for n in self.entries if n["step"] < step] + [dict(step=step, cosine=cosine)]
+        if self.path:
+            write_json(self.path, self.entries)
 
-    @torch.no_grad()
-    def write(self, d, y, rng, m=1, what="sample") -> Steps:
-        "m prompts a task (G, m, P, .), all in one chain; the policy's entries of `source`."
-        gen = torch.Generator().manual_seed(seed_for(rng, what))
-        y = y.map(lambda x: x.expand(-1, m, *x.shape[2:]))
-        x = (
-            torch.randn(*y.t.shape, len(d.mean), generator=gen).to(d.mean.device) * d.std + d.mean
-            if self.source == "noise"
-            else d.sample(y, gen)
-        )
-        return d.steps(x, y)
 
-    def chosen(self, policy, prompts, held, score=None):
-        "One of the prompts (G, m, P, .) of each task: (G, P, .)."
-        if self.keep == "first" or self.keep == "score" and score is None:
-            return prompts[:, 0]
-        f = -score(prompts) if self.keep == "score" else prompt_loss(policy, prompts, held, self.precision)
-        return prompts[torch.arange(len(f), device=f.device), f.argmin(-1)]
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00026
+@patch
+def prepare(self: PromptDiffuser, policy, families, rng, folder=None):
+    """Train one net on all train tasks: `families` gives their Demos.
 
-    @torch.no_grad()
-    def look(self, policy, d, y, demos, rng, m=8):
-        "How much written prompts differ from each other and from demonstrated ones (facts), and what figures show of them."
-        shown, _, _ = demos.draw(0, m, seed="look")
-        made = self.write(d, y, rng, m, "look")
+    With a folder, a killed preparation goes on where it stopped, a finished one is read."""
+    self.check(policy)
+    self.prepared, self.history = None, []
+    if self.prepare_steps and self.source == "diffused":
+        for k, demos in enumerate(families):
+            self.prepare_on(policy, demos, rng, folder and Path(folder) / str(k))
+    return self
 
-        def flat(p):
-            return ((torch.cat([p.s, p.a], -1) - d.mean[:-1]) / d.std[:-1]).flatten(2)
 
-        def rms(a, b):
-            return torch.cdist(a, b) / a.shape[-1] ** 0.5
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00027
+@patch
+def prepare_on(self: PromptDiffuser, policy, demos, rng, folder):
+    "Train the net on one family's train tasks, 20 checkpoints along the way."
+    d = self.prepared or self.new(policy, demos, rng)
+    guided = Guided(d, frozen(policy.clone().model), self.guidance, self.lam)
+    conflict = Conflict(folder and folder / "conflict.json")
 
-        def pairs(x):
-            return rms(x, x).sum((1, 2)) / (m * (m - 1))
+    def note(t):
+        if t and guided.cosine.isfinite().all():
+            conflict.note(t, guided.cosine.mean().item())
 
-        facts = [
-            dict(metric=n, task=g, value=v)
-            for n, x in (
-                ("spread", pairs(flat(made))),
-                ("spread_demos", pairs(flat(shown))),
-                ("nearest_demo", rms(flat(made), flat(shown)).amin(-1).mean(-1)),
-            )
-            for g, v in enumerate(x.tolist())
-        ]
-        facts += [
-            dict(metric="cosine", task=-1, value=n["cosine"], step=n["step"]) for n in getattr(self, "history", ())
-        ]
-        states = (
-            torch.stack([x[:, 0] for x in d.chain(y, torch.Generator().manual_seed(seed_for(rng, "look")))], 1) * d.std
-            + d.mean
-        )  # (G, N + 1, P, D)
-        error = prompt_loss(
-            policy, d.steps(states, y.map(lambda x: x.expand(-1, states.shape[1], *x.shape[2:]))), same_batch(demos)
-        )
-        return facts, dict(
-            written=torch.cat([made.s, made.a], -1),
-            demonstrated=torch.cat([shown.s, shown.a], -1),
-            chain=states[0],
-            chain_error=error,
-        )
+    every = max(1, self.prepare_steps // 20)
+    fitted(
+        f"{type(self).__name__} on the train tasks",
+        guided,
+        Draws(demos, self.prompts, self.tasks, rng),
+        self.fit_config(self.prepare_steps, self.prepare_lr, seed_for(rng, "prepare"), every),
+        folder=folder,
+        data_hashes=demos.sampler.store.hashes,
+        desc=f"{type(self).__name__}, train tasks",
+        callback=note,
+    )
+    self.prepared = d
+    self.history += conflict.entries
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00029
+@patch
+@torch.no_grad()
+def write(self: PromptDiffuser, d, y, rng, m=1, what="sample") -> Steps:
+    "m prompts a task (G, m, P, .), all in one chain; for the control 'noise', of the prompts' scale without a chain."
+    gen = torch.Generator().manual_seed(seed_for(rng, what))
+    y = y.map(lambda x: x.expand(-1, m, *x.shape[2:]))
+    if self.source == "noise":
+        x = torch.randn(*y.t.shape, len(d.mean), generator=gen).to(d.mean.device) * d.std + d.mean
+    else:
+        x = d.sample(y, gen)
+    return d.steps(x, y)
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00030
+@patch
+def chosen(self: PromptDiffuser, policy, prompts, held, score=None):
+    "Of each task one of its prompts (G, m, P, .): (G, P, .). Without a score, the first stands for the best by it."
+    if self.keep == "first" or (self.keep == "score" and score is None):
+        return prompts[:, 0]
+    f = -score(prompts) if self.keep == "score" else prompt_loss(policy, prompts, held, self.precision)
+    return prompts[torch.arange(len(f), device=f.device), f.argmin(-1)]
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00031
+@patch
+def adapt(self: PromptDiffuser, policy, demos, rng, score=None) -> Adapted:
+    "A net for each task, adapted on its demonstrations, and the prompt that it writes. Step 0 of the log: as drawn."
+    self.check(policy)
+    who, diffused, unprepared = type(self).__name__, self.source == "diffused", self.prepared is None
+    if self.needs_score and score is None:
+        raise PromptnbError(f"{who} with keep='score' needs `score`: prompts (G, m, P, .) -> returns (G, m)")
+    if self.condition == "train" and unprepared:
+        raise PromptnbError(f"{who} with condition='train' needs `prepare` on train tasks")
+    d = self.new(policy, demos, rng, demos.G) if unprepared else self.prepared.spread(demos.G)
+    guided, held, log = Guided(d, frozen(policy.clone().model), self.guidance, self.lam), same_batch(demos), []
+    y = demos.prompt[:, None] if self.condition == "prompt" else d.typical(demos.prompt[:, None])
+    untaught = diffused and unprepared and not self.steps  # what has learned nothing writes nothing
+
+    def written(score=None):
+        return demos.prompt if untaught else self.chosen(policy, self.write(d, y, rng, self.candidates), held, score)
+
+    def note(t):
+        prompts = written() if t else demos.prompt
+        error = prompt_loss(policy, prompts[:, None], held, self.precision)[:, 0]
+        for g, (loss, cosine) in enumerate(zip(error.tolist(), guided.cosine.tolist())):
+            log.append(dict(step=t, task=g, loss=loss, **(dict(cosine=cosine) if np.isfinite(cosine) else {})))
+
+    note(0)
+    if diffused and self.steps:
+        config = self.fit_config(self.steps, self.lr, seed_for(rng, "fit"), self.log_every)
+        fitted(who, guided, Draws(demos, self.prompts, None, rng), config, callback=note, desc=who)
+    spent = getattr(score, "env_steps", 0)
+    tuned = policy.with_prompt(written(score))
+    facts, look = self.look(policy, d, y, demos, rng)
+    trainable = sum(x.numel() for x in d.parameters()) // d.G if diffused else 0
+    assignments, spent = [(tuned, g) for g in range(demos.G)], getattr(score, "env_steps", 0) - spent
+    return Adapted(assignments, trainable, log, spent, d.eval().requires_grad_(False), facts, look)
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00033
+def rms_distance(a, b):
+    "Root mean square difference of all pairs of rows: a (G, m, n), b (G, k, n) -> (G, m, k)."
+    return torch.cdist(a, b) / a.shape[-1] ** 0.5
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00034
+def diversity(made, shown) -> dict:
+    "Of written and demonstrated prompts (G, m, n) each: how far apart they are, and how far from the nearest shown (G,)."
+
+    def spread(x):
+        m = x.shape[1]
+        return rms_distance(x, x).sum((1, 2)) / (m * (m - 1))
+
+    nearest = rms_distance(made, shown).amin(-1).mean(-1)
+    return dict(spread=spread(made), spread_demos=spread(shown), nearest_demo=nearest)
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00036
+@patch
+@torch.no_grad()
+def look(self: PromptDiffuser, policy, d, y, demos, rng, m=8):
+    "(facts: how written prompts differ from each other and from demonstrated ones; what figures show of them)."
+    shown, _, _ = demos.draw(0, m, seed="look")
+    made = self.write(d, y, rng, m, "look")
+
+    def standard(p):
+        return ((torch.cat([p.s, p.a], -1) - d.mean[:-1]) / d.std[:-1]).flatten(2)
+
+    values = diversity(standard(made), standard(shown))
+    facts = [dict(metric=n, task=g, value=v) for n, x in values.items() for g, v in enumerate(x.tolist())]
+    facts += [dict(metric="cosine", task=-1, value=n["cosine"], step=n["step"]) for n in self.history]
+    states, error = self.reverse(policy, d, y, demos, rng)
+    return facts, dict(
+        written=torch.cat([made.s, made.a], -1),
+        demonstrated=torch.cat([shown.s, shown.a], -1),
+        chain=states[0],
+        chain_error=error,
+    )
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00037
+@patch
+def reverse(self: PromptDiffuser, policy, d, y, demos, rng):
+    "(states of one chain a task (G, N + 1, P, D), and the action error with each of them (G, N + 1))."
+    chain = d.chain(y, torch.Generator().manual_seed(seed_for(rng, "look")))
+    states = torch.stack([x[:, 0] for x in chain], 1) * d.std + d.mean
+    wide = y.map(lambda x: x.expand(-1, states.shape[1], *x.shape[2:]))
+    return states, prompt_loss(policy, d.steps(states, wide), same_batch(demos))
 
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #21f62a65
 class Regressor(Diffuser):
-    "The same net without diffusion: one forward from the condition to the prompt, trained by squared error; it starts at the mean demonstrated prompt."
+    """The same net without diffusion: one forward from the condition to the prompt, trained by squared error.
+
+    It starts at the mean demonstrated prompt."""
 
     START_AT_MEAN = True
 
     def loss(self, x, y):
+        "Squared error (n,) of the predicted prompts."
         err = ((x - self.mean) / self.std - self.noise(torch.zeros_like(x), y, 0)).square().mean(-1) * y.mask
         return err.sum((1, 2)) / y.mask.sum((1, 2))
 
     def chain(self, y, gen=None):
+        "Zeros, and the prediction."
         x = torch.zeros(*y.t.shape, len(self.mean), device=self.mean.device)
         yield x
         yield self.noise(x, y, 0)
