@@ -174,7 +174,7 @@ class ContextDT(PromptDT):
         return sum(self.losses(batch).values())
 
     def forgotten(self, context: Steps):
-        "The same contexts, a share of them zero_prompt."
+        "The same contexts, a share of them emptied."
         keep = torch.rand(len(context), device=context.mask.device) >= self.config.null
         return replace(context, mask=context.mask * keep[:, None])
 

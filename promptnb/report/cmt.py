@@ -13,13 +13,12 @@ import seaborn as sns
 
 from .. import recipes as rc
 from ..core import read_json, results_dir
-from . import lamo, tables
-from . import style as styles
-from .lamo import grid_of
+from . import lamo
+from .lamo import grid_of, label_of
 from .stats import compare
-from .style import axes_for, legend, nothing
+from .style import axes_for, legend, nothing, style
 from .tables import counted, plus_minus
-from .view import View, label_of, load, looks, paired, runs
+from .view import paired
 
 # %% auto #0
 __all__ = [
@@ -28,14 +27,14 @@ __all__ = [
     "COLLECTED",
     "WRONG",
     "BOUND",
-    "LOOK",
+    "ORDER",
     "ORDER_COLUMNS",
     "WINS",
     "QUESTIONS",
     "DRAW",
     "READ",
+    "left_out",
     "by_length",
-    "style",
     "in_order",
     "over_seeds",
     "lines",
@@ -76,7 +75,6 @@ __all__ = [
     "pairs",
     "single_verdict",
     "skirmish_verdict",
-    "caption",
 ]
 
 # %% ../../nbs/11f_report.cmt.ipynb #635c9eab
@@ -87,50 +85,50 @@ GIVEN, NULL, COLLECTED, WRONG, BOUND = (
     "CMT, context of a wrong task",
     "CMT, one-hot task (upper bound)",
 )
-LOOK = {  # label: colour of seaborn's colour-blind palette (10: black), marker, line; labels of the other papers look as in their figures
-    GIVEN: (0, "D", "-"),
-    COLLECTED: (4, "o", "-"),
-    NULL: (7, "s", "--"),
-    WRONG: (3, "X", "--"),
-    BOUND: (10, "^", ":"),
-    "CMT, random frozen prompt": (5, "v", "--"),
-    "CMT, tuned context vectors": (1, "P", "-"),
-    "CMT, tuned from a random start": (9, "P", "--"),
-    "CMT, tuned on shuffled trajectories": (3, "v", "--"),
-    "CMT, full fine-tuning": (2, "h", "-"),
-    "CMT, LoRA": (8, "d", "-"),
-    "MT-ORL (no prompt)": (0, "o", "-"),
-    "MT-BC-FT": (1, "s", "-"),
-    "Prompt-DT": (2, "D", "-"),
-    "Soft Prompt": (5, "P", "-"),
-    "Prompt-DT-FT": (4, "v", "-"),
-    "Adaptor": (6, "*", "-"),
-    "LoRA": (7, "X", "-"),
-    "Prompt-Tuning DT": (8, "<", "-"),
-    "Prompt Diffuser": (0, "s", "-"),
-    "CMT, context given, middle goals": (9, "d", "--"),
-    "Prompt-DT, middle goals": (5, "<", "--"),
-    "CMT": (0, "D", "-"),
-    "action loss alone": (7, "s", "--"),
-    "no state or return loss": (5, "v", "--"),
-    "state and return loss, weight 1": (1, "^", "--"),
-    "no InfoNCE": (4, "o", "--"),
-    "classification, no InfoNCE": (6, "d", "--"),
-    "InfoNCE and classification": (3, "P", "--"),
-    "transformer encoder": (2, "h", "--"),
-    "contexts of experts only": (8, "<", "--"),
-    "5 transitions": (9, ">", "--"),
-    "never without context": (10, "X", "--"),
-    "No prompt": (10, "s", "-"),
-    "Random frozen prompt": (7, "v", "--"),
-    "Prompt towards the best 10 %": (1, "o", "-"),
-    "Prompt by advantage": (2, "P", "-"),
-    "Prompt by returns": (4, "^", "-"),
-    "Prompt on shuffled trajectories": (3, "X", "--"),
-    "Full fine-tuning": (5, "h", "-"),
-    "Prompt a map, the best 10 %": (1, "D", "-"),
-    "Prompt an agent, the best 10 %": (9, "d", "-"),
-}
+ORDER = (  # of rows and legends
+    GIVEN,
+    COLLECTED,
+    NULL,
+    WRONG,
+    BOUND,
+    "CMT, random frozen prompt",
+    "CMT, tuned context vectors",
+    "CMT, tuned from a random start",
+    "CMT, tuned on shuffled trajectories",
+    "CMT, full fine-tuning",
+    "CMT, LoRA",
+    "MT-ORL (no prompt)",
+    "MT-BC-FT",
+    "Prompt-DT",
+    "Soft Prompt",
+    "Prompt-DT-FT",
+    "Adaptor",
+    "LoRA",
+    "Prompt-Tuning DT",
+    "Prompt Diffuser",
+    "CMT, context given, middle goals",
+    "Prompt-DT, middle goals",
+    "CMT",
+    "action loss alone",
+    "no state or return loss",
+    "state and return loss, weight 1",
+    "no InfoNCE",
+    "classification, no InfoNCE",
+    "InfoNCE and classification",
+    "transformer encoder",
+    "contexts of experts only",
+    "5 transitions",
+    "never without context",
+    "No prompt",
+    "Random frozen prompt",
+    "Prompt towards the best 10 %",
+    "Prompt by advantage",
+    "Prompt by returns",
+    "Prompt on shuffled trajectories",
+    "Full fine-tuning",
+    "Prompt a map, the best 10 %",
+    "Prompt an agent, the best 10 %",
+)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #076c4509
@@ -138,18 +136,9 @@ def by_length(label):
     return re.sub(r", L = \d+$", "", label)  # the same method with another number of vectors
 
 
-# %% ../../nbs/11f_report.cmt.ipynb #eb7a2a44
-def style(label):
-    "Colour, marker and line of a label: the same in every figure."
-    if (label := by_length(label)) not in LOOK:
-        return styles.style(label)
-    c, marker, line = LOOK[label]
-    return dict(color=[*sns.color_palette("colorblind"), (0.1, 0.1, 0.1)][c], marker=marker, linestyle=line)
-
-
 # %% ../../nbs/11f_report.cmt.ipynb #fd89b7cb
 def in_order(labels):
-    return sorted(set(labels), key=lambda l: list(LOOK).index(by_length(l)) if by_length(l) in LOOK else 99)
+    return sorted(set(labels), key=lambda l: ORDER.index(by_length(l)) if by_length(l) in ORDER else 99)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #4d5344aa
@@ -171,9 +160,10 @@ def lines(ax, g, x, ms=4):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #341d8221
-def adaptation(e, scale, seeds=None, partial=False):
+def adaptation(view):
     "Return on the test tasks against the episode, a panel a family; across: the same policy with other prompts."
-    df, out = load(e, scale, seeds, partial), []
+    e = view.exhibit
+    df, out = view.rows, []
     grown = {label_of(e, r) for r in rc.recipes_of(e) if r.key == "collect"}
     along, across = (
         over_seeds(df[df.metric == "episode_return"], ["task", "step"]),
@@ -282,18 +272,18 @@ def before(look, family):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #fe552496
-def orders(e, scale, seeds=None):
+def orders(view):
     "Rank correlations of an exhibit's records: one row a family and seed."
     return pd.DataFrame(
         [
             dict(
-                family=r["recipe"].family,
-                seed=r["seed"],
-                **order(r["record"]["look"], r["recipe"].family),
-                before=before(r["record"]["look"], r["recipe"].family),
+                family=r.recipe.family,
+                seed=r.seed,
+                **order(r.record["look"], r.recipe.family),
+                before=before(r.record["look"], r.recipe.family),
             )
-            for r in looks(View(e, scale, seeds))
-            if "embedded" in r["record"]["look"]
+            for r in [r for r in view.good if r.record.get("look")]
+            if "embedded" in r.record["look"]
         ],
         columns=ORDER_COLUMNS,
     )
@@ -354,21 +344,22 @@ def scatter(fig, ax, look, family):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #595268b1
-def embedding(e, scale, seeds=None, partial=False):
+def embedding(view):
     "Embedded contexts of the first seed, a panel a family; in the titles: rank correlations, mean and range over seeds."
-    load(e, scale, seeds, partial)
-    t, found = orders(e, scale, seeds), {}
-    for r in looks(View(e, scale, seeds)):
-        found.setdefault(r["recipe"].family, r)
+    e = view.exhibit
+    view.require()
+    t, found = orders(view), {}
+    for r in [r for r in view.good if r.record.get("look")]:
+        found.setdefault(r.recipe.family, r)
     fig, axes = axes_for(e.families, width=3.7, height=3.2)
     for ax, fam in zip(axes, e.families):
         ax.set_title(fam)
         if fam not in found:
             nothing(ax)
             continue
-        scatter(fig, ax, found[fam]["record"]["look"], fam)
+        scatter(fig, ax, found[fam].record["look"], fam)
         o = t[t.family == fam]
-        ax.set_title(f"{fam}, seed {found[fam]['seed']} (of {counted(len(o))})\n{in_numbers(o)}", fontsize=8)
+        ax.set_title(f"{fam}, seed {found[fam].seed} (of {counted(len(o))})\n{in_numbers(o)}", fontsize=8)
         ax.set(xlabel="first component")
     axes[0].set_ylabel("second component")
     legend(fig, axes)
@@ -392,9 +383,10 @@ def trained_on(r, goals, test):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #e4ae5a41
-def along_goals(e, scale, seeds=None, partial=False):
+def along_goals(view):
     "Returns by label, seed and goal, and what the goal was to that policy: 'trained', 'between', 'outside' or '' (not known)."
-    df, (goals, test) = load(e, scale, seeds, partial), goals_of(e.paper, e.families[0])
+    e = view.exhibit
+    df, (goals, test) = view.rows, goals_of(e.paper, e.families[0])
     df = df[df.metric == "return"][["label", "seed", "task_id", "value"]]
 
     def at(i):
@@ -423,9 +415,10 @@ def along_goals(e, scale, seeds=None, partial=False):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #b24aeb8f
-def along(e, scale, seeds=None, partial=False):
+def along(view):
     "Return against the goal, a line a method; dotted: test tasks; shaded: what the policies of the middle goals were trained on."
-    df, goals, test, ends = along_goals(e, scale, seeds, partial)
+    e = view.exhibit
+    df, goals, test, ends = along_goals(view)
     g = over_seeds(df, ["task_id", "goal", "part"])
     fig, (ax,) = axes_for(e.families, width=7.2, height=3.4)
     for i, x in enumerate(test if len(g) else ()):
@@ -445,9 +438,9 @@ def along(e, scale, seeds=None, partial=False):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #db2a2aeb
-def parts(e, scale, seeds=None, partial=False):
+def parts(view):
     "A method's return on goals that it was trained on, on unseen ones between them, and outside of them: mean ± std over seeds, and how many goals."
-    df = along_goals(e, scale, seeds, partial)[0]
+    df = along_goals(view)[0]
     per = df.groupby(["label", "part", "seed"]).value.mean().groupby(["label", "part"]).agg(["mean", "std", "count"])
     tasks = df.groupby(["label", "part"]).task_id.nunique()
 
@@ -480,20 +473,20 @@ def parts(e, scale, seeds=None, partial=False):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #5ba504e7
-def lengths(e, scale, seeds=None, partial=False):
+def lengths(view):
     "Score (single tasks) or return by the number of context vectors: one row a cell, method, number and seed."
-    load(e, scale, seeds, partial)
+    view.require()
     out = []
-    for r in (r for r in runs(e, scale, seeds) if r["state"] == "ok"):
-        x, metric = r["recipe"], "score" if r["recipe"].pretrain.context.encoder == "none" else "return"
-        values = [w["value"] for w in r["record"]["rows"] if w["metric"] == metric]
+    for r in (r for r in view.runs if r.state == "ok"):
+        x, metric = r.recipe, "score" if r.recipe.pretrain.context.encoder == "none" else "return"
+        values = [w["value"] for w in r.record["rows"] if w["metric"] == metric]
         out.append(
             dict(
                 cell=x.dataset,
                 metric=metric,
-                label=by_length(r["label"]),
+                label=by_length(r.label),
                 L=dict(x.tune.hyper).get("L") or x.pretrain.context.L,
-                seed=r["seed"],
+                seed=r.seed,
                 value=np.mean(values),
             )
         )
@@ -501,9 +494,10 @@ def lengths(e, scale, seeds=None, partial=False):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #61826de7
-def length(e, scale, seeds=None, partial=False):
+def length(view):
     "Score or return against the number of context vectors: mean over seeds (line), each seed (dot)."
-    t, cells = lengths(e, scale, seeds, partial), lamo.cells_of(e)
+    e = view.exhibit
+    t, cells = lengths(view), lamo.cells_of(e)
     fig, axes = axes_for(cells, width=3.7)
     for ax, cell in zip(axes, cells):
         for label in in_order(t[t.cell == cell].label):
@@ -544,23 +538,15 @@ WINS = [
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #7cba0558
-def floors(e, scale, seeds=None):
+def floors(view):
     "{cell: share of games won (%) by random actions and by the data's behaviour}, as far as records name them."
-    return {
-        r["recipe"].dataset: r["record"]["floor"]
-        for r in runs(e, scale, seeds)
-        if r["state"] == "ok" and r["record"].get("floor")
-    }
+    return {r.recipe.dataset: r.record["floor"] for r in view.runs if r.state == "ok" and r.record.get("floor")}
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #4af011ff
-def won(e, scale, seeds=None, partial=False):
+def won(view):
     "One row a cell and method, every number: share of games won (mean, std, IQM, interval), return, length, the two shares beside it; then the means over the shared cells."
-    t, w, floor = (
-        lamo.tidy(e, scale, seeds, partial),
-        lamo.last(lamo.frame(e, scale, seeds, partial)),
-        floors(e, scale, seeds),
-    )
+    t, w, floor = (lamo.tidy(view), lamo.last(lamo.frame(view)), floors(view))
 
     def more(t, k, i):
         return t.assign(**{k: [i(r) for _, r in t.iterrows()]})
@@ -592,9 +578,9 @@ def in_words(r):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #af812f87
-def wins(e, scale, seeds=None, partial=False):
+def wins(view):
     "(printed, tidy) table of games won: cells down, methods across, then random actions and the data's behaviour."
-    t = won(e, scale, seeds, partial)
+    t = won(view)
     cells = {}
     for _, r in t.iterrows():
         for line, text in in_words(r).items():
@@ -650,9 +636,10 @@ def said_of(rows):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #5b9f7aa8
-def beats_random(e, scale, seeds=None, partial=True, base="No prompt"):
+def beats_random(view, base="No prompt"):
     "One sentence a quality of the data: where does `base`, and the best method of each map, win more games than random actions?"
-    w, floor, groups, out = lamo.last(lamo.frame(e, scale, seeds, partial)), floors(e, scale, seeds), {}, []
+    e, scale = view.exhibit, view.scale
+    w, floor, groups, out = lamo.last(lamo.frame(view)), floors(view), {}, []
     for c in lamo.cells_of(e, scale):
         groups.setdefault(c.rsplit(" ", 1)[-1], []).append(c)
     for quality, cells in groups.items():
@@ -719,16 +706,17 @@ QUESTIONS = (  # question, method, against
 )
 
 
-def meta_verdict(e, scale, seeds=None, partial=True):
+def meta_verdict(view):
     "One sentence a question about unseen tasks, with every family."
-    df = load(e, scale, seeds, partial)
+    e = view.exhibit
+    df = view.rows
     return "\n".join(answer(q, against(df, a, b, e.families)) for q, a, b in QUESTIONS)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #72fa0bf3
-def adaptation_verdict(e, scale, seeds=None, partial=True):
+def adaptation_verdict(view):
     "Does the last episode bring more than the first, which has no context? One sentence."
-    df = load(e, scale, seeds, partial)
+    df = view.rows
     df = df[df.metric == "episode_return"]
     rows = []
     for fam, d in df.groupby("task", sort=False):
@@ -741,11 +729,11 @@ def adaptation_verdict(e, scale, seeds=None, partial=True):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #e8d508b6
-def embedding_verdict(e, scale, seeds=None, partial=True):
+def embedding_verdict(view):
     "Do contexts lie in the order of the goals? One sentence a family."
-    load(e, scale, seeds, partial)
+    view.require()
     out = []
-    for fam, o in orders(e, scale, seeds).groupby("family", sort=False):
+    for fam, o in orders(view).groupby("family", sort=False):
         kind = o.by.iloc[0]
         x = o[f"{kind}_all"]
         word = (
@@ -783,21 +771,21 @@ def pairs(w, methods, bases):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #f4ca847a
-def single_verdict(e, scale, seeds=None, partial=True):
+def single_verdict(view):
     "One sentence a want and a control."
     return pairs(
-        lamo.last(lamo.frame(e, scale, seeds, partial)),
+        lamo.last(lamo.frame(view)),
         ("Prompt towards the best 10 %", "Prompt by advantage", "Prompt by returns"),
         ("Random frozen prompt", "No prompt", "Prompt on shuffled trajectories", "Full fine-tuning", "LoRA"),
     )
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #53993a1b
-def skirmish_verdict(e, scale, seeds=None, partial=True):
+def skirmish_verdict(view):
     "Against random actions, and one sentence a prompt and a control."
-    w = lamo.last(lamo.frame(e, scale, seeds, partial))
+    w = lamo.last(lamo.frame(view))
     return (
-        beats_random(e, scale, seeds, partial)
+        beats_random(view)
         + "\n"
         + pairs(
             w,
@@ -818,14 +806,5 @@ READ = dict(
     wins="Games won: mean ± std over seeds, n where not all seeds are there; IQM over seeds with its 95 % bootstrap interval. The last columns: random legal actions, and the policy that made the data. ",
 )
 
-
-def caption(e, scale, t=None):
-    "Protocol, how to read it, what the mean is over, what this scale leaves out."
-    if e.kind == "table":
-        return tables.caption(View(e, scale), t)
-    over = (
-        ""
-        if t is None or "source" not in t
-        else next((f"Mean {s}. " for s in t[t.cell.str.startswith("mean of")].source), "")
-    )
-    return f"{e.title}, {scale} scale. {e.protocol.strip()} {READ.get(e.kind, lamo.READ.get(e.kind, ''))}{over}{lamo.left_out(e, scale)}".strip()
+# %% ../../nbs/11f_report.cmt.ipynb #cmleft01
+left_out = lamo.left_out  # captions end as LaMo's do

@@ -11,18 +11,15 @@ import seaborn as sns
 
 from .. import recipes as rc
 from ..core import read_json, results_dir
-from . import tables
 from .stats import compare, summary
-from .style import axes_for, legend, nothing
-from .tables import counted, named, plus_minus, short
-from .view import cells_of, label_of, labels_of, load, reported, runs
+from .style import axes_for, in_order, legend, nothing, style
+from .tables import counted, plus_minus, say as say_verdicts, short
 
 # %% auto #0
 __all__ = [
     "MAIN",
     "COLUMNS",
     "ELSEWHERE",
-    "LOOK",
     "LADDER",
     "WHOLE",
     "EVERY",
@@ -30,7 +27,11 @@ __all__ = [
     "QUESTIONS",
     "DRAW",
     "READ",
-    "left_out",
+    "label_of",
+    "labels_of",
+    "cells_of",
+    "named",
+    "parts_left_out",
     "frame",
     "last",
     "grid_of",
@@ -46,8 +47,6 @@ __all__ = [
     "table",
     "params",
     "references",
-    "style",
-    "in_order",
     "lines",
     "curves",
     "progress",
@@ -72,12 +71,37 @@ __all__ = [
     "answer",
     "pretraining_verdict",
     "language_verdict",
-    "caption",
+    "left_out",
 ]
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #888a69d6
+def label_of(e, r):
+    return e.labels.get(r.id, r.method)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #6cefa4b5
+def labels_of(e, scale=None):
+    return list(dict.fromkeys(label_of(e, r) for r in rc.recipes_of(e, scale)))
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #7b36a594
+def cells_of(e, scale=None):
+    return list(dict.fromkeys(r.dataset for r in rc.recipes_of(e, scale)))
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #9972a7d8
+def named(cells):
+    "Cells in few words: those that differ in the last word, such as a share, together."
+    sets = {}
+    for c in cells:
+        name, _, share = c.rpartition(" ")
+        sets.setdefault(name or share, []).append(share if name else "")
+    return "; ".join(f"{name} {', '.join(s)}".strip() for name, s in sets.items())
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #3d32eb97
-def left_out(e, scale):
+def parts_left_out(e, scale):
     "What of an exhibit's grid this scale does not run, in one line; '' if it runs all."
     here, cells, lack, part = {r.id for r in rc.recipes_of(e, scale)}, cells_of(e, scale), {}, {}
     for r in rc.recipes_of(e):
@@ -92,10 +116,10 @@ def left_out(e, scale):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #771c3557
-def frame(e, scale, seeds=None, partial=False):
-    "The rows of an exhibit, with the cell of each."
-    cell = {r["record"]["run_id"]: r["recipe"].dataset for r in runs(e, scale, seeds) if r["state"] == "ok"}
-    return load(e, scale, seeds, partial).assign(cell=lambda d: d.run_id.map(cell))
+def frame(view):
+    "The view's rows, with the cell of each."
+    cell = {r.record["run_id"]: r.recipe.dataset for r in view.runs if r.state == "ok"}
+    return view.rows.assign(cell=lambda d: d.run_id.map(cell))
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #a4c34ce0
@@ -177,10 +201,7 @@ def ours(d, metric):
 # %% ../../nbs/11e_report.lamo.ipynb #d4f54b42
 def row_of(w, e, cell, label, here, pub):
     "One line of the tidy table; `here`: the runs of this cell and method."
-    bad, done = (
-        [r["state"] for r in here if r["state"] != "ok"],
-        [r["record"]["counts"] for r in here if r["state"] == "ok"],
-    )
+    bad, done = ([r.state for r in here if r.state != "ok"], [r.record["counts"] for r in here if r.state == "ok"])
     row = dict(
         cell=cell,
         method=label,
@@ -224,12 +245,13 @@ def averages(w, t, metric):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #07a8b4fe
-def tidy(e, scale, seeds=None, partial=False):
+def tidy(view):
     "One row a cell and method, every number; then the means over the shared cells. A scale that runs no cell shows the published ones."
-    w, rs, rep = last(frame(e, scale, seeds, partial)), runs(e, scale, seeds), reported(e.paper)
+    e, scale = view.exhibit, view.scale
+    w, rs, rep = last(frame(view)), view.runs, view.reported
     here = {}
     for r in rs:
-        here.setdefault((r["recipe"].dataset, r["label"]), []).append(r)
+        here.setdefault((r.recipe.dataset, r.label), []).append(r)
     t = pd.DataFrame(
         [
             row_of(w, e, c, l, here.get((c, l), []), published(rep, e, l, c))
@@ -274,20 +296,18 @@ def printed(t):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #75b7d6a9
-def table(e, scale, seeds=None, partial=False):
-    "(printed, tidy) table of lamo."
-    t = tidy(e, scale, seeds, partial)
+def table(view):
+    "(printed, tidy) table of scores."
+    t = tidy(view)
     return printed(t), t
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #71240043
-def params(e, scale, seeds=None, partial=False):
+def params(view):
     "(printed, tidy) parameters of each method beside the published."
-    load(e, scale, seeds, partial)
-    rep, found = (
-        reported(e.paper),
-        {r["label"]: r["record"]["counts"] for r in runs(e, scale, seeds) if r["state"] == "ok"},
-    )
+    e = view.exhibit
+    view.require()
+    rep, found = (view.reported, {r.label: r.record["counts"] for r in view.runs if r.state == "ok"})
     out = []
     for l in labels_of(e):
         c, pub = found.get(l, {}), rep[(rep.exhibit == e.reported) & (rep.method == l)].set_index("family").value
@@ -320,9 +340,10 @@ def params(e, scale, seeds=None, partial=False):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #48336d5b
-def references(e, scale, seeds=None, partial=False):
+def references(view):
     "(printed, tidy) random and expert returns: published, used for the scores, and of our own policies; from any record."
-    rep, found = reported(e.paper), {}
+    e, scale = view.exhibit, view.scale
+    rep, found = view.reported, {}
     for p in sorted(results_dir(e.paper).glob(f"{scale}.*.json")):
         if (rec := read_json(p)).get("references"):
             found[p.name.split(".")[1]] = rec["references"]
@@ -348,59 +369,6 @@ def references(e, scale, seeds=None, partial=False):
     return t.map(lambda v: "" if pd.isna(v) else f"{v:.1f}"), flat.reset_index()
 
 
-# %% ../../nbs/11e_report.lamo.ipynb #0ba65a10
-LOOK = {  # arm: colour of seaborn's colour-blind palette, marker, line
-    "LaMo": (0, "o", "-"),
-    "DT": (1, "s", "-"),
-    "DT, shared projection, long positions": (8, "P", "--"),
-    "Random frozen trunk, linear": (7, "v", "--"),
-    "Random trunk + LoRA, linear": (5, "<", "--"),
-    "LaMo without pre-training": (3, "X", "-"),
-    "LaMo on IID tokens": (4, "d", "--"),
-    "LaMo on the Markov chain": (2, "^", "-"),
-    "LaMo without language loss": (9, "D", "--"),
-    "LaMo, lambda = 1": (3, ">", "--"),
-    "LaMo with MLP embeddings": (9, "h", "-"),
-    "LaMo with linear embeddings": (4, "<", "--"),
-    "LaMo fully fine-tuned": (2, "p", "--"),
-    "LaMo frozen without LoRA": (4, "v", "--"),
-    "LaMo on shuffled text": (5, "*", "--"),
-    "LaMo on early-stopped text": (9, ">", "--"),
-    "LaMo with GPT-2 medium": (3, "D", "--"),
-    "LaMo, GPT-2's own weights": (8, "h", "-"),
-    "LaMo, best trajectory dropped": (3, "v", "--"),
-    "Wiki-RL": (4, "D", "-"),
-    "CQL": (2, "^", "-"),
-    "IQL": (3, "p", "-"),
-    "TD3+BC": (5, "*", "-"),
-    "BC": (7, "X", "-"),
-    "BCQ": (8, "P", "-"),
-    "NFQ": (6, "d", "-"),
-    "DT, lr 1e-3, wd 1e-4": (8, "P", "--"),
-    "DT, lr 1e-4, wd 1e-3": (3, "X", "--"),
-    "DT, lr 1e-4, wd 1e-5": (5, "v", "--"),
-    "CQL, lr 3e-3": (9, "d", "--"),
-    "CQL, lr 3e-5": (4, "<", "--"),
-    "IQL, width 512": (9, "d", "--"),
-    "IQL, width 1024": (4, "<", "--"),
-}
-LOOK |= {
-    f"{l}, 4 x updates": (*LOOK[l][:2], ":")
-    for l in ("DT", "DT, shared projection, long positions", "LaMo without pre-training", "LaMo")
-}
-
-
-def style(label):
-    "Colour, line and marker of an arm: the same in every figure."
-    c, marker, line = LOOK.get(label, (6, "8", "--"))
-    return dict(color=sns.color_palette("colorblind")[c], marker=marker, linestyle=line)
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #4603b7fe
-def in_order(labels):
-    return sorted(set(labels), key=lambda l: list(LOOK).index(l) if l in LOOK else 99)
-
-
 # %% ../../nbs/11e_report.lamo.ipynb #fbf96374
 def lines(ax, d, x="step"):
     "Mean over seeds (line) and their range (shade) of each arm; returns the plotted numbers."
@@ -415,12 +383,10 @@ def lines(ax, d, x="step"):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #d6a1cfb5
-def curves(e, scale, metric, seeds=None, partial=False):
+def curves(view, metric):
     "{(cell, learner): rows of a metric}, for every cell that this scale runs."
-    df, learner = (
-        frame(e, scale, seeds, partial),
-        {(r.dataset, label_of(e, r)): r.offline.learner for r in rc.recipes_of(e, scale)},
-    )
+    e, scale = view.exhibit, view.scale
+    df, learner = (frame(view), {(r.dataset, label_of(e, r)): r.offline.learner for r in rc.recipes_of(e, scale)})
     df = df[df.metric == metric]
     return {
         (c, kind): df[(df.cell == c) & df.label.isin([l for (x, l), k in learner.items() if (x, k) == (c, kind)])]
@@ -429,9 +395,10 @@ def curves(e, scale, metric, seeds=None, partial=False):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #6480f596
-def progress(e, scale, seeds=None, partial=False):
+def progress(view):
     "Score along training: mean and range over seeds; short dotted marks: the published mean of the last 20 %."
-    found, rep, out = curves(e, scale, "score_along", seeds, partial), reported(e.paper), []
+    e, scale = view.exhibit, view.scale
+    found, rep, out = curves(view, "score_along"), view.reported, []
     rep = rep[rep.exhibit == e.reported]
     cells = [c for c, _ in found]
     fig, axes = axes_for(found or ["-"], width=3, height=2.6, most=4)
@@ -458,13 +425,11 @@ def progress(e, scale, seeds=None, partial=False):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #a3eb4209
-def language(e, scale, seeds=None, partial=False):
+def language(view):
     "Cross-entropy on held-out text along training, a panel a cell."
-    found, out = curves(e, scale, "lm_loss", seeds, partial), []
+    found, out = curves(view, "lm_loss"), []
     uniform = [
-        r["record"]["lm"]["uniform"]
-        for r in runs(e, scale, seeds)
-        if r["state"] == "ok" and (r["record"].get("lm") or {}).get("uniform")
+        r.record["lm"]["uniform"] for r in view.runs if r.state == "ok" and (r.record.get("lm") or {}).get("uniform")
     ]
     fig, axes = axes_for(found or ["-"], width=3, height=2.6, most=4)
     for ax, ((cell, _), d) in zip(axes, found.items()):
@@ -496,13 +461,14 @@ def trunk_name(e, label):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #f3e3a847
-def texts(e, scale, seeds=None, partial=False):
+def texts(view):
     "Losses of each trunk's own pre-training (lines) and on held-out text (crosses), a panel a set of tokens; even guessing and, for the chain, its entropy as lines."
-    load(e, scale, seeds, partial)
+    e = view.exhibit
+    view.require()
     found = {
-        r["label"]: r["record"]["lm"]
-        for r in reversed(runs(e, scale, seeds))
-        if r["state"] == "ok" and (r["record"].get("lm") or {}).get("losses")
+        r.label: r.record["lm"]
+        for r in reversed(view.runs)
+        if r.state == "ok" and (r.record.get("lm") or {}).get("losses")
     }
     out = []
     kinds = {}
@@ -547,9 +513,10 @@ def spread(shares):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #f3213014
-def ratio(e, scale, seeds=None, partial=False):
+def ratio(view):
     "Score against the share of the data, a panel a data set: ours, mean and range over seeds; published dotted."
-    df, rep, out = frame(e, scale, seeds, partial), reported(e.paper), []
+    e = view.exhibit
+    df, rep, out = frame(view), view.reported, []
     df, rep = df[df.metric == "score"], rep[rep.exhibit == e.reported]
 
     def both(d, c):
@@ -588,9 +555,10 @@ def domain(cell):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #1a5dd81c
-def domains(e, scale, seeds=None, partial=False):
+def domains(view):
     "Mean score by domain over the cells that the methods share: bars, one dot a seed; hollow: published, over the paper's own cells."
-    w, rep, methods, out = last(frame(e, scale, seeds, partial)), reported(e.paper), in_order(labels_of(e)), []
+    e, scale = view.exhibit, view.scale
+    w, rep, methods, out = last(frame(view)), view.reported, in_order(labels_of(e)), []
     rep = rep[rep.exhibit == e.reported].set_index(["family", "method"]).value
     groups = {}
     for c in cells_of(e):
@@ -622,9 +590,10 @@ def domains(e, scale, seeds=None, partial=False):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #aa784dba
-def targets(e, scale, seeds=None, partial=False):
+def targets(view):
     "Score by initial return-to-go, a panel a cell: a marker a target, a bar from the lowest to the highest seed."
-    df = frame(e, scale, seeds, partial)
+    e, scale = view.exhibit, view.scale
+    df = frame(view)
     df = df[df.metric.str.startswith("score@")].assign(target=lambda d: d.metric.str.split("@").str[-1].astype(float))
     out, cells = [], cells_of(e, scale)
     fig, axes = axes_for(cells or ["-"], width=2.6, height=2.6, most=4)
@@ -706,9 +675,10 @@ def climb(x, cell=EVERY):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #d66750cc
-def gains(e, scale, seeds=None, partial=False):
+def gains(view):
     "The ladder of each cell that has all rungs, and their mean over the seeds that all these cells have."
-    w = last(frame(e, scale, seeds, partial))
+    e, scale = view.exhibit, view.scale
+    w = last(frame(view))
     full = [c for c in cells_of(e, scale) if len(rungs(w, [c]))]
     sets = {EVERY: full} if len(full) > 1 and len(rungs(w, full)) else {}
     sets |= {c: [c] for c in full}
@@ -770,9 +740,9 @@ def waterfall(ax, g):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #032abe2d
-def share(e, scale, seeds=None, partial=False):
+def share(view):
     "A waterfall from DT to LaMo: over all cells, and a panel a cell."
-    t = gains(e, scale, seeds, partial)
+    t = gains(view)
     found = list(t.cell.unique())
     fig, axes = axes_for(found or ["-"], width=3, height=3.1, most=4, sharey=True)
     for ax, c in zip(axes, found):
@@ -802,9 +772,10 @@ def against(w, a, b, metric="score"):
 VERDICT = ["cell", "method", "against", "cells", "n", "difference", "lo", "hi", "verdict"]
 
 
-def verdicts(e, scale, base="DT", seeds=None, partial=False, metric="score"):
+def verdicts(view, base="DT", metric="score"):
     "Every arm against `base`, on each cell and over all of them."
-    w = last(frame(e, scale, seeds, partial))
+    e, scale = view.exhibit, view.scale
+    w = last(frame(view))
     return pd.DataFrame(
         [v for l in labels_of(e, scale) if l != base for v in against(w, l, base, metric)], columns=VERDICT
     ).sort_values(
@@ -817,7 +788,7 @@ def verdicts(e, scale, base="DT", seeds=None, partial=False, metric="score"):
 
 # %% ../../nbs/11e_report.lamo.ipynb #4249470a
 def say(v):
-    return tables.say(v.rename(columns=dict(cell="family")).assign(method="'" + v.method + "'"))
+    return say_verdicts(v.assign(method="'" + v.method + "'"), by="cell")
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #8491de47
@@ -851,16 +822,16 @@ def answer(question, v):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #f0221e3a
-def pretraining_verdict(e, scale, seeds=None, partial=True):
+def pretraining_verdict(view):
     "One computed sentence a question."
-    w = last(frame(e, scale, seeds, partial))
+    w = last(frame(view))
     return "\n".join(answer(q, pd.DataFrame(list(against(w, a, b)), columns=VERDICT)) for q, a, b in QUESTIONS)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #5d7b3999
-def language_verdict(e, scale, seeds=None, partial=True, kept="LaMo", lost="LaMo without language loss"):
+def language_verdict(view, kept="LaMo", lost="LaMo without language loss"):
     "What the language loss keeps, one sentence a cell: nats a token on held-out text at the start and at the end, with it and without."
-    df = frame(e, scale, seeds, partial)
+    df = frame(view)
     df = df[df.metric == "lm_loss"]
     w, out = last(df), []
     for v in against(w, lost, kept, "lm_loss"):
@@ -906,11 +877,10 @@ READ = dict(
 )
 
 
-def caption(e, scale, t=None):
-    "Protocol, how to read it, what the mean is over, what this scale leaves out."
-    over = (
-        ""
-        if t is None or "cell" not in t or "source" not in t
-        else next((f"Mean {s}. " for s in t[t.cell.str.startswith("mean of")].source), "")
-    )
-    return f"{e.title}, {scale} scale. {e.protocol} {READ.get(e.kind, '')}{over}{left_out(e, scale)}".strip()
+# %% ../../nbs/11e_report.lamo.ipynb #lmleft01
+def left_out(view, numbers=None):
+    "What the mean is over, and what this scale leaves out."
+    over = ""
+    if numbers is not None and "cell" in numbers and "source" in numbers:
+        over = next((f"Mean {s}. " for s in numbers[numbers.cell.str.startswith("mean of")].source), "")
+    return over + parts_left_out(view.exhibit, view.scale)
