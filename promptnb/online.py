@@ -125,18 +125,18 @@ class Extractor(BaseFeaturesExtractor):
 class PPOConfig:
     "Settings of PPO and of the environments. Defaults: AdaRefiner's released code."
 
-    net: str = "spcnn"
+    net: str = "spcnn"  # of NETS
     envs: int = 1
     rollout: int = 4096  # steps of each environment between updates
-    batch: int = 128
-    epochs: int = 4
+    batch: int = 128  # steps of a minibatch
+    epochs: int = 4  # passes over a rollout
     lr: float = 1e-4
-    gamma: float = 0.95
-    lam: float = 0.65
-    clip: float = 0.2
-    entropy: float = 0.0
-    value: float = 0.5
-    max_grad: float = 0.5
+    gamma: float = 0.95  # discount
+    lam: float = 0.65  # of generalised advantage estimation
+    clip: float = 0.2  # of the probability ratio
+    entropy: float = 0.0  # weight of the entropy bonus
+    value: float = 0.5  # weight of the value loss
+    max_grad: float = 0.5  # norm that gradients are clipped to
     bf16: bool = False  # the image net
     text: bool = True  # has a text head
     length: int = 10_000  # an episode's most steps

@@ -543,7 +543,6 @@ def shares(weights, n, seed=0):
     "Weights (m,) >= 0 -> whole numbers (m,) of sum n, each its share rounded up or down without bias."
     if not len(weights):
         return np.zeros(0, int)
-    # systematic sampling: cut [0, n) in proportion to the weights, shift it at random, count the integers in each part
     total = max(np.sum(weights), 1e-300)
     ends = np.cumsum(weights) / total * n + rng_for("shares", seed).random()
     start = ends[0] - weights[0] / total * n
