@@ -9,10 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.pyplot import close
 
 from promptnb import recipes as rc
-from promptnb.core import PromptnbError
+from promptnb.core import PromptnbError, code_fingerprint
 from promptnb.report import cmt, exhibits, lamo, style, tables, view
 from promptnb.report.cmt import BOUND, COLLECTED, GIVEN, NULL, WRONG
+from promptnb.report.style import LOOKS
 from promptnb.report.view import View
+from promptnb.tasks import facts
 
 
 def exhibit(id):
@@ -94,6 +96,8 @@ def fabricate(
             status=status,
             why="",
             recipe_digest=rc.digest(r),
+            code=dict(modules=["core"], fingerprint=code_fingerprint("core")),
+            facts=facts(r.family),
             rows=rows if status == "ok" else [],
             look=looks(r, seed) if r.tune.tuner == "encode" else {},
             counts=dict(total=1000, trainable=640),
@@ -105,11 +109,7 @@ def fabricate(
 
 
 def drawn(e, partial=True):
-    return (
-        exhibits.drawn(View(e, "laptop", partial=partial))
-        if e.kind != "table"
-        else (tables.printed(t := tables.tidy_table(View(e, "laptop", partial=partial))), t)
-    )
+    return exhibits.page_of(e).DRAW[e.kind](View(e, "laptop", partial=partial))
 
 
 # ---- drawing
@@ -173,21 +173,18 @@ def test_other_papers_keep_their_columns():
     assert {"reported", "difference", "source"} <= set(t) and "reported" in tables.printed(t).columns.get_level_values(
         1
     )
-    assert {"reported", "difference"} <= set(lamo.tidy(view.exhibit("lamo", "table1"), "paper", [99], True))
+    assert {"reported", "difference"} <= set(
+        lamo.tidy(View(view.exhibit("lamo", "table1"), "paper", [99], partial=True))
+    )
 
 
 def test_labels_are_told_apart():
     for e in EXHIBITS:
-        mine = {cmt.by_length(l) for l in view.labels_of(e)}
-        assert mine <= set(cmt.LOOK), e.id
-        assert len({cmt.LOOK[l] for l in mine}) == len(mine), e.id
+        mine = {cmt.by_length(l) for l in lamo.labels_of(e)}
+        assert mine <= set(LOOKS), e.id
+        assert len({LOOKS[l] for l in mine}) == len(mine), e.id
         if e.kind in ("adaptation", "range", "length", "bars"):
-            assert len({cmt.style(l)["color"] for l in mine}) == len(mine), e.id
-
-
-def test_a_method_of_another_paper_looks_as_it_does_there():
-    shared = [l for l in cmt.LOOK if style.main_name(l) in style.ORDER]
-    assert len(shared) == 8 and all(cmt.style(l) == style.style(l) for l in (*shared, "Pure noise (control)"))
+            assert len({style.style(l)["color"] for l in mine}) == len(mine), e.id
 
 
 # ---- adaptation
@@ -195,7 +192,7 @@ def test_a_method_of_another_paper_looks_as_it_does_there():
 
 def test_numbers_of_the_adaptation_curve(tmp_home):
     fabricate(e := exhibit("adaptation"), value=lambda r, seed, i: len(r.key) + seed)
-    fig, n = cmt.adaptation(e, "laptop")
+    fig, n = cmt.adaptation(View(e, "laptop"))
     close(fig)
     n = n[n.task == "cheetah-vel"]
     curve, line = n[n.step.notna()], n[n.step.isna()].set_index("label")
@@ -213,9 +210,11 @@ def test_adaptation_in_words(tmp_home):
     e = exhibit("adaptation")
 
     def said(**kw):
-        return fabricate(e, **kw) or cmt.adaptation_verdict(e, "laptop")
+        return fabricate(e, **kw) or cmt.adaptation_verdict(View(e, "laptop", partial=True))
 
-    assert cmt.adaptation_verdict(e, "laptop") == "Is the last episode above episode 0? no runs yet."
+    assert (
+        cmt.adaptation_verdict(View(e, "laptop", partial=True)) == "Is the last episode above episode 0? no runs yet."
+    )
     assert "cheetah-vel: yes, +40.0 (3 seeds, 95 % interval +40.0 to +40.0)" in said()
     assert "ant-dir: no, the opposite, -4.0" in said(
         episode=lambda k, seed, i: -1.0 * k
@@ -226,7 +225,7 @@ def test_one_seed_decides_nothing(tmp_home):
     for e in EXHIBITS:
         fabricate(e, seeds=(0,), value=lambda r, seed, i: 100.0 * (r.key == "cmt"), score=lambda r, seed: len(r.method))
     said = [
-        f(exhibit(i), "laptop")
+        f(View(exhibit(i), "laptop", partial=True))
         for i, f in dict(
             adaptation=cmt.adaptation_verdict,
             meta=cmt.meta_verdict,
@@ -296,9 +295,9 @@ def test_two_goals_have_no_order():
 
 def test_the_order_in_words(tmp_home):
     e = exhibit("embedding")
-    assert cmt.embedding_verdict(e, "laptop") == "no runs yet"
+    assert cmt.embedding_verdict(View(e, "laptop", partial=True)) == "no runs yet"
     fabricate(e)
-    s = cmt.embedding_verdict(e, "laptop").split("\n")
+    s = cmt.embedding_verdict(View(e, "laptop", partial=True)).split("\n")
     assert (
         s[0].endswith("too few tasks to tell.")
         and "no task is unseen" in s[0]
@@ -314,9 +313,9 @@ def test_the_order_in_words(tmp_home):
             np.random.default_rng(seed).permutation(GOALS[r.family]) if seed else None,
         ),
     )
-    s = cmt.embedding_verdict(e, "laptop").split("\n")
+    s = cmt.embedding_verdict(View(e, "laptop", partial=True)).split("\n")
     assert s[1].endswith("in some seeds only.") and set(
-        cmt.orders(e, "laptop")[["family", "seed"]].itertuples(index=False, name=None)
+        cmt.orders(View(e, "laptop", partial=True))[["family", "seed"]].itertuples(index=False, name=None)
     ) == {(f, k) for f in GOALS for k in range(3)}
 
 
@@ -340,7 +339,7 @@ def test_numbers_along_the_goals(tmp_home, named):
     if named:
         fabricate(exhibit("embedding"))
     fabricate(e := exhibit("range"), value=lambda r, seed, i: i + seed)
-    fig, n = cmt.along(e, "laptop")
+    fig, n = cmt.along(View(e, "laptop"))
     label = fig.axes[0].get_xlabel()
     close(fig)
     a = n[n.label == "Prompt-DT, middle goals"].set_index("task_id")
@@ -354,7 +353,7 @@ def test_numbers_along_the_goals(tmp_home, named):
         and [a.part[i] for i in (9, 10, 15, 29, 30)] == ["outside", "trained", "between", "trained", "outside"]
     )
     assert n[n.label == NULL].groupby("part").size().to_dict() == dict(trained=35, between=5)
-    p = cmt.parts(e, "laptop")
+    p = cmt.parts(View(e, "laptop", partial=True))
     assert (
         p.loc[GIVEN, "unseen, between"] == "15.6 ± 1.0 (5 goals, n=3)"
         and p.loc[GIVEN, "unseen, outside"] == ""
@@ -371,7 +370,7 @@ def test_numbers_by_length(tmp_home):
         value=lambda r, seed, i: i + r.pretrain.context.L,
         score=lambda r, seed: dict(r.tune.hyper)["L"] + seed,
     )
-    t = cmt.lengths(e, "laptop")
+    t = cmt.lengths(View(e, "laptop"))
     assert set(t.label) == {"Random frozen prompt", "Prompt towards the best 10 %", GIVEN} and len(t) == 12 * 3
     h, c = t[t.cell == "hopper medium"], t[t.cell == "cheetah-vel"]
     assert (
@@ -389,7 +388,7 @@ def test_single_tasks_are_tables_of_scores(tmp_home):
     fabricate(
         e := exhibit("single"), score=lambda r, seed: len(r.method) + (0, 1, 5)[seed] + 10 * (r.family == "hopper")
     )
-    t = lamo.tidy(e, "laptop")
+    t = lamo.tidy(View(e, "laptop"))
     r = t[(t.cell == "hopper medium") & (t.method == "No prompt")].iloc[0]
     assert r[["mean", "n", "iqm", "lo", "hi", "trainable", "total"]].tolist() == pytest.approx(
         [21, 3, 21, 19, 24, 640, 1000]
@@ -402,7 +401,7 @@ def test_single_tasks_are_tables_of_scores(tmp_home):
     )
     p = lamo.printed(t).loc["hopper medium"]
     assert p["No prompt"].to_dict() == {"ours": "21.0 ± 2.6", "IQM [95 %]": "21.0 [19.0, 24.0]"}
-    v = lamo.verdicts(e, "laptop", base="No prompt")
+    v = lamo.verdicts(View(e, "laptop"), base="No prompt")
     assert set(v[v.method == "LoRA"].verdict) == {"worse"} and v[(v.cell == lamo.EVERY) & (v.method == "LoRA")].iloc[0][
         ["cells", "difference"]
     ].tolist() == [9, -5]
@@ -414,7 +413,7 @@ def test_numbers_of_games_won(tmp_home):
         value=lambda r, seed, i: 1 + seed / 10,
         score=lambda r, seed: 50 + (0, 1, 5)[seed] + 20 * (r.family == "smax-8m"),
     )
-    p, t = cmt.wins(e, "laptop")
+    p, t = cmt.wins(View(e, "laptop"))
     r = t[(t.cell == "smax-3m good") & (t.method == "LoRA")].iloc[0]
     assert r[
         ["mean", "n", "iqm", "lo", "hi", "return", "return_std", "length", "length_std", "random", "behaviour", "total"]
@@ -430,7 +429,7 @@ def test_numbers_of_games_won(tmp_home):
     assert (
         m["mean"] == pytest.approx(56)
         and np.isnan(m["return"])
-        and list(p.columns) == [*view.labels_of(e), "random actions", "behaviour"]
+        and list(p.columns) == [*lamo.labels_of(e), "random actions", "behaviour"]
     )
 
 
@@ -439,8 +438,8 @@ def test_missing_and_failed_games_are_shown(tmp_home):
     fabricate(e, keep=lambda r, seed: seed < (1 if r.method == "LoRA" else 3))
     fabricate(e, keep=lambda r, seed: r.method == "No prompt", status="failed")
     with pytest.raises(PromptnbError, match="lacks"):
-        cmt.wins(e, "laptop")
-    p = cmt.wins(e, "laptop", partial=True)[0].loc["smax-8m poor"]
+        cmt.wins(View(e, "laptop"))
+    p = cmt.wins(View(e, "laptop", partial=True))[0].loc["smax-8m poor"]
     assert (
         p.loc["won, %", "LoRA"] == "50.0 (n=1, 2 missing)"
         and p.loc["won, %", "No prompt"] == "3 failed"
@@ -458,7 +457,7 @@ def test_against_random_actions(tmp_home):
         "smax-8m": lambda k: 10.5 + k,
     }
     fabricate(e, score=lambda r, seed: won[r.family](seed) + 20 * (r.method == "LoRA" and r.family == "smax-3s5z"))
-    s = cmt.beats_random(e, "laptop").split("\n")
+    s = cmt.beats_random(View(e, "laptop", partial=True)).split("\n")
     assert (
         len(s) == 3
         and s[0].startswith(
@@ -471,8 +470,8 @@ def test_against_random_actions(tmp_home):
 def test_no_floor_no_sentence(tmp_home):
     fabricate(e := exhibit("skirmish"), floor=None, seeds=(0,))
     assert (
-        cmt.beats_random(e, "laptop").count("no runs yet") == 6
-        and cmt.wins(e, "laptop", partial=True)[0].loc[("smax-3m good", "won, %"), "behaviour"] == ""
+        cmt.beats_random(View(e, "laptop", partial=True)).count("no runs yet") == 6
+        and cmt.wins(View(e, "laptop", partial=True))[0].loc[("smax-3m good", "won, %"), "behaviour"] == ""
     )
 
 
@@ -481,7 +480,7 @@ def test_no_floor_no_sentence(tmp_home):
 
 def test_verdicts_on_unseen_tasks(tmp_home):
     e = exhibit("meta")
-    assert cmt.meta_verdict(e, "laptop").count("no runs yet") == len(cmt.QUESTIONS)
+    assert cmt.meta_verdict(View(e, "laptop", partial=True)).count("no runs yet") == len(cmt.QUESTIONS)
     gain = {
         GIVEN: lambda seed: 12,
         WRONG: lambda seed: 2 * seed - 2,
@@ -494,7 +493,7 @@ def test_verdicts_on_unseen_tasks(tmp_home):
             10 * seed + i + gain.get(r.method, lambda seed: 0)(seed) + 5 * (r.method == GIVEN and r.family == "ant-dir")
         ),
     )
-    s = cmt.meta_verdict(e, "laptop").split("\n")
+    s = cmt.meta_verdict(View(e, "laptop", partial=True)).split("\n")
     assert (
         "cheetah-vel: yes, +12.0 (3 seeds, 95 % interval +12.0 to +12.0); ant-dir: yes, +17.0" in s[0]
         and s[1].count(": yes") == 3
@@ -513,7 +512,7 @@ def test_only_common_seeds_are_compared(tmp_home):
     )
     assert (
         "cheetah-vel: no clear difference, +5.0 (1 seed, one seed decides nothing)"
-        in cmt.meta_verdict(e, "laptop").split("\n")[0]
+        in cmt.meta_verdict(View(e, "laptop", partial=True)).split("\n")[0]
     )
 
 
@@ -522,8 +521,8 @@ def test_verdicts_on_single_tasks_and_games(tmp_home):
     for i in ("single", "skirmish"):
         fabricate(exhibit(i), score=lambda r, seed: 40 + seed + gain.get(r.method, 0))
     s, g = (
-        cmt.single_verdict(exhibit("single"), "laptop").split("\n"),
-        cmt.skirmish_verdict(exhibit("skirmish"), "laptop").split("\n"),
+        cmt.single_verdict(View(exhibit("single"), "laptop", partial=True)).split("\n"),
+        cmt.skirmish_verdict(View(exhibit("skirmish"), "laptop", partial=True)).split("\n"),
     )
     assert (
         len(s) == 15

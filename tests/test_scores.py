@@ -9,9 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.pyplot import close
 
 from promptnb import recipes as rc
-from promptnb.core import PromptnbError
-from promptnb.report import exhibits, lamo, view
+from promptnb.core import PromptnbError, code_fingerprint
+from promptnb.report import exhibits, lamo, style, view
+from promptnb.report.style import LOOKS
 from promptnb.report.view import View
+from promptnb.tasks import facts
 
 LABELS = list(lamo.LADDER)
 
@@ -64,6 +66,8 @@ def fabricate(
             status=status,
             why="",
             recipe_digest=rc.digest(r),
+            code=dict(modules=["core"], fingerprint=code_fingerprint("core")),
+            facts=facts(r.family),
             rows=rows if status == "ok" else [],
             counts=dict(total=1000, trainable=100, lora=10),
             references=dict(d4rl=(0, 100), own=(1, 50)),
@@ -95,7 +99,7 @@ def test_numbers_of_a_table(tmp_home):
         e := exhibit("table15"),
         lambda r, seed: {"LaMo": 30, "DT": 20}.get(r.method, 25) + (0, 1, 5)[seed] + 10 * (r.offline.ratio == 1),
     )
-    t = lamo.tidy(e, "laptop")
+    t = lamo.tidy(View(e, "laptop"))
     r = line(t, "reacher2d medium 10%", "LaMo")
     assert r[
         ["mean", "n", "iqm", "best", "worst", "own", "reported", "reported_std", "trainable", "total"]
@@ -124,8 +128,8 @@ def test_missing_seeds_are_shown(tmp_home):
         e, lambda r, seed: 10.0 + seed, keep=lambda r, seed: seed < {"LaMo": 3, "LaMo, lambda = 1": 2}.get(r.method, 1)
     )
     with pytest.raises(PromptnbError, match="lacks 3 of 9 runs.*promptnb run lamo --exhibit switches"):
-        lamo.tidy(e, "laptop")
-    t = lamo.tidy(e, "laptop", partial=True)
+        lamo.tidy(View(e, "laptop"))
+    t = lamo.tidy(View(e, "laptop", partial=True))
     p = lamo.printed(t).loc["hopper medium 1%"]
     assert t.note.tolist() == ["", "2 missing", "1 missing"] and t.n.tolist() == [3, 1, 2]
     assert (
@@ -136,7 +140,7 @@ def test_missing_seeds_are_shown(tmp_home):
 
 def test_failed_runs_are_shown(tmp_home):
     fabricate(e := exhibit("switches"), lambda r, seed: 10.0, status="diverged")
-    t = lamo.tidy(e, "laptop", partial=True)
+    t = lamo.tidy(View(e, "laptop", partial=True))
     assert (t.note == "3 diverged").all() and t["mean"].isna().all() and "3 diverged" in lamo.printed(t).to_string()
 
 
@@ -150,16 +154,16 @@ def test_mean_of_cells_is_over_cells_that_all_have():
 
 def test_what_a_scale_leaves_out_is_named():
     for e in EXHIBITS:
-        assert lamo.left_out(e, "paper") == "" and bool(said := lamo.left_out(e, "laptop")) == (
+        assert lamo.left_out(View(e, "paper")) == "" and bool(said := lamo.left_out(View(e, "laptop"))) == (
             len(rc.recipes_of(e, "laptop")) < len(e.recipes)
         ), e.id
-        assert all(c.split()[0] in said for c in set(view.cells_of(e)) - set(view.cells_of(e, "laptop")))
-    assert "Wiki-RL (hopper medium 10%; walker2d medium 10%)" in lamo.caption(exhibit("table3"), "laptop")
+        assert all(c.split()[0] in said for c in set(lamo.cells_of(e)) - set(lamo.cells_of(e, "laptop")))
+    assert "Wiki-RL (hopper medium 10%; walker2d medium 10%)" in exhibits.caption(View(exhibit("table3"), "laptop"))
 
 
 def test_best_three_for_table_13(tmp_home):
     fabricate(e := exhibit("table13"), lambda r, seed: 10.0)
-    assert (lamo.tidy(e, "laptop")["mean"].dropna() == 12).all()
+    assert (lamo.tidy(View(e, "laptop"))["mean"].dropna() == 12).all()
 
 
 def test_published_values_of_other_tables_stand_only_beside_exhibits_of_ours():
@@ -181,8 +185,8 @@ def test_shares_sum_to_the_whole(tmp_home):
         e := exhibit("share"),
         lambda r, seed: RISE[r.method] + seed * (1 + RISE[r.method] / 100) + (r.family == "walker2d"),
     )
-    t = lamo.gains(e, "laptop")
-    assert list(t.cell.unique()) == [lamo.EVERY, *view.cells_of(e, "laptop")]
+    t = lamo.gains(View(e, "laptop"))
+    assert list(t.cell.unique()) == [lamo.EVERY, *lamo.cells_of(e, "laptop")]
     for _, g in t.groupby("cell"):
         steps, whole = g[g.step != lamo.WHOLE], g[g.step == lamo.WHOLE].iloc[0]
         assert (
@@ -199,7 +203,7 @@ def test_shares_sum_to_the_whole(tmp_home):
 )  # interval around 0; LaMo below DT
 def test_no_share_of_an_unclear_gain(tmp_home, last):
     fabricate(e := exhibit("share"), lambda r, seed: last(seed) if r.method == "LaMo" else 10)
-    t = lamo.gains(e, "laptop")
+    t = lamo.gains(View(e, "laptop"))
     assert t.share.isna().all() and lamo.say_share(t).count("no clear gain to share") == t.cell.nunique()
 
 
@@ -211,7 +215,7 @@ def test_a_cell_without_all_rungs_is_not_in_the_ladder(tmp_home):
             not (r.family == "reacher2d" and r.method == "LaMo on the Markov chain") and (seed < 2 or r.method != "DT")
         ),
     )
-    t = lamo.gains(e, "laptop", partial=True)
+    t = lamo.gains(View(e, "laptop", partial=True))
     assert (
         "reacher2d medium 10%" not in set(t.cell) and (t.n == 2).all() and t[t.cell == lamo.EVERY].cells.unique() == [2]
     )
@@ -225,7 +229,7 @@ def verdict(home, value, seeds=(0, 1, 2)):
         e := exhibit("table16"), lambda r, seed: value(r, seed) if r.method == "LaMo" else 20.0 + seed, seeds=seeds
     )
     return (
-        lamo.verdicts(e, "laptop", base="LaMo without pre-training", partial=True)
+        lamo.verdicts(View(e, "laptop", partial=True), base="LaMo without pre-training")
         .query("method == 'LaMo'")
         .set_index("cell")
     )
@@ -256,7 +260,7 @@ def test_pairs_by_seed(tmp_home):
         seeds=(0, 1, 2, 3),
         keep=lambda r, seed: seed != (0 if r.method == "LaMo" else 3),
     )
-    v = lamo.verdicts(exhibit("switches"), "laptop", base="LaMo", seeds=(0, 1, 2, 3), partial=True)
+    v = lamo.verdicts(View(exhibit("switches"), "laptop", (0, 1, 2, 3), partial=True), base="LaMo")
     assert (v.n == 2).all() and (v.difference == -5).all()
 
 
@@ -264,7 +268,7 @@ def test_sentences_follow_the_data(tmp_home):
     e = exhibit("arms")
 
     def say():
-        return lamo.pretraining_verdict(e, "laptop").split("\n")
+        return lamo.pretraining_verdict(View(e, "laptop", partial=True)).split("\n")
 
     assert len(say()) == len(lamo.QUESTIONS) and all(s.endswith("No runs yet.") for s in say())
     fabricate(
@@ -283,7 +287,7 @@ def test_sentences_follow_the_data(tmp_home):
     )
     assert (
         "4.00 nats before; 4.20 with the language loss, 6.00 without: it keeps more of the language model"
-        in lamo.language_verdict(e, "laptop")
+        in lamo.language_verdict(View(e, "laptop", partial=True))
     )
 
 
@@ -295,7 +299,7 @@ def test_every_kind_draws(tmp_home, records):
     for e in EXHIBITS:
         if records:
             fabricate(e, lambda r, seed: 20.0 + seed + len(r.method) % 7, seeds=(0, 1))
-        shown, numbers = lamo.DRAW[e.kind](e, "laptop", None, True)
+        shown, numbers = lamo.DRAW[e.kind](View(e, "laptop", partial=True))
         assert isinstance(numbers, pd.DataFrame) and isinstance(shown, (pd.DataFrame, Figure)), e.id
         if isinstance(shown, Figure):
             shown.canvas.draw()
@@ -325,8 +329,8 @@ def test_made_exhibits_leave_their_files(tmp_home):
 def test_colours_are_told_apart():
     for e in EXHIBITS:
         if lamo.DRAW[e.kind] not in (lamo.table, lamo.params, lamo.references):
-            assert len({lamo.style(l)["color"] for l in view.labels_of(e)}) == len(view.labels_of(e)) <= 7, e.id
-    assert all(l in lamo.LOOK for e in EXHIBITS for l in view.labels_of(e))
+            assert len({style.style(l)["color"] for l in lamo.labels_of(e)}) == len(lamo.labels_of(e)) <= 7, e.id
+    assert all(l in LOOKS for e in EXHIBITS for l in lamo.labels_of(e))
 
 
 def test_deviations_name_what_a_scale_changes():
