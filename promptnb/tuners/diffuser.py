@@ -520,7 +520,7 @@ def rms_distance(a, b):
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00034
 def diversity(made, shown) -> dict:
-    "Of written and demonstrated prompts (G, m, n) each: how far apart they are, and how far from the nearest shown (G,)."
+    "Of written and demonstrated prompts (G, m, n): how far apart they are, and how far from the nearest shown (G,)."
 
     def spread(x):
         m = x.shape[1]

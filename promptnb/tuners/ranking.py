@@ -142,6 +142,7 @@ class PromptSearch(Tuner):
 
     @property
     def needs_score(self):
+        "Online, it plays."
         return self.online
 
     @property
@@ -230,6 +231,7 @@ class BestSoFar:
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00012
 @patch
 def adapt(self: PromptSearch, policy, demos, rng, score=None) -> Adapted:
+    "Propose, judge, update, `steps` times, for all tasks at once."
     self.check(policy, score)
     policy = policy.clone()
     frozen(policy.model)
@@ -276,6 +278,7 @@ class PreferenceRanking(PromptSearch):
     author_weights: bool = False  # m - 2r (released) in place of m - 1 - 2r
 
     def update(self, x, xs, f, state, query):
+        "A step along the ranked direction."
         d = (rank_weights(f, self.k, self.author_weights)[..., None] * (xs - x[:, None])).sum(1)
         v = state["v"] = self.momentum * state.get("v", 0.0) + d
         if not self.linesearch:
@@ -293,6 +296,7 @@ class HillClimbing(PromptSearch):
     "The best of m perturbed prompts replaces the current one if it scores better on the same windows."
 
     def update(self, x, xs, f, state, query):
+        "The best candidate, where it beats the current vector."
         now, i = query(x[:, None])[:, 0], f.argmin(-1)
         g = torch.arange(len(x))
         return torch.where((f[g, i] < now)[:, None], xs[g, i], x)
@@ -307,6 +311,7 @@ class EvolutionStrategy(PromptSearch):
     momentum: float = 0.5
 
     def update(self, x, xs, f, state, query):
+        "A step against the standardised scores."
         z = (f - f.mean(-1, keepdim=True)) / f.std(-1, keepdim=True).clamp(min=1e-8)
         v = state["v"] = self.momentum * state.get("v", 0.0) - (z[..., None] * (xs - x[:, None])).mean(1)
         return x + self.eta * v
@@ -323,9 +328,11 @@ class Resampling(HillClimbing):
     ENTRIES = False  # it takes whole prompts, with their timesteps, in place of the drawn one
 
     def propose(self, x, vec, demos, gen):
+        "m segments of demonstrations (G, m, D)."
         return vec.vector(demos.segments(self.m, vec.like.t.shape[-1], gen))
 
     def check(self, policy, score):
+        "Whole prompts have no seven fields."
         super().check(policy, score)
         if self.seven:
             raise PromptnbError("resample draws whole prompts: seven=True has no meaning for it")
