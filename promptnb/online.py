@@ -115,6 +115,7 @@ class Extractor(BaseFeaturesExtractor):
     def forward(self, obs):
         "Observations -> features (B, 512)."
         x = obs["image"].contiguous(memory_format=torch.channels_last)
+        # x, f: (B, 3, 64, 64), (B, 512); half precision in the image net only
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             f = self.image(x)
         return f.float() if self.text is None else f.float() + self.text(self.table[obs["text"][:, 0].long()])
@@ -155,7 +156,7 @@ class Guided(VecEnv):
     def __init__(self, c: PPOConfig, seed, advise=None, encode=None, once=False, image=True):
         self.c, self.advise, self.encode = c, advise, encode
         self.once = once  # one episode per environment
-        self.seeds = [seed_for(seed, "env", i) % 2**31 for i in range(c.envs)]
+        self.seeds = [seed_for(seed, "env", i) % 2**31 for i in range(c.envs)]  # RandomState takes 32 bits at most
         self.envs = [crafter.Crafter(c.length, image=image) for _ in range(c.envs)]
         space = gym.spaces.Dict(
             image=gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), text=gym.spaces.Box(0, 2**24, (1,), np.int32)
@@ -316,6 +317,7 @@ def add_sentences(self: Guided, sentences):
         return
     for s in new:
         self.texts[s] = len(self.texts)
+    # (sentences, 384), one row per id
     self.table = np.concatenate([self.table, self.encode(new)])
     if self.extractor is not None:
         self.extractor.table = torch.as_tensor(self.table, device=self.extractor.table.device)
@@ -328,6 +330,7 @@ def begin_rollout(self: Guided):
     if not self.c.empty_each_rollout or self.advise is None:
         return
     self.ids[:] = 0
+    # a guidance keeps the goals in force itself
     if hasattr(self.advise, "forget"):
         self.advise.forget()
     for actions in self.past:
@@ -410,7 +413,7 @@ def make_ppo(c: PPOConfig, envs, device="cpu"):
             net_arch=[],
             features_extractor_class=Extractor,
             features_extractor_kwargs=dict(net=c.net, text=c.text, bf16=c.bf16),
-            optimizer_kwargs=dict(eps=1e-5),
+            optimizer_kwargs=dict(eps=1e-5),  # as in the baselines' PPO; torch's own is 1e-8
         ),
     )
     ppo.set_logger(Logger(None, []))
@@ -489,12 +492,14 @@ def resume(self: Trainer, tensors, meta):
     with torch.no_grad():
         for name, p in self.policy.named_parameters():
             p.copy_(tensors[f"policy.{name}"])
+    # an optimiser that has not stepped yet has no moments
     moments = {
         i: {k: tensors[f"optimiser.{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
         for i, _ in enumerate(self.policy.parameters())
         if f"optimiser.{i}.step" in tensors
     }
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    # names with an underscore are stable-baselines3's: what its own `learn` would have set
     m._last_obs = self.envs.restore(meta["envs"])
     m._last_episode_starts = np.array(meta["starts"], bool)
     m.num_timesteps, m._n_updates = meta["step"], meta["updates"]

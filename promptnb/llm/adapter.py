@@ -38,8 +38,8 @@ from promptnb.llm import (
     Request,
     adapter_prompt,
     decision_prompt,
+    import_optional,
     model_folder,
-    optional,
     parse,
     sentence,
 )
@@ -145,6 +145,7 @@ def random_scene(rng, env=0) -> dict:
     "A made-up scene, as `online` hands it to an advisor."
     done = unlock(rng, int(rng.integers(0, len(PARENTS) + 1)))
     status = {v: int(rng.integers(v == "health", 10)) for v in VITALS}  # who plays has some health
+    # goods and tools only where the achievement that brings them is unlocked
     status |= {g: int(rng.integers(0, most + 1)) for g, most in GOODS.items() if f"collect_{g}" in done}
     status |= {t: 1 for t in TOOLS if f"make_{t}" in done}
     seen = tuple(k for k, p in SEEN.items() if rng.random() < p and (k not in MADE or MADE[k] in done))
@@ -274,6 +275,7 @@ def encoded(tok, rows, whole_text=False, longest=1024) -> list:
     asked = token_ids(tok, [r["prompt"] for r in rows], add_generation_prompt=True)
     out = []
     for ids, prompt in zip(full, asked):
+        # prompts are the beginning of the whole text: the template only adds to them
         unlabelled = 0 if whole_text else min(len(prompt), len(ids))
         labels = [-100] * unlabelled + ids[unlabelled:]
         out.append(dict(input_ids=ids[:longest], labels=labels[:longest]))
@@ -313,6 +315,7 @@ def tiny_tokenizer(rows, vocab):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # enough: the prompts have few different words
     texts = (m["content"] for r in rows[:1000] for m in [*r["prompt"], dict(content=r["response"])])
     t.train_from_iterator(texts, bpe)
     return PreTrainedTokenizerFast(
@@ -332,11 +335,11 @@ def once(path, settings, make) -> dict:
     path, settings = Path(path), plain(settings)
     with run_lock(path.with_name(f".{path.name}"), wait=-1) as work:
         if not path.exists():
-            new = work / "new"
+            new = work / "new"  # what a killed process left there is thrown away
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             write_json(new / "facts.json", dict(make(new), settings=settings))
-            os.replace(new, path)
+            os.replace(new, path)  # from here on the model exists
     if not (path / "facts.json").exists():
         raise PromptnbError(f"{path} is there, but no model made here: name another folder")
     facts = read_json(path / "facts.json")
@@ -354,7 +357,7 @@ def own_random(seed):
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # it takes 32 bits
         torch.manual_seed(seed)
         try:
             yield
@@ -431,6 +434,7 @@ def reply_loss(lm, rows):
         past = lm.model(input_ids=torch.tensor([first]), use_cache=True).past_key_values
         past.batch_repeat_interleave(len(rows))
     ids = padded(rows, "input_ids", 0, len(first))  # (B, n)
+    # the output at each position predicts the next token
     h = lm.model(input_ids=ids, past_key_values=past).last_hidden_state[:, :-1]  # (B, n - 1, width)
     target = padded(rows, "labels", -100, len(first))[:, 1:]
     return cross_entropy(lm.lm_head(h[target >= 0]), target[target >= 0])
@@ -462,6 +466,7 @@ def learn(lm, tok, data, c):
     steps = warm + c.steps
     easy = encoded(tok, copying_rows(warm * c.batch, rng))
     for t in range(steps):
+        # linear warm-up over 20 steps, constant, then linearly to zero over the last third
         rate = c.lr * min((t + 1) / 20, 1, 3 * (1 - t / steps))
         for group in opt.param_groups:
             group["lr"] = rate
@@ -543,8 +548,9 @@ def shares(weights, n, seed=0):
     "Weights (m,) >= 0 -> whole numbers (m,) of sum n, each its share rounded up or down without bias."
     if not len(weights):
         return np.zeros(0, int)
-    total = max(np.sum(weights), 1e-300)
+    total = max(np.sum(weights), 1e-300)  # no weight at all: no counts, no division by zero
     ends = np.cumsum(weights) / total * n + rng_for("shares", seed).random()
+    # 1e-9: an end that is a whole number but for rounding counts as one
     start = ends[0] - weights[0] / total * n
     return np.diff(np.floor(np.append(start, ends) + 1e-9)).astype(int)
 
@@ -605,7 +611,9 @@ def four_bits(device):
     import torch
     from transformers import BitsAndBytesConfig
 
-    optional("bitsandbytes", "quantise = 'nf4' needs bitsandbytes: pip install bitsandbytes, or leave quantise empty")
+    import_optional(
+        "bitsandbytes", "quantise = 'nf4' needs bitsandbytes: pip install bitsandbytes, or leave quantise empty"
+    )
     compute = torch.float32 if device == "cpu" else torch.float16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
@@ -638,16 +646,16 @@ def sft_config(c, scratch, gpu):
         per_device_train_batch_size=c.batch,
         per_device_eval_batch_size=c.batch,
         num_train_epochs=c.epochs,
-        max_steps=c.max_steps or -1,
+        max_steps=c.max_steps or -1,  # -1: as many as the epochs have
         learning_rate=c.lr,
         lr_scheduler_type="constant",
         weight_decay=c.weight_decay,
         max_grad_norm=c.grad_norm,
         train_sampling_strategy="group_by_length",
-        optim="paged_adamw_32bit" if paged else "adamw_torch",
+        optim="paged_adamw_32bit" if paged else "adamw_torch",  # the released code has the first
         seed=seed_for("sft", c.seed) % 2**31,
-        max_length=None,
-        completion_only_loss=False,
+        max_length=None,  # rows are cut already
+        completion_only_loss=False,  # the labels say where the loss is
         gradient_checkpointing=False,
         bf16=False,
         fp16=False,
@@ -728,7 +736,7 @@ def tune(base, rows, folder, config=SFT(), device="cpu") -> dict:
         raise PromptnbError(
             f"{len(rows)} row(s) to tune on: an adapter needs at least 2, one to train on and one to judge by"
         )
-    optional("trl", "tuning an adapter needs trl: pip install 'promptnb[llm]'")
+    import_optional("trl", "tuning an adapter needs trl: pip install 'promptnb[llm]'")
     base = model_folder(base, "language model")
     settings = dict(config=config, base=weights_version(base), rows=fingerprint(rows))
     return once(folder, settings, lambda new: fit_lora(base, rows, config, new, device))

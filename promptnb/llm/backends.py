@@ -18,7 +18,19 @@ from urllib.parse import urlsplit
 from fastcore.basics import patch
 
 from ..core import PromptnbError, append_jsonl, check_choice, fingerprint, read_jsonl, rng_for, sha256_file
-from . import GOAL_OF, GOALS, NEEDS, SOURCE, Backend, Reply, clean, failure, model_folder, optional, sentence
+from promptnb.llm import (
+    GOAL_OF,
+    GOALS,
+    NEEDS,
+    SOURCE,
+    Backend,
+    Reply,
+    clean,
+    failure,
+    import_optional,
+    model_folder,
+    sentence,
+)
 
 # %% auto #0
 __all__ = [
@@ -153,7 +165,7 @@ class Rules(Backend):
 # %% ../../nbs/07a_llm.backends.ipynb #107798bb
 def weights_version(folder):
     "12 hex digits: the commit of a stored Hub model, else a hash of the files that decide its answers."
-    if folder.parent.name == "snapshots":
+    if folder.parent.name == "snapshots":  # of the Hub's cache: the folder is named by its commit
         return folder.name[:12]
     deciding = (".safetensors", ".json", ".jinja", ".model", ".txt")
     return fingerprint({p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.suffix in deciding})
@@ -203,11 +215,13 @@ class Local(Backend):
         self.tokenizer, model = load_causal_lm(self.folder, dtype)
         self.model = model.to(self.device)
         eos = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        # models may have several tokens that end a reply
         self.stop = {*(eos if isinstance(eos, list) else [eos])} - {None}
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
         # nothing implicit from the folder
         self.model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=self.tokenizer.pad_token_id)
+        # positions; some models have no limit
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 2**20
 
     @functools.cached_property
@@ -259,8 +273,9 @@ def generate(self: Local, requests, max_tokens, temperature):
 
     start = time.monotonic()
     x = self.encode(requests, max_tokens)
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)  # from all tokens
     with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.no_grad():
+        # 60 bits, of the seeds of all requests of the batch
         torch.manual_seed(int(fingerprint([r.seed for r in requests], 15), 16))
         tokens = self.model.generate(
             input_ids=x["input_ids"],
@@ -269,6 +284,7 @@ def generate(self: Local, requests, max_tokens, temperature):
             **(sampling if temperature > 0 else dict(do_sample=False)),
         )
     replies = []
+    # without the prompts, which have one length by padding
     for row, n in zip(tokens[:, x["input_ids"].shape[1] :].tolist(), x["attention_mask"].sum(1)):
         end = next((i for i, token in enumerate(row) if token in self.stop), len(row))
         text = self.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
@@ -373,7 +389,7 @@ class Server(Backend):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise PromptnbError(f"'{clean(self.url)}' is no URL: write http://host:port/v1 or https://...")
         # imported now, since that takes a second: better than within a deadline
-        optional("openai", "servers are asked through openai: pip install 'promptnb[llm]'")
+        import_optional("openai", "servers are asked through openai: pip install 'promptnb[llm]'")
         self.name = f"server:{self.model}@{self.version}" if self.version else f"server:{self.model}"
         self.fails = 0  # failed requests in a row
         self.resting = 0  # requests that are still not to be sent
@@ -385,6 +401,7 @@ class Server(Backend):
     def scrub(self, text):
         "The text with the key blotted out."
         secret = self.secret()
+        # a shorter one is no key, and might be a part of many words
         return text.replace(secret, "(key)") if len(secret) >= 8 else text
 
 
@@ -444,10 +461,12 @@ def attempt(self: Server, request, seconds):
         raise Failed(f"no reply within {seconds:.3g} s", billed=True) from None
     except openai.APIStatusError as e:
         why = f"status {e.status_code}: {self.scrub(str(e.message))}"
+        # timeout, conflict, too many requests; or the server's own fault
         again = e.status_code in (408, 409, 429) or e.status_code >= 500
         raise Failed(why, again, retry_after(e.response.headers)) from None
     except openai.APIConnectionError as e:
         why = f"no connection, or it was cut ({type(e.__cause__ or e).__name__})"
+        # no connection: nothing was received, so nothing is paid for
         raise Failed(why, billed="Connect" not in type(e.__cause__).__name__) from None
     except Exception as e:
         raise Failed(f"no reply of the chat protocol ({type(e).__name__})", billed=True) from None
@@ -469,6 +488,7 @@ def answer(self: Server, request, end):
             why = str(e)
             if e.billed:
                 billed += about_tokens(request)
+            # what the server asks for, or twice as long as the time before
             wait = max(e.after, self.backoff * 2 ** (tries - 1))
             if not e.again or tries > self.retries or wait >= end - time.monotonic():
                 break
@@ -530,10 +550,10 @@ class Cassette(Backend):
     def __init__(self, path, backend=None, name=None):
         self.path, self.backend = Path(path), backend
         rows = [r for r in read_jsonl(self.path) if {"key", "name", "reply"} <= {*r} and isinstance(r["reply"], dict)]
-        self.name = backend.name if backend else self.voice(name, sorted({str(r["name"]) for r in rows}))
+        self.name = backend.name if backend else self.pick_name(name, sorted({str(r["name"]) for r in rows}))
         self.tape = {r["key"]: r["reply"] for r in rows if r["name"] == self.name}
 
-    def voice(self, name, names):
+    def pick_name(self, name, names):
         "The name whose replies are played when there is no backend."
         if not names:
             raise PromptnbError(f"{self.path} has no replies on it, and there is nobody to ask")
@@ -634,6 +654,7 @@ def fits(self: Budget, requests):
     "How many of the requests surely fit, at their longest; 1 at least. (A token is at least a byte.)"
     left, n_in, n_out = self.left(), 0, 0
     for k, r in enumerate(requests):
+        # 16: for the markup around a message
         n_in += sum(len(m["content"].encode()) + 16 for m in r.messages)
         n_out += r.max_tokens
         most = dict(calls=k + 1, tokens=n_in + n_out, dollars=self.cost(n_in, n_out))
