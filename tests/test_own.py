@@ -43,7 +43,7 @@ def broken_words(cells):
     stated = {int(x) for c in cells if c["cell_type"] == "markdown" for x in re.findall(r"(\d+) lines", source(c))}
     out = [] if stated == {n} else [f"it has {n} lines and states {sorted(stated)}"]
     out += [f"it has {n} lines, not fewer than 30"] if n >= 30 else []
-    out += [f"a line has {len(l)} characters" for l in lines(cells) if len(l) > 165]
+    out += [f"a line has {len(l)} characters" for l in lines(cells) if len(l) > 120]
     out += [
         f"'{m}' is not clearly below Prompt-DT"
         for m in ("no prompt", "wrong prompt")
