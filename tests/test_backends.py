@@ -38,6 +38,15 @@ def ask(far, **kw):
     return server(far.url, **kw).complete([Request(decision_prompt(scene(), ()))])[0]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def first_call():
+    "The first call of a process loads half of openai's client: that time is no server's fault."
+    far = Far()
+    patient = server(far.url, timeout=60, deadline=60)
+    assert patient.complete([Request(decision_prompt(scene(), ()))])[0].ok
+    far.close()
+
+
 def seconds(f):
     "(result, seconds it took)."
     start = time.monotonic()
