@@ -372,7 +372,7 @@ def test_numbers_by_length(tmp_home):
     )
     t = cmt.lengths(View(e, "laptop"))
     assert set(t.label) == {"Random frozen prompt", "Prompt towards the best 10 %", GIVEN} and len(t) == 12 * 3
-    h, c = t[t.cell == "hopper medium"], t[t.cell == "cheetah-vel"]
+    h, c = t[t.dataset == "hopper medium"], t[t.dataset == "cheetah-vel"]
     assert (
         (h.value == h.L + h.seed).all()
         and c.value.to_numpy() == pytest.approx(c.L.to_numpy() + 14.6)
@@ -389,11 +389,11 @@ def test_single_tasks_are_tables_of_scores(tmp_home):
         e := exhibit("single"), score=lambda r, seed: len(r.method) + (0, 1, 5)[seed] + 10 * (r.family == "hopper")
     )
     t = lamo.tidy(View(e, "laptop"))
-    r = t[(t.cell == "hopper medium") & (t.method == "No prompt")].iloc[0]
+    r = t[(t.dataset == "hopper medium") & (t.method == "No prompt")].iloc[0]
     assert r[["mean", "n", "iqm", "lo", "hi", "trainable", "total"]].tolist() == pytest.approx(
         [21, 3, 21, 19, 24, 640, 1000]
     )
-    m = t[(t.cell == "mean of 9 cells") & (t.method == "LoRA")].iloc[0]
+    m = t[(t.dataset == "mean of 9 datasets") & (t.method == "LoRA")].iloc[0]
     assert (
         m["mean"] == pytest.approx(4 + 2 + 10 / 3)
         and m.source
@@ -402,9 +402,9 @@ def test_single_tasks_are_tables_of_scores(tmp_home):
     p = lamo.printed(t).loc["hopper medium"]
     assert p["No prompt"].to_dict() == {"ours": "21.0 ± 2.6", "IQM [95 %]": "21.0 [19.0, 24.0]"}
     v = lamo.verdicts(View(e, "laptop"), base="No prompt")
-    assert set(v[v.method == "LoRA"].verdict) == {"worse"} and v[(v.cell == lamo.EVERY) & (v.method == "LoRA")].iloc[0][
-        ["cells", "difference"]
-    ].tolist() == [9, -5]
+    assert set(v[v.method == "LoRA"].verdict) == {"worse"} and v[(v.dataset == lamo.EVERY) & (v.method == "LoRA")].iloc[
+        0
+    ][["datasets", "difference"]].tolist() == [9, -5]
 
 
 def test_numbers_of_games_won(tmp_home):
@@ -414,7 +414,7 @@ def test_numbers_of_games_won(tmp_home):
         score=lambda r, seed: 50 + (0, 1, 5)[seed] + 20 * (r.family == "smax-8m"),
     )
     p, t = cmt.wins(View(e, "laptop"))
-    r = t[(t.cell == "smax-3m good") & (t.method == "LoRA")].iloc[0]
+    r = t[(t.dataset == "smax-3m good") & (t.method == "LoRA")].iloc[0]
     assert r[
         ["mean", "n", "iqm", "lo", "hi", "return", "return_std", "length", "length_std", "random", "behaviour", "total"]
     ].tolist() == pytest.approx([52, 3, 52, 50, 55, 1.1, 0.1, 41, 1, 10, 60, 1000])
@@ -425,7 +425,7 @@ def test_numbers_of_games_won(tmp_home):
         and x.loc["won, %", ["random actions", "behaviour"]].tolist() == ["10.0", "60.0"]
         and x.loc["return", "behaviour"] == ""
     )
-    m = t[(t.cell == "mean of 15 cells") & (t.method == "LoRA")].iloc[0]
+    m = t[(t.dataset == "mean of 15 datasets") & (t.method == "LoRA")].iloc[0]
     assert (
         m["mean"] == pytest.approx(56)
         and np.isnan(m["return"])
@@ -527,9 +527,9 @@ def test_verdicts_on_single_tasks_and_games(tmp_home):
     assert (
         len(s) == 15
         and s[0].startswith(
-            "Is 'Prompt towards the best 10 %' above 'Random frozen prompt'? Yes: 'Prompt towards the best 10 %' minus 'Random frozen prompt' is +3.0 over 9 cells, 3 seeds"
+            "Is 'Prompt towards the best 10 %' above 'Random frozen prompt'? Yes: 'Prompt towards the best 10 %' minus 'Random frozen prompt' is +3.0 over 9 datasets, 3 seeds"
         )
         and "is +7.0" in s[2]
         and s[5].startswith("Is 'Prompt by advantage' above 'Random frozen prompt'? No clear difference")
     )
-    assert len(g) == 9 and "is +3.0 over 15 cells" in g[3] and "? No clear difference" in g[6]
+    assert len(g) == 9 and "is +3.0 over 15 datasets" in g[3] and "? No clear difference" in g[6]

@@ -103,11 +103,17 @@ def called_import(node):
     return [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
 
 
+def is_lazy(node):
+    "What stands here is not run at import: a function, or `if TYPE_CHECKING`."
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+
+
 def imports(source, package=()):
     "(line, dotted name, inside a function?) of every import; relative ones are resolved against `package`."
     tree = ast.parse(source)
-    lazy = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, lazy) for n in ast.walk(f)}
+    inside = {id(n) for f in ast.walk(tree) if is_lazy(f) for n in ast.walk(f)}
     for n in ast.walk(tree):
         if isinstance(n, ast.Import):
             names = [a.name for a in n.names]
@@ -507,6 +513,7 @@ def test_can_fail(n, tmp_path):
         ("core", "import torch.nn", False),
         ("core", "def f():\n    from torch import nn", True),
         ("core", "class A:\n    import torch", False),
+        ("core", "if TYPE_CHECKING:\n    import torch", True),
         ("recipes", "import dataclasses", True),
         ("recipes", "import numpy as np", False),
         ("recipes", "from .core import Row", False),

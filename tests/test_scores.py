@@ -87,8 +87,8 @@ def fabricate(
         path.write_text(json.dumps(rec))
 
 
-def line(t, cell, method):
-    return t[(t.cell == cell) & (t.method == method)].iloc[0]
+def line(t, dataset, method):
+    return t[(t.dataset == dataset) & (t.method == method)].iloc[0]
 
 
 # ---- tables
@@ -111,7 +111,7 @@ def test_numbers_of_a_table(tmp_home):
         and r.note == ""
         and "Table 15" in r.source
     )
-    m = line(t, "mean of 3 cells", "DT")
+    m = line(t, "mean of 3 datasets", "DT")
     assert (
         m["mean"] == pytest.approx(22 + 10 / 3)
         and m.reported == pytest.approx((2.3 + 6.4 + 22.8) / 3)
@@ -157,7 +157,7 @@ def test_what_a_scale_leaves_out_is_named():
         assert lamo.left_out(View(e, "paper")) == "" and bool(said := lamo.left_out(View(e, "laptop"))) == (
             len(rc.recipes_of(e, "laptop")) < len(e.recipes)
         ), e.id
-        assert all(c.split()[0] in said for c in set(lamo.cells_of(e)) - set(lamo.cells_of(e, "laptop")))
+        assert all(c.split()[0] in said for c in set(lamo.datasets_of(e)) - set(lamo.datasets_of(e, "laptop")))
     assert "Wiki-RL (hopper medium 10%; walker2d medium 10%)" in exhibits.caption(View(exhibit("table3"), "laptop"))
 
 
@@ -186,8 +186,8 @@ def test_shares_sum_to_the_whole(tmp_home):
         lambda r, seed: RISE[r.method] + seed * (1 + RISE[r.method] / 100) + (r.family == "walker2d"),
     )
     t = lamo.gains(View(e, "laptop"))
-    assert list(t.cell.unique()) == [lamo.EVERY, *lamo.cells_of(e, "laptop")]
-    for _, g in t.groupby("cell"):
+    assert list(t.dataset.unique()) == [lamo.EVERY, *lamo.datasets_of(e, "laptop")]
+    for _, g in t.groupby("dataset"):
         steps, whole = g[g.step != lamo.WHOLE], g[g.step == lamo.WHOLE].iloc[0]
         assert (
             steps.share.sum() == pytest.approx(100) == whole.share
@@ -204,7 +204,7 @@ def test_shares_sum_to_the_whole(tmp_home):
 def test_no_share_of_an_unclear_gain(tmp_home, last):
     fabricate(e := exhibit("share"), lambda r, seed: last(seed) if r.method == "LaMo" else 10)
     t = lamo.gains(View(e, "laptop"))
-    assert t.share.isna().all() and lamo.say_share(t).count("no clear gain to share") == t.cell.nunique()
+    assert t.share.isna().all() and lamo.say_share(t).count("no clear gain to share") == t.dataset.nunique()
 
 
 def test_a_cell_without_all_rungs_is_not_in_the_ladder(tmp_home):
@@ -217,7 +217,9 @@ def test_a_cell_without_all_rungs_is_not_in_the_ladder(tmp_home):
     )
     t = lamo.gains(View(e, "laptop", partial=True))
     assert (
-        "reacher2d medium 10%" not in set(t.cell) and (t.n == 2).all() and t[t.cell == lamo.EVERY].cells.unique() == [2]
+        "reacher2d medium 10%" not in set(t.dataset)
+        and (t.n == 2).all()
+        and t[t.dataset == lamo.EVERY].datasets.unique() == [2]
     )
 
 
@@ -231,7 +233,7 @@ def verdict(home, value, seeds=(0, 1, 2)):
     return (
         lamo.verdicts(View(e, "laptop", partial=True), base="LaMo without pre-training")
         .query("method == 'LaMo'")
-        .set_index("cell")
+        .set_index("dataset")
     )
 
 
@@ -244,7 +246,7 @@ def test_verdict_words(tmp_home):
     )
     assert (
         v.loc[lamo.EVERY, "difference"] == pytest.approx(v.drop(lamo.EVERY).difference.mean())
-        and v.loc[lamo.EVERY, "cells"] == len(v) - 1
+        and v.loc[lamo.EVERY, "datasets"] == len(v) - 1
     )
 
 
@@ -279,7 +281,7 @@ def test_sentences_follow_the_data(tmp_home):
     s = say()
     assert (
         s[0].startswith(
-            "Did pre-training on text help? Yes: 'LaMo' minus 'LaMo without pre-training' is +3.0 over 5 cells, 3 seeds"
+            "Did pre-training on text help? Yes: 'LaMo' minus 'LaMo without pre-training' is +3.0 over 5 datasets, 3 seeds"
         )
         and "No clear difference" in s[1]
         and "No, the opposite" in s[2]

@@ -444,7 +444,7 @@ def parts(view):
     per = df.groupby(["label", "part", "seed"]).value.mean().groupby(["label", "part"]).agg(["mean", "std", "count"])
     tasks = df.groupby(["label", "part"]).task_id.nunique()
 
-    def cell(l, p):
+    def dataset(l, p):
         return (
             f"{plus_minus(*per.loc[l, p][['mean', 'std']])} ({counted(tasks[l, p], 'goal')}, n={per.loc[l, p]['count']:.0f})"
             if (l, p) in per.index
@@ -456,7 +456,7 @@ def parts(view):
             dict(
                 method=l,
                 **{
-                    name: cell(l, p)
+                    name: dataset(l, p)
                     for p, name in (
                         ("trained", "trained on"),
                         ("between", "unseen, between"),
@@ -474,7 +474,7 @@ def parts(view):
 
 # %% ../../nbs/11f_report.cmt.ipynb #5ba504e7
 def lengths(view):
-    "Score (single tasks) or return by the number of context vectors: one row a cell, method, number and seed."
+    "Score (single tasks) or return by the number of context vectors: one row a dataset, method, number and seed."
     view.require()
     out = []
     for r in (r for r in view.runs if r.state == "ok"):
@@ -482,7 +482,7 @@ def lengths(view):
         values = [w["value"] for w in r.record["rows"] if w["metric"] == metric]
         out.append(
             dict(
-                cell=x.dataset,
+                dataset=x.dataset,
                 metric=metric,
                 label=by_length(r.label),
                 L=dict(x.tune.hyper).get("L") or x.pretrain.context.L,
@@ -490,23 +490,23 @@ def lengths(view):
                 value=np.mean(values),
             )
         )
-    return pd.DataFrame(out, columns=["cell", "metric", "label", "L", "seed", "value"])
+    return pd.DataFrame(out, columns=["dataset", "metric", "label", "L", "seed", "value"])
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #61826de7
 def length(view):
     "Score or return against the number of context vectors: mean over seeds (line), each seed (dot)."
     e = view.exhibit
-    t, cells = lengths(view), lamo.cells_of(e)
-    fig, axes = axes_for(cells, width=3.7)
-    for ax, cell in zip(axes, cells):
-        for label in in_order(t[t.cell == cell].label):
-            d, s = t[(t.cell == cell) & (t.label == label)], style(label)
+    t, datasets = lengths(view), lamo.datasets_of(e)
+    fig, axes = axes_for(datasets, width=3.7)
+    for ax, dataset in zip(axes, datasets):
+        for label in in_order(t[t.dataset == dataset].label):
+            d, s = t[(t.dataset == dataset) & (t.label == label)], style(label)
             m = d.groupby("L").value.mean()
             ax.plot(m.index, m, lw=1.4, ms=5, label=label, **s)
             ax.plot(d.L, d.value, ".", ms=4, color=s["color"], alpha=0.7)
-        d = t[t.cell == cell]
-        ax.set(title=cell, xlabel="context vectors L", ylabel=d.metric.iloc[0] if len(d) else "")
+        d = t[t.dataset == dataset]
+        ax.set(title=dataset, xlabel="context vectors L", ylabel=d.metric.iloc[0] if len(d) else "")
         ax.set_xticks(sorted(d.L.unique()))
         if not len(d):
             nothing(ax)
@@ -516,7 +516,7 @@ def length(view):
 
 # %% ../../nbs/11f_report.cmt.ipynb #aa2ba035
 WINS = [
-    "cell",
+    "dataset",
     "method",
     "mean",
     "std",
@@ -539,24 +539,24 @@ WINS = [
 
 # %% ../../nbs/11f_report.cmt.ipynb #7cba0558
 def floors(view):
-    "{cell: share of games won (%) by random actions and by the data's behaviour}, as far as records name them."
+    "{dataset: share of games won (%) by random actions and by the data's behaviour}, as far as records name them."
     return {r.recipe.dataset: r.record["floor"] for r in view.runs if r.state == "ok" and r.record.get("floor")}
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #4af011ff
 def won(view):
-    "One row a cell and method, every number: share of games won (mean, std, IQM, interval), return, length, the two shares beside it; then the means over the shared cells."
+    "One row a dataset and method, every number: share of games won (mean, std, IQM, interval), return, length, the two shares beside it; then the means over the shared datasets."
     t, w, floor = (lamo.tidy(view), lamo.last(lamo.frame(view)), floors(view))
 
     def more(t, k, i):
         return t.assign(**{k: [i(r) for _, r in t.iterrows()]})
 
     for m in ("return", "length"):
-        g = w[m].groupby(level=["label", "cell"]).agg(["mean", "std"]).to_dict("index") if m in w else {}
+        g = w[m].groupby(level=["label", "dataset"]).agg(["mean", "std"]).to_dict("index") if m in w else {}
         for k, s in ((m, "mean"), (f"{m}_std", "std")):
-            t = more(t, k, lambda r: g.get((r.method, r.cell), {}).get(s, np.nan))
+            t = more(t, k, lambda r: g.get((r.method, r.dataset), {}).get(s, np.nan))
     for k in ("random", "behaviour"):
-        t = more(t, k, lambda r: floor.get(r.cell, {}).get(k, np.nan))
+        t = more(t, k, lambda r: floor.get(r.dataset, {}).get(k, np.nan))
     return t[WINS]
 
 
@@ -579,29 +579,32 @@ def in_words(r):
 
 # %% ../../nbs/11f_report.cmt.ipynb #af812f87
 def wins(view):
-    "(printed, tidy) table of games won: cells down, methods across, then random actions and the data's behaviour."
+    "(printed, tidy) table of games won: datasets down, methods across, then random actions and the data's behaviour."
     t = won(view)
-    cells = {}
+    datasets = {}
     for _, r in t.iterrows():
         for line, text in in_words(r).items():
-            cells.setdefault((r.cell, line), {})[r.method] = text
-        cells[r.cell, "won, %"] |= {"random actions": pm(r.random, np.nan, 1), "behaviour": pm(r.behaviour, np.nan, 1)}
+            datasets.setdefault((r.dataset, line), {})[r.method] = text
+        datasets[r.dataset, "won, %"] |= {
+            "random actions": pm(r.random, np.nan, 1),
+            "behaviour": pm(r.behaviour, np.nan, 1),
+        }
     out = (
-        pd.DataFrame.from_dict(cells, orient="index")
+        pd.DataFrame.from_dict(datasets, orient="index")
         .reindex(columns=[*t.method.unique(), "random actions", "behaviour"])
         .fillna("")
     )
-    out.index = pd.MultiIndex.from_tuples(out.index, names=["cell", ""])
+    out.index = pd.MultiIndex.from_tuples(out.index, names=["dataset", ""])
     return out[(out != "").any(axis=1)], t
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #f9baa213
-def over_random(w, floor, cell, method):
-    "A method's share of games won on a cell against that of random actions; None without a run."
-    x = lamo.grid_of(w, method).get(cell, pd.Series(dtype=float)).dropna().to_numpy()[:, None]
+def over_random(w, floor, dataset, method):
+    "A method's share of games won on a dataset against that of random actions; None without a run."
+    x = lamo.grid_of(w, method).get(dataset, pd.Series(dtype=float)).dropna().to_numpy()[:, None]
     return (
-        dict(cell=cell, method=method, n=len(x), **compare(x, np.full_like(x, floor[cell]["random"])))
-        if len(x) and cell in floor
+        dict(dataset=dataset, method=method, n=len(x), **compare(x, np.full_like(x, floor[dataset]["random"])))
+        if len(x) and dataset in floor
         else None
     )
 
@@ -612,7 +615,7 @@ def said_of(rows):
     rows = [r for r in rows if r]
 
     def of(word):
-        return ", ".join(r["cell"].rsplit(" ", 1)[0] for r in rows if r["verdict"] == word)
+        return ", ".join(r["dataset"].rsplit(" ", 1)[0] for r in rows if r["verdict"] == word)
 
     told = [
         f"{word} on {on}"
@@ -640,16 +643,16 @@ def beats_random(view, base="No prompt"):
     "One sentence a quality of the data: where does `base`, and the best method of each map, win more games than random actions?"
     e, scale = view.exhibit, view.scale
     w, floor, groups, out = lamo.last(lamo.frame(view)), floors(view), {}, []
-    for c in lamo.cells_of(e, scale):
+    for c in lamo.datasets_of(e, scale):
         groups.setdefault(c.rsplit(" ", 1)[-1], []).append(c)
-    for quality, cells in groups.items():
+    for quality, datasets in groups.items():
         best = {
             c: max(has, key=has.get)
-            for c in cells
+            for c in datasets
             if (has := {l: x[c].mean() for l in lamo.labels_of(e, scale) for x in [grid_of(w, l)] if c in x})
         }
         out.append(
-            f"Against random actions, trained on {quality} data: '{base}': {said_of([over_random(w, floor, c, base) for c in cells])}; the best method of each map: {said_of([over_random(w, floor, c, l) for c, l in best.items()])}."
+            f"Against random actions, trained on {quality} data: '{base}': {said_of([over_random(w, floor, c, base) for c in datasets])}; the best method of each map: {said_of([over_random(w, floor, c, l) for c, l in best.items()])}."
         )
     return "\n".join(out)
 
@@ -762,7 +765,7 @@ def embedding_verdict(view):
 
 # %% ../../nbs/11f_report.cmt.ipynb #3ea7dcee
 def pairs(w, methods, bases):
-    "One sentence a method and base, over all cells of single tasks or games."
+    "One sentence a method and base, over all datasets of single tasks or games."
     return "\n".join(
         lamo.answer(f"Is '{a}' above '{b}'?", pd.DataFrame(list(lamo.against(w, a, b)), columns=lamo.VERDICT))
         for a in methods

@@ -145,7 +145,7 @@ def heat(ax, t, column, norm):
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000016
 def quality(view):
-    "Heat maps of the return, data x prompt: one per method; beside them the published values, where every cell is known."
+    "Heat maps of the return, data x prompt: one per method; published values beside them if all are known."
     t = tidy_table(view)
     parts = t.method.str.extract(r"^(?:(.+), )?(\w+) data, (\w+) prompt$").fillna("ours")
     t[["of", "data", "prompt"]] = parts.to_numpy()
@@ -226,7 +226,7 @@ def entries(ax, x, state_dim, lim, title):
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000024
 class Chain:
-    "The reverse process of one run's first test task: x (N + 1, P, D) from noise to prompt, and the demonstrations beside it."
+    "The reverse process of a run's first test task: x (N + 1, P, D) from noise to prompt."
 
     def __init__(self, record):
         look = record["look"]
@@ -276,7 +276,7 @@ def _chain_prompts(fig, axes, c):
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000026
 def chain(view):
-    "The reverse process of one prompt: its entries from noise to prompt, how near a demonstration it comes, and its error."
+    "The reverse process of one prompt: its entries, how near a demonstration it comes, and its error."
     view.require()
     found = looks(view)
     if not found:
@@ -310,7 +310,7 @@ def prompt_points(run) -> list:
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000028
 def tsne(view):
-    "Written and demonstrated prompts of the test tasks, flattened, in the plane: one panel per recipe, all seeds together."
+    "Written and demonstrated prompts of the test tasks in the plane: one panel per recipe, all seeds together."
     from sklearn.manifold import TSNE
 
     view.require()

@@ -216,7 +216,7 @@ def ours(view) -> pd.DataFrame:
 
 # %% ../../nbs/11g_report.rladapter.ipynb #0e6a20d4
 def published(rep) -> pd.DataFrame:
-    "One row per method, budget and source of the paper's reported numbers: score and reward with std, as printed there."
+    "One row per method, budget and source of the reported numbers: score and reward with std, as printed there."
     score, reward = (
         rep[rep.exhibit == exhibit].drop(columns=["exhibit", "family", "n_seeds"])
         for exhibit in ("scoreboard", "scoreboard_reward")
@@ -472,7 +472,7 @@ HEADINGS = dict(
 
 
 def examples(view):
-    "(printed, tidy) exchanges of the first seed that has any: what was seen and said, what the agent did, what it unlocked."
+    "(printed, tidy) exchanges of the first seed that has any: seen, said, done, unlocked."
     view.require()
     found = [run for run in view.runs if run.state == "ok" and run.record.get("guides")]
     first = min(found, key=lambda run: (run.label != ADAPTER, run.seed), default=None)
@@ -529,7 +529,7 @@ def comprehension(view):
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000011
 def spoken(run, habit) -> list:
-    "What a run's adapter said in its first and last stage: percent with a goal of the habit, and of different sentences."
+    "What a run's adapter said in its first and last stage: percent with a goal of the habit, of different sentences."
     x = run.recipe.online
     path = root() / run.record.get("folder", "nowhere") / "exchanges.jsonl"
     log = pd.read_json(path, lines=True).to_dict("records") if path.exists() else []
@@ -594,7 +594,7 @@ def _behaved(r) -> str:
 
 # %% ../../nbs/11g_report.rladapter.ipynb #32f1f5da
 def behaviour(view):
-    "(printed, tidy) behaviours down, arms across: percent of the chances, and the word of the comparison with plain PPO."
+    "(printed, tidy) behaviours down, arms across: percent of the chances, and the comparison with plain PPO."
     t, lack, arms = behaviours(view), notes(view), arms_of(view.exhibit, view.scale)
     said = {(r.behaviour, r.method): _behaved(r) for _, r in t.iterrows()}
     names, had = list(dict.fromkeys(t.behaviour)), set(t.method)
@@ -799,10 +799,13 @@ DRAW = dict(
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000017
 READ = dict(
     scoreboard=(
-        "Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: mean over episodes"
+        "Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: "
+        "mean over episodes"
         " of the deepest achievement; final policy: with its live guidance. Published: score ± std and reward ± std as"
-        " printed there; 'none': no training. Published rewards are of single episodes, one a run (the benchmark's script),"
-        " and not mean returns; budgets differ, so rows of different environment steps are not compared. '/' between two"
+        " printed there; 'none': no training. Published rewards are of single episodes, one a run (the "
+        "benchmark's script),"
+        " and not mean returns; budgets differ, so rows of different environment steps are not compared. '/' "
+        "between two"
         " numbers: the sources disagree. "
     ),
     success=(
@@ -824,7 +827,8 @@ READ = dict(
         " paired by seeds, by Student's 95 % interval. "
     ),
     cost=(
-        "Means over seeds. LM seconds: of language models; encoding texts for the comprehension score is not in them. Per"
+        "Means over seeds. LM seconds: of language models; encoding texts for the comprehension score is not "
+        "in them. Per"
         " 1M steps: extrapolated from these runs. "
     ),
 )

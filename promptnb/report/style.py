@@ -185,7 +185,7 @@ VARIANT = re.compile(
 
 
 def main_name(label) -> str:
-    "A row label under the name that `LOOKS` knows: without shots, length, qualities; a diffuser's sweep is of the diffuser."
+    "A row label under the name that `LOOKS` knows: without shots, lengths and qualities."
     if DIFFUSER_SWEEP.match(label):
         return "Prompt Diffuser"
     label = VARIANT.sub("", label)
@@ -255,7 +255,7 @@ def legend(fig, axes, ncols=4, loc="outside lower center"):
 
 # %% ../../nbs/11b_report.style.ipynb #sy000019
 def lines(ax, df, x="step") -> pd.DataFrame:
-    "Draw the mean over seeds of the task mean against `x`, with the range over seeds shaded; returns the plotted numbers."
+    "Draw the mean over seeds of the task mean against `x`, their range shaded; returns the plotted numbers."
     per_seed = df.groupby(["label", x, "seed"]).value.mean().reset_index()
     g = per_seed.groupby(["label", x]).value.agg(["mean", "min", "max", "count"]).reset_index()
     for label in in_order(sorted(g.label.unique())):
