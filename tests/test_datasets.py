@@ -13,8 +13,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from homes import FAMILY, PRETRAIN, ROOT, cli, new_home, one_line
 from test_faults import refused
-from test_papers import FAMILY, PRETRAIN, ROOT, cli, new_home, one_line
 from test_project import run_python, settings
 from test_resume import kill_group, mtimes, start, wait_for
 

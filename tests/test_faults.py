@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_papers import (
+from homes import (
     DATA,
     FAMILY,
     METHODS,

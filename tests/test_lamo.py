@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_papers import ROOT, SMOKE, cli, new_home, went
+from homes import ROOT, SMOKE, cli, new_home, went
 from test_resume import shim, start
 
 from promptnb import cli as command

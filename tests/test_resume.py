@@ -9,20 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_papers import (
-    DATA,
-    PRETRAIN,
-    RUN,
-    SMOKE,
-    cli,
-    env_for,
-    expected,
-    finished_home,
-    new_home,
-    one_line,
-    paths,
-    went,
-)
+from homes import DATA, PRETRAIN, RUN, SMOKE, cli, env_for, expected, finished_home, new_home, one_line, paths, went
 
 from promptnb import recipes
 from promptnb.core import PromptnbError, read_json, run_lock, sha256_file

@@ -22,8 +22,8 @@ import torch
 pytest.importorskip("crafter")
 pytest.importorskip("trl")
 pytest.importorskip("openai")
+from homes import SMOKE, cli, new_home, went
 from test_online import die, encode, forked
-from test_papers import SMOKE, cli, new_home, went
 
 from promptnb import llm, online
 from promptnb import recipes as rc
