@@ -1,4 +1,4 @@
-"Prompt Diffuser against the paper's formulas, written out plainly here, and what its preparation, choices and files promise."
+"Prompt Diffuser against the paper's formulas, written out plainly; what its preparation, choices and files promise."
 
 import json
 import math
@@ -34,10 +34,8 @@ from promptnb.tuners.diffuser import (
 
 D = S + A + 1
 SMALL = dict(steps=6, prepare_steps=6, N=4, width=16, prompts=6, tasks=2, log_every=2)
-schedules, both = (
-    pytest.mark.parametrize("schedule", SCHEDULES),
-    pytest.mark.parametrize("Tuner", [PromptDiffuser, DirectPrompt]),
-)
+schedules = pytest.mark.parametrize("schedule", SCHEDULES)
+both = pytest.mark.parametrize("Tuner", [PromptDiffuser, DirectPrompt])
 
 
 def small(Tuner=PromptDiffuser, **kw):
@@ -97,37 +95,31 @@ def levels(schedule, N):
     return b, 1 - b, (1 - b).cumprod(0)
 
 
+def mish(z):
+    return z * torch.log1p(z.exp()).tanh()
+
+
+def waves(z):
+    "Eight sines and eight cosines of positions."
+    angles = z.double()[..., None] / 10_000 ** (torch.arange(8).double() / 7)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
 def plain_noise(d, x, y, i):
     "Noise (n, m, P, D) in x, task by task; i (n, m, P) counts from 0."
     w = {k: v.double() for k, v in d.state_dict().items()}
 
-    def mish(z):
-        return z * torch.log1p(z.exp()).tanh()
+    def linear(g, n, z):
+        return z @ w[f"net.{n}.weight"][g % d.G] + w[f"net.{n}.bias"][g % d.G]
 
     out = []
-
-    def waves(z):
-        return torch.cat(
-            [f(z.double()[..., None] / 10_000 ** (torch.arange(8).double() / 7)) for f in (torch.sin, torch.cos)], -1
-        )
-
     for g in range(len(x)):
-
-        def linear(n, z):
-            return z @ w[f"net.{n}.weight"][g % d.G] + w[f"net.{n}.bias"][g % d.G]
-
-        h = torch.cat(
-            [
-                x[g].double(),
-                linear("rtg", (y.rtg[g] - w["rtg_mean"]) / w["rtg_std"]),
-                waves(y.t[g]),
-                linear("step.2", mish(linear("step.0", waves(i[g])))),
-            ],
-            -1,
-        )
+        rtg = linear(g, "rtg", (y.rtg[g] - w["rtg_mean"]) / w["rtg_std"])
+        step = linear(g, "step.2", mish(linear(g, "step.0", waves(i[g]))))
+        h = torch.cat([x[g].double(), rtg, waves(y.t[g]), step], -1)
         for n in ("body.0", "body.2", "body.4"):
-            h = mish(linear(n, h))
-        out.append(linear("body.6", h))
+            h = mish(linear(g, n, h))
+        out.append(linear(g, "body.6", h))
     return torch.stack(out)
 
 
@@ -168,7 +160,9 @@ def test_l_dm(schedule, nets, T):
 @schedules
 @pytest.mark.parametrize("N", [1, 4, 10])
 def test_reverse(schedule, N):
-    "x_(i-1) = (x_i - (1 - alpha_i) / sqrt(1 - abar_i) eps) / sqrt(alpha_i) + sigma_i z, with sigma_i^2 = (1 - abar_(i-1)) / (1 - abar_i) beta_i; the last step adds no noise."
+    """x_(i-1) = (x_i - (1 - alpha_i) / sqrt(1 - abar_i) eps) / sqrt(alpha_i) + sigma_i z.
+
+    sigma_i^2 = (1 - abar_(i-1)) / (1 - abar_i) beta_i; the last step adds no noise."""
     _, dem, d = writer(schedule=schedule, N=N, clip=0.0)
     y, _, _ = dem.draw(3, 6)
     b, alpha, bar = levels(schedule, N)
@@ -197,54 +191,80 @@ def test_clip():
     assert last[0.5].abs().max() <= 0.5 < 1 < last[0.0].abs().max()
 
 
+def double(steps):
+    return steps.map(lambda z: z.double() if z.is_floating_point() else z)
+
+
+def plain_error(pi, prompt, h):
+    "Mean over windows h (B, K, .) of the squared error that the policy makes with a prompt (1, P, .) in front."
+    w = {k: v.double() for k, v in pi.model.state_dict().items()}
+    prompts = prompt.map(lambda z: z.expand(len(h.t), *z.shape[1:]))
+    pred = plain(w, pi.config, Batch(double(h), double(prompts)))[0][:, P:]
+    return np.mean([(p - a)[m > 0].square().mean().item() for p, a, m in zip(pred, h.a, h.mask)])
+
+
 @pytest.mark.parametrize("T", [40, P - 1], ids=["", "padded prompts"])
 def test_l_dt(T):
-    "The frozen policy's error on the windows, with the written states and actions under the drawn prompt's returns-to-go and timesteps."
+    """The frozen policy's error on the windows, with the written states and actions.
+
+    Returns-to-go and timesteps are the drawn prompt's."""
     pi, dem, d = writer(T)
-    batch = y, r, windows = dem.draw(3, 6)
+    y, r, windows = dem.draw(3, 6)
     guided = Guided(d, frozen(pi.clone().model), "dt")
     torch.manual_seed(5)
-    dm, got = guided.losses(*batch)
+    dm, got = guided.losses(y, r, windows)
     assert dm is None
     torch.manual_seed(5)
     x = d.sample(y[:, :1])[:, 0].detach() * y.mask[:, 0, :, None]
-    first = y[:, 0]
-    w = {k: v.double() for k, v in pi.model.state_dict().items()}
+    written = replace(y[:, 0], s=x[..., :S], a=x[..., S : S + A])
     for g in range(G):
-        prompt = replace(first, s=x[..., :S], a=x[..., S : S + A])[g : g + 1].map(
-            lambda z: z.expand(len(windows.t[g]), *z.shape[1:])
-        )
-        h = windows[g]
-
-        def double(s):
-            return s.map(lambda z: z.double() if z.is_floating_point() else z)
-
-        pred = plain(w, pi.config, Batch(double(h), double(prompt)))[0][:, P:]
-        assert got[g].item() == pytest.approx(
-            np.mean([(p - a)[m > 0].square().mean().item() for p, a, m in zip(pred, h.a, h.mask)]), abs=1e-6
-        )
+        assert got[g].item() == pytest.approx(plain_error(pi, written[g : g + 1], windows[g]), abs=1e-6)
 
 
 # ---- guidance
 
 
-def test_combine():
-    "The added part of g_dt is all that is orthogonal to g_dm, always or on conflict only; lam scales it; the cosine is the cosine."
+@pytest.fixture(scope="module")
+def gradients():
+    "Random ones, of which some conflict: g_dm and g_dt (40, 30), and where they conflict (40,)."
     a, b = torch.randn(2, 40, 30, generator=seeded(0), dtype=torch.float64)
-    dot = (a * b).sum(-1)
-    hits = dot < 0
-    assert 5 < hits.sum() < 35
-    for lam in (1.0, 0.3):
-        out = {k: combine(a, b, lam, k)[0] for k in GUIDANCE}
-        added = out["always"] - a
-        basis = torch.linalg.qr(a[..., None], "complete")[0][..., 1:]  # of what is orthogonal to g_dm
-        torch.testing.assert_close(added, lam * (basis @ (basis.mT @ b[..., None]))[..., 0], rtol=0, atol=1e-12)
-        assert ((added * a).sum(-1).abs() < 1e-12).all() and (added.norm(dim=-1) > 0.1).all()
-        assert torch.equal(out["conflict"][hits], out["always"][hits]) and torch.equal(
-            out["conflict"][~hits], out["sum"][~hits]
-        )
-        assert torch.equal(out["sum"], a + lam * b) and torch.equal(out["dm"], a) and torch.equal(out["dt"], lam * b)
+    conflict = (a * b).sum(-1) < 0
+    assert 5 < conflict.sum() < 35
+    return a, b, conflict
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_what_is_added_is_orthogonal(gradients, lam):
+    "All of g_dt that is orthogonal to g_dm, scaled by lam."
+    a, b, _ = gradients
+    added = combine(a, b, lam, "always")[0] - a
+    basis = torch.linalg.qr(a[..., None], "complete")[0][..., 1:]  # of what is orthogonal to g_dm
+    torch.testing.assert_close(added, lam * (basis @ (basis.mT @ b[..., None]))[..., 0], rtol=0, atol=1e-12)
+    assert ((added * a).sum(-1).abs() < 1e-12).all() and (added.norm(dim=-1) > 0.1).all()
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_projection_on_conflict_only(gradients, lam):
+    a, b, conflict = gradients
+    out = {k: combine(a, b, lam, k)[0] for k in GUIDANCE}
+    assert torch.equal(out["conflict"][conflict], out["always"][conflict])
+    assert torch.equal(out["conflict"][~conflict], out["sum"][~conflict])
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_plain_guidance(gradients, lam):
+    a, b, _ = gradients
+    for guidance, want in dict(sum=a + lam * b, dm=a, dt=lam * b).items():
+        assert torch.equal(combine(a, b, lam, guidance)[0], want)
+
+
+def test_cosine_of_the_gradients(gradients):
+    a, b, _ = gradients
     torch.testing.assert_close(combine(a, b)[1], torch.cosine_similarity(a, b, dim=-1), rtol=0, atol=1e-12)
+
+
+def test_misspelt_guidance(gradients):
+    a, b, _ = gradients
     with raises("unknown guidance 'confict': did you mean 'conflict'"):
         combine(a, b, 1.0, "confict")
 
@@ -255,7 +275,7 @@ def test_gradients_of_zero(guidance):
     for a, b in ((o, v), (v, o), (o, o)):
         g, cos = combine(a, b, 1.0, guidance)
         assert torch.isfinite(g).all() and (cos == 0).all()
-        assert torch.equal(g, b if guidance == "dt" else a if guidance == "dm" else a + b)
+        assert torch.equal(g, dict(dt=b, dm=a).get(guidance, a + b))
 
 
 def check_gradient(got, want, tol=1e-6):
@@ -265,37 +285,35 @@ def check_gradient(got, want, tol=1e-6):
 @pytest.mark.parametrize("nets", [1, G])
 @pytest.mark.parametrize("guidance", GUIDANCE)
 def test_gradient_of_the_loss(guidance, nets):
-    "It is `combine` of the two losses' own gradients, task by task where nets are stacked; the value is L_DM + lam L_DT (of what is used)."
+    """It is `combine` of the two losses' own gradients, task by task where nets are stacked.
+
+    The value is L_DM + lam L_DT, of what is used."""
     pi, dem, d = writer(nets=nets)
-    batch = dem.draw(3, 6)
-    lam = 0.7
-    params = list(d.parameters())
+    batch, lam, params = dem.draw(3, 6), 0.7, list(d.parameters())
     guided = Guided(d, frozen(pi.clone().model), guidance, lam)
     torch.manual_seed(5)
     value = guided.loss(batch)
     value.backward()
     got = flat([p.grad for p in params], nets)
     torch.manual_seed(5)
-    dm, dt = guided.losses(*batch)
-
-    def total(l):
-        return l.mean() if nets == 1 else l.sum()
-
-    def own(l):
-        return (
-            torch.zeros(nets, got.shape[1])
-            if l is None
-            else flat(torch.autograd.grad(total(l), params, retain_graph=True), nets)
-        )
-
-    check_gradient(got, combine(own(dm), own(dt), lam, guidance)[0])
+    each = guided.losses(*batch)
+    totals = [x if x is None else (x.mean() if nets == 1 else x.sum()) for x in each]
+    own = [torch.zeros_like(got) if x is None else flat(torch.autograd.grad(x, params), nets) for x in totals]
+    check_gradient(got, combine(*own, lam, guidance)[0])
     assert got.abs().max() > 1e-3
-    assert value.item() == pytest.approx(
-        sum(w * total(l).item() for w, l in ((1, dm), (lam, dt)) if l is not None), abs=1e-6
-    )
-    assert guided.cosine.isnan().all() == (guidance in ("dm", "dt")) and all(
-        p.grad is None for p in guided._model[0].parameters()
-    )
+    used = sum(w * x.item() for w, x in zip((1, lam), totals) if x is not None)
+    assert value.item() == pytest.approx(used, abs=1e-6)
+
+
+@pytest.mark.parametrize("nets", [1, G])
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_the_cosine_is_known_where_both_losses_are_used(guidance, nets):
+    "The policy's model gets no gradient."
+    pi, dem, d = writer(nets=nets)
+    guided = Guided(d, frozen(pi.clone().model), guidance)
+    guided.loss(dem.draw(3, 6)).backward()
+    assert guided.cosine.isnan().all() == (guidance in ("dm", "dt"))
+    assert all(p.grad is None for p in guided._model[0].parameters())
 
 
 @pytest.fixture
@@ -343,7 +361,9 @@ def test_stacked_nets_do_not_meet(guidance, alone):
     "first, lr", [((3.0, 1.0), 0.01), ((-4.0, 2.0), 0.01), ((0.0, -3.0), 0.01), ((0.0, -3.0), 0.004)]
 )
 def test_theorem(first, lr):
-    "Two convex losses, a small step: projected updates end at the optimum of the first (within twice the step), where the gradients oppose each other; the plain sum's end is elsewhere."
+    """Two convex losses, a small step: projected updates end at the optimum of the first, within twice the step.
+
+    There the gradients oppose each other; the plain sum's end is elsewhere."""
     H1, H2 = (torch.tensor(x, dtype=torch.float64) for x in ([[1.5, 0.4], [0.4, 0.8]], [[0.7, -0.3], [-0.3, 1.2]]))
     best, other = torch.tensor([[0.5, -1.0], [2.0, 1.0]], dtype=torch.float64)
 
@@ -397,16 +417,16 @@ def test_spread(kind):
     torch.testing.assert_close(three.sample(y, seeded(1)), one.sample(y, seeded(1)), rtol=0, atol=1e-6)
     before = snapshot(one)
     with torch.no_grad():
-        [p[0].zero_() for p in three.parameters()]
-    assert (
-        same(snapshot(one), before)
-        and not torch.allclose(three.sample(y, seeded(1))[0], one.sample(y, seeded(1))[0])
-        and torch.allclose(three.sample(y, seeded(1))[1], one.sample(y, seeded(1))[1], atol=1e-5)
-    )
+        for p in three.parameters():
+            p[0].zero_()
+    assert same(snapshot(one), before)
+    a, b = three.sample(y, seeded(1)), one.sample(y, seeded(1))
+    assert not torch.allclose(a[0], b[0]) and torch.allclose(a[1], b[1], atol=1e-5)
 
 
-def test_many_prompts_are_one_chain(monkeypatch):
-    "256 prompts for each of 5 tasks: N forwards of the net, and prompt by prompt the same."
+@pytest.fixture
+def forwards(monkeypatch):
+    "How often noise nets were run, by net."
     calls, forward = Counter(), NoiseNet.forward
 
     def counted(self, *a):
@@ -414,25 +434,34 @@ def test_many_prompts_are_one_chain(monkeypatch):
         return forward(self, *a)
 
     monkeypatch.setattr(NoiseNet, "forward", counted)
+    return calls
+
+
+def plain_chain(one, y, noise):
+    "The reverse chain of one prompt (1, 1, P, D) of a net, step of the prompt by step: no step sees another."
+    b, alpha, bar = levels("vp", one.N)
+    x = noise[0]
+    for i in range(one.N)[::-1]:
+        rows = [one.noise(x[:, :, p : p + 1], y[:, :, p : p + 1], i) for p in range(P)]
+        x0 = ((x - (1 - bar[i]).sqrt() * torch.cat(rows, 2)) / bar[i].sqrt()).clamp(-3, 3)
+        prev = bar[i - 1] if i else torch.tensor(1.0)
+        x = (prev.sqrt() * b[i] * x0 + alpha[i].sqrt() * (1 - prev) * x) / (1 - bar[i])
+        if i:
+            x = x + ((1 - prev) / (1 - bar[i]) * b[i]).sqrt() * noise[one.N - i]
+    return x.float()
+
+
+def test_many_prompts_are_one_chain(forwards):
+    "256 prompts for each of 5 tasks: N forwards of the net, and prompt by prompt the same."
     pi, dem, d = writer(nets=5, N=10)
     y = dem.prompt[[0, 1, 0, 1, 1]][:, None]
     made = small(N=10).write(d, y, 0, 256)
-    assert made.s.shape == (5, 256, P, S) and sum(calls.values()) == 10
-    noise = seeded(seed_for(0, "sample"))
-    z = [torch.randn(5, 256, P, D, generator=noise) for _ in range(10)]
-    b, alpha, bar = levels("vp", 10)
+    assert made.s.shape == (5, 256, P, S) and sum(forwards.values()) == 10
+    gen = seeded(seed_for(0, "sample"))
+    z = [torch.randn(5, 256, P, D, generator=gen) for _ in range(10)]
     for g, j in ((0, 0), (0, 255), (2, 7), (4, 100), (4, 255)):
-        one, x = net_of(d, g), z[0][g : g + 1, j : j + 1]
-        for i in range(10)[::-1]:
-            rows = [
-                one.noise(x[:, :, [p]], y[g : g + 1].map(lambda v: v[:, :, [p]]), i) for p in range(P)
-            ]  # step by step too: no step sees another
-            x0 = ((x - (1 - bar[i]).sqrt() * torch.cat(rows, 2)) / bar[i].sqrt()).clamp(-3, 3)
-            prev = bar[i - 1] if i else torch.tensor(1.0)
-            x = (prev.sqrt() * b[i] * x0 + alpha[i].sqrt() * (1 - prev) * x) / (1 - bar[i])
-            if i:
-                x = x + ((1 - prev) / (1 - bar[i]) * b[i]).sqrt() * z[10 - i][g : g + 1, j : j + 1]
-        want = x.float() * d.std + d.mean
+        own = [noise[g : g + 1, j : j + 1] for noise in z]
+        want = plain_chain(net_of(d, g), y[g : g + 1], own) * d.std + d.mean
         got = torch.cat([made.s, made.a], -1)[g, j]
         torch.testing.assert_close(got, want[0, 0, :, : S + A], rtol=0, atol=2e-5)
 
@@ -457,34 +486,49 @@ def clusters(T=30):
     return pi.eval(), demos(st, st, pi, n=0, K=K, batch=8, H=P)
 
 
-def test_it_learns():
-    "Per task, written steps are at most 0.4 times as far from demonstrated ones as pure noise or an untrained diffuser's; both places are written, and by the control without diffusion only what lies between."
+@pytest.fixture(scope="module")
+def learned():
+    "{tuner: (distance (G,) of written steps to the nearest demonstrated one, first actions, the fact of that name)}"
     pi, dem = clusters()
     shown, _, _ = dem.draw(0, 64, seed="test")
 
     def steps(p):
         return torch.cat([p.s, p.a], -1).flatten(1, 2)
 
-    near, up = {}, {}
-    for name, tuner in dict(
+    tuners = dict(
         ours=PromptDiffuser(steps=150),
         noise=PromptDiffuser(source="noise"),
         untrained=PromptDiffuser(source="untrained"),
         direct=DirectPrompt(steps=150),
-    ).items():
+    )
+    out = {}
+    for name, tuner in tuners.items():
         tuner = replace(tuner, width=64, log_every=200)
-        out = tuner.adapt(pi, dem, 0)
-        made = tuner.write(out.generator, dem.prompt[:, None], 0, 64)
-        near[name], up[name] = torch.cdist(steps(made), steps(shown)).amin(-1).mean(-1), made.a[..., 0].flatten(1)
-        facts = [f["value"] for f in out.facts if f["metric"] == "nearest_demo"]
-        near[name + " fact"] = torch.tensor(facts)
-    for other in ("noise", "untrained"):
-        assert (near["ours"] < 0.4 * near[other]).all() and (near["ours fact"] < 0.8 * near[f"{other} fact"]).all(), (
-            near
-        )
-    share = (up["ours"] > 0).float().mean(1)
-    assert (0.2 < share).all() and (share < 0.8).all() and up["ours"].abs().mean() > 0.35
-    assert up["direct"].abs().max() < 0.25 and (near["ours"] < 0.8 * near["direct"]).all()
+        adapted = tuner.adapt(pi, dem, 0)
+        made = tuner.write(adapted.generator, dem.prompt[:, None], 0, 64)
+        near = torch.cdist(steps(made), steps(shown)).amin(-1).mean(-1)
+        fact = torch.tensor([f["value"] for f in adapted.facts if f["metric"] == "nearest_demo"])
+        out[name] = near, made.a[..., 0].flatten(1), fact
+    return out
+
+
+@pytest.mark.parametrize("control", ["noise", "untrained"])
+def test_written_steps_are_near_demonstrated_ones(learned, control):
+    "Per task at most 0.4 times as far as those of pure noise or of an untrained diffuser."
+    near, _, fact = learned["ours"]
+    far, _, far_fact = learned[control]
+    assert (near < 0.4 * far).all() and (fact < 0.8 * far_fact).all()
+
+
+def test_both_places_are_written(learned):
+    _, first, _ = learned["ours"]
+    share = (first > 0).float().mean(1)
+    assert (0.2 < share).all() and (share < 0.8).all() and first.abs().mean() > 0.35
+
+
+def test_without_diffusion_only_what_lies_between_is_written(learned):
+    assert learned["direct"][1].abs().max() < 0.25
+    assert (learned["ours"][0] < 0.8 * learned["direct"][0]).all()
 
 
 # ---- preparation
@@ -522,7 +566,7 @@ KEEP = train.step_once
 @both
 @pytest.mark.parametrize("at", [1, 17])
 def test_preparation_goes_on_where_it_was_killed(Tuner, at, tmp_path, monkeypatch):
-    "The weights, and what is reported of the gradients' conflict, are those of an unbroken one; a finished one is read."
+    "Weights and the reported conflict of gradients are those of an unbroken one; a finished one is read."
     pi, dem = toy()
 
     def make():
@@ -535,12 +579,9 @@ def test_preparation_goes_on_where_it_was_killed(Tuner, at, tmp_path, monkeypatc
     assert done == list(range(at))
     done = kill(monkeypatch)
     again = make().prepare(pi, families(dem), 0, tmp_path)
-    assert (
-        done == list(range(at // 2 * 2, 40))
-        and same(weights(again), weights(whole))
-        and again.history == whole.history
-        and [h["step"] for h in whole.history] == list(range(2, 41, 2))
-    )
+    assert done == list(range(at // 2 * 2, 40))
+    assert same(weights(again), weights(whole)) and again.history == whole.history
+    assert [h["step"] for h in whole.history] == list(range(2, 41, 2))
     done = kill(monkeypatch)
     read = make().prepare(pi, families(dem), 0, tmp_path)
     assert not done and same(weights(read), weights(whole)) and read.history == whole.history
@@ -585,39 +626,49 @@ def test_preparation_on_two_families(guidance, tmp_path, monkeypatch):
     assert done == [*range(6), *range(6)] and same(weights(again), weights(whole))
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(PromptDiffuser)])
-def test_what_a_preparation_depends_on(name, tmp_path, monkeypatch):
-    "PREPARES names it: a change of what is named gives another, after a change of anything else the finished one is read."
+CHANGED = dict(
+    steps=7,
+    lr=0.1,
+    prepare_steps=5,
+    prepare_lr=0.1,
+    N=5,
+    schedule="linear",
+    lam=0.5,
+    guidance="sum",
+    clip=0.5,
+    condition="train",
+    candidates=3,
+    keep="demos",
+    prompts=5,
+    tasks=1,
+    width=8,
+    depth=2,
+    precision="bf16",
+    log_every=3,
+)
+
+
+def test_every_field_is_changed():
+    "But `source`, whose controls prepare nothing, in a folder of their own."
+    assert CHANGED.keys() == {f.name for f in fields(PromptDiffuser)} - {"source"}
     pi, dem = toy()
-    other = dict(
-        steps=7,
-        lr=0.1,
-        prepare_steps=5,
-        prepare_lr=0.1,
-        N=5,
-        schedule="linear",
-        lam=0.5,
-        guidance="sum",
-        clip=0.5,
-        condition="train",
-        candidates=3,
-        keep="demos",
-        prompts=5,
-        tasks=1,
-        width=8,
-        depth=2,
-        precision="bf16",
-        log_every=3,
-    )
-    if name == "source":
-        assert name in PromptDiffuser.PREPARES and small(source="noise").prepare(pi, families(dem), 0).prepared is None
-        return  # its controls prepare nothing, in a folder of their own
+    assert "source" in PromptDiffuser.PREPARES
+    assert small(source="noise").prepare(pi, families(dem), 0).prepared is None
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_preparation_depends_on(name, tmp_path, monkeypatch):
+    """PREPARES names it: a change of what is named gives another preparation.
+
+    After a change of anything else the finished one is read."""
+    pi, dem = toy()
     named = name in PromptDiffuser.PREPARES
     folder = None if named else tmp_path
     first = small().prepare(pi, families(dem), 0, folder)
     done = kill(monkeypatch)
-    second = small(**{name: other[name]}).prepare(pi, families(dem), 0, folder)
-    assert bool(done) == named != same(weights(second), weights(first))
+    second = small(**{name: CHANGED[name]}).prepare(pi, families(dem), 0, folder)
+    assert bool(done) == named
+    assert same(weights(second), weights(first)) != named
 
 
 def test_preparation_on_other_data_is_refused(tmp_path):
@@ -656,7 +707,9 @@ def test_train_tasks_are_not_read_in_vain(tuner):
 @both
 @pytest.mark.parametrize("T", [40, P - 1], ids=["", "padded prompts"])
 def test_zero_shot(Tuner, T):
-    "Without steps, and with condition='train', the prompt is written under the train tasks' mean return-to-go and timestep, step by step; the test task's own do not enter."
+    """With condition='train', prompts are written under the train tasks' mean return-to-go and timestep, step by step.
+
+    The test task's own do not enter."""
     pi, dem = toy(T=T)
     t = small(Tuner, steps=0, condition="train").prepare(pi, families(dem), 0)
     y, _, _ = dem.draw(0, 256, seed="scale")
@@ -707,12 +760,11 @@ def test_adapting_leaves_the_preparation_alone(Tuner):
 
 
 def test_train_condition_needs_a_preparation():
-    for t in (
-        small(condition="train"),
-        small(condition="train", prepare_steps=0).prepare(*(x := toy())[:1], families(x[1]), 0),
-    ):
+    pi, dem = toy()
+    empty = small(condition="train", prepare_steps=0).prepare(pi, families(dem), 0)
+    for tuner in (small(condition="train"), empty):
         with raises("condition='train' needs `prepare` on train tasks"):
-            t.adapt(*toy(), 0)
+            tuner.adapt(pi, dem, 0)
 
 
 # ---- choices
@@ -768,9 +820,11 @@ def test_best_by_score():
 )
 def test_refused(Tuner, bad, near):
     "In one line, before any work."
-    for work in (lambda t: t.adapt(*toy(), 0, Judge()), lambda t: t.prepare(toy()[0], untouchable(), 0)):
-        with raises(near):
-            work(small(Tuner, **bad))
+    pi, dem = toy()
+    with raises(near):
+        small(Tuner, **bad).adapt(pi, dem, 0, Judge())
+    with raises(near):
+        small(Tuner, **bad).prepare(pi, untouchable(), 0)
 
 
 def test_best_by_score_of_a_prepared_one():
@@ -827,21 +881,19 @@ def test_facts_and_look(Tuner, T):
     pi, dem = toy(T=T)
     t = small(Tuner).prepare(pi, families(dem), 0)
     out = t.adapt(pi, dem, 0)
+    cosines = [f for f in out.facts if f["metric"] == "cosine"]
+    others = Counter((f["metric"], f["task"]) for f in out.facts if f["metric"] != "cosine")
+    assert others == {(m, g): 1 for m in ("spread", "spread_demos", "nearest_demo") for g in range(G)}
+    assert [(f["step"], f["task"]) for f in cosines] == [(t, -1) for t in range(1, 7)]
+    assert all(math.isfinite(f["value"]) for f in out.facts) and all(abs(f["value"]) <= 1 for f in cosines)
     n = 2 if Tuner is DirectPrompt else SMALL["N"] + 1
-    assert Counter((f["metric"], f["task"]) for f in out.facts) == {
-        **{(m, g): 1 for m in ("spread", "spread_demos", "nearest_demo") for g in range(G)},
-        ("cosine", -1): 6,
-    } and all(math.isfinite(f["value"]) for f in out.facts)
-    assert {k: tuple(v.shape) for k, v in out.look.items()} == dict(
-        written=(G, 8, P, S + A), demonstrated=(G, 8, P, S + A), chain=(n, P, D), chain_error=(G, n)
-    ) and all(torch.isfinite(v).all() for v in out.look.values())
-    assert [f["step"] for f in out.facts if f["metric"] == "cosine"] == list(range(1, 7)) and all(
-        abs(f["value"]) <= 1 for f in out.facts if f["metric"] == "cosine"
-    )
-    d, mask = out.generator, dem.prompt.mask[0, :, None]
+    shapes = dict(written=(G, 8, P, S + A), demonstrated=(G, 8, P, S + A), chain=(n, P, D), chain_error=(G, n))
+    assert {k: tuple(v.shape) for k, v in out.look.items()} == shapes
+    assert all(torch.isfinite(v).all() for v in out.look.values())
+    d, padding = out.generator, 1 - dem.prompt.mask[0, :, None]
     last = ((out.look["chain"][-1] - d.mean) / d.std).abs().max()
     assert Tuner is DirectPrompt or last <= 3 + 1e-5
-    assert (out.look["written"] * (1 - mask)).abs().max() == 0 or T > P
+    assert (out.look["written"] * padding).abs().max() == 0 or T > P
 
 
 def by_hand(x, m=8):
@@ -852,27 +904,19 @@ def by_hand(x, m=8):
 def test_spread_by_hand():
     "In standard deviations of the demonstrations, an entry."
     pi, dem = toy()
-    t = small()
-    out = t.adapt(pi, dem, 0)
+    out = small().adapt(pi, dem, 0)
     d = out.generator
-
-    def get(m):
-        return [f["value"] for f in out.facts if f["metric"] == m]
-
-    unit = {k: ((out.look[k] - d.mean[:-1]) / d.std[:-1]).flatten(2) for k in ("written", "demonstrated")}
-    for g in range(G):
-        assert get("spread")[g] == pytest.approx(by_hand(unit["written"][g]), rel=1e-3) and get("spread_demos")[
-            g
-        ] == pytest.approx(by_hand(unit["demonstrated"][g]), rel=1e-3)
-        assert get("nearest_demo")[g] == pytest.approx(
-            np.mean(
-                [
-                    min((a - b).square().mean().sqrt().item() for b in unit["demonstrated"][g])
-                    for a in unit["written"][g]
-                ]
-            ),
-            rel=1e-3,
-        )
+    made, shown = (((out.look[k] - d.mean[:-1]) / d.std[:-1]).flatten(2) for k in ("written", "demonstrated"))
+    want = dict(
+        spread=[by_hand(x) for x in made],
+        spread_demos=[by_hand(x) for x in shown],
+        nearest_demo=[
+            np.mean([min((a - b).square().mean().sqrt().item() for b in shown[g]) for a in made[g]]) for g in range(G)
+        ],
+    )
+    for metric, values in want.items():
+        got = [f["value"] for f in out.facts if f["metric"] == metric]
+        assert got == pytest.approx(values, rel=1e-3)
 
 
 @pytest.mark.parametrize("source", ["untrained", "noise"])
@@ -898,7 +942,9 @@ def test_direct_is_deterministic():
 
 
 def test_direct_by_hand():
-    "It starts at the mean demonstrated prompt; its loss is the squared error, in standard deviations, of one forward from zeros at step 0."
+    """It starts at the mean demonstrated prompt.
+
+    Its loss is the squared error, in standard deviations, of one forward from zeros at step 0."""
     pi, dem = toy(T=P - 1)
     t = small(DirectPrompt, source="untrained")
     d = t.adapt(pi, dem, 0).generator
