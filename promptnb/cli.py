@@ -11,111 +11,100 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 from . import recipes as rc
 from .core import PromptnbError, check_choice, disk_error, figures_dir, root, run_lock, runs_dir, write_json
-from .experiments.forecast import expected, forecast, many, span, write_seconds
+from .experiments.forecast import expected, forecast, is_finished, many, write_seconds
 from .experiments.notebook import TEMPLATE, check_parameters, execute, job_command
-from .experiments.plan import chosen, drop_stale_stamps, plan, with_extras
-from .experiments.run import finished
+from .experiments.plan import Request, chosen, drop_stale_stamps, plan, with_extras
 
 # %% auto #0
 __all__ = [
-    "run",
+    "ENVIRONMENT",
+    "PACKAGES",
+    "COMMANDS",
     "cmd_list",
-    "cmd_collect",
+    "scale_argument",
+    "collect_arguments",
     "print_table",
-    "cmd_run",
+    "print_collected",
+    "cmd_collect",
+    "snakemake",
+    "within_means",
+    "run",
+    "paper_argument",
+    "run_arguments",
     "pairs",
+    "seeds_of",
+    "own_parameters",
+    "cmd_run",
+    "job_arguments",
     "cmd_job",
+    "render_arguments",
     "cmd_render",
-    "cmd_film",
+    "status_arguments",
+    "status_line",
     "cmd_status",
+    "film_arguments",
+    "cmd_film",
+    "version_of",
+    "machine_lines",
+    "family_line",
     "cmd_doctor",
     "parser",
     "main",
 ]
 
 
-# %% ../nbs/12_cli.ipynb #7c8fbd85
-def run(
-    paper,
-    exhibit_ids=(),
-    scale="laptop",
-    seeds=None,
-    cores=None,
-    families=(),
-    accelerator="auto",
-    dry=False,
-    profile="local",
-):
-    "Hand the plan to Snakemake; returns its exit status. A second call finds nothing to do."
-    exhibit_ids = want = with_extras(
-        [e for e in chosen(paper, exhibit_ids, scale) if exhibit_ids or rc.recipes_of(e, scale)],
-        bool(exhibit_ids),
-        families,
-        scale,
-    )
-    rules = plan(paper, exhibit_ids, scale, seeds, families, accelerator)
-    if accelerator == "cuda":
-        from promptnb.train import pick_device
-
-        pick_device(accelerator)
-    cfg = dict(
-        paper=paper,
-        exhibits=",".join(want),
-        scale=scale,
-        seeds=",".join(map(str, seeds)) if seeds is not None else "all",
-        families=",".join(families) or "all",
-        accelerator=accelerator,
-    )
-    print(f"{paper} at {scale} scale: {', '.join(want)}; {len(rules)} jobs. Finished ones are kept.", flush=True)
-    cmd = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "-s",
-        str(root() / "workflow" / "Snakefile"),
-        "-d",
-        str(root()),
-        "--cores",
-        str(cores or os.cpu_count()),
-        "--workflow-profile",
-        str(root() / "workflow" / "profiles" / profile),
-        "--config",
-        *(f"{k}={v}" for k, v in cfg.items()),
-        *(["--dry-run"] if dry else []),
-    ]
-    with run_lock(runs_dir() / "graph"):
-        drop_stale_stamps(paper, exhibit_ids, scale, seeds, families)
-        print(expected(paper, exhibit_ids, scale, seeds, cores, families, accelerator, rules), flush=True)
-        return subprocess.run(
-            cmd,
-            env=dict(
-                os.environ,
-                PYTHONUNBUFFERED="1",
-                PYTHONWARNINGS="ignore",
-                OMP_NUM_THREADS="1",
-                OPENBLAS_NUM_THREADS="1",
-                MKL_NUM_THREADS="1",
-            ),
-        ).returncode
-
-
 # %% ../nbs/12_cli.ipynb #1270f85e
 def cmd_list(a):
     "Papers, exhibits and how many runs each takes."
-    for p, title in rc.PAPERS.items():
-        print(f"{p}: {title}")
-        for e in rc.exhibits(p):
-            print(
-                f"  {e.id:14s} {e.title}"
-                + (f"  [cannot be made: {e.unknown}]" if e.unknown else f"  [{len(e.recipes)} recipes]")
-            )
+    for paper, title in rc.PAPERS.items():
+        print(f"{paper}: {title}")
+        for e in rc.exhibits(paper):
+            note = f"cannot be made: {e.unknown}" if e.unknown else f"{len(e.recipes)} recipes"
+            print(f"  {e.id:14s} {e.title}  [{note}]")
+
+
+# %% ../nbs/12_cli.ipynb #clicol01
+def scale_argument(p):
+    "Declare --scale."
+    p.add_argument("--scale", default="laptop", help="smoke, laptop or paper")
+
+
+def collect_arguments(p):
+    "Declare what `collect` takes."
+    scale_argument(p)
+    p.add_argument("--family")
+    p.add_argument("--quality", action="append", help="expert, medium, ... (default: all that the family has)")
+    p.add_argument("--episodes", type=int)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stamp", help=argparse.SUPPRESS)
+    p.add_argument("--list", action="store_true", help="what is here, as a table")
+    p.add_argument("--page", action="store_true", help="write figures/datasets/<family>.md: contents, returns, frames")
+
+
+# %% ../nbs/12_cli.ipynb #336dc795
+def print_table(rows):
+    "Print rows (dicts) as a markdown table."
+    import pandas as pd
+
+    print(pd.DataFrame(rows).astype(object).fillna("").to_markdown(index=False, floatfmt=",.10g", intfmt=","))
+
+
+# %% ../nbs/12_cli.ipynb #clicol02
+def print_collected(family, quality, datasets):
+    "Print a line on collected datasets, {id: manifest entry}."
+    steps, size = (sum(e[k] for e in datasets.values()) for k in ("steps", "bytes"))
+    ret = sum(e["mean_return"] for e in datasets.values()) / len(datasets)
+    what = f"{len(datasets)} datasets, {steps:,} steps, mean return {ret:.1f}, {size / 1e6:.0f} MB"
+    print(f"{family} {quality}: {what}")
 
 
 # %% ../nbs/12_cli.ipynb #b8edf1b8
 def cmd_collect(a):
+    "Make the datasets of a family, or list what is here."
     from promptnb import collect, tasks
 
     check_choice(a.scale, rc.SCALES, "scale")
@@ -124,207 +113,79 @@ def cmd_collect(a):
     if not a.family:
         raise PromptnbError(f"which family? --family takes {', '.join(tasks.FAMILIES)}")
     fam = tasks.family(a.family)
-    n = dict(zip(("smoke", "laptop", "paper"), fam.episodes))[a.scale] if a.episodes is None else a.episodes
-    for q in a.quality or ():
-        check_choice(q, (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
-    known = {q: collect.collect(fam, q, n, a.seed) for q in (a.quality or fam.qualities)}
-    for q, m in known.items():
-        print(
-            f"{fam.name} {q}: {len(m)} datasets, {sum(e['steps'] for e in m.values()):,} steps, mean return {sum(e['mean_return'] for e in m.values()) / len(m):.1f}, {sum(e['bytes'] for e in m.values()) / 1e6:.0f} MB"
-        )
+    for quality in a.quality or ():
+        check_choice(quality, (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
+    of_scale = dict(zip(("smoke", "laptop", "paper"), fam.episodes, strict=True))
+    episodes = of_scale[a.scale] if a.episodes is None else a.episodes
+    known = {q: collect.collect(fam, q, episodes, a.seed) for q in (a.quality or fam.qualities)}
+    for quality, datasets in known.items():
+        print_collected(fam.name, quality, datasets)
     if a.page:
         print(f"page: {collect.page(fam)}")
     if a.stamp:
-        write_json(a.stamp, {k: e["columns"] for m in known.values() for k, e in m.items()})
+        write_json(a.stamp, {k: e["columns"] for datasets in known.values() for k, e in datasets.items()})
 
 
-# %% ../nbs/12_cli.ipynb #336dc795
-def print_table(rows):
-    import pandas as pd
-
-    print(pd.DataFrame(rows).astype(object).fillna("").to_markdown(index=False, floatfmt=",.10g", intfmt=","))
-
-
-# %% ../nbs/12_cli.ipynb #aa65d808
-def cmd_run(a):
-    fixed = check_parameters(root() / TEMPLATE, pairs(a.p))
-    for k in fixed:
-        if k not in ("scale", "accelerator", "seed"):
-            raise PromptnbError(f"-p {k} is set by the graph; `run` takes -p scale, -p accelerator, -p seed")
-    for f in a.family:
-        check_choice(f, {r.family for r in rc.RECIPES.values()}, "family")
-    if a.cores is not None and a.cores < 1:
-        raise PromptnbError(f"--cores is {a.cores}, but must be at least 1")
-    try:
-        seeds = [int(s) for s in a.seeds.split(",")] if a.seeds else [fixed["seed"]] if "seed" in fixed else None
-    except ValueError:
-        raise PromptnbError(f"--seeds takes whole numbers with commas between them, not '{a.seeds}'") from None
-    if seeds and min(seeds) < 0:
-        raise PromptnbError(f"--seeds has {min(seeds)}, but seeds are 0 or more")
-    check_choice(a.profile, [d.name for d in (root() / "workflow" / "profiles").iterdir()], "profile")
-    code = run(
-        a.paper,
-        a.exhibit,
-        fixed.get("scale", a.scale),
-        seeds,
-        a.cores,
-        a.family,
-        fixed.get("accelerator", a.accelerator),
-        a.dry_run,
-        a.profile,
+# %% ../nbs/12_cli.ipynb #clirun01
+def snakemake(request: Request, cores=None, accelerator="auto", dry=False, profile="local") -> list:
+    "The command that runs a request."
+    config = dict(
+        paper=request.paper,
+        exhibits=",".join(request.exhibits),
+        scale=request.scale,
+        seeds="all" if request.seeds is None else ",".join(map(str, request.seeds)),
+        families=",".join(request.families) or "all",
+        accelerator=accelerator,
     )
-    if code:
-        raise PromptnbError(
-            f"not everything ran: see `promptnb status {a.paper} --scale {a.scale}`; the same command goes on from here"
-        )
+    workflow = root() / "workflow"
+    command = [sys.executable, "-m", "snakemake", "-s", str(workflow / "Snakefile"), "-d", str(root())]
+    command += ["--cores", str(cores or os.cpu_count()), "--workflow-profile", str(workflow / "profiles" / profile)]
+    command += ["--config", *(f"{k}={v}" for k, v in config.items())]
+    return command + (["--dry-run"] if dry else [])
 
 
-# %% ../nbs/12_cli.ipynb #548dcd83
-def pairs(p):
-    "['name=value'] -> {name: value}."
-    for kv in p:
-        if "=" not in kv:
-            raise PromptnbError(f"-p takes name=value, not '{kv}'")
-    return dict(kv.split("=", 1) for kv in p)
+# %% ../nbs/12_cli.ipynb #clirun02
+def within_means(request: Request) -> Request:
+    "The request, its exhibits named: those that can be made here."
+    named = bool(request.exhibits)
+    exhibits = chosen(request.paper, request.exhibits, request.scale)
+    runnable = [e for e in exhibits if named or rc.recipes_of(e, request.scale)]
+    return replace(request, exhibits=tuple(with_extras(runnable, named, request.families, request.scale)))
 
 
-# %% ../nbs/12_cli.ipynb #ebe7f0a4
-def cmd_job(a):
-    job_command(
-        **{**dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads), **pairs(a.p)}
-    )
+# %% ../nbs/12_cli.ipynb #7c8fbd85
+ENVIRONMENT = dict(
+    PYTHONUNBUFFERED="1", PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1"
+)  # of jobs: one thread each, their lines at once
 
 
-# %% ../nbs/12_cli.ipynb #75ece5c3
-def cmd_render(a):
-    ids = [e.id for e in chosen(a.paper, a.exhibit, a.scale)]
-    out = execute(
-        root() / f"nbs/papers/{a.paper}.ipynb",
-        dict(scale=a.scale, exhibits=",".join(ids), partial=a.partial),
-        runs_dir() / "notebooks" / f"{a.scale}.{a.paper}.ipynb",
-        stream=False,
-    )
-    print(f"tables and figures: {figures_dir(a.paper) / a.scale}\nnotebook, run: {out}")
-    for t in sorted((figures_dir(a.paper) / a.scale).glob("*.md")):
-        if t.stem in ids:
-            print(f"\n{t.stem}\n{t.read_text()}")
+def run(request: Request, cores=None, accelerator="auto", dry=False, profile="local") -> int:
+    "Hand the plan to Snakemake; returns its exit status."
+    request = within_means(request)
+    rules = plan(request, accelerator)
+    if accelerator == "cuda":
+        from promptnb.train import pick_device
+
+        pick_device(accelerator)  # an error if there is none
+    what = f"{request.paper} at {request.scale} scale: {', '.join(request.exhibits)}"
+    print(f"{what}; {len(rules)} jobs. Finished ones are kept.", flush=True)
+    command = snakemake(request, cores, accelerator, dry, profile)
+    with run_lock(runs_dir() / "graph"):
+        drop_stale_stamps(request)
+        print(expected(request, cores, accelerator, rules), flush=True)
+        return subprocess.run(command, env={**os.environ, **ENVIRONMENT}).returncode
 
 
-# %% ../nbs/12_cli.ipynb #2d5a37b3
-def cmd_film(a):
-    from promptnb.experiments.film import film
-
-    print(film(check_choice(a.recipe, rc.RECIPES, "recipe"), check_choice(a.scale, rc.SCALES, "scale"), a.seed, a.task))
-
-
-# %% ../nbs/12_cli.ipynb #a9f168de
-def cmd_status(a):
-    "Per exhibit: runs finished, stale, the time that `run` would take, failed (and why); what cannot be made."
-    from promptnb.report.view import View
-    from promptnb.report.view import status as status_of
-
-    check_choice(a.scale, rc.SCALES, "scale")
-    if a.seconds:
-        return print(write_seconds(check_choice(a.paper, rc.PAPERS, "paper")))
-    done = functools.cache(finished)  # many exhibits, the same runs
-    for e in rc.exhibits(check_choice(a.paper, rc.PAPERS, "paper")):
-        if e.unknown:
-            print(f"{e.id:14s} cannot be made: {e.unknown}")
-            continue
-        if not rc.run_at(e, a.scale):
-            print(f"{e.id:14s} at {' and '.join(e.only)} scale only")
-            continue
-        s, (stages, sources, _) = status_of(View(e, a.scale)), forecast(a.paper, [e.id], a.scale, done=done)
-        print(
-            f"{e.id:14s} {s['done']}/{s['total']} runs"
-            + (f", {s['stale']} stale" if s["stale"] else "")
-            + (
-                f", expected {span(stages, sources, os.cpu_count())} ({many(sources.total(), 'run')} to do)"
-                if sources
-                else ""
-            )
-            + (f", {len(s['failed'])} failed: {s['failed'][0]}" if s["failed"] else "")
-        )
+# %% ../nbs/12_cli.ipynb #clirun03
+def paper_argument(p):
+    "Declare the paper, and --scale."
+    p.add_argument("paper")
+    scale_argument(p)
 
 
-# %% ../nbs/12_cli.ipynb #e2a99250
-def cmd_doctor(a):
-    "What this machine has, and what is missing."
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    def v(p):
-        try:
-            return version(p)
-        except PackageNotFoundError:
-            return "missing"
-
-    print(
-        "python",
-        sys.version.split()[0],
-        "·",
-        ", ".join(
-            f"{p} {v(p)}"
-            for p in (
-                "torch",
-                "gymnasium",
-                "mujoco",
-                "minari",
-                "papermill",
-                "nbdev",
-                "snakemake",
-                "stable-baselines3",
-                "peft",
-            )
-        ),
-    )
-    bf16 = hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported()
-    print(
-        "device",
-        torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        f"· {os.cpu_count()} cores · bf16 on the processor: {'yes' if bf16 else 'no'}",
-    )
-    print("root", root(), f"· {shutil.disk_usage(root()).free / 1e9:.0f} GB free")
-    from promptnb import collect, experts, tasks
-
-    print("rendering", tasks.gl_backend() or "none: install libegl1 and libgl1-mesa-dri, or libosmesa6 (Debian names)")
-    for f in tasks.FAMILIES.values():
-        if not tasks.installed(f):
-            print(f"{f.name}: pip install 'promptnb[{f.extra}]'")
-            continue
-        print(
-            f"{f.name}: expert {experts.load_card(f)['expert_mean_return']:,.1f}, {len(collect.manifest(f))} datasets"
-        )
-
-
-# %% ../nbs/12_cli.ipynb #03db37e6
-def parser():
-    ap = argparse.ArgumentParser(
-        prog="promptnb",
-        description="Prompts and language models for decision making: a reproducible research workbook.",
-    )
-    sub = ap.add_subparsers(dest="command", required=True, metavar="{list,collect,run,render,status,film,doctor}")
-
-    def add(name, f, help, paper=False, scale=True):
-        p = sub.add_parser(name, **({"help": help} if help else {}))
-        p.set_defaults(f=f)
-        if paper:
-            p.add_argument("paper")
-        if scale:
-            p.add_argument("--scale", default="laptop", help="smoke, laptop or paper")
-        return p
-
-    add("list", cmd_list, "papers, tables, figures", scale=False)
-    p = add("collect", cmd_collect, "make the datasets of a family")
-    p.add_argument("--family")
-    p.add_argument("--quality", action="append", help="expert, medium, ... (default: all that the family has)")
-    p.add_argument("--episodes", type=int)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--stamp", help=argparse.SUPPRESS)
-    p.add_argument("--list", action="store_true", help="what is here, as a table")
-    p.add_argument("--page", action="store_true", help="write figures/datasets/<family>.md: contents, returns, frames")
-    p = add("run", cmd_run, "run what exhibits need; goes on where it stopped", paper=True)
+def run_arguments(p):
+    "Declare what `run` takes."
+    paper_argument(p)
     p.add_argument("--exhibit", action="append", default=[])
     p.add_argument("--family", action="append", default=[])
     p.add_argument("--seeds", help="0,1,2")
@@ -333,40 +194,250 @@ def parser():
     p.add_argument("--dry-run", action="store_true")
     p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, slurm")
     p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
-    p = add("render", cmd_render, "tables and figures from finished runs", paper=True)
-    p.add_argument("--exhibit", action="append", default=[])
-    p.add_argument(
-        "--partial", action="store_true", help="also where seeds are missing (the table says how many there are)"
-    )
-    p = add("status", cmd_status, "what is finished, failed, stale, and how long the rest will take", paper=True)
-    p.add_argument("--seconds", action="store_true", help=argparse.SUPPRESS)  # writes data/seconds/<paper>.json
-    p = add("film", cmd_film, "an agent before and after tuning, as a strip and a GIF")
-    p.add_argument("recipe")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--task", type=int, help="which test task, counted from 0 (default: the most changed)")
-    add("doctor", cmd_doctor, "what this machine has", scale=False)
-    p = add("job", cmd_job, None)  # what Snakemake calls
+
+
+# %% ../nbs/12_cli.ipynb #548dcd83
+def pairs(given) -> dict:
+    "['name=value'] -> {name: value}."
+    for text in given:
+        if "=" not in text:
+            raise PromptnbError(f"-p takes name=value, not '{text}'")
+    return dict(text.split("=", 1) for text in given)
+
+
+# %% ../nbs/12_cli.ipynb #clirun04
+def seeds_of(text, default=None):
+    "'0,1,2' -> (0, 1, 2); without text the default."
+    if not text:
+        return default
+    try:
+        seeds = tuple(int(s) for s in text.split(","))
+    except ValueError:
+        raise PromptnbError(f"--seeds takes whole numbers with commas between them, not '{text}'") from None
+    if min(seeds) < 0:
+        raise PromptnbError(f"--seeds has {min(seeds)}, but seeds are 0 or more")
+    return seeds
+
+
+# %% ../nbs/12_cli.ipynb #clirun05
+def own_parameters(given) -> dict:
+    "The parameters -p of `run`, checked as the notebook's; those that the graph sets are refused."
+    fixed = check_parameters(root() / TEMPLATE, pairs(given))
+    for k in fixed:
+        if k not in ("scale", "accelerator", "seed"):
+            raise PromptnbError(f"-p {k} is set by the graph; `run` takes -p scale, -p accelerator, -p seed")
+    return fixed
+
+
+# %% ../nbs/12_cli.ipynb #aa65d808
+def cmd_run(a):
+    "Run what exhibits need."
+    fixed = own_parameters(a.p)
+    for family in a.family:
+        check_choice(family, {r.family for r in rc.RECIPES.values()}, "family")
+    if a.cores is not None and a.cores < 1:
+        raise PromptnbError(f"--cores is {a.cores}, but must be at least 1")
+    seeds = seeds_of(a.seeds, (fixed["seed"],) if "seed" in fixed else None)
+    check_choice(a.profile, [d.name for d in (root() / "workflow" / "profiles").iterdir()], "profile")
+    request = Request(a.paper, tuple(a.exhibit), fixed.get("scale", a.scale), seeds, tuple(a.family))
+    if run(request, a.cores, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile):
+        see = f"see `promptnb status {a.paper} --scale {a.scale}`"
+        raise PromptnbError(f"not everything ran: {see}; the same command goes on from here")
+
+
+# %% ../nbs/12_cli.ipynb #clijob01
+def job_arguments(p):
+    "Declare what `job` takes: what Snakemake calls."
+    scale_argument(p)
     p.add_argument("id")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--accelerator", default="auto")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("-p", action="append", default=[])
-    return ap
+
+
+def cmd_job(a):
+    "Run one job."
+    given = dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads)
+    job_command(**{**given, **pairs(a.p)})
+
+
+# %% ../nbs/12_cli.ipynb #75ece5c3
+def render_arguments(p):
+    "Declare what `render` takes."
+    paper_argument(p)
+    p.add_argument("--exhibit", action="append", default=[])
+    partial = "also where seeds are missing (the table says how many there are)"
+    p.add_argument("--partial", action="store_true", help=partial)
+
+
+def cmd_render(a):
+    "Tables and figures from finished runs, by the paper's page."
+    ids = [e.id for e in chosen(a.paper, a.exhibit, a.scale)]
+    page = root() / f"nbs/papers/{a.paper}.ipynb"
+    given = dict(scale=a.scale, exhibits=",".join(ids), partial=a.partial)
+    out = execute(page, given, runs_dir() / "notebooks" / f"{a.scale}.{a.paper}.ipynb", stream=False)
+    folder = figures_dir(a.paper) / a.scale
+    print(f"tables and figures: {folder}\nnotebook, run: {out}")
+    for table in sorted(folder.glob("*.md")):
+        if table.stem in ids:
+            print(f"\n{table.stem}\n{table.read_text()}")
+
+
+# %% ../nbs/12_cli.ipynb #clista01
+def status_arguments(p):
+    "Declare what `status` takes."
+    paper_argument(p)
+    p.add_argument("--seconds", action="store_true", help=argparse.SUPPRESS)  # writes data/seconds/<paper>.json
+
+
+# %% ../nbs/12_cli.ipynb #clista02
+def status_line(e: rc.Exhibit, scale, done) -> str:
+    "What is finished of an exhibit, stale, left, failed; or why it cannot be made. done: is a run finished?"
+    from promptnb.report.view import View, status
+
+    if e.unknown:
+        return f"cannot be made: {e.unknown}"
+    if not rc.run_at(e, scale):
+        return f"at {' and '.join(e.only)} scale only"
+    known, todo = status(View(e, scale)), forecast(Request(e.paper, (e.id,), scale), done=done)
+    parts = [f"{known['done']}/{known['total']} runs"]
+    if known["stale"]:
+        parts.append(f"{known['stale']} stale")
+    if todo.left:
+        parts.append(f"expected {todo.span()} ({many(todo.left, 'run')} to do)")
+    if known["failed"]:
+        parts.append(f"{len(known['failed'])} failed: {known['failed'][0]}")
+    return ", ".join(parts)
+
+
+# %% ../nbs/12_cli.ipynb #a9f168de
+def cmd_status(a):
+    "Per exhibit: runs finished, stale, the time that `run` would take, failed (and why); what cannot be made."
+    check_choice(a.scale, rc.SCALES, "scale")
+    check_choice(a.paper, rc.PAPERS, "paper")
+    if a.seconds:
+        return print(write_seconds(a.paper))
+    done = functools.cache(is_finished)  # many exhibits, the same runs
+    for e in rc.exhibits(a.paper):
+        print(f"{e.id:14s} {status_line(e, a.scale, done)}")
+
+
+# %% ../nbs/12_cli.ipynb #2d5a37b3
+def film_arguments(p):
+    "Declare what `film` takes."
+    scale_argument(p)
+    p.add_argument("recipe")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--task", type=int, help="which test task, counted from 0 (default: the most changed)")
+
+
+def cmd_film(a):
+    "An agent before and after tuning."
+    from promptnb.experiments.film import film
+
+    check_choice(a.recipe, rc.RECIPES, "recipe")
+    print(film(a.recipe, check_choice(a.scale, rc.SCALES, "scale"), a.seed, a.task))
+
+
+# %% ../nbs/12_cli.ipynb #clidoc01
+PACKAGES = "torch gymnasium mujoco minari papermill nbdev snakemake stable-baselines3 peft"
+
+
+def version_of(package) -> str:
+    "Its installed version, or 'missing'."
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+# %% ../nbs/12_cli.ipynb #clidoc02
+def machine_lines() -> list:
+    "What this machine has: versions, device, disk, rendering."
+    import torch
+
+    from promptnb import tasks
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    versions = ", ".join(f"{p} {version_of(p)}" for p in PACKAGES.split())
+    none = "none: install libegl1 and libgl1-mesa-dri, or libosmesa6 (Debian names)"
+    return [
+        f"python {sys.version.split()[0]} · {versions}",
+        f"device {device} · {os.cpu_count()} cores · bf16 on the processor: {'yes' if bf16 else 'no'}",
+        f"root {root()} · {shutil.disk_usage(root()).free / 1e9:.0f} GB free",
+        f"rendering {tasks.gl_backend() or none}",
+    ]
+
+
+# %% ../nbs/12_cli.ipynb #clidoc03
+def family_line(fam) -> str:
+    "What is here of a task family: its expert and datasets, or how to install it."
+    from promptnb import collect, experts, tasks
+
+    if not tasks.installed(fam):
+        return f"{fam.name}: pip install 'promptnb[{fam.extra}]'"
+    expert = experts.load_card(fam)["expert_mean_return"]
+    return f"{fam.name}: expert {expert:,.1f}, {len(collect.manifest(fam))} datasets"
+
+
+# %% ../nbs/12_cli.ipynb #e2a99250
+def cmd_doctor(a):
+    "What this machine has, and what is missing."
+    from promptnb import tasks
+
+    for line in machine_lines():
+        print(line)
+    for fam in tasks.FAMILIES.values():
+        print(family_line(fam))
+
+
+# %% ../nbs/12_cli.ipynb #clipar01
+COMMANDS = dict(
+    list=(cmd_list, None, "papers, tables, figures"),
+    collect=(cmd_collect, collect_arguments, "make the datasets of a family"),
+    run=(cmd_run, run_arguments, "run what exhibits need; goes on where it stopped"),
+    render=(cmd_render, render_arguments, "tables and figures from finished runs"),
+    status=(cmd_status, status_arguments, "what is finished, failed, stale, and how long the rest will take"),
+    film=(cmd_film, film_arguments, "an agent before and after tuning, as a strip and a GIF"),
+    doctor=(cmd_doctor, None, "what this machine has"),
+    job=(cmd_job, job_arguments, None),
+)  # name: (function, its arguments, help; None: not shown)
+
+
+# %% ../nbs/12_cli.ipynb #03db37e6
+def parser() -> argparse.ArgumentParser:
+    "The parser of all commands."
+    out = argparse.ArgumentParser(
+        prog="promptnb",
+        description="Prompts and language models for decision making: a reproducible research workbook.",
+    )
+    shown = ",".join(name for name, (_, _, help) in COMMANDS.items() if help)
+    sub = out.add_subparsers(dest="command", required=True, metavar=f"{{{shown}}}")
+    for name, (function, arguments, help) in COMMANDS.items():
+        p = sub.add_parser(name, **({"help": help} if help else {}))
+        p.set_defaults(f=function)
+        if arguments:
+            arguments(p)
+    return out
 
 
 # %% ../nbs/12_cli.ipynb #6e88e409
-def main(argv=None):
-    "The console script. What a user can mend is one line and status 2."
+def main(argv=None) -> int:
+    "The console script. User errors print one line and exit with status 2."
     a = parser().parse_args(argv)
     try:
         a.f(a)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `promptnb status ... | head`
     except (PromptnbError, OSError) as e:
-        e = disk_error(e, e.filename or "data") if isinstance(e, OSError) else e
-        if not isinstance(e, PromptnbError):
+        error = disk_error(e, e.filename or "data") if isinstance(e, OSError) else e
+        if not isinstance(error, PromptnbError):
             raise
-        print(f"promptnb: {e}", file=sys.stderr)
+        print(f"promptnb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("promptnb: stopped; the same command goes on from here", file=sys.stderr)

@@ -23,6 +23,7 @@ __all__ = [
     "FitConfig",
     "FitLog",
     "autocast",
+    "precision_of",
     "pick_device",
     "where",
     "optimiser",
@@ -74,6 +75,15 @@ def autocast(precision, device="cpu"):
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+# %% ../nbs/04_train.ipynb #f0prec01
+def precision_of(settings, device) -> str:
+    "Precision of a recipe's part: its own, and for 'auto' bf16 where it is fast: a GPU, or a processor with bf16."
+    if settings.precision != "auto":
+        return settings.precision
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if torch.device(device).type == "cuda" or has_bf16() else "fp32"
 
 
 # %% ../nbs/04_train.ipynb #74cf3a6e

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from promptnb import recipes, tasks
 from promptnb.core import code_fingerprint
-from promptnb.experiments import job, run
+from promptnb.experiments import job
+from promptnb.experiments.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER, FAMILY = "prompt_tuning_dt", "cheetah-dir"
@@ -68,9 +69,14 @@ def paths(home):
     return {p.name: p for p in (home / "data" / "results" / PAPER).glob("*.json")}
 
 
+def runs(*job_ids, scale="smoke"):
+    "The runs of jobs; by default, those of the finished home."
+    return [run for j in job_ids or (PRETRAIN, TUNE) for run in job.runs_of(job.find_job(j), scale, 0)]
+
+
 def expected(*job_ids, scale="smoke"):
     "The (recipe, run name) pairs that jobs leave; by default, those of the finished home."
-    return [x for j in job_ids or (PRETRAIN, TUNE) for x in job.runs_of(job.find_job(j), scale, 0)]
+    return [(run.recipe, run.id) for run in runs(*job_ids, scale=scale)]
 
 
 # ---- the console script
@@ -133,7 +139,7 @@ def fabricate(home, e, scale, seeds, value=ramp, status="ok", rows=True, **chang
     for full in recipes.recipes_of(e):
         r = recipes.resolve(full, scale)
         for seed in seeds:
-            name = run.recipe_run(r, scale, seed)
+            name = Run(r, scale, seed).id
             known = dict(paper=e.paper, task=r.family, method=r.method, seed=seed, scale=scale, run_id=name)
             known |= dict(step=0, n_episodes=1, trainable=1, env_steps=0)
             own = []

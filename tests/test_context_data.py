@@ -14,6 +14,7 @@ from promptnb.core import Row
 from promptnb.data import Sampler, in_order
 from promptnb.evaluate import EvalTask, groups_of, rollout
 from promptnb.experiments import multitask
+from promptnb.experiments.run import Run
 from promptnb.models.context import transitions
 from promptnb.tuners.checks import same, snapshot
 
@@ -225,9 +226,9 @@ def test_contexts_are_of_the_train_tasks_alone(asked, key):
 def test_training_and_normalisation_are_of_the_train_tasks_alone(asked, key):
     p = recipe(key).pretrain
     ids = multitask.train_tasks(p)
-    store, (mean, _), hashes, _ = multitask.train_store(p)
-    assert asked == [("expert", ids)] and store.task_ids == ids
-    assert mean[0] == pytest.approx(np.mean(ids)) and len(hashes) == 1
+    trained = multitask.train_data(p)
+    assert asked == [("expert", ids)] and trained.store.task_ids == ids
+    assert trained.stats[0][0] == pytest.approx(np.mean(ids)) and len(trained.hashes) == 1
 
 
 @pytest.mark.parametrize("key, family", [("none-medium", "hopper"), ("pdt", VEL)])
@@ -301,7 +302,7 @@ def test_all_tasks_are_played(asked, world):
     made, r, policy = world(3), recipe("cmt-all"), plain_policy()
     dem = multitask.prompts_for(policy, r.pretrain, r.tune, 0)
     p = policy.prompted(dem.prompt, dem.task_ids)
-    at, played = multitask.evaluate_policy([(p, g) for g in range(40)], r, 2, 0, 1, "cpu")
+    at, played = multitask.evaluate_policy(Run(r, "smoke"), [(p, g) for g in range(40)], range(40), 2, 0)
     assert [x.task for x in at] == [x.row for x in at] == list(range(40))
     assert played.returns.shape == (40, 2) and made[0].ids.tolist() == np.repeat(range(40), 2).tolist()
 
@@ -320,7 +321,7 @@ def play(world):
     policy.std.fill_(2.0)
     c = steps(10, 6, 0, 2, torch.float32).map(lambda x: x.unflatten(0, (5, 2)))
     c = replace(c, s=torch.randn(5, 2, 6, 20), a=torch.randn(5, 2, 6, 6))
-    return policy, c, multitask.EnvScore(policy, recipe("collect"), 0, 1, "cpu"), made
+    return policy, c, multitask.EnvScore(Run(recipe("collect"), "smoke"), policy), made
 
 
 def test_what_is_seen_ends_with_the_episode(play):

@@ -18,6 +18,7 @@ from promptnb import cli, core, tasks, train
 from promptnb import recipes as rc
 from promptnb.core import read_json
 from promptnb.experiments import multitask, plan, run
+from promptnb.experiments.run import Run
 from promptnb.models.context import ContextDT
 from promptnb.tuners.checks import same
 from promptnb.tuners.core import make_tuner
@@ -45,12 +46,12 @@ def workbook(home, monkeypatch):
 
 
 def tuned(key):
-    return read_json(multitask.tune(recipe(key), "smoke", 0, CPU, 1))
+    return read_json(multitask.tune(Run(recipe(key), "smoke")))
 
 
 def pretraining(key):
     "The record of a recipe's pre-training."
-    return read_json(run.record_path("cmt", run.pretrain_run(recipe(key).pretrain, "smoke", 0)))
+    return read_json(Run(recipe(key), "smoke").pretraining().path)
 
 
 @pytest.fixture(scope="module")
@@ -166,18 +167,18 @@ def test_killed_in_pretraining(at, finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "step_once", broken)
     with pytest.raises(Killed):
-        multitask.pretrain(r, "smoke", 0, CPU, 1)
+        multitask.pretrain(Run(r, "smoke"))
     assert not (home / "data" / "results").exists()
 
     monkeypatch.setattr(train, "step_once", whole)
     torch.manual_seed(99)
-    policy = multitask.pretrain(r, "smoke", 0, CPU, 1)
+    policy = multitask.pretrain(Run(r, "smoke"))
     assert same(policy.state_dict(), finished.policies["cmt"].state_dict())
     again, unbroken = pretraining("cmt"), finished.pre["cmt"]
     assert all(again[k] == unbroken[k] for k in ("rows", "data", "weights", "status", "recipe_digest"))
 
     monkeypatch.setattr(train, "step_once", broken)  # nothing is trained again
-    assert same(multitask.pretrain(r, "smoke", 0, CPU, 1).state_dict(), policy.state_dict())
+    assert same(multitask.pretrain(Run(r, "smoke")).state_dict(), policy.state_dict())
 
 
 def test_diverged(tmp_path, monkeypatch):
@@ -193,7 +194,7 @@ def test_diverged(tmp_path, monkeypatch):
     record, pre = tuned("null"), pretraining("null")
     assert (record["status"], record["why"], record["rows"]) == ("diverged", "its pre-training diverged", [])
     assert pre["status"] == "diverged" and "loss is nan at step 0" in pre["why"] and pre["weights"] == ""
-    assert run.finished(recipe("null"), record["run_id"])
+    assert Run(recipe("null"), "smoke").finished
 
 
 # ---- recipes

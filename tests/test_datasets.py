@@ -449,15 +449,15 @@ def test_a_recipe_trains_on_its_subsample(tmp_home):
     collect.collect(FAMILY, p.quality, p.episodes, **QUIET)
     run.stored.cache_clear()
     whole = data.load(FAMILY, p.quality)
-    store, _, hashes, drawn = multitask.train_store(p)
-    assert drawn == data.subsample(whole, 0.5, 3)[1]
-    assert same(store, data.subset(whole, drawn)) and hashes == whole.hashes
-    assert multitask.train_store(replace(p, ratio=1.0))[3] is None
-    multitask.pretrain(r, "smoke", 0, torch.device("cpu"), 1)
+    trained = multitask.train_data(p)
+    assert trained.drawn == data.subsample(whole, 0.5, 3)[1]
+    assert same(trained.store, data.subset(whole, trained.drawn)) and trained.hashes == whole.hashes
+    assert multitask.train_data(replace(p, ratio=1.0)).drawn is None
+    multitask.pretrain(run.Run(r, "smoke"))
     (path,) = results_dir(r.paper).iterdir()
     record = read_json(path)
-    assert record["trajectories"] == drawn and record["recipe"]["pretrain"]["ratio"] == 0.5
-    refused(multitask.train_store, replace(p, ratio=2.0), says=["ratio is 2.0"])
+    assert record["trajectories"] == trained.drawn and record["recipe"]["pretrain"]["ratio"] == 0.5
+    refused(multitask.train_data, replace(p, ratio=2.0), says=["ratio is 2.0"])
 
 
 # ---- columns

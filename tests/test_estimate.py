@@ -1,62 +1,62 @@
-"The expected time, printed before work starts: where its seconds come from, how they are added up, what is said where they are unknown."
+"""The expected time, printed before work starts: where its seconds come from, how they are added up, and what is said
+where they are unknown."""
 
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from promptnb import cli, core, recipes
+from promptnb import cli, core, recipes, train
 from promptnb.core import PromptnbError, read_json, results_dir, write_json
-from promptnb.experiments import forecast, job, multitask, plan, run
+from promptnb.experiments import forecast, multitask, plan
+from promptnb.experiments.job import runs_of
 
 PAPER, FAMILY = "prompt_tuning_dt", "cheetah-dir"
-ASK = dict(exhibit_ids=["table1"], families=[FAMILY], cores=2)
+ASK = plan.Request(PAPER, ("table1",), seeds=(0,), families=(FAMILY,))
 WANT = ["run", PAPER, "--exhibit", "table1", "--family", FAMILY]
-JOBS = plan.wanted_jobs(PAPER, ["table1"], [FAMILY])
-N = sum(len(j.recipes) for j in JOBS)  # runs of one seed
+N = sum(len(job.recipes) for job in ASK.jobs())  # runs of one seed
+
+# ---- made-up records
 
 
-def record(
-    kind, seconds, seed=0, scale="laptop", status="ok", fresh=False, only=lambda r: True, where="a processor", threads=1
-):
-    "Made-up records of a kind of job; one that is not `fresh` is of older code."
-    for j in JOBS:
-        for r, x in job.runs_of(j, scale, seed) if j.kind == kind else ():
-            if only(r):
-                write_json(
-                    run.record_path(PAPER, x),
-                    dict(
-                        run_id=x,
-                        status=status,
-                        why="",
-                        recipe_digest=recipes.digest(r),
-                        code=run.code_of_run(r, x) if fresh else "older",
-                        rows=[],
-                        seconds=seconds,
-                        where=dict(device=where, threads=threads),
-                    ),
-                )
+def runs(seed=0, scale="laptop", kind=None):
+    "The runs of one seed, of one kind or of all."
+    return [run for job in ASK.jobs() if kind in (None, job.kind) for run in runs_of(job, scale, seed)]
 
 
-def both(seconds=(50.0, 30.0), **kw):
-    for kind, s in zip(("pretrain", "tune"), seconds):
-        record(kind, s, **kw)
+def record(run, seconds, status="ok", fresh=False, device="a processor", threads=1):
+    "A made-up record of a run; one that is not `fresh` is of older code."
+    made_by = dict(code=run.code, facts=run.facts) if fresh else dict(code="older", facts="")
+    known = dict(run_id=run.id, status=status, why="", recipe_digest=recipes.digest(run.recipe), rows=[])
+    write_json(run.path, dict(known, seconds=seconds, where=dict(device=device, threads=threads), **made_by))
 
 
-def said(**kw):
-    return forecast.expected(PAPER, **{**ASK, "seeds": [0], **kw})
+def record_all(pretrain=50.0, tune=30.0, seed=0, scale="laptop", **how):
+    "A made-up record of every run of a seed: seconds by kind."
+    for run in runs(seed, scale):
+        record(run, dict(pretrain=pretrain, tune=tune)[run.kind], **how)
+
+
+def said(cores=2, rules=(), **asked):
+    "The line that is printed."
+    return forecast.expected(replace(ASK, **asked), cores, rules=rules)
 
 
 @pytest.fixture
 def no_snakemake(monkeypatch):
     "`run` without what it hands over to; returns the list of its commands."
     asked = []
-    monkeypatch.setattr(
-        cli.subprocess, "run", lambda cmd, **kw: asked.append(cmd) or subprocess.CompletedProcess(cmd, 0)
-    )
+
+    def note(command, **options):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(cli.subprocess, "run", note)
     return asked
 
 
@@ -64,7 +64,12 @@ def no_snakemake(monkeypatch):
 def slow_steps(monkeypatch):
     "A training step takes half a second; returns the list of the recipes that were timed."
     asked = []
-    monkeypatch.setattr(forecast, "step_seconds", lambda p, accelerator="auto", limit=3.0: asked.append(p) or 0.5)
+
+    def step_seconds(recipe, accelerator="auto", limit=3.0):
+        asked.append(recipe)
+        return 0.5
+
+    monkeypatch.setattr(multitask, "step_seconds", step_seconds)
     return asked
 
 
@@ -89,17 +94,21 @@ def test_wall(pretrain, tune, cores, seconds):
     assert forecast.wall(dict(pretrain=pretrain, tune=tune), cores) == seconds
 
 
-def test_wall_is_a_bound_that_longest_first_comes_close_to():
-    import random
+def longest_first(jobs, cores):
+    "Seconds of a schedule that gives the longest job that is left to the core that is free first."
+    load = [0.0] * cores
+    for seconds in sorted(jobs, reverse=True):
+        load[load.index(min(load))] += seconds
+    return max(load)
 
+
+def test_wall_is_a_bound_that_longest_first_comes_close_to():
     rng = random.Random(0)
     for _ in range(200):
-        ts, c = [rng.uniform(1, 100) for _ in range(rng.randint(1, 30))], rng.randint(1, 8)
-        load = [0.0] * c
-        for t in sorted(ts, reverse=True):
-            load[load.index(min(load))] += t
-        least = forecast.wall(dict(pretrain=ts, tune=[]), c)
-        assert least <= max(load) + 1e-9 and max(load) <= 2 * least
+        jobs, cores = [rng.uniform(1, 100) for _ in range(rng.randint(1, 30))], rng.randint(1, 8)
+        least, taken = forecast.wall(dict(pretrain=jobs, tune=[]), cores), longest_first(jobs, cores)
+        assert least <= taken + 1e-9
+        assert taken <= 2 * least
 
 
 @pytest.mark.parametrize(
@@ -124,73 +133,71 @@ def test_spell(seconds, text):
 
 
 def test_this_machines_records(tmp_home):
-    both()
-    assert (
-        said()
-        == f"expected: 8 min on 2 cores ({N} of {N} runs to do, 8 core-minutes; {N} runs measured on this machine)"
-    )
-    assert (
-        said(seeds=[1, 2])
-        == f"expected: 8 min on 2 cores ({2 * N} of {2 * N} runs to do, 16 core-minutes; {2 * N} runs measured on this machine)"
-    )  # any seed's
-    assert said(seeds=[1, 2], cores=1).startswith("expected: 16 min on 1 core (")
+    record_all()
+    facts = f"{N} of {N} runs to do, 8 core-minutes; {N} runs measured on this machine"
+    assert said() == f"expected: 8 min on 2 cores ({facts})"
+
+
+def test_records_of_any_seed_serve(tmp_home):
+    record_all(seed=0)
+    n = 2 * N
+    facts = f"{n} of {n} runs to do, 16 core-minutes; {n} runs measured on this machine"
+    assert said(seeds=(1, 2)) == f"expected: 8 min on 2 cores ({facts})"
+    assert said(seeds=(1, 2), cores=1).startswith("expected: 16 min on 1 core (")
 
 
 def test_median_over_seeds(tmp_home):
-    for seed, s in enumerate((10.0, 20.0, 600.0)):
-        both((s, s), seed=seed)
+    for seed, seconds in enumerate((10.0, 20.0, 600.0)):
+        record_all(seconds, seconds, seed)
     assert said(cores=1).startswith(f"expected: {forecast.spell(20 * N)} on")
 
 
 def test_another_scale_says_nothing(tmp_home, slow_steps):
-    both(scale="smoke")
+    record_all(scale="smoke")
     assert "measured on this machine" not in said()
 
 
 def test_failed_and_diverged_records_say_nothing(tmp_home, slow_steps):
-    both(status="diverged")
-    for j in JOBS:
-        for r, x in job.runs_of(j, "laptop", 1):
-            write_json(results_dir(PAPER) / f"{x}.failed.json", dict(status="failed", why="-", seconds=9.0))
+    record_all(status="diverged")
+    for run in runs(seed=1):
+        write_json(run.failed_path, dict(status="failed", why="-", seconds=9.0))
     assert "measured on this machine" not in said()
 
 
-def test_shipped_seconds(tmp_home):
-    both(threads=2)
+def test_the_shipped_file_holds_the_median_of_each_run(tmp_home):
+    record_all(threads=2)
     path = forecast.write_seconds(PAPER)
     known = read_json(path)
-    assert (
-        path == tmp_home / "data" / "seconds" / f"{PAPER}.json"
-        and known["where"] == "a processor, 2 threads"
-        and len(known["seconds"]) == N
-    )
-    assert (
-        known["seconds"]["laptop.pretrain.cheetah-dir.pdt"] == 50
-        and known["seconds"]["laptop.cheetah-dir.pdt"] == 30
-        and list(known["seconds"]) == sorted(known["seconds"])
-    )
+    assert path == tmp_home / "data" / "seconds" / f"{PAPER}.json"
+    assert known["where"] == "a processor, 2 threads"
+    assert len(known["seconds"]) == N
+    assert list(known["seconds"]) == sorted(known["seconds"])
+    assert known["seconds"]["laptop.pretrain.cheetah-dir.pdt"] == 50
+    assert known["seconds"]["laptop.cheetah-dir.pdt"] == 30
+
+
+def test_shipped_seconds_serve_where_nothing_was_measured(tmp_home):
+    record_all(threads=2)
+    forecast.write_seconds(PAPER)
     shutil.rmtree(results_dir(PAPER))
-    assert (
-        said()
-        == f"expected: 8 min on 2 cores ({N} of {N} runs to do, 8 core-minutes; {N} runs measured on a processor, 2 threads, shipped with the project)"
-    )
+    source = f"{N} runs measured on a processor, 2 threads, shipped with the project"
+    assert said() == f"expected: 8 min on 2 cores ({N} of {N} runs to do, 8 core-minutes; {source})"
 
 
 def test_own_records_come_before_shipped_ones(tmp_home):
-    both()
+    record_all()
     forecast.write_seconds(PAPER)
     shutil.rmtree(results_dir(PAPER))
-    record("pretrain", 100.0)
-    assert (
-        f"; 3 runs measured on this machine; {N - 3} runs measured on a processor, 1 thread, shipped with the project)"
-        in said()
-        and said(cores=1).startswith("expected: 10 min")
-    )
+    for run in runs(kind="pretrain"):
+        record(run, 100.0)
+    shipped = f"{N - 3} runs measured on a processor, 1 thread, shipped with the project"
+    assert f"; 3 runs measured on this machine; {shipped})" in said()
+    assert said(cores=1).startswith("expected: 10 min")
 
 
 def test_seconds_of_several_machines_are_named(tmp_home):
-    both(seed=0)
-    both(seed=1, where="a GPU")
+    record_all(seed=0)
+    record_all(seed=1, device="a GPU")
     assert read_json(forecast.write_seconds(PAPER))["where"] == "a GPU, 1 thread; a processor, 1 thread"
 
 
@@ -200,86 +207,88 @@ def test_nothing_to_ship_is_said(tmp_home):
 
 
 def test_status_writes_the_shipped_file(tmp_home, capsys):
-    both()
+    record_all()
     assert cli.main(["status", PAPER, "--seconds"]) == 0
-    assert (
-        capsys.readouterr().out.strip() == str(forecast.seconds_file(PAPER)) and forecast.seconds_file(PAPER).exists()
-    )
+    path = forecast.seconds_file(PAPER)
+    assert capsys.readouterr().out.strip() == str(path)
+    assert path.exists()
+
+
+def names_of_today(paper):
+    "What the runs of a paper are called in its file of seconds, at all scales."
+    jobs = recipes.jobs(paper).values()
+    return {forecast.time_name(run) for s in recipes.SCALES for job in jobs for run in runs_of(job, s, 0)}
 
 
 def test_committed_seconds_name_runs_of_today():
     "Every name in data/seconds is that of a recipe; none is left of one that has gone."
     for path in (core.root() / "data" / "seconds").glob("*.json"):
-        paper, known = path.stem, read_json(path)
-        names = {
-            forecast.time_name(j, r, s)
-            for j in recipes.jobs(paper).values()
-            for s in recipes.SCALES
-            for r in job.job_recipes(j, s)
-        }
-        assert known["where"] and set(known["seconds"]) <= names and all(s > 0 for s in known["seconds"].values()), path
+        known = read_json(path)
+        assert known["where"], path
+        assert set(known["seconds"]) <= names_of_today(path.stem), path
+        assert all(seconds > 0 for seconds in known["seconds"].values()), path
 
 
 # ---- what is left
 
 
 def test_only_what_is_left_counts(tmp_home):
-    both()
-    record("pretrain", 50.0, fresh=True)
-    record("tune", 30.0, fresh=True, only=lambda r: r.key != "ranking")
-    assert (
-        said() == f"expected: 30 s on 2 cores (1 of {N} runs to do, 0.5 core-minutes; 1 run measured on this machine)"
-    )
+    record_all()
+    for run in runs():
+        if run.kind == "pretrain" or run.recipe.key != "ranking":
+            record(run, 50.0, fresh=True)
+    facts = f"1 of {N} runs to do, 0.5 core-minutes; 1 run measured on this machine"
+    assert said() == f"expected: 30 s on 2 cores ({facts})"
 
 
 def test_nothing_to_do(tmp_home, slow_steps):
-    both(fresh=True)
-    assert said() == f"expected: nothing to do ({N} of {N} runs finished)" and not slow_steps
+    record_all(fresh=True)
+    assert said() == f"expected: nothing to do ({N} of {N} runs finished)"
+    assert not slow_steps
 
 
 def test_collecting_is_named_where_the_stamp_is_absent(tmp_home):
-    both()
-    rules = plan.plan(PAPER, ["table1"], "laptop", [0], [FAMILY])
-    stamps = [tmp_home / r.outputs[0] for r in rules if r.name.startswith("collect_")]
+    record_all()
+    rules = plan.plan(ASK)
     assert said(rules=rules).startswith("expected: 8 min on 2 cores + collecting data (")
-    for p in stamps:
-        write_json(p, {})
-    assert stamps and "collecting" not in said(rules=rules)
+
+
+def test_collecting_is_not_named_where_it_is_done(tmp_home):
+    record_all()
+    rules = plan.plan(ASK)
+    stamps = [tmp_home / r.outputs[0] for r in rules if r.name.startswith("collect_")]
+    assert stamps
+    for path in stamps:
+        write_json(path, {})
+    assert "collecting" not in said(rules=rules)
 
 
 def test_unknown_runs_are_counted(tmp_home):
-    record("pretrain", 50.0)
-    assert (
-        said()
-        == f"expected: at least 2 min on 2 cores ({N} of {N} runs to do, 2 core-minutes; 3 runs measured on this machine; {N - 3} runs of unknown length)"
-    )
+    for run in runs(kind="pretrain"):
+        record(run, 50.0)
+    facts = f"2 core-minutes; 3 runs measured on this machine; {N - 3} runs of unknown length"
+    assert said() == f"expected: at least 2 min on 2 cores ({N} of {N} runs to do, {facts})"
 
 
 def test_all_unknown(tmp_home):
-    assert forecast.span(*forecast.forecast(PAPER, ["table1"], "laptop", [0], [FAMILY])[:2], 2) == "unknown"
+    assert forecast.forecast(ASK).span(2) == "unknown"
 
 
 # ---- a rate
 
 
-def test_rate_times_steps(tmp_home, slow_steps, capsys):
-    steps = {
-        recipes.resolve(recipes.RECIPES[i], "paper").pretrain.steps
-        for j in JOBS
-        if j.kind == "pretrain"
-        for i in j.recipes
-    }
-    assert steps == {50_000}
+def test_rate_times_steps(tmp_home, slow_steps):
+    assert {run.recipe.pretrain.steps for run in runs(scale="paper", kind="pretrain")} == {50_000}
     text = said(scale="paper")
-    assert (
-        text.startswith("expected: at least 20.8 h on 2 cores")
-        and "3 runs extrapolated from a measured rate, evaluation along the way not in it" in text
-        and f"{N - 3} runs of unknown length" in text
-    )
-    assert len(slow_steps) == 2 and {bool(p.prompt) for p in slow_steps} == {
-        True,
-        False,
-    }  # the two without prompt are of one size
+    assert text.startswith("expected: at least 20.8 h on 2 cores")
+    assert "3 runs extrapolated from a measured rate, evaluation along the way not in it" in text
+    assert f"{N - 3} runs of unknown length" in text
+
+
+def test_equal_sizes_are_timed_once(tmp_home, slow_steps, capsys):
+    said(scale="paper")
+    assert [r.pretrain.prompt for r in slow_steps].count(True) == 1
+    assert [r.pretrain.prompt for r in slow_steps].count(False) == 1  # two policies without prompt are of one size
     assert capsys.readouterr().out.count("are timed") == 1
 
 
@@ -287,79 +296,99 @@ def test_rate_times_steps(tmp_home, slow_steps, capsys):
 def test_rate_at_paper_scale(key):
     import torch
 
-    p, threads, start = (
-        recipes.resolve(recipes.RECIPES[f"{PAPER}/{FAMILY}/{key}"], "paper").pretrain,
-        torch.get_num_threads(),
-        time.time(),
-    )
-    assert (
-        1e-4 < multitask.step_seconds(p, "cpu", limit=1.0) < 60
-        and time.time() - start < 20
-        and torch.get_num_threads() == threads
-    )
+    recipe = recipes.resolve(recipes.RECIPES[f"{PAPER}/{FAMILY}/{key}"], "paper")
+    threads, start = torch.get_num_threads(), time.time()
+    assert 1e-4 < multitask.step_seconds(recipe, "cpu", limit=1.0) < 60
+    assert time.time() - start < 20
+    assert torch.get_num_threads() == threads
 
 
-def test_a_big_batch_is_timed_in_part(monkeypatch):
-    from promptnb import train
+BIG = recipes.resolve(recipes.RECIPES[f"{PAPER}/cheetah-vel/pdt"], "paper")
+BATCH = 16 * 35  # its windows
 
-    p, rows = recipes.resolve(recipes.RECIPES[f"{PAPER}/cheetah-vel/pdt"], "paper").pretrain, []
-    monkeypatch.setattr(train, "step_once", lambda model, opt, batch, *_: rows.append(len(batch)))
-    multitask.step_seconds(p, "cpu")
-    assert set(rows[:2]) == {8} and set(rows[2:]) == {multitask.size_of(p)[3]} == {16 * 35}
-    monkeypatch.setattr(
-        train, "step_once", lambda model, opt, batch, *_: rows.append(len(batch)) or time.sleep(0.002 * len(batch))
-    )
-    rows.clear()
-    s = multitask.step_seconds(p, "cpu", limit=0.2)
-    assert max(rows) < 16 * 35 and 1 < s < 2.5
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    "steps_taken(seconds a row): steps that take so long; gives the list of the rows of each."
+
+    def begin(seconds):
+        rows = []
+
+        def step_once(model, opt, batch, *_):
+            rows.append(len(batch))
+            time.sleep(seconds * len(batch))
+
+        monkeypatch.setattr(train, "step_once", step_once)
+        return rows
+
+    return begin
+
+
+def test_a_quick_batch_is_timed_whole(steps_taken):
+    rows = steps_taken(0.0)
+    multitask.step_seconds(BIG, "cpu")
+    assert set(rows[:2]) == {8}
+    assert set(rows[2:]) == {multitask.size_of(BIG)[3]} == {BATCH}
+
+
+def test_a_slow_batch_is_timed_in_part(steps_taken):
+    rows = steps_taken(0.002)
+    seconds = multitask.step_seconds(BIG, "cpu", limit=0.2)
+    assert max(rows) < BATCH
+    assert 1 < seconds < 2.5  # 0.002 x 560 and what the machine adds
 
 
 # ---- the command line
 
 
 def test_run_prints_it_before_snakemake(tmp_home, no_snakemake, capsys):
-    both()
+    record_all()
     assert cli.main([*WANT, "--seeds", "0", "--cores", "2", "--dry-run"]) == 0
     first, line = capsys.readouterr().out.splitlines()
-    assert (
-        first.startswith(f"{PAPER} at laptop scale")
-        and line.startswith("expected: 8 min on 2 cores + collecting data (")
-        and len(no_snakemake) == 1
-        and "--dry-run" in no_snakemake[0]
-    )
+    assert first.startswith(f"{PAPER} at laptop scale")
+    assert line.startswith("expected: 8 min on 2 cores + collecting data (")
+    (command,) = no_snakemake
+    assert "--dry-run" in command
 
 
-def test_misspelt_words_come_first(tmp_home, no_snakemake, slow_steps, capsys):
-    for wrong in (
+@pytest.mark.parametrize(
+    "wrong",
+    [
         [*WANT, "--exhibit", "tabel1"],
         ["run", PAPER, "--scale", "papper"],
         [*WANT, "--family", "cheetah-dri"],
         [*WANT, "--cores", "0"],
         ["status", "prompt_tuning", "--seconds"],
-    ):
-        assert cli.main(wrong) == 2
-        out, err = capsys.readouterr()
-        assert "expected" not in out and err.startswith("promptnb: ") and not no_snakemake and not slow_steps
+    ],
+    ids=lambda wrong: " ".join(wrong[-2:]),
+)
+def test_misspelt_words_come_first(wrong, tmp_home, no_snakemake, slow_steps, capsys):
+    assert cli.main(wrong) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("promptnb: ")
+    assert "expected" not in out
+    assert not no_snakemake and not slow_steps
 
 
 def test_status_shows_it(tmp_home, capsys):
-    both()
+    record_all()
     assert cli.main(["status", PAPER]) == 0
-    lines = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()}
-    assert (
-        "expected at least" in lines["table1"]
-        and "expected unknown (18 runs to do)" in lines["pdt_fig4"]
-        and "cannot be made" in lines["fig1"]
-        and "expected" not in lines["fig1"]
-    )
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "expected at least" in lines["table1"]
+    assert "expected unknown (18 runs to do)" in lines["pdt_fig4"]
+    assert "cannot be made" in lines["fig1"]
+    assert "expected" not in lines["fig1"]
 
 
 def test_no_torch_where_nothing_is_measured(tmp_home):
-    both()
+    record_all()
     forecast.write_seconds(PAPER)
     shutil.rmtree(results_dir(PAPER))
-    code = f"import sys; from promptnb.experiments import forecast; print(forecast.expected({PAPER!r}, ['table1'], families=[{FAMILY!r}], cores=2)); sys.exit('torch' in sys.modules)"
-    p = subprocess.run(
-        [sys.executable, "-c", code], env=dict(os.environ, PROMPTNB_HOME=str(tmp_home)), capture_output=True, text=True
-    )
-    assert p.returncode == 0 and p.stdout.startswith("expected: "), p.stdout + p.stderr
+    code = f"""import sys
+from promptnb.experiments import forecast, plan
+print(forecast.expected(plan.Request({PAPER!r}, ("table1",), families=({FAMILY!r},)), cores=2))
+sys.exit("torch" in sys.modules)"""
+    env = dict(os.environ, PROMPTNB_HOME=str(tmp_home))
+    p = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout + p.stderr
+    assert p.stdout.startswith("expected: ")

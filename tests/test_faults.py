@@ -36,6 +36,7 @@ from homes import (
     new_home,
     one_line,
     paths,
+    runs,
     went,
 )
 from test_resume import same_records, weights
@@ -44,6 +45,7 @@ from promptnb import cli as command
 from promptnb import collect, core, data, experts, recipes, tasks, train
 from promptnb.core import Checkpoints, PromptnbError, read_json, results_dir, runs_dir, sha256_file, write_json
 from promptnb.experiments import job, multitask, run
+from promptnb.experiments.run import Run
 from promptnb.report import exhibits, tables, view
 from promptnb.report.view import View
 
@@ -66,7 +68,7 @@ def one_policy(monkeypatch):
     "Jobs in this process do the first of their recipes only."
     real = job.runs_of
     monkeypatch.setattr(job, "runs_of", lambda *a: real(*a)[:1])
-    return real(job.find_job(PRETRAIN), "smoke", 0)[0][1]
+    return real(job.find_job(PRETRAIN), "smoke", 0)[0].id
 
 
 def run_job(id=PRETRAIN):
@@ -394,7 +396,7 @@ def test_damaged_policy_is_made_again(home, one_policy, capsys):
     run_job()
     (path,) = home.glob("data/runs/policies/*/policy/model.safetensors")
     whole = path.read_bytes()
-    r = expected(PRETRAIN)[0][0]
+    first = runs(PRETRAIN)[0]
     for damage in (
         lambda: flip(path, len(whole) - 9),
         lambda: path.write_bytes(whole[:99]),
@@ -402,7 +404,7 @@ def test_damaged_policy_is_made_again(home, one_policy, capsys):
         path.unlink,
     ):
         damage()
-        assert multitask.pretrain(r, "smoke", 0, torch.device("cpu"), 1) is not None
+        assert multitask.pretrain(first) is not None
         assert path.read_bytes() == whole and not (home / "canary").exists()
 
 
@@ -699,7 +701,7 @@ def test_diverged(value, home, one_policy, monkeypatch):
         and not read_json(tuned)["rows"]
         and "pre-training diverged" in read_json(tuned)["why"]
     )
-    r = expected(TUNE)[0][0]
+    r = runs(TUNE)[0].recipe
     t = tables.tidy_table(View(TABLE1, "smoke", partial=True))
     row = t[(t.method == r.method) & (t.family == FAMILY)].iloc[0]
     assert (
@@ -751,7 +753,7 @@ def test_no_space_at_every_call_of_a_checkpoint(code, tmp_path, monkeypatch):
 
 def test_full_disk_in_training(home, one_policy, capfd):
     "The disk fills at one place after another; each attempt goes on from the one before; the end is that of an unbroken run."
-    (whole,) = finished_home().glob(f"data/runs/policies/{FAMILY}.{expected(PRETRAIN)[0][0].pretrain.name}.*")
+    (whole,) = finished_home().glob(f"data/runs/policies/{FAMILY}.{runs(PRETRAIN)[0].recipe.pretrain.name}.*")
     need = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file())
     with tiny_disk(home / "data" / "runs", 16 * need + 2**20) as disk:
         failed = 0
@@ -869,7 +871,7 @@ def test_path_with_spaces_and_unicode(tmp_path):
     "The finished workbook elsewhere, one record lost: the graph makes that one again and nothing else."
     home = new_home(tmp_path / "my work (é, 提示)" / ("long " * 30), "data/minari", "data/runs", "data/results")
     before = frozen(home / "data" / "results")
-    name = f"{expected(TUNE)[2][1]}.json"
+    name = f"{runs(TUNE)[2].id}.json"
     paths(home)[name].unlink()
     went(cli(home, *RUN))
     same_records(home, [name])
@@ -1061,7 +1063,8 @@ def broken(home, source):
 def test_notebook_that_breaks(tmp_path, monkeypatch):
     home = new_home(tmp_path / "home", "data/minari", "data/runs/policies", "data/results")
     monkeypatch.setenv("PROMPTNB_HOME", str(home))
-    r, name = next(x for x in expected(TUNE) if x[0].key == "ranking")
+    this = next(x for x in runs(TUNE) if x.recipe.key == "ranking")
+    r, name = this.recipe, this.id
     paths(home)[f"{name}.json"].unlink()
     before = frozen(home / "data" / "results")
     final = runs_dir() / "notebooks" / f"{run.run_id(TUNE, 'smoke', 0)}.ipynb"
@@ -1107,7 +1110,7 @@ def test_one_recipe_that_breaks_leaves_the_others(home, monkeypatch, capfd):
         lambda p, *a, new=multitask.new_policy: n.append(p) or (new(p, *a) if len(n) > 1 else 1 / 0),
     )
     made = run_job()
-    a, b = (name for _, name in expected(PRETRAIN)[:2])
+    a, b = (x.id for x in runs(PRETRAIN)[:2])
     assert [p.name for p in made] == [f"{b}.json"] and set(paths(home)) == {f"{a}.failed.json", f"{b}.json"}
     assert read_json(paths(home)[f"{a}.failed.json"])["why"] == "ZeroDivisionError: division by zero"
     assert len(run_job()) == 2 and set(paths(home)) == {f"{a}.json", f"{b}.json"}
@@ -1122,7 +1125,7 @@ def test_table_with_a_seed_missing(tmp_home):
     full = tables.tidy_table(View(TABLE1, "laptop"))
     assert (full.n == 3).all() and (full.note == "").all()
     r = recipes.resolve(recipes.RECIPES[TABLE1.recipes[3]], "laptop")
-    (results_dir(PAPER) / f"{run.recipe_run(r, 'laptop', 0)}.json").unlink()
+    Run(r, "laptop").path.unlink()
     says = [
         f"lacks 1 of {3 * len(TABLE1.recipes)} runs",
         r.method,
@@ -1164,5 +1167,5 @@ def test_verdicts_pair_the_same_seeds_only(tmp_home):
     )
     assert b.method in set(tables.verdicts(View(TABLE1, "laptop")).query("family == @FAMILY").method)
     for r, seed in ((a, 2), (b, 0)):
-        (results_dir(PAPER) / f"{run.recipe_run(r, 'laptop', seed)}.json").unlink()
+        Run(r, "laptop", seed).path.unlink()
     assert b.method not in set(tables.verdicts(View(TABLE1, "laptop", partial=True)).query("family == @FAMILY").method)

@@ -613,9 +613,7 @@ HELPS = {RANDOM: lambda s: -2, ADAPTER: lambda s: 1, UNTUNED: lambda s: s - 1, G
 
 def test_verdicts_of_the_main_table(tmp_home):
     s = said(
-        rladapter.main_verdict,
-        "main",
-        score=lambda label, seed: 5 + 10 * seed + HELPS.get(label, lambda s: 0)(seed),
+        rladapter.main_verdict, "main", score=lambda label, seed: 5 + 10 * seed + HELPS.get(label, lambda s: 0)(seed)
     )
     learns = "Does PPO learn ('PPO' above 'Random actions')? yes, +2.00 (3 seeds, 95 % interval +2.00 to +2.00)."
     assert line_of(s, "Does PPO learn") == learns

@@ -24,6 +24,7 @@ from promptnb import collect, data, tasks, train
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError, Row, read_json
 from promptnb.experiments import forecast, job, offline, plan, run
+from promptnb.experiments.run import Run
 from promptnb.models import lm as L
 from promptnb.models.value import make_learner
 from promptnb.recipes import lamo as R
@@ -90,7 +91,7 @@ LONG = dict(steps=8, points=4)  # evaluations in steps 2, 4, 6, 8; the last half
 
 
 def made(r, seed=0):
-    return read_json(offline.train(r, "smoke", seed, CPU, 1))
+    return read_json(offline.train(Run(r, "smoke", seed)))
 
 
 def of(rec, metric):
@@ -249,7 +250,7 @@ def test_targets_and_scales_of_the_paper():
 
 def test_names_are_unique():
     rs = R.PAPER.recipes.values()
-    assert len({run.recipe_run(r, "laptop", 0) for r in rs}) == len(rs) == len({r.id for r in rs})
+    assert len({Run(r, "laptop").id for r in rs}) == len(rs) == len({r.id for r in rs})
     for e in rc.exhibits(PAPER):
         labels = [(r.cell, r.method) for r in rc.recipes_of(e)]
         assert len(set(labels)) == len(labels), e.id
@@ -265,7 +266,7 @@ def test_each_recipe_of_a_scale_in_one_job():
     asked = {(arm, *c) for arms, cells in R.LAPTOP.items() for arm in arms for c in cells}
     assert len(of["laptop"]) == len(asked)  # each cell named for a laptop is in an exhibit
     for s in rc.SCALES:
-        js = plan.wanted_jobs(PAPER, scale=s)
+        js = plan.Request(PAPER, scale=s).jobs()
         ids = [rc.RECIPES[i].id for j in js for i in j.recipes if rc.run_at(rc.RECIPES[i], s)]
         assert sorted(ids) == sorted(of[s]) and all(
             j.kind == "offline" and len({rc.RECIPES[i].family for i in j.recipes}) == 1 for j in js
@@ -339,7 +340,7 @@ def test_record(arm):
         "ok",
         "",
         rc.digest(r),
-    ) and rec["code"] == run.code_of_run(r, "")
+    ) and rec["code"] == Run(r, "smoke").code
     assert all(
         set(w) == set(Row.__dataclass_fields__)
         and (w["paper"], w["task"], w["method"], w["seed"], w["scale"], w["task_id"])
@@ -420,10 +421,10 @@ def test_lm_loss_is_measured_on_held_out_text(homes):
 
 def test_text_is_trained_on_where_the_language_loss_has_weight(home):
     stats = (torch.zeros(11), torch.ones(11))
-    store = offline_store("lamo")[0]
+    trained = replace(offline_data("lamo"), stats=stats)
 
     def sampler(arm):
-        return offline.sampler_of(at(arm), store, stats, 0, CPU)
+        return offline.sampler_of(Run(at(arm), "smoke"), trained)
 
     assert all(isinstance(sampler(a), L.WithText) for a in ("lamo", "lam-1", "full", "shuffled")) and all(
         isinstance(sampler(a), data.Sampler) for a in ("text", "random", "iid", "dt", "wiki")
@@ -432,7 +433,7 @@ def test_text_is_trained_on_where_the_language_loss_has_weight(home):
     assert b.text.shape == (2, 16) and torch.equal(
         b.history.s, sampler("text").batch(3).history.s
     )  # the same windows with and without text
-    assert not torch.equal(b.history.s, offline.sampler_of(at("lamo"), store, stats, 1, CPU).batch(3).history.s)
+    assert not torch.equal(b.history.s, offline.sampler_of(Run(at("lamo"), "smoke", 1), trained).batch(3).history.s)
 
 
 def test_normalised_by_hand(home):
@@ -518,8 +519,8 @@ def test_same_seed_same_rows_and_another_not(homes):
 # ---- data
 
 
-def offline_store(arm, **kw):
-    return offline.offline_store(at(arm, **kw).offline, tasks.family("hopper"))
+def offline_data(arm, **kw):
+    return offline.offline_data(at(arm, **kw))
 
 
 def test_all_arms_have_the_same_trajectories(home):
@@ -529,10 +530,11 @@ def test_all_arms_have_the_same_trajectories(home):
         and len({tuple(record(a)["data"]) for a in ARMS}) == 1
     )
     drawn = {
-        tuple(offline_store(a)[3]) for a in ("lamo", "dt", "random", "chain", "bc", "cql", "iql", "td3bc", "dt-lr-10")
+        tuple(offline_data(a).drawn) for a in ("lamo", "dt", "random", "chain", "bc", "cql", "iql", "td3bc", "dt-lr-10")
     }
     (ids,) = drawn
-    store, stats, hashes, _ = offline_store("lamo")
+    trained = offline_data("lamo")
+    store, stats, hashes = trained.store, trained.stats, trained.hashes
     assert len(ids) == 2 and hashes == whole.hashes and torch.equal(store.returns, whole.returns[list(ids)])
     x = torch.cat(
         [whole.s[f : f + n] for f, n in zip(whole.first[list(ids)].tolist(), whole.length[list(ids)].tolist())]
@@ -540,25 +542,26 @@ def test_all_arms_have_the_same_trajectories(home):
     torch.testing.assert_close(
         stats, (x.mean(0).float(), x.std(0, unbiased=False).float() + 1e-6)
     )  # of what is trained on, not of what was left out
-    assert offline_store("lamo", ratio=1.0)[3] == [0, 1, 2, 3] and len(offline_store("lamo", ratio=0.01)[0]) == 1
+    assert offline_data("lamo", ratio=1.0).drawn == [0, 1, 2, 3]
+    assert len(offline_data("lamo", ratio=0.01).store) == 1
 
 
 def test_drop_best(home):
     "The best trajectory of those drawn, and it alone; the statistics are those of the rest."
     for ratio in (1.0, 0.75):
-        store, _, hashes, ids = offline_store("lamo", ratio=ratio)
-        less, stats, again, kept = offline_store("drop-best", ratio=ratio)
+        all_, rest = offline_data("lamo", ratio=ratio), offline_data("drop-best", ratio=ratio)
+        store, less, ids, kept = all_.store, rest.store, all_.drawn, rest.drawn
         best = int(store.returns.argmax())
         assert (
             kept == [i for k, i in enumerate(ids) if k != best]
-            and again == hashes
+            and rest.hashes == all_.hashes
             and less.returns.max() < store.returns.max()
             and torch.equal(less.returns, store.returns[[k for k in range(len(store)) if k != best]])
         )
-        torch.testing.assert_close(stats, data.state_stats(less))
-        assert not torch.equal(stats[0], data.state_stats(store)[0])
-    assert len(offline_store("drop-best", ratio=0.1)[0]) == 1  # the only one stays
-    assert made(at("drop-best", ratio=1.0))["trajectories"] == offline_store("drop-best", ratio=1.0)[3]
+        torch.testing.assert_close(rest.stats, data.state_stats(less))
+        assert not torch.equal(rest.stats[0], data.state_stats(store)[0])
+    assert len(offline_data("drop-best", ratio=0.1).store) == 1  # the only one stays
+    assert made(at("drop-best", ratio=1.0))["trajectories"] == offline_data("drop-best", ratio=1.0).drawn
 
 
 # ---- learners
@@ -573,7 +576,9 @@ def trunk(pi):
 def learner(arm, seed=0, **kw):
     r = at(arm, **kw)
     return offline.new_learner(
-        r, (torch.zeros(11), torch.ones(11)), seed, offline.trunk_of(r.offline.text) if r.offline.text else ""
+        Run(r, "smoke", seed),
+        (torch.zeros(11), torch.ones(11)),
+        offline.trunk_of(r.offline.text) if r.offline.text else "",
     )
 
 
@@ -616,7 +621,7 @@ def test_value_baseline(home):
         and rec["lm"] is None
         and set(of(rec, "return@0")) == {2, 4}
         and of(rec, "score")[4] == of(rec, "score@0")[4]
-        and rec["trajectories"] == offline_store("lamo")[3]
+        and rec["trajectories"] == offline_data("lamo").drawn
         and rec["counts"]["lora"] == 0
     )
 
@@ -665,7 +670,7 @@ KILLS = {
     "after a checkpoint, before its evaluation": at_call(offline, "play", 2),
     "last evaluation": at_call(offline, "play", 3),
     "evaluated, not noted": at_call(offline, "language_loss", 2),
-    "before the record": at_call(offline, "write_record", 0),
+    "before the record": at_call(Run, "record", 0),
 }
 
 
@@ -868,7 +873,7 @@ DAMAGE = {  # what is broken, how; what the one line says (None: made again, wit
 
 
 def only(monkeypatch, *rs):
-    monkeypatch.setattr(job, "runs_of", lambda j, scale, seed: [(r, run.recipe_run(r, scale, seed)) for r in rs])
+    monkeypatch.setattr(job, "runs_of", lambda j, *a: [Run(r, *a) for r in rs])
 
 
 def run_job():
@@ -931,7 +936,7 @@ def test_weights_of_the_hub(home, capsys, no_network, no_start):
     assert (
         "gpt2" not in kept
         and {"arms", "table3"} <= set(kept)
-        and said.startswith("left out: gpt2 needs the weights of 'gpt2'")
+        and said.startswith("gpt2 is left out: it needs the weights of 'gpt2'")
         and said.count("\n") == 1
     )
     assert plan.within_reach("chain") and plan.within_reach(str(home)) and not plan.within_reach("gpt2")
@@ -1019,9 +1024,7 @@ def test_diverged(home, monkeypatch, capsys):
         and not a["rows"]
         and a["run_id"] == f"smoke.{FAMILY}.lamo-medium-0.1.s0"
     )
-    assert (
-        run.finished(bad, a["run_id"]) and not failed(home) and not list(home.glob("data/runs/offline/*lamo*/policy"))
-    )
+    assert Run(bad, "smoke").finished and not failed(home) and not list(home.glob("data/runs/offline/*lamo*/policy"))
     monkeypatch.setattr(offline, "fit", lambda *a, **k: pytest.fail("trained again"))
     assert [x["status"] for x in run_job()] == ["diverged", "ok"]
     from promptnb.report import view
@@ -1122,32 +1125,32 @@ def test_status(monkeypatch, capsys):
 
 # ---- the expected time
 
-ASK = dict(exhibit_ids=["arms"], scale="smoke", families=[FAMILY])
+ASK = plan.Request(PAPER, ("arms",), "smoke", families=(FAMILY,))
+NOTHING = dict(pretrain=[], tune=[], offline=[], online=[])
 
 
 def test_forecast(home, monkeypatch):
     "Without a measurement: the rate of a step x steps, equal sizes timed once; with one, the measured seconds."
     timed = []
     monkeypatch.setattr(offline, "step_seconds", lambda r, *a, **k: timed.append(r.key) or 0.5)
-    stages, sources, total = forecast.forecast(PAPER, rates=forecast.Rates("cpu"), **ASK)
+    todo = forecast.forecast(ASK, forecast.Rates("cpu"))
     assert (
-        stages == dict(pretrain=[], tune=[], offline=[7 * 4 * 0.5], online=[])
-        and sources == {forecast.RATE: 7}
-        and total == 7
+        todo.stages == NOTHING | dict(offline=[7 * 4 * 0.5])
+        and todo.sources == {forecast.RATE: 7}
+        and todo.total == 7
         and len(timed) == 7
     )
-    assert forecast.expected(PAPER, cores=1, **ASK).startswith("expected: at least 14 s on 1 core (7 of 7 runs to do")
+    assert forecast.expected(ASK, cores=1).startswith("expected: at least 14 s on 1 core (7 of 7 runs to do")
     timed.clear()
-    forecast.forecast(PAPER, rates=forecast.Rates("cpu"), seeds=[0, 1, 2], **ASK)
+    forecast.forecast(replace(ASK, seeds=(0, 1, 2)), forecast.Rates("cpu"))
     assert len(timed) == 7
-    assert forecast.forecast(PAPER, **ASK)[:2] == (
-        dict(pretrain=[], tune=[], offline=[0.0], online=[]),
-        {forecast.UNKNOWN: 7},
-    )
+    unmeasured = forecast.forecast(ASK)
+    assert (unmeasured.stages, unmeasured.sources) == (NOTHING | dict(offline=[0.0]), {forecast.UNKNOWN: 7})
     shutil.copytree(finished_home() / "data" / "results", home / "data" / "results")
-    assert forecast.forecast(PAPER, **ASK) == (dict(pretrain=[], tune=[], offline=[], online=[]), {}, 7)
-    stages, sources, _ = forecast.forecast(PAPER, rates=forecast.Rates("cpu"), seeds=[1], **ASK)
-    assert sources == {forecast.HERE: 7} and stages["offline"] == [
+    done = forecast.forecast(ASK)
+    assert (done.stages, done.left, done.total) == (NOTHING, 0, 7)
+    todo = forecast.forecast(replace(ASK, seeds=(1,)), forecast.Rates("cpu"))
+    assert todo.sources == {forecast.HERE: 7} and todo.stages["offline"] == [
         pytest.approx(sum(record(a)["seconds"] for a in ARMS))
     ]
 
@@ -1165,7 +1168,7 @@ def test_rates_are_measured(home):
 
 
 def test_plan(home):
-    rules = {r.name: r for r in plan.plan(PAPER, **ASK)}
+    rules = {r.name: r for r in plan.plan(ASK)}
     r = rules["arms_reacher2d_offline_s0"]
     assert (
         set(rules) == {"collect_reacher2d", "arms_reacher2d_offline_s0"}
@@ -1174,26 +1177,22 @@ def test_plan(home):
         and f"job {JOB} --seed 0 --scale smoke" in r.command
     )
     assert len(r.params["recipes"]) == 7 and {
-        x.name.split("_")[-1] for x in plan.plan(PAPER, ["arms"], "laptop", families=[FAMILY]) if "offline" in x.name
+        x.name.split("_")[-1] for x in plan.plan(replace(ASK, scale="laptop")) if "offline" in x.name
     } == {"s0", "s1", "s2"}
 
 
-def test_which_code_a_record_depends_on(monkeypatch):
+def test_which_code_a_record_depends_on():
     "LaMo's on models/lm and not on the baselines, the baselines' the other way round; both on this job."
 
-    seen = {}
-    monkeypatch.setattr(run, "code_fingerprint", lambda *m: seen.setdefault("now", m) and "")
-
     def modules(arm):
-        seen.clear()
-        r = at(arm, FAMILY)
-        run.code_of_run(r, "")
-        return set(seen["now"])
+        return set(Run(at(arm, FAMILY), "smoke").modules)
 
     assert (
         "models/lm" in modules("lamo")
         and "models/value" not in modules("lamo")
         and "models/value" in modules("cql")
         and "models/lm" not in modules("cql")
-        and all({"offline", "train", "evaluate", "data", "tasks/locomotion"} <= modules(a) for a in ("dt", "bc"))
+        and all(
+            {"experiments/offline", "train", "evaluate", "data", "tasks/locomotion"} <= modules(a) for a in ("dt", "bc")
+        )
     )

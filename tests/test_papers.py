@@ -401,7 +401,7 @@ def test_a_stale_record_is_made_again(finished_copy):
     stamps = [job.stamp(job.find_job(j), 0, "smoke") for j in (PRETRAIN, TUNE)]
 
     def stamps_left():
-        plan.drop_stale_stamps(PAPER, ["table1"], "smoke", None, [FAMILY])
+        plan.drop_stale_stamps(plan.Request(PAPER, ("table1",), "smoke", families=(FAMILY,)))
         return [s.exists() for s in stamps]
 
     assert stamps_left() == [True, True]

@@ -5,63 +5,119 @@
 # %% ../../nbs/10h_experiments.film.ipynb #exp004cc
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from fastcore.basics import patch
+
 from .. import recipes as rc
-from ..core import PromptnbError, seed_for
+from ..core import PromptnbError, figures_dir, seed_for
 from .multitask import load_policy, prompts_for, tuned_folder
-from .run import recipe_run
+from .run import Run
 
 # %% auto #0
-__all__ = ["film"]
+__all__ = ["EVERY", "Film", "check_film", "shoot", "beside", "film"]
+
+# %% ../../nbs/10h_experiments.film.ipynb #flfil001
+EVERY = 5  # environment steps between two frames of the GIF
+
+
+@dataclass
+class Film:
+    "One episode of a test task, before and after tuning."
+
+    run: Run
+    task: int  # index in the family's test tasks
+    shots: list  # frames (H, W, 3) of each
+    returns: list
+
+
+# %% ../../nbs/10h_experiments.film.ipynb #flfil002
+def check_film(run: Run):
+    "Refuse what cannot be filmed, with what to do about it."
+    from promptnb import tasks
+    from promptnb.tuners.core import TUNERS, tuner_class
+
+    r = run.recipe
+    if not tuner_class(r.tune.tuner).ENTRIES:
+        able = [name for name in TUNERS if tuner_class(name).ENTRIES]
+        raise PromptnbError(f"{r.id} tunes no prompt: film takes {', '.join(able)}")
+    if not tuned_folder(run).exists():
+        raise PromptnbError(f"{run.id} has not been run: promptnb run {r.paper} --scale {run.scale}")
+    if not tasks.gl_backend():
+        tasks.film(tasks.family(r.family), tasks.family(r.family).test[0], [], 0)  # says what to install
+
+
+# %% ../../nbs/10h_experiments.film.ipynb #flfil003
+def shoot(run: Run, task=None) -> Film:
+    "Play and render. task: index of a test task (None: the one whose return has changed most)."
+    from promptnb import tasks
+    from promptnb.evaluate import EvalTask, rollout
+
+    r, fam, seed = run.recipe, tasks.family(run.recipe.family), seed_for("final")
+    after = load_policy(tuned_folder(run), r.pretrain).eval()
+    before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, run.seed).prompt)
+    played = []
+    for policy in (before, after):
+        eval_tasks = [EvalTask(policy, i, row) for row, i in enumerate(fam.test)]
+        played.append(rollout(eval_tasks, fam, 1, seed=seed, keep=True))
+    returns = [p.returns[:, 0] for p in played]
+    g = int(np.abs(returns[1] - returns[0]).argmax()) if task is None else task
+    start = seed_for(seed, "episode", fam.name, fam.test[g], 0)
+    actions = [p.trace["a"][g][: p.lengths[g, 0]] for p in played]
+    shots = [tasks.film(fam, fam.test[g], a, start, every=EVERY) for a in actions]
+    return Film(run, g, shots, [x[g] for x in returns])
+
+
+# %% ../../nbs/10h_experiments.film.ipynb #flstr001
+@patch
+def strip(self: Film, every=25):
+    "A figure of two rows, before and after; a frame each `every` steps."
+    import matplotlib.pyplot as plt
+
+    from promptnb import tasks
+
+    fam = tasks.family(self.run.recipe.family)
+    rows = [frames[:: every // EVERY] for frames in self.shots]
+    n = max(map(len, rows))
+    fig, axes = plt.subplots(2, n, figsize=(1.5 * n, 3.5), squeeze=False, constrained_layout=True)
+    for line, frames, name, value in zip(axes, rows, ("before", "after"), self.returns, strict=True):
+        for k, ax in enumerate(line):
+            ax.set(xticks=[], yticks=[], title=f"t = {k * every}")
+            if k < len(frames):
+                ax.imshow(frames[k])
+            else:
+                ax.axis("off")  # its episode has ended
+        line[0].set_ylabel(f"{name} tuning\nreturn {value:.1f}")
+    i = fam.test[self.task]
+    title = f"{fam.task_name(i)} (goal {fam.goals[i]:.3g}), {self.run.recipe.method}, {self.run.scale} scale"
+    fig.suptitle(title, fontsize=10)
+    return fig, axes
+
+
+# %% ../../nbs/10h_experiments.film.ipynb #flgif001
+def beside(shots) -> list:
+    "Frames of several films side by side, at half their size; one that has ended shows its last frame."
+    length = max(map(len, shots))
+    return [np.concatenate([s[min(k, len(s) - 1)] for s in shots], 1)[::2, ::2] for k in range(length)]
 
 
 # %% ../../nbs/10h_experiments.film.ipynb #e5cba237
-def film(recipe, scale="laptop", seed=0, task=None, every=25):
-    "Render a finished run of a prompt tuner; writes figures/<paper>/<scale>/film.png and .gif, returns the strip's path."
+def film(recipe, scale="laptop", seed=0, task=None, every=25) -> Path:
+    """Render a finished run of a prompt tuner; returns the path of the strip.
+
+    Writes figures/<paper>/<scale>/film.png and film.gif."""
     import imageio
     import matplotlib.pyplot as plt
-    import numpy as np
 
-    from promptnb import tasks
-    from promptnb.core import figures_dir
-    from promptnb.evaluate import EvalTask, rollout
-    from promptnb.tuners.core import TUNERS, tuner_class
-
-    r = rc.resolve(rc.RECIPES[recipe], scale)
-    run = recipe_run(r, scale, seed)
-    fam = tasks.family(r.family)
-    if not tuner_class(r.tune.tuner).ENTRIES:
-        able = [name for name in TUNERS if tuner_class(name).ENTRIES]
-        raise PromptnbError(f"{recipe} tunes no prompt: film takes {', '.join(able)}")
-    if not tuned_folder(run).exists():
-        raise PromptnbError(f"{run} has not been run: promptnb run {r.paper} --scale {scale}")
-    if not tasks.gl_backend():
-        tasks.film(fam, fam.test[0], [], 0)  # says what to install
-    after = load_policy(tuned_folder(run), r.pretrain).eval()
-    before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, seed).prompt)
-    played = [
-        rollout([EvalTask(p, i, g) for g, i in enumerate(fam.test)], fam, 1, seed=seed_for("final"), keep=True)
-        for p in (before, after)
-    ]
-    g = int(np.abs(played[1].returns - played[0].returns)[:, 0].argmax()) if task is None else task
-    i, start = fam.test[g], seed_for(seed_for("final"), "episode", fam.name, fam.test[g], 0)
-    shots = [tasks.film(fam, i, p.trace["a"][g][: p.lengths[g, 0]], start, every=5) for p in played]
-    folder = figures_dir(r.paper) / scale
+    run = Run(rc.resolve(rc.RECIPES[recipe], scale), scale, seed)
+    check_film(run)
+    made = shoot(run, task)
+    folder = figures_dir(run.recipe.paper) / scale
     folder.mkdir(parents=True, exist_ok=True)
-    n = every // 5
-    fig, axes = plt.subplots(
-        2, len(shots[0][::n]), figsize=(1.5 * len(shots[0][::n]), 3.5), squeeze=False, constrained_layout=True
-    )
-    for row, frames, p, name in zip(axes, shots, played, ("before tuning", "after tuning")):
-        for k, ax in enumerate(row):
-            ax.set(xticks=[], yticks=[], title=f"t = {k * every}")
-            if k < len(frames[::n]):
-                ax.imshow(frames[::n][k])
-            else:
-                ax.axis("off")
-        row[0].set_ylabel(f"{name}\nreturn {p.returns[g, 0]:.1f}")
-    fig.suptitle(f"{fam.task_name(i)} (goal {fam.goals[i]:.3g}), {r.method}, {scale} scale", fontsize=10)
+    fig, _ = made.strip(every)
     fig.savefig(folder / "film.png", dpi=100)
     plt.close(fig)
-    both = [np.concatenate([s[min(k, len(s) - 1)] for s in shots], 1)[::2, ::2] for k in range(max(map(len, shots)))]
-    imageio.mimsave(folder / "film.gif", both, duration=0.25, loop=0)
+    imageio.mimsave(folder / "film.gif", beside(made.shots), duration=0.25, loop=0)
     return folder / "film.png"

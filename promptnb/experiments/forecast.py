@@ -7,168 +7,208 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
+
+from fastcore.basics import patch
 
 from .. import recipes as rc
 from ..core import PromptnbError, data_dir, read_json, results_dir, root, write_json
-from .job import job_recipes, runs_of
-from .multitask import size_of, step_seconds
-from .plan import wanted_jobs
-from .run import finished
+from .job import module_of, runs_of
+from .plan import Request
+from .run import Run
 
 # %% auto #0
 __all__ = [
     "HERE",
     "RATE",
     "UNKNOWN",
+    "many",
     "seconds_file",
     "time_name",
     "good_records",
     "write_seconds",
-    "many",
+    "shipped_seconds",
     "Rates",
+    "steps_of",
     "run_seconds",
-    "forecast",
     "wall",
     "spell",
-    "span",
+    "Forecast",
+    "is_finished",
+    "forecast",
     "expected",
 ]
 
 
+# %% ../../nbs/10g_experiments.forecast.ipynb #9e9ffb80
+def many(n, what) -> str:
+    "A number of things: '1 run', '2,000 runs'."
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #c4a771b4
-def seconds_file(paper):
+def seconds_file(paper) -> Path:
+    "The times of a paper's runs that come with the project."
     return data_dir() / "seconds" / f"{paper}.json"
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #9ca7a9fb
-def time_name(j, r, scale):
-    return f"{scale}.{'pretrain.' if j.kind == 'pretrain' else ''}{r.family}.{r.key}"
+def time_name(run: Run) -> str:
+    "What a run is called there: without its seed."
+    r = run.recipe
+    return f"{run.scale}.{'pretrain.' if run.policy else ''}{r.family}.{r.key}"
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #2f5114e3
-def good_records(paper, run):
-    "This machine's good records of a run, of any seed, fresh or stale."
-    found = (read_json(p) for p in sorted(results_dir(paper).glob(f"{run.rsplit('.s', 1)[0]}.s*.json")))
-    return [x for x in found if x["status"] == "ok"]
+def good_records(run: Run) -> list:
+    "This machine's good records of a run, of any seed, current or stale."
+    any_seed = f"{run.id.rsplit('.s', 1)[0]}.s*.json"
+    found = (read_json(p) for p in sorted(results_dir(run.recipe.paper).glob(any_seed)))
+    return [record for record in found if record["status"] == "ok"]
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #4c436605
-def write_seconds(paper):
-    "Write data/seconds/<paper>.json from this machine's records: median seconds of each run over its seeds. Returns its path."
-    known, at = {}, set()
-    for j, scale in ((j, scale) for j in rc.jobs(paper).values() for scale in rc.SCALES):
-        for r, run in runs_of(j, scale, 0):
-            recs = good_records(paper, run)
-            at |= {f"{x['where']['device']}, {many(x['where']['threads'], 'thread')}" for x in recs}
-            if recs:
-                known[time_name(j, r, scale)] = round(median(x["seconds"] for x in recs), 1)
+def write_seconds(paper) -> Path:
+    "Write data/seconds/<paper>.json from this machine's records: median seconds of each run over its seeds."
+    known, machines = {}, set()
+    for scale in rc.SCALES:
+        for run in (run for job in rc.jobs(paper).values() for run in runs_of(job, scale, 0)):
+            records = good_records(run)
+            machines |= {f"{x['where']['device']}, {many(x['where']['threads'], 'thread')}" for x in records}
+            if records:
+                known[time_name(run)] = round(median(x["seconds"] for x in records), 1)
     if not known:
         raise PromptnbError(f"{results_dir(paper)} has no good record: promptnb run {paper}")
-    return write_json(seconds_file(paper), dict(where="; ".join(sorted(at)), seconds=dict(sorted(known.items()))))
+    content = dict(where="; ".join(sorted(machines)), seconds=dict(sorted(known.items())))
+    return write_json(seconds_file(paper), content)
 
 
-# %% ../../nbs/10g_experiments.forecast.ipynb #9e9ffb80
-def many(n, what):
-    return f"{n:,} {what}{'s' * (n != 1)}"
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcsrc001
+def shipped_seconds(paper) -> dict:
+    "{'where', 'seconds'} of the times that come with the project."
+    path = seconds_file(paper)
+    return read_json(path) if path.exists() else dict(where="", seconds={})
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #272d11c9
 class Rates:
-    "Seconds of a training step by pre-training; equal sizes are measured once."
+    "Seconds of a training step of a run; equal sizes are measured once."
 
     def __init__(self, accelerator="auto"):
         self.accelerator, self.known = accelerator, {}
 
-    def __call__(self, p):
+    def __call__(self, run: Run) -> float:
         if not self.known:
             print("some training has no measurement: a few of its steps are timed", flush=True)
-        if (size := size_of(p)) not in self.known:
-            if isinstance(p, rc.Recipe) and p.online:
-                from promptnb.experiments.guided import step_seconds as timed
-            elif isinstance(p, rc.Recipe):
-                from promptnb.experiments.offline import step_seconds as timed
-            else:
-                timed = step_seconds
-            self.known[size] = timed(p, self.accelerator)
+        module = module_of(run.kind)
+        size = run.kind, module.size_of(run.recipe)
+        if size not in self.known:
+            self.known[size] = module.step_seconds(run.recipe, self.accelerator)
         return self.known[size]
 
 
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcrat001
+def steps_of(run: Run):
+    "Training steps of a run; None where they do not tell its time: a tuning is mostly playing."
+    r = run.recipe
+    part = dict(pretrain=r.pretrain, offline=r.offline, online=r.online).get(run.kind)
+    return part.steps if part else None
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcrat002
+HERE = "measured on this machine"
+RATE = "extrapolated from a measured rate, evaluation along the way not in it"
+UNKNOWN = "of unknown length"
+
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #334e936e
-HERE, RATE, UNKNOWN = (
-    "measured on this machine",
-    "extrapolated from a measured rate, evaluation along the way not in it",
-    "of unknown length",
-)
-
-
-def run_seconds(j, r, run, scale, shipped, rates=None):
-    "(expected seconds of a run, where they come from)."
-    if recs := good_records(r.paper, run):
-        return median(x["seconds"] for x in recs), HERE
-    if (known := shipped["seconds"].get(time_name(j, r, scale))) is not None:
+def run_seconds(run: Run, shipped, rates=None):
+    "(expected seconds of a run, where they come from). shipped: as `shipped_seconds` gives them."
+    if records := good_records(run):
+        return median(x["seconds"] for x in records), HERE
+    known = shipped["seconds"].get(time_name(run))
+    if known is not None:
         return known, f"measured on {shipped['where']}, shipped with the project"
-    if rates and r.online:
-        return (r.online.steps * rates(r) if r.online.learner == "ppo" else r.online.steps * 2e-4), RATE
-    if rates and r.offline:
-        return r.offline.steps * rates(r), RATE
-    return (r.pretrain.steps * rates(r.pretrain), RATE) if rates and j.kind == "pretrain" else (0.0, UNKNOWN)
-
-
-# %% ../../nbs/10g_experiments.forecast.ipynb #cde3d5c5
-def forecast(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), rates=None, done=finished):
-    "What is left to do: (seconds of the jobs of each stage, {source of the seconds: runs}, number of runs, those done included)."
-    stages, sources, total = dict(pretrain=[], tune=[], offline=[], online=[]), Counter(), 0
-    shipped = read_json(seconds_file(paper)) if seconds_file(paper).exists() else dict(seconds={})
-    for j in wanted_jobs(paper, exhibit_ids, families, scale):
-        for seed in seeds if seeds is not None else job_recipes(j, scale)[0].seeds:
-            rs = runs_of(j, scale, seed)
-            total += len(rs)
-            left = [run_seconds(j, r, x, scale, shipped, rates) for r, x in rs if not done(r, x)]
-            stages[j.kind] += [sum(s for s, _ in left)] if left else []
-            sources.update(w for _, w in left)
-    return stages, sources, total
+    steps = steps_of(run)
+    if rates and steps is not None:
+        return steps * rates(run), RATE
+    return 0.0, UNKNOWN
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #222fa46d
-def wall(stages, cores):
+def wall(stages, cores) -> float:
+    "Seconds that the stages take on so many cores, at least. stages: {stage: seconds of each job}."
     return sum(max(sum(jobs) / cores, max(jobs, default=0)) for jobs in stages.values())
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #7eab59ce
-def spell(seconds):
+def spell(seconds) -> str:
     "Seconds for people: 40 s, 14 min, 5.2 h, 3.1 days."
-    return next(
-        f"{seconds / n:.{d}f} {unit}"
-        for top, n, d, unit in (
-            (90, 1, 0, "s"),
-            (5400, 60, 0, "min"),
-            (172_800, 3600, 1, "h"),
-            (float("inf"), 86_400, 1, "days"),
-        )
-        if seconds < top
-    )
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:.1f} days"
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcfor001
+@dataclass
+class Forecast:
+    "What is left to do."
+
+    stages: dict = field(default_factory=lambda: dict(pretrain=[], tune=[], offline=[], online=[]))  # seconds of jobs
+    sources: Counter = field(default_factory=Counter)  # where the seconds of a run come from: number of runs
+    total: int = 0  # runs, those done included
+
+    @property
+    def left(self) -> int:
+        "Runs to do."
+        return self.sources.total()
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #558d1264
-def span(stages, sources, cores):
+@patch
+def span(self: Forecast, cores=None) -> str:
     "The time that is left, in a few words; a lower bound is called one."
-    if set(sources) == {UNKNOWN}:
+    cores = cores or os.cpu_count()
+    if set(self.sources) == {UNKNOWN}:
         return "unknown"
-    return f"{'at least ' if sources[RATE] + sources[UNKNOWN] else ''}{spell(wall(stages, cores))} on {many(cores, 'core')}"
+    bound = "at least " if self.sources[RATE] + self.sources[UNKNOWN] else ""
+    return f"{bound}{spell(wall(self.stages, cores))} on {many(cores, 'core')}"
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #cde3d5c5
+def is_finished(run: Run) -> bool:
+    "Is there a good, current record of a run?"
+    return run.finished
+
+
+def forecast(request: Request, rates=None, done=is_finished) -> Forecast:
+    "What a request leaves to do. rates: how to time what has no measurement; done: is a run finished?"
+    out, shipped = Forecast(), shipped_seconds(request.paper)
+    for job, seed in request.work():
+        runs = runs_of(job, request.scale, seed)
+        left = [run_seconds(run, shipped, rates) for run in runs if not done(run)]
+        out.total += len(runs)
+        out.sources.update(source for _, source in left)
+        if left:
+            out.stages[job.kind].append(sum(seconds for seconds, _ in left))
+    return out
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #bfa8e029
-def expected(paper, exhibit_ids=(), scale="laptop", seeds=None, cores=None, families=(), accelerator="auto", rules=()):
+def expected(request: Request, cores=None, accelerator="auto", rules=()) -> str:
     "The line that `run` prints before work starts; of `rules`, the collections that are not made yet are named."
-    stages, sources, total = forecast(paper, exhibit_ids, scale, seeds, families, Rates(accelerator))
-    more = (
-        " + collecting data"
-        if any(r.name.startswith("collect_") and not (root() / r.outputs[0]).exists() for r in rules)
-        else ""
-    )
-    if not sources:
-        return f"expected: nothing to do{more} ({total} of {many(total, 'run')} finished)"
-    core = sum(map(sum, stages.values())) / 60
-    whence = "; ".join(f"{many(n, 'run')} {w}" for w, n in sources.items())
-    return f"expected: {span(stages, sources, cores or os.cpu_count())}{more} ({sources.total()} of {many(total, 'run')} to do, {core:,.{int(core < 1)}f} core-minutes; {whence})"
+    todo = forecast(request, Rates(accelerator))
+    missing = [r for r in rules if r.name.startswith("collect_") and not (root() / r.outputs[0]).exists()]
+    more = " + collecting data" if missing else ""
+    if not todo.left:
+        return f"expected: nothing to do{more} ({todo.total} of {many(todo.total, 'run')} finished)"
+    minutes = sum(map(sum, todo.stages.values())) / 60
+    sources = "; ".join(f"{many(n, 'run')} {source}" for source, n in todo.sources.items())
+    facts = f"{todo.left} of {many(todo.total, 'run')} to do, {minutes:,.{int(minutes < 1)}f} core-minutes; {sources}"
+    return f"expected: {todo.span(cores)}{more} ({facts})"

