@@ -252,12 +252,12 @@ def test_names_are_unique():
     rs = R.PAPER.recipes.values()
     assert len({Run(r, "laptop").id for r in rs}) == len(rs) == len({r.id for r in rs})
     for e in rc.exhibits(PAPER):
-        labels = [(r.cell, r.method) for r in rc.recipes_of(e)]
+        labels = [(r.dataset, r.method) for r in rc.recipes_of(e)]
         assert len(set(labels)) == len(labels), e.id
     hopper = R.offline_recipe("dt", "hopper")
     clash = replace(hopper, eval_episodes=3)
     with pytest.raises(ValueError, match=hopper.id):
-        rc.registered([hopper], [clash])
+        rc.Paper(PAPER, "two of one name", recipes={hopper.id: hopper}).add(clash)
 
 
 def test_each_recipe_of_a_scale_in_one_job():
