@@ -1,5 +1,6 @@
 "Every library notebook runs from top to bottom: its assertions are the library's unit tests."
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,7 @@ def test_notebook(name, tmp_home):
 
 def test_a_failing_notebook_fails(tmp_home):
     bad = tmp_home / "nbs" / "99_bad.ipynb"
-    bad.write_text(
-        '{"cells": [{"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": null, "source": ["assert 1 == 2"]}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
-    )
+    cell = dict(cell_type="code", id="a", metadata={}, outputs=[], execution_count=None, source=["assert 1 == 2"])
+    bad.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
     p = run(bad, tmp_home)
     assert p.returncode == 1 and "99_bad.ipynb" in p.stderr, p.stdout + p.stderr
