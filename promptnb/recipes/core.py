@@ -113,7 +113,7 @@ CORPORA = ("chain", "iid", "english", "shuffled")  # text that needs no network:
 # %% ../../nbs/09_recipes.core.ipynb #c383d379
 @dataclass(frozen=True)
 class Text:
-    "Text that a trunk is trained on first. Defaults: the recipe of synthetic pre-training, in the shape of GPT-2 small."
+    "Text that a trunk is trained on first. Defaults: synthetic pre-training, in the shape of GPT-2 small."
 
     kind: str = "english"  # one of CORPORA; else a folder or a name on the hub, whose weights are read
     size: str = "small"  # a name for the next three, which scales change together
