@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import PromptnbError, Steps
@@ -40,8 +41,9 @@ class PixelConfig(LMConfig):
         super().__post_init__()
         object.__setattr__(self, "frames", tuple(self.frames))  # JSON gives lists
         if math.prod(self.frames) != self.state_dim:
+            size = " x ".join(map(str, self.frames))
             raise PromptnbError(
-                f"state_dim is {self.state_dim}, but frames {' x '.join(map(str, self.frames))} have {math.prod(self.frames)} numbers"
+                f"state_dim is {self.state_dim}, but frames {size} have {math.prod(self.frames)} numbers"
             )
 
 
@@ -49,25 +51,29 @@ class PixelConfig(LMConfig):
 LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
 
 
+# %% ../../nbs/03c_models.pixels.ipynb #476b7a53
 class Eye(nn.Module):
     "Pictures (..., C, H, W) uint8 -> vectors (..., d); what is already vectors passes through."
 
     def __init__(self, frames, d, embed="mlp", tanh=False):
         super().__init__()
-        (n, *size), parts = frames, []
-        for out, k, stride in LAYERS:
-            parts += [nn.Conv2d(n, out, k, stride), nn.ReLU()]
-            n, size = out, [(x - k) // stride + 1 for x in size]
-        self.net = nn.Sequential(
-            *parts,
-            nn.Flatten(),
-            nn.Linear(n * math.prod(size), d),
-            *[nn.Tanh()] * tanh,
-            *[Residual(d, d)] * (embed == "mlp"),
-        )
+        (n, *size), layers = frames, []
+        for out, kernel, stride in LAYERS:
+            layers += [nn.Conv2d(n, out, kernel, stride), nn.ReLU()]
+            n, size = out, [(side - kernel) // stride + 1 for side in size]
+        layers += [nn.Flatten(), nn.Linear(n * math.prod(size), d)]
+        if tanh:
+            layers.append(nn.Tanh())
+        residual = Residual(d, d)  # drawn in any case: the weights of what is made next do not depend on `embed`
+        if embed == "mlp":
+            layers.append(residual)
+        self.net = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.net(x.flatten(0, -4) / 255).unflatten(0, x.shape[:-3]) if x.dtype == torch.uint8 else x
+        "Vectors (..., d)."
+        if x.dtype != torch.uint8:
+            return x
+        return self.net(x.flatten(0, -4) / 255).unflatten(0, x.shape[:-3])
 
 
 # %% ../../nbs/03c_models.pixels.ipynb #9d77f9fa
@@ -86,64 +92,84 @@ class PixelLamo(LamoPolicy):
     pictures = True
 
     def __init__(self, model: dict, K: int = 30, rtg_scale: float = 1.0, frames=None):
-        c = PixelConfig(**{**model, **(dict(frames=frames) if frames else {})})  # `frames` may stand here or in `model`
-        super().__init__(
-            {f.name: getattr(c, f.name) for f in fields(LMConfig)} | dict(state_dim=1), K, rtg_scale
-        )  # mean and std of pictures have one entry
+        # `frames` may stand here or in `model`
+        c = PixelConfig(**(dict(model, frames=frames) if frames else model))
+        # mean and std of pictures have one entry
+        plain = {f.name: getattr(c, f.name) for f in fields(LMConfig)} | dict(state_dim=1)
+        super().__init__(plain, K, rtg_scale)
         self.config, d = c, self.norm.normalized_shape[0]
         self.embed["s"] = Eye(c.frames, d, c.embed, c.tanh_state)
         if self.head is not None:
             self.head = nn.Linear(d, c.act_dim)
-        if isinstance(p := getattr(self.lm.trunk, "wpe", None), nn.Embedding) and p.num_embeddings < 3 * K:
+        table = self.positions()
+        if table is not None and table.num_embeddings < 3 * K:
             raise PromptnbError(
-                f"the trunk has {p.num_embeddings} positions, but windows of K={K} steps are {3 * K} tokens: use a smaller K, a trunk trained on longer text, or use_positions=False"
+                f"the trunk has {table.num_embeddings} positions, but windows of K={K} steps are {3 * K} tokens: use a "
+                "smaller K, a trunk trained on longer text, or use_positions=False"
             )
         self._hub_mixin_config = dict(model=asdict(c), K=K, rtg_scale=rtg_scale)
 
     def tokens(self, x: Steps):
         "As LamoPolicy's; where the trunk adds its position table, position 0 is the first real token."
-        e, table = super().tokens(x), getattr(self.lm.trunk, "wpe", None)
-        if not isinstance(table, nn.Embedding):
+        e, table = super().tokens(x), self.positions()
+        if table is None:
             return e
         at = torch.arange(e.shape[1], device=e.device)
         padding = 3 * (x.mask == 0).sum(1, keepdim=True)
+        # the trunk will add table(at): what is added here makes it table(at - padding)
         return e + table((at - padding).clamp(min=0)) - table(at)
-
-    def loss(self, batch):
-        "Cross-entropy of the actions taken over real steps, plus lam x the language loss where the batch has text."
-        x, lam, text = batch.history, self.config.lam, getattr(batch, "text", None)
-        real = x.mask > 0
-        loss = F.cross_entropy(self(x)[real].float(), x.a[real].argmax(-1))
-        return loss if text is None or not lam else loss + lam * self.lm.loss(batch)
-
-    def begin(self, rows):
-        "Call once before episodes: their memory. The rows are not used."
-        self.eval()
-        return Past()
-
-    @torch.no_grad()
-    def act(self, history: Steps, state=None):
-        "Windows (N, K, .) of pictures, returns-to-go in the environment's units -> scores (N, A)."
-        return self(replace(history, s=self.look(history, state), rtg=history.rtg / self.rtg_scale), last=True)[
-            :, 0
-        ].float()
-
-    def look(self, history, past):
-        "Vectors (N, K, d) of a window's pictures; where it follows the last one, only the newest picture is embedded."
-        s, t = history.s, int(history.t[0, -1])
-        embed = self.embed["s"]
-        if past is None or t != past.t + 1:
-            e = torch.cat(
-                [embed(x) for x in s.split(1, 1)], 1
-            )  # a picture a row at a time: floats take four times the room
-        else:
-            new = embed(s[:, -1:])
-            e = torch.cat(
-                [new.new_zeros(len(s), s.shape[1] - 1, new.shape[-1]) if past.e is None else past.e[:, 1:], new], 1
-            )
-        if past is not None:
-            past.e, past.t = e, t
-        return e
 
     def __repr__(self):
         return super().__repr__().replace("LamoPolicy", type(self).__name__, 1)
+
+
+# %% ../../nbs/03c_models.pixels.ipynb #f31ff180
+@patch
+def positions(self: PixelLamo):
+    "The trunk's position table, if it has one and uses it; else None."
+    table = getattr(self.lm.trunk, "wpe", None)
+    return table if isinstance(table, nn.Embedding) else None
+
+
+# %% ../../nbs/03c_models.pixels.ipynb #4ac50ae8
+@patch
+def loss(self: PixelLamo, batch):
+    "Cross-entropy of the actions taken over real steps, plus lam x the language loss where the batch has text."
+    x, lam, text = batch.history, self.config.lam, getattr(batch, "text", None)
+    real = x.mask > 0
+    loss = F.cross_entropy(self(x)[real].float(), x.a[real].argmax(-1))
+    return loss if text is None or not lam else loss + lam * self.lm.loss(batch)
+
+
+# %% ../../nbs/03c_models.pixels.ipynb #6ccd1f3f
+@patch
+def look(self: PixelLamo, history, past: Past | None):
+    "Vectors (N, K, d) of a window's pictures; where it follows the last one, only the newest picture is embedded."
+    s, t, embed = history.s, int(history.t[0, -1]), self.embed["s"]
+    if past is None or t != past.t + 1:
+        # one step of all rows at a time: as floats, pictures take four times the room
+        e = torch.cat([embed(x) for x in s.split(1, 1)], 1)
+    else:
+        new = embed(s[:, -1:])
+        before = new.new_zeros(len(s), s.shape[1] - 1, new.shape[-1]) if past.e is None else past.e[:, 1:]
+        e = torch.cat([before, new], 1)
+    if past is not None:
+        past.e, past.t = e, t
+    return e
+
+
+# %% ../../nbs/03c_models.pixels.ipynb #b71b7777
+@patch
+def begin(self: PixelLamo, rows):
+    "Call once before episodes: their memory. The rows are not used."
+    self.eval()
+    return Past()
+
+
+# %% ../../nbs/03c_models.pixels.ipynb #cbaae84c
+@patch
+@torch.no_grad()
+def act(self: PixelLamo, history: Steps, state=None):
+    "Windows (N, K, .) of pictures, returns-to-go in the environment's units -> scores (N, A)."
+    h = replace(history, s=self.look(history, state), rtg=history.rtg / self.rtg_scale)
+    return self(h, last=True)[:, 0].float()
