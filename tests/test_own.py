@@ -1,4 +1,7 @@
-"The guide keeps its word: from arrays to a table in the number of lines it states, under 30, and the right prompt wins. (test_notebooks runs it.)"
+"""The guide keeps its word: from arrays to a table in the number of lines it states, under 30; the right prompt wins.
+
+(test_notebooks runs it.)
+"""
 
 import json
 import re
@@ -13,43 +16,43 @@ def source(c):
     return "".join(c["source"])
 
 
+def place(cells, heading):
+    "The index of the cell that begins with a heading."
+    return next(i for i, c in enumerate(cells) if source(c).startswith(heading))
+
+
 def lines(cells):
     "Lines of code between the two headings, imports included; blank ones and comments are none."
-    first, last = (
-        next(i for i, c in enumerate(cells) if source(c).startswith(h)) for h in ("## From here", "## To here")
-    )
-    return [
-        l
-        for c in cells[first:last]
-        if c["cell_type"] == "code"
-        for l in source(c).splitlines()
-        if l.strip() and not l.strip().startswith("#")
-    ]
+    between = cells[place(cells, "## From here") : place(cells, "## To here")]
+    code = [line for c in between if c["cell_type"] == "code" for line in source(c).splitlines()]
+    return [line for line in code if line.strip() and not line.strip().startswith("#")]
 
 
 def table(cells):
     "Method -> (mean, low, high) of the committed output of the last cell before 'To here'."
-    last = next(i for i, c in enumerate(cells) if source(c).startswith("## To here"))
-    text = "".join(cells[last - 1]["outputs"][0]["data"]["text/plain"])
-    return {
-        m[1]: tuple(map(float, m.groups()[1:]))
-        for m in re.finditer(r"^(\S.*?)\s+(-?[\d.]+)\s+(-?[\d.]+)\s+(-?[\d.]+)$", text, re.M)
-    }
+    shown = cells[place(cells, "## To here") - 1]["outputs"][0]["data"]["text/plain"]
+    rows = re.findall(r"^(\S.*?)\s+(-?[\d.]+)\s+(-?[\d.]+)\s+(-?[\d.]+)$", "".join(shown), re.M)
+    return {method: tuple(map(float, numbers)) for method, *numbers in rows}
 
 
 def broken_words(cells):
     "What the guide promises and does not keep."
-    n, t = len(lines(cells)), table(cells)
-    stated = {int(x) for c in cells if c["cell_type"] == "markdown" for x in re.findall(r"(\d+) lines", source(c))}
-    out = [] if stated == {n} else [f"it has {n} lines and states {sorted(stated)}"]
-    out += [f"it has {n} lines, not fewer than 30"] if n >= 30 else []
-    out += [f"a line has {len(l)} characters" for l in lines(cells) if len(l) > 120]
-    out += [
-        f"'{m}' is not clearly below Prompt-DT"
-        for m in ("no prompt", "wrong prompt")
-        if not t[m][2] < t["Prompt-DT"][1]
-    ]
-    return out + ([] if any("assert verdict" in source(c) for c in cells) else ["no verdict is asserted"])
+    code, returns, broken = lines(cells), table(cells), []
+    prose = [source(c) for c in cells if c["cell_type"] == "markdown"]
+    stated = {int(x) for text in prose for x in re.findall(r"(\d+) lines", text)}
+    if stated != {len(code)}:
+        broken.append(f"it has {len(code)} lines and states {sorted(stated)}")
+    if len(code) >= 30:
+        broken.append(f"it has {len(code)} lines, not fewer than 30")
+    broken += [f"a line has {len(line)} characters" for line in code if len(line) > 120]
+    _, lowest, _ = returns["Prompt-DT"]
+    for method in ("no prompt", "wrong prompt"):
+        _, _, highest = returns[method]
+        if not highest < lowest:
+            broken.append(f"'{method}' is not clearly below Prompt-DT")
+    if not any("assert verdict" in source(c) for c in cells):
+        broken.append("no verdict is asserted")
+    return broken
 
 
 def test_the_guide_keeps_its_word():
