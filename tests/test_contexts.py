@@ -180,7 +180,7 @@ def test_other_papers_keep_their_columns():
 
 def test_labels_are_told_apart():
     for e in EXHIBITS:
-        mine = {cmt.by_length(l) for l in lamo.labels_of(e)}
+        mine = {cmt.without_length(l) for l in lamo.labels_of(e)}
         assert mine <= set(LOOKS), e.id
         assert len({LOOKS[l] for l in mine}) == len(mine), e.id
         if e.kind in ("adaptation", "range", "length", "bars"):
@@ -364,7 +364,7 @@ def test_numbers_along_the_goals(tmp_home, named):
 # ---- length
 
 
-def test_numbers_by_length(tmp_home):
+def test_numbers_without_length(tmp_home):
     fabricate(
         e := exhibit("length"),
         value=lambda r, seed, i: i + r.pretrain.context.L,
