@@ -14,7 +14,7 @@ S, A, P, K, G = 3, 2, 3, 4, 2  # sizes of state and action, steps of a prompt an
 
 
 def toy(prompt=True, T=40, context=False, **kw):
-    """(policy, demonstrations) of two tasks with nearly constant actions; T: steps an episode (below P: padded prompts).
+    """(policy, demonstrations): two tasks with nearly constant actions, T steps an episode (below P: padded prompts).
 
     With `context`, the policy of the Contextual Meta Transformer, whose encoder writes 5 vectors."""
     g = np.random.default_rng(0)

@@ -89,6 +89,7 @@ class Linears(nn.Module):
         self.bias = nn.Parameter((torch.rand(G, 1, o) * 2 - 1) * bound)
 
     def forward(self, x):
+        "Each layer reads its own rows."
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -115,6 +116,7 @@ class NoiseNet(nn.Module):
         self.body = nn.Sequential(*hidden, Linears(G, width, D))
 
     def forward(self, x, rtg, t, i):
+        "Noise (G, n, D)."
         return self.body(torch.cat([x, self.rtg(rtg), sinusoid(t, self.emb), self.step(sinusoid(i, self.emb))], -1))
 
 
@@ -151,30 +153,39 @@ class Diffuser(nn.Module, SafeHub, tags=["promptnb", "prompt-diffuser"]):
         self.register_buffer("typical_rtg", torch.zeros(P, 1))
         self.register_buffer("typical_t", torch.zeros(P))
 
-    def noise(self, x, y, i):
-        "Predicted noise of x (n, m, P, D) at step i (a number, or (n, m, P)), conditions y (n, m, P, .)."
 
-        def rows(z):
-            return z.reshape(self.G, -1, *z.shape[3:])
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00040
+@patch
+def noise(self: Diffuser, x, y, i):
+    "Predicted noise of x (n, m, P, D) at step i (a number, or (n, m, P)), conditions y (n, m, P, .)."
 
-        i = torch.as_tensor(i, device=x.device).expand(x.shape[:3])
-        return self.net(rows(x), rows((y.rtg - self.rtg_mean) / self.rtg_std), rows(y.t), rows(i)).view_as(x)
+    def rows(z):
+        return z.reshape(self.G, -1, *z.shape[3:])
 
-    def loss(self, x, y):
-        "L_DM of prompts x (n, m, P, D) under conditions y: (n,)."
-        x0 = (x - self.mean) / self.std
-        i, eps = torch.randint(self.N, y.t.shape, device=x.device), torch.randn_like(x0)
-        noised = self.sched.add_noise(x0.flatten(0, 2), eps.flatten(0, 2), i.flatten()).view_as(x0)
-        err = (eps - self.noise(noised, y, i)).square().mean(-1) * y.mask
-        return err.sum((1, 2)) / y.mask.sum((1, 2))
+    i = torch.as_tensor(i, device=x.device).expand(x.shape[:3])
+    return self.net(rows(x), rows((y.rtg - self.rtg_mean) / self.rtg_std), rows(y.t), rows(i)).view_as(x)
 
-    def chain(self, y, gen=None) -> Iterator[torch.Tensor]:
-        "From noise to prompts: x_N, x_N-1, ..., x_0, each (n, m, P, D) standardised, for conditions y (n, m, P, .)."
-        x = torch.randn(*y.t.shape, len(self.mean), generator=gen).to(self.mean.device)
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00042
+@patch
+def loss(self: Diffuser, x, y):
+    "L_DM of prompts x (n, m, P, D) under conditions y: (n,)."
+    x0 = (x - self.mean) / self.std
+    i, eps = torch.randint(self.N, y.t.shape, device=x.device), torch.randn_like(x0)
+    noised = self.sched.add_noise(x0.flatten(0, 2), eps.flatten(0, 2), i.flatten()).view_as(x0)
+    err = (eps - self.noise(noised, y, i)).square().mean(-1) * y.mask
+    return err.sum((1, 2)) / y.mask.sum((1, 2))
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00044
+@patch
+def chain(self: Diffuser, y, gen=None) -> Iterator[torch.Tensor]:
+    "From noise to prompts: x_N, x_N-1, ..., x_0, each (n, m, P, D) standardised, for conditions y (n, m, P, .)."
+    x = torch.randn(*y.t.shape, len(self.mean), generator=gen).to(self.mean.device)
+    yield x
+    for i in self.sched.timesteps.tolist():
+        x = self.sched.step(self.noise(x, y, i), i, x, generator=gen, return_dict=False)[0]
         yield x
-        for i in self.sched.timesteps.tolist():
-            x = self.sched.step(self.noise(x, y, i), i, x, generator=gen, return_dict=False)[0]
-            yield x
 
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00004
@@ -283,27 +294,36 @@ class Guided(nn.Module):
             written = self.diffuser.steps(self.diffuser.sample(first), first).map(lambda x: x[:, 0])
         return dm, windows_loss(model, model.prefix(*model.prompt_tokens(written)), windows)[:, 0]
 
-    def total(self, each):
-        "A loss of all tasks (n,) as a scalar: their sum where each has a net of its own, else the mean."
-        return each.mean() if self.diffuser.G == 1 else each.sum()
 
-    def gradient(self, each, params):
-        "The gradient of a loss (n,) side by side for each net, (G, n); zeros where the loss is not used."
-        G = self.diffuser.G
-        if each is None:
-            return torch.zeros(G, sum(p.numel() for p in params) // G, device=params[0].device)
-        return torch.cat([g.reshape(G, -1) for g in torch.autograd.grad(self.total(each), params)], -1)
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00045
+@patch
+def total(self: Guided, each):
+    "A loss of all tasks (n,) as a scalar: their sum where each has a net of its own, else the mean."
+    return each.mean() if self.diffuser.G == 1 else each.sum()
 
-    def loss(self, batch):
-        "A scalar whose value is L_DM + lam L_DT and whose gradient is the combined one."
-        dm, dt = self.losses(*batch)
-        params = list(self.diffuser.parameters())
-        g, cosine = combine(self.gradient(dm, params), self.gradient(dt, params), self.lam, self.guidance)
-        if dm is not None and dt is not None:
-            self.cosine.copy_(cosine.detach())
-        parts = g.split([p.numel() // self.diffuser.G for p in params], -1)
-        value = sum(w * self.total(each.detach()) for each, w in ((dm, 1.0), (dt, self.lam)) if each is not None)
-        return value + sum(((p - p.detach()) * part.view_as(p)).sum() for p, part in zip(params, parts))
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00046
+@patch
+def gradient(self: Guided, each, params):
+    "The gradient of a loss (n,) side by side for each net, (G, n); zeros where the loss is not used."
+    G = self.diffuser.G
+    if each is None:
+        return torch.zeros(G, sum(p.numel() for p in params) // G, device=params[0].device)
+    return torch.cat([g.reshape(G, -1) for g in torch.autograd.grad(self.total(each), params)], -1)
+
+
+# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00048
+@patch
+def loss(self: Guided, batch):
+    "A scalar whose value is L_DM + lam L_DT and whose gradient is the combined one."
+    dm, dt = self.losses(*batch)
+    params = list(self.diffuser.parameters())
+    g, cosine = combine(self.gradient(dm, params), self.gradient(dt, params), self.lam, self.guidance)
+    if dm is not None and dt is not None:
+        self.cosine.copy_(cosine.detach())
+    parts = g.split([p.numel() // self.diffuser.G for p in params], -1)
+    value = sum(w * self.total(each.detach()) for each, w in ((dm, 1.0), (dt, self.lam)) if each is not None)
+    return value + sum(((p - p.detach()) * part.view_as(p)).sum() for p, part in zip(params, parts))
 
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #00c7cc66
@@ -317,6 +337,7 @@ class Draws:
     seed: int
 
     def batch(self, t):
+        "Prompts, rewards and windows of update t."
         return self.demos.draw(t, self.m, self.tasks, self.seed)
 
 
@@ -360,6 +381,7 @@ class PromptDiffuser(Tuner):
 
     @property
     def needs_score(self):
+        "Where the best prompt is chosen by playing."
         return self.keep == "score"
 
 
