@@ -136,7 +136,7 @@ def tidy(e):
     "The exhibit's tidy table without any record, by method and family (LaMo's: by method and dataset)."
     if e.kind != "scores":
         return tables.tidy_table(View(e, "smoke", partial=True)).set_index(["method", "family"])
-    t = lamo.tidy(View(e, "paper", partial=True)).rename(columns=dict(cell="family"))
+    t = lamo.tidy(View(e, "paper", partial=True)).rename(columns=dict(dataset="family"))
     return t[~t.family.str.startswith("mean of")].set_index(["method", "family"])
 
 
