@@ -1,4 +1,4 @@
-"LaMo's recipes and its offline job: what the arms are, one run from data to record, kills, damage, no network, and the command line, at smoke scale."
+"LaMo's recipes and its offline job at smoke scale: arms, one run from data to record, kills, damage, no network."
 
 import atexit
 import functools
@@ -48,7 +48,9 @@ def _finished():
 
 
 def finished_home():
-    "One unbroken smoke run of the arms on reacher2d through Snakemake and papermill, and hopper's data: read it, do not write to it."
+    """One unbroken smoke run of the arms on reacher2d through Snakemake and papermill, and hopper's data.
+
+    For reading only."""
     home, p = _finished()
     went(p)
     return home
@@ -56,7 +58,9 @@ def finished_home():
 
 @pytest.fixture
 def homes(tmp_path, monkeypatch):
-    "new(name): a workbook that shares the finished one's data and has a copy of its language models, no runs or results; the one in use from then on."
+    """new(name): a workbook that is in use from then on.
+
+    It shares the finished one's data, has a copy of its language models, and no runs or results."""
 
     def new(name, lm=True):
         home = tmp_path / name
@@ -225,7 +229,9 @@ def test_fields_of_all_baselines(arm):
 
 
 def test_targets_and_scales_of_the_paper():
-    "Spec A.2: lr, weight decay, K, return targets, steps; and each evaluation of the last 20,000 steps counts (Reacher2d 12,500 of 37,500, Breakout 10,000 of 50,000)."
+    """The paper's lr, weight decay, K, return targets, steps.
+
+    Each evaluation of the last 20,000 steps counts (Reacher2d 12,500 of 37,500, Breakout 10,000 of 50,000)."""
     table = dict(
         hopper=(1e-4, 1e-5, 20, (1800, 3600), 100_000, 8),
         halfcheetah=(1e-4, 1e-5, 20, (8000, 12000), 100_000, 8),
@@ -330,50 +336,44 @@ def test_digests_of_older_papers_stay():
 # ---- one run
 
 
+def recipe_of(arm):
+    return rc.resolve(rc.RECIPES[f"{PAPER}/{FAMILY}/{arm}-medium-0.1"], "smoke")
+
+
 @pytest.mark.parametrize("arm", ARMS)
-def test_record(arm):
+def test_record_names_its_recipe_and_code(arm):
+    rec, r = record(arm), recipe_of(arm)
+    assert rec["run_id"] == f"smoke.{FAMILY}.{arm}-medium-0.1.s0"
+    assert (rec["status"], rec["why"], rec["recipe_digest"]) == ("ok", "", rc.digest(r))
+    assert rec["code"] == Run(r, "smoke").code
+    assert rec["protocol"] == dict(targets=[40.0, 76.0], episodes=1, last=0.5)
+    own = read_json(ROOT / "data" / "experts" / f"{FAMILY}.json")["expert_mean_return"]
+    assert rec["references"] == dict(d4rl=[0.0, 100.0], own=[0.0, own])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_rows_of_a_record_say_what_they_are_of(arm):
+    rec, r = record(arm), recipe_of(arm)
+    same = dict(paper=PAPER, task=FAMILY, method=r.method, seed=0, scale="smoke", task_id=0)
+    same["trainable"] = rec["counts"]["trainable"]
+    for row in rec["rows"]:
+        assert set(row) == set(Row.__dataclass_fields__)
+        assert {k: row[k] for k in same} == same
+    for step in (2, 4):
+        assert of(rec, "length@40")[step] == of(rec, "length@76")[step] == 20
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_metrics_of_a_record(arm):
+    "Each once: losses at every step, scores at every evaluation, the summary at the end."
     rec = record(arm)
-    r = rc.resolve(rc.RECIPES[f"{PAPER}/{FAMILY}/{arm}-medium-0.1"], "smoke")
-    text = r.offline.text
-    assert (rec["run_id"], rec["status"], rec["why"], rec["recipe_digest"]) == (
-        f"smoke.{FAMILY}.{arm}-medium-0.1.s0",
-        "ok",
-        "",
-        rc.digest(r),
-    ) and rec["code"] == Run(r, "smoke").code
-    assert all(
-        set(w) == set(Row.__dataclass_fields__)
-        and (w["paper"], w["task"], w["method"], w["seed"], w["scale"], w["task_id"])
-        == (PAPER, FAMILY, r.method, 0, "smoke", 0)
-        for w in rec["rows"]
-    )
-    along = (
-        {(s, f"{m}@{t}") for s in (2, 4) for m in ("return", "length") for t in (40, 76)}
-        | {(s, "score_along") for s in (2, 4)}
-        | {(s, "loss") for s in (1, 2, 3, 4)}
-    )
-    language = {(s, "lm_loss") for s in (0, 2, 4)} if text else set()
-    end = {
-        (4, k)
-        for k in (
-            "score@40",
-            "score@76",
-            "return",
-            "score",
-            "score_worst_target",
-            "score_best",
-            "score_top3",
-            "own_score",
-        )
-    }
-    got = [(w["step"], w["metric"]) for w in rec["rows"]]
+    along = {(s, f"{m}@{t}") for s in (2, 4) for m in ("return", "length") for t in (40, 76)}
+    along |= {(s, "score_along") for s in (2, 4)} | {(s, "loss") for s in (1, 2, 3, 4)}
+    language = {(s, "lm_loss") for s in (0, 2, 4)} if recipe_of(arm).offline.text else set()
+    summary = "score@40 score@76 return score score_worst_target score_best score_top3 own_score"
+    end = {(4, metric) for metric in summary.split()}
+    got = [(row["step"], row["metric"]) for row in rec["rows"]]
     assert set(got) == along | language | end and len(got) == len(set(got))
-    assert rec["protocol"] == dict(targets=[40.0, 76.0], episodes=1, last=0.5) and rec["references"] == dict(
-        d4rl=[0.0, 100.0], own=[0.0, read_json(ROOT / "data" / "experts" / f"{FAMILY}.json")["expert_mean_return"]]
-    )
-    assert {w["trainable"] for w in rec["rows"]} == {rec["counts"]["trainable"]} and all(
-        v == 20 for s in (2, 4) for v in [of(rec, "length@40")[s], of(rec, "length@76")[s]]
-    )
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -404,7 +404,9 @@ def test_counts_and_text_are_the_policys(arm):
 
 
 def test_lm_loss_is_measured_on_held_out_text(homes):
-    "Before training it is the language model's own; the row at the end is that of the saved policy. Arms of one trunk begin equal."
+    """Before training it is the language model's own; the row at the end is that of the saved policy.
+
+    Arms of one trunk begin equal."""
     start = {a: of(record(a), "lm_loss")[0] for a in ARMS if "dt" not in a}
     assert start["text"] == start["lamo"] and len(set(start.values())) == 4
     home, rec = finished_home(), record("lamo")
@@ -471,7 +473,9 @@ def test_normalised_by_hand(home):
 
 
 def test_score_of_made_up_evaluations():
-    "The best target is the one of the best mean, and not that of the highest evaluation; an early peak counts in score_best alone."
+    """The best target is the one of the best mean, and not that of the highest evaluation.
+
+    An early peak counts in score_best alone."""
     points = {
         10: {"1800": (3000.0, 9), "3600": (0.0, 1)},
         20: {"1800": (500.0, 9), "3600": (100.0, 9)},
@@ -685,7 +689,7 @@ def test_killed_and_gone_on(arm, homes, capfd):
         if arm == "dt" and name != "between checkpoints":
             continue
         home = homes(name)
-        assert forked(lambda: (patch(), made(r))) == signal.SIGKILL, name
+        assert forked(lambda patch=patch: (patch(), made(r))) == signal.SIGKILL, name
         assert not list(home.glob("data/results/*/*")) and not list(home.rglob("*.tmp"))
         capfd.readouterr()
         same_but_time(made(r), whole)
@@ -705,7 +709,9 @@ LATE = """
 
 
 def test_killed_job_through_the_command_line(tmp_path):
-    "In the kernel, in the third of seven recipes, behind a checkpoint: the two before it are not done again, and the end is that of the unbroken run."
+    """In the kernel, in the third of seven recipes, behind a checkpoint.
+
+    The two before it are not done again, and the end is that of the unbroken run."""
     home, log = new_home(tmp_path / "home"), tmp_path / "log"
     (home / "data" / "minari").symlink_to(finished_home() / "data" / "minari")
     env = shim(tmp_path / "shim", LATE)
@@ -1013,7 +1019,9 @@ def test_misspelt_arm():
 
 
 def test_diverged(home, monkeypatch, capsys):
-    "A loss that is not finite is a record that says so, without a score; the other recipes are run, and the run is not begun again."
+    """A loss that is not finite is a record that says so, without a score.
+
+    The other recipes are run, and the run is not begun again."""
     bad, good = at("lamo", FAMILY, 0.1, lr=1e30, warmup=0), at("dt", FAMILY, 0.1)
     only(monkeypatch, bad, good)
     a, b = run_job()
@@ -1062,16 +1070,16 @@ def test_an_evaluation_that_gives_nan(home, monkeypatch):
 def test_expected_time_comes_first():
     _, p = _finished()
     lines = went(p).stdout.splitlines()
-    where = next(i for i, l in enumerate(lines) if l.startswith("expected: "))
+    where = next(i for i, line in enumerate(lines) if line.startswith("expected: "))
     assert (
         "(7 of 7 runs to do" in lines[where]
         and "at least" in lines[where]
         and "extrapolated from a measured rate" in lines[where]
         and "collecting data" in lines[where]
     )
-    assert where < next(
-        (i for i, l in enumerate(lines) if ": step 2, return" in l or "datasets written" in l), len(lines)
-    ) and lines[0].startswith("lamo at smoke scale: arms; 2 jobs")
+    begun = [i for i, line in enumerate(lines) if ": step 2, return" in line or "datasets written" in line]
+    assert where < min(begun, default=len(lines))
+    assert lines[0].startswith("lamo at smoke scale: arms; 2 jobs")
 
 
 def test_what_the_run_left():
@@ -1112,7 +1120,7 @@ def test_status(monkeypatch, capsys):
     monkeypatch.setenv("PROMPTNB_HOME", str(finished_home()))
     monkeypatch.setattr(offline, "step_seconds", lambda *a: pytest.fail("timed"))
     assert command.main(["status", PAPER, *SMOKE]) == 0
-    lines = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()}
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     n = len(rc.recipes_of(rc.EXHIBITS[PAPER, "arms"], "smoke"))
     assert (
         f" 7/{n} runs" in lines["arms"]

@@ -1,4 +1,4 @@
-"The language model as trunk: what LaMo's description says, what is frozen, what is saved, and the language models that need no network."
+"The language model as trunk: LaMo's description, what is frozen, what is saved, and text that needs no network."
 
 import math
 import os
@@ -96,7 +96,7 @@ def llama(tmp_path_factory):
     return d
 
 
-# ---- spec A.1, written out by hand
+# ---- LaMo's description, written out by hand
 
 
 def mlp(x, m):
@@ -125,7 +125,7 @@ def by_hand(pi, row):
     c, e = pi.config, pi.embed
     x = torch.stack([mlp(getattr(row, n), e[n]) for n in ("rtg", "s", "a")], 1)
     x = (norm(x, pi.norm) + pi.time.weight[row.t][:, None]).flatten(0, 1)
-    T, causal = len(x), torch.full((len(x), len(x)), -math.inf).triu(1)
+    causal = torch.full((len(x), len(x)), -math.inf).triu(1)
     for b in pi.lm.trunk.h:
         y, at = norm(x, b.ln_1), b.attn.c_attn
         q, k, v = (
@@ -154,7 +154,7 @@ def by_hand(pi, row):
 def test_parity_with_the_description(kw):
     pi, h = policy(**kw), windows()
     real = h.mask.bool()
-    want = [by_hand(pi, h[i].map(lambda x: x[real[i]])) for i in range(B)]
+    want = [by_hand(pi, h[i].map(lambda x, at=real[i]: x[at])) for i in range(B)]
     torch.testing.assert_close(torch.cat([pi(h)[i][real[i]] for i in range(B)]), torch.cat(want), rtol=0, atol=1e-5)
     loss = torch.cat([(w - h.a[i][real[i]]) ** 2 for i, w in enumerate(want)]).mean()
     torch.testing.assert_close(pi.loss(Batch(h)), loss, rtol=0, atol=1e-5)
@@ -245,7 +245,7 @@ def test_frozen_weights_stay(train, gpt):
 
 
 def test_language_loss():
-    "lam x cross-entropy of the next word, where there is text and lam is not 0; it reaches LoRA and not the new layers."
+    "lam x cross-entropy of the next word, where there is text and lam is not 0; it reaches LoRA alone."
     h, w = windows(), text()
     pi = policy(lam=0.5)
     action = action_loss(pi(h), h.a, h.mask)
@@ -532,7 +532,7 @@ def test_pretrained_folder(tmp_path, tmp_home):
 
 
 def test_import_is_light():
-    code = "import sys, promptnb.models.lm; print(sorted({'transformers', 'peft', 'tokenizers', 'gymnasium', 'minari'} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    heavy = {"transformers", "peft", "tokenizers", "gymnasium", "minari"}
+    code = "import sys, promptnb.models.lm; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "promptnb.models.lm" in out.split() and not heavy & set(out.split())

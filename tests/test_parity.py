@@ -1,4 +1,4 @@
-"The library's fast paths against the papers' formulas, written out plainly here with nothing of the library but its weights."
+"The library's fast paths against the papers' formulas, written out with nothing of the library but its weights."
 
 import itertools
 import math
@@ -164,7 +164,7 @@ def test_gradients(switch, dtype, tol):
     fast = torch.autograd.grad(net.loss(b), params)
     slow = torch.autograd.grad(plain_loss(dict(zip(names, params)), net.config, b), params)
     for n, x, y in zip(names, fast, slow):
-        torch.testing.assert_close(x, y, rtol=10 * tol, atol=10 * tol, msg=lambda m: f"{n}: {m}")
+        torch.testing.assert_close(x, y, rtol=10 * tol, atol=10 * tol, msg=f"{n}: {(x - y).abs().max()} apart")
 
 
 def test_padding_is_never_read():
@@ -224,9 +224,8 @@ def test_many_prompts_in_one_forward(switch, rows):
     net, _ = net_and_batch(torch.float32, **switch)
     g = torch.Generator().manual_seed(1)
     G, m, B = 2, 5, 4
-    prompts, h = (
-        fake(g, G * n, t, torch.float32, t // 2).map(lambda x: x.unflatten(0, (G, n))) for n, t in ((m, P), (B, K))
-    )
+    prompts = fake(g, G * m, P, torch.float32, P // 2).map(lambda x: x.unflatten(0, (G, m)))
+    h = fake(g, G * B, K, torch.float32, K // 2).map(lambda x: x.unflatten(0, (G, B)))
     pi = Policy(dict(state_dim=S, act_dim=A, width=16, max_timestep=10, **switch)).eval()
     pi.model.load_state_dict(net.state_dict())
 
@@ -244,12 +243,10 @@ def test_many_prompts_in_one_forward(switch, rows):
     )
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_blocks_are_gpt2s(heads):
-    "The same weights in transformers' GPT-2 give the same hidden states and actions."
+def gpt2_of(net, heads):
+    "transformers' GPT-2 of three blocks with the weights of `net`, and no positions."
     from transformers import GPT2Config, GPT2Model
 
-    net, b = net_and_batch(torch.float32, heads=heads, layers=3)
     gpt = GPT2Model(
         GPT2Config(
             vocab_size=1,
@@ -261,35 +258,45 @@ def test_blocks_are_gpt2s(heads):
             attn_implementation="eager",
         )
     ).eval()
-    w, new = net.state_dict(), {"wte.weight": gpt.wte.weight, "wpe.weight": torch.zeros_like(gpt.wpe.weight)}
+    ours = net.state_dict()
+    theirs = {"wte.weight": gpt.wte.weight, "wpe.weight": torch.zeros_like(gpt.wpe.weight)}
+    for kind in ("weight", "bias"):
+        theirs[f"ln_f.{kind}"] = ours[f"ln_out.{kind}"]
+        for i in range(3):
+            for name, own in (("ln_1", "ln1"), ("ln_2", "ln2")):
+                theirs[f"h.{i}.{name}.{kind}"] = ours[f"blocks.{i}.{own}.{kind}"]
+            # GPT-2's Conv1D holds the transpose, and queries, keys and values in one
+            for name, own in (
+                ("attn.c_attn", ["q", "kv"]),
+                ("attn.c_proj", ["proj"]),
+                ("mlp.c_fc", ["fc"]),
+                ("mlp.c_proj", ["out"]),
+            ):
+                theirs[f"h.{i}.{name}.{kind}"] = torch.cat([ours[f"blocks.{i}.{o}.{kind}"] for o in own]).t()
+    gpt.load_state_dict(theirs)
+    return gpt
 
-    def both(theirs, ours, f):
-        return new.update({f"{theirs}.{k}": f([w[f"{o}.{k}"] for o in ours]) for k in ("weight", "bias")})
 
-    turned, same = lambda xs: torch.cat(xs).t(), lambda xs: xs[0]  # GPT-2's Conv1D holds the transpose
-    for i in range(3):
-        for t, o, f in (
-            ("ln_1", ["ln1"], same),
-            ("attn.c_attn", ["q", "kv"], turned),
-            ("attn.c_proj", ["proj"], turned),
-            ("ln_2", ["ln2"], same),
-            ("mlp.c_fc", ["fc"], turned),
-            ("mlp.c_proj", ["out"], turned),
-        ):
-            both(f"h.{i}.{t}", [f"blocks.{i}.{n}" for n in o], f)
-    both("ln_f", ["ln_out"], same)
-    gpt.load_state_dict(new)
+def whole_sequence(net, b):
+    "Tokens of prompt and history in one row, and their mask."
+    prompt, mask = net.prompt_tokens(b.prompt)
+    x = torch.cat([prompt, net.ln_in(net.embed(b.history))], 1)
+    return x, torch.cat([mask, b.history.mask.repeat_interleave(3, 1)], 1)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_blocks_are_gpt2s(heads):
+    "The same weights in transformers' GPT-2 give the same hidden states and actions."
+    net, b = net_and_batch(torch.float32, heads=heads, layers=3)
+    gpt = gpt2_of(net, heads)
+    real = b.history.mask.bool()
     with torch.no_grad():
-        prompt, pm = net.prompt_tokens(b.prompt)
-        x, mask = (
-            torch.cat([prompt, net.ln_in(net.embed(b.history))], 1),
-            torch.cat([pm, b.history.mask.repeat_interleave(3, 1)], 1),
-        )
+        x, mask = whole_sequence(net, b)
         hidden = gpt(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state[:, 1::3][:, P:]
-        real = b.history.mask.bool()
         close(net(b.history, computed(net, b))[real], torch.tanh(net.head(hidden))[real], 1e-5)
+        future = torch.full((x.shape[1],) * 2, -math.inf).triu(1)
         for block in net.blocks:
-            x, _ = block(x, (1 - mask)[:, None, None] * -1e4 + torch.full((x.shape[1],) * 2, -math.inf).triu(1))
+            x, _ = block(x, (1 - mask)[:, None, None] * -1e4 + future)
         close(net.ln_out(x)[:, 1::3][:, P:][real], hidden[real], 1e-5)
 
 
@@ -297,7 +304,9 @@ def test_blocks_are_gpt2s(heads):
 
 
 def pair_sum(x, xs, f, k):
-    "Mean of (x_i - x) - (x_j - x) over the known preferences 'i is better than j': those with one of the two among the best k."
+    """Mean of (x_i - x) - (x_j - x) over the known preferences 'i is better than j'.
+
+    Known are those with one of the two among the best k."""
     order = np.argsort(f)
     best = set(order[:k].tolist())
     E = [(i, j) for i, j in itertools.permutations(range(len(f)), 2) if f[i] < f[j] and {i, j} & best]
@@ -391,7 +400,7 @@ LENGTHS = {
 
 
 def trajectories():
-    "Whole-number rewards and states, so that sums are exact; the first state tells the trajectory, the second the step."
+    "Whole-number rewards and states: sums are exact. The first state tells the trajectory, the second the step."
     g, out = np.random.default_rng(0), []
     for task, lengths in LENGTHS.items():
         for T in lengths:
@@ -554,7 +563,9 @@ def test_state_stats():
 
 @pytest.mark.parametrize("name", [f.name for f in tasks.FAMILIES.values() if f.kind in ("control", "locomotion")])
 def test_lock_step_is_the_single_environment(name):
-    "Bit for bit over 60 steps, past a horizon of 30, with two resets of some rows: one with new seeds, one that goes on with the rows' own generators."
+    """Bit for bit over 60 steps, past a horizon of 30, with two resets of some rows.
+
+    One has new seeds, one goes on with the rows' own generators."""
     f = replace(tasks.family(name), horizon=30)
     ids = [f.test[0], f.test[-1], f.train[0], f.test[0]]
     g = np.random.default_rng(0)
@@ -591,7 +602,9 @@ def test_iqm():
 
 
 def test_interval_by_hand():
-    "2 seeds x 2 tasks: 16 equally likely draws, so the ends (mass 1/16 each) are the means of the tasks' least and greatest."
+    """2 seeds x 2 tasks: 16 equally likely draws.
+
+    So the ends (mass 1/16 each) are the means of the tasks' least and greatest."""
     x = np.array([[1.0, 40.0], [3.0, 20.0]])
     assert stats.interval(x, np.mean) == (10.5, 21.5)
     assert stats.interval(x, np.mean, reps=10_000, level=0.56) == (

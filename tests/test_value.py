@@ -1,4 +1,4 @@
-"The value learners: each loss against its formula on the same weights and draws, who gets a gradient, target copies, resuming, and what they learn."
+"The value learners: each loss against its formula, who gets a gradient, target copies, resuming, what they learn."
 
 import copy
 import math
@@ -175,7 +175,7 @@ def logits(z, a, beta):
 
 
 def discrete(m, b):
-    name, z, k = type(m).__name__, None, b.a.argmax(-1)
+    name, k = type(m).__name__, b.a.argmax(-1)
     if name == "DiscreteBC":
         return dict(actor=logits(torch.stack([net(m.actor, s) for s in b.s]), b.a, 0.5))
     q, critic = [net(m.q, s) for s in b.s], 0
@@ -183,7 +183,7 @@ def discrete(m, b):
     def imitator(s):
         return lin(net(m.q[:-1], s).clamp(min=0), m.imitator)
 
-    for i, (s, a, r, s2, d) in enumerate(rows(b)):
+    for i, (_, _, r, s2, d) in enumerate(rows(b)):
         q2 = net(m.q, s2)
         if name == "NFQ":
             v = max(q2)
@@ -255,7 +255,9 @@ def test_each_loss_moves_its_own_part(name):
 
 
 def test_lambda_is_a_constant():
-    "TD3+BC: the scale of the critic's term gives no gradient; with it, that term would have none where all values have one sign."
+    """TD3+BC: the scale of the critic's term gives no gradient.
+
+    With one, that term would have none where all values have one sign."""
     m = new("td3+bc").eval()
     b = of(m)
     w = m.actor[0][0].weight
