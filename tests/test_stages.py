@@ -28,7 +28,8 @@ from test_online import die, encode, forked
 from promptnb import llm, online
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError, Row, read_json, read_jsonl, sha256_file
-from promptnb.experiments import guided, job, run
+from promptnb.experiments import guided, job
+from promptnb.experiments.run import Run
 from promptnb.llm import Guidance, adapter, exchanges
 from promptnb.llm.backends import Cassette, Local, Server
 from promptnb.online import PPOConfig, Trainer
@@ -100,7 +101,7 @@ def at(arm, **kw):
 
 
 def made(r, seed=0):
-    return read_json(guided.train(r, "smoke", seed, CPU, 1))
+    return read_json(guided.train(Run(r, "smoke", seed)))
 
 
 def of(rec, metric):
@@ -350,10 +351,10 @@ def test_arms_differ_where_they_say(arms):
 def test_a_finished_run_is_not_run_again(arms, monkeypatch):
     home, recs = arms
     monkeypatch.setenv("PROMPTNB_HOME", str(home))
-    path = run.record_path("rladapter", recs["rules"]["run_id"])
+    path = Run(at("rules"), "smoke").path
     before = path.read_bytes()
     again = []
-    monkeypatch.setattr(guided, "train", lambda r, scale, seed, *a: again.append(seed))
+    monkeypatch.setattr(guided, "train", lambda run: again.append(run.seed))
     assert (
         [job.run_job("rladapter/main/crafter/online/rules", k, "smoke", "cpu", 1) for k in (0, 1)] == [[path], []]
         and again == [1]
