@@ -316,9 +316,8 @@ PAPER = Paper(
     " from its abstract",
 )
 _P = (
-    "Return of the last policy on the test tasks, mean over tasks, then over seeds. The paper's text could "
-    "not be had: nothing"
-    " here is a published number. "
+    "Return of the last policy on the test tasks, mean over tasks, then over seeds. The paper's text could not be "
+    "had: nothing here is a published number. "
 )
 _S = "A reconstruction: the paper's own numbers could not be had. "
 _meta = {f: contexts(f) for f in META}

@@ -248,9 +248,8 @@ PAPER = Paper(
     LAMO, "LaMo: Unleashing the Power of Pre-trained Language Models for Offline Reinforcement Learning (2310.20587)"
 )
 _P = (
-    "Normalised score (D4RL's references; Atari: a human's), mean of the evaluations in the last part of "
-    "training, of the best"
-    " of the return targets; `promptnb render lamo` also writes best checkpoint and every target. "
+    "Normalised score (D4RL's references; Atari: a human's), mean of the evaluations in the last part of training, "
+    "of the best of the return targets; `promptnb render lamo` also writes best checkpoint and every target. "
 )
 _D = "The data are ours: collected from our own policies, not D4RL's. Published numbers belong to D4RL's data."
 _HUB = "weights that only the hub has"

@@ -74,13 +74,11 @@ PAPER = Paper(
 )
 _P = (
     "Success rates are over all training episodes, as the benchmark scores them; 'last' is the last fifth of "
-    "training; 'final' is"
-    " the trained policy with its live guidance. "
+    "training; 'final' is the trained policy with its live guidance. "
 )
 _T = (
-    "At laptop scale the language models are tiny ones that were trained here on a rule advisor's replies: "
-    "the table says what"
-    " this method does with them, and nothing about large models. "
+    "At laptop scale the language models are tiny ones that were trained here on a rule advisor's replies: the "
+    "table says what this method does with them, and nothing about large models. "
 )
 _main = [ARMS[k] for k in MAIN]
 _llm = [ARMS[k] for k in ("decision", "untuned", "adapter")]

@@ -870,9 +870,8 @@ DRAW = dict(
 )
 READ = dict(
     scores=(
-        "Ours: mean ± std over seeds, n where not all seeds are there; below it the IQM over seeds with its "
-        "95 % bootstrap"
-        " interval; '-': not at this scale. "
+        "Ours: mean ± std over seeds, n where not all seeds are there; below it the IQM over seeds with its 95 % "
+        "bootstrap interval; '-': not at this scale. "
     ),
     params="Total, trainable, and of these LoRA's. ",
     progress=(

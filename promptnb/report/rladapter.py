@@ -799,14 +799,11 @@ DRAW = dict(
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000017
 READ = dict(
     scoreboard=(
-        "Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: "
-        "mean over episodes"
-        " of the deepest achievement; final policy: with its live guidance. Published: score ± std and reward ± std as"
-        " printed there; 'none': no training. Published rewards are of single episodes, one a run (the "
-        "benchmark's script),"
-        " and not mean returns; budgets differ, so rows of different environment steps are not compared. '/' "
-        "between two"
-        " numbers: the sources disagree. "
+        "Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: mean "
+        "over episodes of the deepest achievement; final policy: with its live guidance. Published: score ± std and "
+        "reward ± std as printed there; 'none': no training. Published rewards are of single episodes, one a run "
+        "(the benchmark's script), and not mean returns; budgets differ, so rows of different environment steps are "
+        "not compared. '/' between two numbers: the sources disagree. "
     ),
     success=(
         "Percent of all training episodes of all seeds, with Wilson's 95 % interval; hollow: the benchmark's own runs,"
@@ -827,9 +824,8 @@ READ = dict(
         " paired by seeds, by Student's 95 % interval. "
     ),
     cost=(
-        "Means over seeds. LM seconds: of language models; encoding texts for the comprehension score is not "
-        "in them. Per"
-        " 1M steps: extrapolated from these runs. "
+        "Means over seeds. LM seconds: of language models; encoding texts for the comprehension score is not in "
+        "them. Per 1M steps: extrapolated from these runs. "
     ),
 )
 
