@@ -335,7 +335,9 @@ def code_fingerprint(*modules) -> str:
     Comments, docstrings, annotations and layout do not change it; a constant does."""
     base = Path(__file__).parent if "__file__" in globals() else root() / "promptnb"
     files = [base / f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
-    return fingerprint([_module_fingerprint(f, f.stat().st_mtime_ns) for f in files if f.name != "_modidx.py"])
+    files = [f for f in files if f.name != "_modidx.py"]
+    # a module that is gone has no meaning: what it made is stale
+    return fingerprint([_module_fingerprint(f, f.stat().st_mtime_ns) if f.exists() else "" for f in files])
 
 
 # %% ../nbs/00_core.ipynb #c0defp06
