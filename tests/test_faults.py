@@ -1,5 +1,8 @@
-"""What goes wrong, made to go wrong: killed writes, damaged and hostile files, a full disk, a dead kernel, a misspelt name.
-Passed is: one clear line, nothing lost, and the same command goes on once the cause is gone. Kills and resumes: test_resume."""
+"""What goes wrong, made to go wrong: killed writes, damaged and hostile files, a full disk, a dead kernel, wrong names.
+
+A test passes if there is one clear line, nothing is lost, and the same command goes on once the cause is gone.
+Kills and resumes of whole runs: test_resume.
+"""
 
 import builtins
 import contextlib
@@ -89,7 +92,10 @@ class Crash(BaseException):
 
 
 class Calls:
-    "Every write, fsync, rename and removal below promptnb.core counts; call number `k` raises `error` instead (a write: after half of its bytes)."
+    """Every write, fsync, rename and removal below promptnb.core counts; call number `k` raises `error` instead.
+
+    A write raises after half of its bytes.
+    """
 
     def __init__(self, monkeypatch, k, error):
         self.m, self.k, self.n, self.error = monkeypatch, k, 0, error
@@ -195,7 +201,10 @@ class Bomb:
 
 @contextlib.contextmanager
 def tiny_disk(path, size):
-    "A file system of `size` bytes at `path`; skipped where mounting is not permitted. What is in the folder is copied into it."
+    """A file system of `size` bytes at `path`, with a copy of what is in that folder.
+
+    The test is skipped where mounting is not permitted.
+    """
     path.mkdir(parents=True, exist_ok=True)
     keep = path.with_name(path.name + ".keep")
     shutil.copytree(path, keep)
@@ -301,7 +310,10 @@ def test_killed_at_every_call_of_a_record(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", ["write_minari", "sha256_file", "write_json"])
 def test_killed_in_collect(place, home):
-    "A dataset is there whole or not at all; what the killed process left is removed by the next, not what belongs to other families."
+    """A dataset is there whole or not at all.
+
+    What the killed process left is removed by the next one; what belongs to other families is not.
+    """
     root = home / "data" / "minari"
     before = frozen(root)
     if not (pid := os.fork()):
@@ -392,7 +404,10 @@ def test_no_sound_checkpoint_left(tmp_path, capsys):
 
 
 def test_damaged_policy_is_made_again(home, one_policy, capsys):
-    "The final weights of a finished run have a hash in its record; where it differs they are taken from the checkpoint again."
+    """The final weights of a finished run have a hash in its record.
+
+    Where it differs they are taken from the checkpoint again.
+    """
     run_job()
     (path,) = home.glob("data/runs/policies/*/policy/model.safetensors")
     whole = path.read_bytes()
@@ -752,7 +767,10 @@ def test_no_space_at_every_call_of_a_checkpoint(code, tmp_path, monkeypatch):
 
 
 def test_full_disk_in_training(home, one_policy, capfd):
-    "The disk fills at one place after another; each attempt goes on from the one before; the end is that of an unbroken run."
+    """The disk fills at one place after another, and each attempt goes on from the one before.
+
+    The end is that of an unbroken run.
+    """
     (whole,) = finished_home().glob(f"data/runs/policies/{FAMILY}.{runs(PRETRAIN)[0].recipe.pretrain.name}.*")
     need = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file())
     with tiny_disk(home / "data" / "runs", 16 * need + 2**20) as disk:
