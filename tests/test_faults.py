@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import subprocess
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +121,6 @@ class Calls:
             return f
         write = f.write
 
-        class Half(io.BufferedWriter):
-            pass
-
         class File:
             def __enter__(s):
                 return s
@@ -149,6 +147,30 @@ class Calls:
 
     def __exit__(self, *e):
         self.m.undo()
+
+
+class Exits(Calls):
+    "The same, but call number `k` ends the process with code 9."
+
+    def hit(self, half=None):
+        if self.n == self.k:
+            if half:
+                half()
+            os._exit(9)
+        self.n += 1
+
+
+def exit_code_of(work):
+    "Run `work` in a fork of this process; returns its exit code: 0 if it came to its end, 1 after an exception."
+    if not (pid := os.fork()):
+        signal.alarm(60)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def tensors(k):
@@ -242,47 +264,52 @@ def frozen(folder):
 # ---- row 2: killed at each call of a write
 
 
-@pytest.mark.parametrize("how", ["exception", "exit"])
-def test_killed_at_every_call_of_a_checkpoint(how, tmp_path, monkeypatch):
+def save_until_exception(ck, k, monkeypatch):
+    "Save step 15; call `k` of the writing raises Crash. Says whether the saving came to its end."
+    try:
+        with Calls(monkeypatch, k, Crash):
+            ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[])
+            return True
+    except Crash:
+        return False
+
+
+def save_until_exit(ck, k, monkeypatch):
+    "The same in a process of its own, which ends at call `k`."
+
+    def save():
+        with Exits(monkeypatch, k, Crash):
+            ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[])
+
+    code = exit_code_of(save)
+    assert code in (0, 9), f"call {k}"
+    return code == 0
+
+
+def files(folder):
+    "Name -> bytes of every file that a reader sees."
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+@pytest.mark.parametrize("save", [save_until_exception, save_until_exit], ids=["exception", "exit"])
+def test_killed_at_every_call_of_a_checkpoint(save, tmp_path, monkeypatch):
+    "The old checkpoint or the new one is whole, no file is half written, and the next saving clears up."
     three(tmp_path / "whole")
-    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    whole = files(tmp_path / "whole")
     for k in range(40):
         folder = tmp_path / str(k)
         three(folder, 10)
-        whole |= {p.name: p.read_bytes() for p in folder.iterdir()}
-        ck, done = Checkpoints(folder, CONFIG), False
-        if how == "exit":
-            if not (pid := os.fork()):
-                signal.alarm(60)
-                monkeypatch.setattr(
-                    Calls,
-                    "hit",
-                    lambda self, half=None, hit=Calls.hit: (
-                        hit(self, half) if self.n != self.k else (half and half(), os._exit(9))
-                    ),
-                )
-                with Calls(monkeypatch, k, Crash):
-                    ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[])
-                os._exit(0)
-            done = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        else:
-            try:
-                with Calls(monkeypatch, k, Crash):
-                    ck.save(15, tensors(15), losses=[(15, 0.5)], recent=[])
-                    done = True
-            except Crash:
-                pass
+        whole |= files(folder)
+        ck = Checkpoints(folder, CONFIG)
+        done = save(ck, k, monkeypatch)
         t, meta = Checkpoints(folder, CONFIG).latest()
-        assert meta["step"] in (10, 15) and same(t, tensors(meta["step"])) and (not done or meta["step"] == 15), (
-            f"call {k}"
-        )
-        for p in folder.iterdir():
-            assert p.name.startswith(".") or p.read_bytes() == whole[p.name], f"call {k} left half of {p.name}"
+        step = meta["step"]
+        assert step in ((15,) if done else (10, 15)) and same(t, tensors(step)), f"call {k}"
+        assert files(folder).items() <= whole.items(), f"call {k} left half of a file"
         ck.save(20, tensors(20))
         assert same(ck.latest()[0], tensors(20))
-        assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
-            f"step-{s:09d}.{x}" for s in sorted({meta["step"], 20}) for x in ("json", "safetensors")
-        ], f"call {k}"
+        kept = {f"step-{at:09d}.{kind}" for at in (step, 20) for kind in ("json", "safetensors")}
+        assert set(files(folder)) == kept, f"call {k}"
         assert not list(folder.glob(".*.tmp")), f"after call {k} rubbish stays"
         if done:
             break
@@ -316,16 +343,14 @@ def test_killed_in_collect(place, home):
     """
     root = home / "data" / "minari"
     before = frozen(root)
-    if not (pid := os.fork()):
-        signal.alarm(60)
+
+    def killed_there():
         setattr(collect, place, lambda *a, **k: os._exit(9))
         collect.collect(FAMILY, "medium", 2, threads=1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    assert (
-        len(list(root.glob(".collect-cheetah-dir-00-*"))) == (place != "write_json")
-        and before.items() <= frozen(root).items()
-    )
+
+    assert exit_code_of(killed_there) == 9
+    assert len(list(root.glob(".collect-cheetah-dir-00-*"))) == (place != "write_json")
+    assert before.items() <= frozen(root).items()
     other = root / ".collect-cheetah-vel-00-x"
     other.mkdir()
     refused(data.load, FAMILY, "medium", says=["is not here", "promptnb collect"])
@@ -335,12 +360,12 @@ def test_killed_in_collect(place, home):
 
 def test_killed_when_a_dataset_grows(home):
     "Between the old files and the new manifest: the same command makes it whole."
-    if not (pid := os.fork()):
-        signal.alarm(60)
+
+    def killed_before_the_manifest():
         collect.write_json = lambda *a, **k: os._exit(9)
         collect.collect(FAMILY, "random", 6, threads=1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+    assert exit_code_of(killed_before_the_manifest) == 9
     refused(data.load, FAMILY, "random", says=["damaged", "collect again"])
     collect.collect(FAMILY, "random", 6, threads=1)
     assert (
@@ -684,59 +709,53 @@ def test_damaged_dataset_through_the_command_line(home):
 # ---- row 10: the loss is not a number
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_diverged(value, home, one_policy, monkeypatch):
-    step = train.step_once
+@pytest.fixture(params=[float("nan"), float("inf")], ids=["nan", "inf"])
+def diverged(request, home, one_policy, monkeypatch):
+    "The record of a pre-training whose batch at step 12 holds NaN or infinity."
+    real = train.step_once
 
     def step_once(model, opt, batch, t, *a):
-        return step(
-            model,
-            opt,
-            core.Batch(dataclasses.replace(batch.history, a=batch.history.a * value), batch.prompt)
-            if t == 12
-            else batch,
-            t,
-            *a,
-        )
+        if t == 12:
+            spoilt = dataclasses.replace(batch.history, a=batch.history.a * request.param)
+            batch = core.Batch(spoilt, batch.prompt)
+        return real(model, opt, batch, t, *a)
 
     monkeypatch.setattr(train, "step_once", step_once)
     (path,) = run_job()
-    rec = read_json(path)
-    assert rec["status"] == "diverged" and "at step 12" in rec["why"] and json.loads(path.read_text())["why"]
-    assert max(w["step"] for w in rec["rows"] if w["metric"] == "return") == 10 and all(
-        np.isfinite(w["value"]) for w in rec["rows"]
-    )
+    return path
+
+
+def test_diverged(diverged, home):
+    "The record says at which step, keeps what was measured before, and no policy is left to be tuned."
+    rec = read_json(diverged)
+    assert rec["status"] == "diverged" and "at step 12" in rec["why"] and json.loads(diverged.read_text())["why"]
+    assert max(w["step"] for w in rec["rows"] if w["metric"] == "return") == 10
+    assert all(np.isfinite(w["value"]) for w in rec["rows"])
     (folder,) = home.glob("data/runs/policies/*")
-    ck = Checkpoints(folder, read_json(folder / "step-000000010.json")["config"])
-    t, meta = ck.latest()
-    assert meta["step"] == 10 and all(x.isfinite().all() for x in t.values()) and not (folder / "policy").exists()
+    t, meta = Checkpoints(folder, read_json(folder / "step-000000010.json")["config"]).latest()
+    assert meta["step"] == 10 and all(x.isfinite().all() for x in t.values())
+    assert not (folder / "policy").exists()
+
+
+def test_tuning_of_a_diverged_policy(diverged):
+    "Tuning is diverged too, with the reason, and the table prints that in the place of a number."
     (tuned,) = run_job(TUNE)  # its first recipe starts from this policy
-    assert (
-        read_json(tuned)["status"] == "diverged"
-        and not read_json(tuned)["rows"]
-        and "pre-training diverged" in read_json(tuned)["why"]
-    )
+    rec = read_json(tuned)
+    assert rec["status"] == "diverged" and not rec["rows"] and "pre-training diverged" in rec["why"]
     r = runs(TUNE)[0].recipe
     t = tables.tidy_table(View(TABLE1, "smoke", partial=True))
     row = t[(t.method == r.method) & (t.family == FAMILY)].iloc[0]
-    assert (
-        row.note == "1 diverged"
-        and np.isnan(row["mean"])
-        and np.isnan(row.difference)
-        and tables.printed(t).loc[r.method, (FAMILY, "ours")].strip() == "1 diverged"
-    )
+    assert row.note == "1 diverged" and np.isnan(row["mean"]) and np.isnan(row.difference)
+    assert tables.printed(t).loc[r.method, (FAMILY, "ours")].strip() == "1 diverged"
 
 
 def test_diverged_seed_in_a_full_table(tmp_home):
     fabricate(tmp_home, TABLE1, "laptop", (0, 1))
     fabricate(tmp_home, TABLE1, "laptop", (2,), status="diverged", rows=False)
     t = tables.tidy_table(View(TABLE1, "laptop"))
-    assert (
-        (t.n == 2).all()
-        and (t.note == "1 diverged").all()
-        and "(n=2;" in (cell := tables.printed(t).iloc[0][FAMILY, "ours"])
-        and cell.endswith("1 diverged")
-    )
+    assert (t.n == 2).all() and (t.note == "1 diverged").all()
+    cell = tables.printed(t).iloc[0][FAMILY, "ours"]
+    assert "(n=2;" in cell and cell.endswith("1 diverged")
 
 
 # ---- row 11: no space
@@ -834,6 +853,15 @@ def test_full_disk_in_collect(home):
         assert torch.equal(data.load(FAMILY).s, data.load(FAMILY, root=finished_home() / "data" / "minari").s)
 
 
+def assert_whole_pictures(folder):
+    "f.pdf and f.png begin and end as such files do; what else is there is text."
+    pdf, png = (folder / "f.pdf").read_bytes(), (folder / "f.png").read_bytes()
+    assert pdf[:4] == b"%PDF" and pdf.rstrip()[-5:] == b"%%EOF"
+    assert png[:4] == b"\x89PNG" and png[-8:-4] == b"IEND"
+    others = [p for p in folder.iterdir() if p.name not in ("f.pdf", "f.png", "filler", ".lock", ".holder")]
+    assert all(p.suffix in (".csv", ".md", ".tex") for p in others), others
+
+
 def test_full_disk_for_figures_and_tables(tmp_home):
     import matplotlib.pyplot as plt
     import pandas as pd
@@ -847,7 +875,7 @@ def test_full_disk_for_figures_and_tables(tmp_home):
     def save():
         return (
             tables.save_figure(fig, numbers, PAPER, "smoke", "f"),
-            tables.save_table(table, PAPER, "smoke", "t", "-"),
+            tables.save_table(tables.printed(table), table, PAPER, "smoke", "t", "-"),
         )
 
     with tiny_disk(folder, 2**20) as disk:
@@ -859,14 +887,8 @@ def test_full_disk_for_figures_and_tables(tmp_home):
             ax.plot([2, 1])
             refused(save, says=["no space left"])
             filler.unlink()
-            assert all(
-                p.read_bytes()[:4] in (b"%PDF", b"\x89PNG") or p.suffix in (".csv", ".md", ".tex") for p in before
-            )
-            assert (
-                (folder / "f.pdf").read_bytes().rstrip()[-5:] == b"%%EOF"
-                and (folder / "f.png").read_bytes()[-8:-4] == b"IEND"
-                and set(frozen(disk)) == set(before)
-            ), leave
+            assert set(frozen(disk)) == set(before), leave
+            assert_whole_pictures(folder)
         save()
         plt.close(fig)
 
@@ -1078,45 +1100,42 @@ def broken(home, source):
     return lambda: path.write_text(whole)
 
 
+def assert_told_as_failed(this, why):
+    "The record of the run `this`, the status page and the table all say that it failed, and the first two why."
+    rec = read_json(results_dir(PAPER) / f"{this.id}.failed.json")
+    assert rec["status"] == "failed" and why.lower() in rec["why"].lower() and rec["why"] and not rec["rows"]
+    refused(lambda: View(TABLE1, "smoke").rows, says=["lacks", "promptnb run"])
+    (line,) = view.status(View(TABLE1, "smoke"))["failed"]
+    assert this.recipe.method in line and why.lower() in line.lower()
+    t = tables.tidy_table(View(TABLE1, "smoke", partial=True))
+    row = t[(t.method == this.recipe.method) & (t.family == FAMILY)].iloc[0]
+    assert row.note == "1 failed" and np.isnan(row["mean"])
+
+
 def test_notebook_that_breaks(tmp_path, monkeypatch):
+    "A dead kernel, an exception and an exit are told as such; the mended notebook makes the one record that lacks."
     home = new_home(tmp_path / "home", "data/minari", "data/runs/policies", "data/results")
     monkeypatch.setenv("PROMPTNB_HOME", str(home))
     this = next(x for x in runs(TUNE) if x.recipe.key == "ranking")
-    r, name = this.recipe, this.id
-    paths(home)[f"{name}.json"].unlink()
+    paths(home)[f"{this.id}.json"].unlink()
     before = frozen(home / "data" / "results")
     final = runs_dir() / "notebooks" / f"{run.run_id(TUNE, 'smoke', 0)}.ipynb"
-    failed = results_dir(PAPER) / f"{name}.failed.json"
+    stamp = job.stamp(job.find_job(TUNE), 0, "smoke")
     for source, why in (
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "Kernel died"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("raise SystemExit(3)", ""),
     ):
         mend = broken(home, source)
-        one_line(cli(home, "job", TUNE, *SMOKE), f"1 of {len(METHODS)} runs", name, why)
+        one_line(cli(home, "job", TUNE, *SMOKE), f"1 of {len(METHODS)} runs", this.id, why)
         mend()
-        rec = read_json(failed)
-        assert rec["status"] == "failed" and why.lower() in rec["why"].lower() and rec["why"] and not rec["rows"]
-        assert (
-            not final.exists()
-            and not job.stamp(job.find_job(TUNE), 0, "smoke").exists()
-            and not list(home.rglob("*.tmp*"))
-        )
-        refused(lambda: View(TABLE1, "smoke").rows, says=["lacks", "promptnb run"])
-        s = view.status(View(TABLE1, "smoke"))
-        assert len(s["failed"]) == 1 and r.method in s["failed"][0] and why.lower() in s["failed"][0].lower()
-        t = tables.tidy_table(View(TABLE1, "smoke", partial=True))
-        row = t[(t.method == r.method) & (t.family == FAMILY)].iloc[0]
-        assert row.note == "1 failed" and np.isnan(row["mean"])
+        assert not final.exists() and not stamp.exists() and not list(home.rglob("*.tmp*"))
+        assert_told_as_failed(this, why)
     went(cli(home, "job", TUNE, *SMOKE))
-    assert (
-        final.exists()
-        and not failed.exists()
-        and not list(home.rglob("*.failed.*"))
-        and job.stamp(job.find_job(TUNE), 0, "smoke").exists()
-    )
-    same_records(home, [f"{name}.json"])
-    assert all(frozen(home / "data" / "results")[p] == v for p, v in before.items())
+    assert final.exists() and stamp.exists() and not list(home.rglob("*.failed.*"))
+    same_records(home, [f"{this.id}.json"])
+    after = frozen(home / "data" / "results")
+    assert all(after[p] == v for p, v in before.items())
 
 
 def test_one_recipe_that_breaks_leaves_the_others(home, monkeypatch, capfd):
@@ -1138,10 +1157,20 @@ def test_one_recipe_that_breaks_leaves_the_others(home, monkeypatch, capfd):
 # ---- row 17: a seed is missing
 
 
-def test_table_with_a_seed_missing(tmp_home):
+@dataclasses.dataclass
+class Gap:
+    "A full Table 1, the recipe whose seed 0 was then removed, and what a refusal says of it."
+
+    full: object
+    recipe: object
+    says: list
+
+
+@pytest.fixture
+def gap(tmp_home):
+    "Three seeds of every run of Table 1 but one."
     fabricate(tmp_home, TABLE1, "laptop", (0, 1, 2))
     full = tables.tidy_table(View(TABLE1, "laptop"))
-    assert (full.n == 3).all() and (full.note == "").all()
     r = recipes.resolve(recipes.RECIPES[TABLE1.recipes[3]], "laptop")
     Run(r, "laptop").path.unlink()
     says = [
@@ -1151,25 +1180,33 @@ def test_table_with_a_seed_missing(tmp_home):
         f"promptnb run {PAPER} --exhibit table1 --scale laptop",
         "--partial",
     ]
-    refused(tables.tidy_table, View(TABLE1, "laptop"), says=says)
-    refused(exhibits.make, View(TABLE1, "laptop"), says=says)
+    return Gap(full, r, says)
+
+
+def test_table_with_a_seed_missing(gap):
+    "It is refused; a partial one counts the seeds of that cell only as two, and says so."
+    full, r = gap.full, gap.recipe
+    assert (full.n == 3).all() and (full.note == "").all()
+    refused(tables.tidy_table, View(TABLE1, "laptop"), says=gap.says)
+    refused(exhibits.make, View(TABLE1, "laptop"), says=gap.says)
     t = tables.tidy_table(View(TABLE1, "laptop", partial=True))
     mine = (t.method == r.method) & (t.family == r.family)
     row = t[mine].iloc[0]
-    assert (
-        (row.n, row.note) == (2, "1 missing")
-        and (t[~mine].n == 3).all()
-        and row["mean"] == full[mine]["mean"].iloc[0] + 50
-    )
-    assert "(n=2;" in (cell := tables.printed(t).loc[r.method, (r.family, "ours")]) and "1 missing" in cell
-    one_line(cli(tmp_home, "render", PAPER, "--exhibit", "table1"), *says)
-    assert (
-        not list(tmp_home.rglob("table1.*"))
-        and not (tmp_home / "data" / "runs" / "notebooks" / f"laptop.{PAPER}.ipynb").exists()
-    )
-    assert f"| {cell} " in went(cli(tmp_home, "render", PAPER, "--exhibit", "table1", "--partial")).stdout.replace(
-        "  ", " "
-    )
+    assert (row.n, row.note) == (2, "1 missing") and (t[~mine].n == 3).all()
+    assert row["mean"] == full[mine]["mean"].iloc[0] + 50
+    cell = tables.printed(t).loc[r.method, (r.family, "ours")]
+    assert "(n=2;" in cell and "1 missing" in cell
+
+
+def test_table_with_a_seed_missing_through_the_command_line(gap, tmp_home):
+    "It writes nothing unless a partial one is asked for, which prints the same cell."
+    one_line(cli(tmp_home, "render", PAPER, "--exhibit", "table1"), *gap.says)
+    assert not list(tmp_home.rglob("table1.*"))
+    assert not (tmp_home / "data" / "runs" / "notebooks" / f"laptop.{PAPER}.ipynb").exists()
+    t = tables.tidy_table(View(TABLE1, "laptop", partial=True))
+    cell = tables.printed(t).loc[gap.recipe.method, (gap.recipe.family, "ours")]
+    said = went(cli(tmp_home, "render", PAPER, "--exhibit", "table1", "--partial")).stdout
+    assert f"| {cell} " in said.replace("  ", " ")
 
 
 def test_verdicts_pair_the_same_seeds_only(tmp_home):
