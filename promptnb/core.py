@@ -11,6 +11,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -333,7 +334,7 @@ def code_fingerprint(*modules) -> str:
     """Fingerprint of what the named modules mean, such as "core" and "models/dt" (none: all of promptnb).
 
     Comments, docstrings, annotations and layout do not change it; a constant does."""
-    base = Path(__file__).parent if "__file__" in globals() else root() / "promptnb"
+    base = Path(importlib.util.find_spec("promptnb").origin).parent
     files = [base / f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
     files = [f for f in files if f.name != "_modidx.py"]
     # a module that is gone has no meaning: what it made is stale

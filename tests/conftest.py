@@ -13,7 +13,7 @@ os.environ.update(THREADS, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", MPLBACK
 threadpool_limits(1)  # of libraries that a plugin of pytest has imported before
 
 ROOT = Path(__file__).resolve().parent.parent
-READ_AT_RUN_TIME = ("nbs", "workflow", "data/experts", "data/reported")
+READ_AT_RUN_TIME = ("nbs", "workflow", "data/experts", "data/reported", "data/samples")
 
 
 @pytest.fixture
