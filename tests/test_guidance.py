@@ -366,6 +366,7 @@ EVIL = (
     "=cmd()",
     "\x1b[31mred\x07",
     "\u202eabc",
+    "\uff4a\u0430vascript",  # letters that only look like ours
     "$x_1$ \\input{a} & % #",
     "x" * 1_000_000,
     "",
