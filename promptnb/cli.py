@@ -73,6 +73,7 @@ def scale_argument(p):
     p.add_argument("--scale", default="laptop", help="smoke, laptop or paper")
 
 
+# %% ../nbs/12_cli.ipynb #8d26fcf2
 def collect_arguments(p):
     "Declare what `collect` takes."
     scale_argument(p)
@@ -183,6 +184,7 @@ def paper_argument(p):
     scale_argument(p)
 
 
+# %% ../nbs/12_cli.ipynb #aaa2054c
 def run_arguments(p):
     "Declare what `run` takes."
     paper_argument(p)
@@ -256,6 +258,7 @@ def job_arguments(p):
     p.add_argument("-p", action="append", default=[])
 
 
+# %% ../nbs/12_cli.ipynb #1bc5cc36
 def cmd_job(a):
     "Run one job."
     given = dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads)
@@ -271,6 +274,7 @@ def render_arguments(p):
     p.add_argument("--partial", action="store_true", help=partial)
 
 
+# %% ../nbs/12_cli.ipynb #9eb51754
 def cmd_render(a):
     "Tables and figures from finished runs, by the paper's page."
     ids = [e.id for e in chosen(a.paper, a.exhibit, a.scale)]
@@ -332,6 +336,7 @@ def film_arguments(p):
     p.add_argument("--task", type=int, help="which test task, counted from 0 (default: the most changed)")
 
 
+# %% ../nbs/12_cli.ipynb #a9f168de
 def cmd_film(a):
     "An agent before and after tuning."
     from promptnb.experiments.film import film
