@@ -229,6 +229,12 @@ def linted(root):
     return ruff("check", "--output-format", "concise", ".", cwd=root)
 
 
+def semicolons(root):
+    "No cell ends in a semicolon, which ruff lets pass: what is not to be shown is assigned."
+    cells = [(f, s) for f, nb in notebooks(root).items() for s in code_cells(nb)]
+    return [f"nbs/{f} has a cell that ends in a semicolon" for f, s in cells if s.rstrip().endswith(";")]
+
+
 def lengths(root):
     "Functions of the package: none over 60 lines, nine of ten at most 25, half of them at most 8."
     found = [(length(n), f, n.name) for f, source in modules(root).items() for n in functions(source)]
@@ -437,6 +443,7 @@ DAMAGE = [
     (formatted, lambda r: put_notebook(r, "98_x", "x = [1,2]"), "98_x.ipynb"),
     (linted, lambda r: put(r, "promptnb/core.py", "\nimport re; f = lambda: 1\n"), "E702"),
     (linted, lambda r: put_notebook(r, "98_x", "x = 1  # " + "long " * 30), "E501"),
+    (semicolons, lambda r: put_notebook(r, "98_x", "print(1);"), "nbs/98_x.ipynb has a cell that ends"),
     (lengths, lambda r: put(r, "promptnb/core.py", LONG), "f has 61 lines"),
     (lengths, only_tiny_functions, "a median of 9 lines"),
     (
