@@ -17,7 +17,7 @@ from ..core import read_json, results_dir
 from . import lamo
 from .lamo import grid_of, label_of
 from .stats import compare
-from .style import axes_for, legend, nothing, style
+from .style import axes_for, in_order, legend, nothing, style
 from .tables import counted, plus_minus
 from .view import paired
 
@@ -31,7 +31,6 @@ __all__ = [
     "RANDOM",
     "TUNED",
     "SHUFFLED",
-    "ORDER",
     "ADAPTATION",
     "CORRELATIONS",
     "ORDER_COLUMNS",
@@ -49,7 +48,6 @@ __all__ = [
     "READ",
     "left_out",
     "without_length",
-    "in_order",
     "over_seeds",
     "method_lines",
     "level_lines",
@@ -114,63 +112,12 @@ BOUND = "CMT, one-hot task (upper bound)"
 RANDOM = "CMT, random frozen prompt"
 TUNED = "CMT, tuned context vectors"
 SHUFFLED = "CMT, tuned on shuffled trajectories"
-ORDER = (  # of rows and legends
-    GIVEN,
-    COLLECTED,
-    NULL,
-    WRONG,
-    BOUND,
-    RANDOM,
-    TUNED,
-    "CMT, tuned from a random start",
-    SHUFFLED,
-    "CMT, full fine-tuning",
-    "CMT, LoRA",
-    "MT-ORL (no prompt)",
-    "MT-BC-FT",
-    "Prompt-DT",
-    "Soft Prompt",
-    "Prompt-DT-FT",
-    "Adaptor",
-    "LoRA",
-    "Prompt-Tuning DT",
-    "Prompt Diffuser",
-    "CMT, context given, middle goals",
-    "Prompt-DT, middle goals",
-    "CMT",
-    "action loss alone",
-    "no state or return loss",
-    "state and return loss, weight 1",
-    "no InfoNCE",
-    "classification, no InfoNCE",
-    "InfoNCE and classification",
-    "transformer encoder",
-    "contexts of experts only",
-    "5 transitions",
-    "never without context",
-    "No prompt",
-    "Random frozen prompt",
-    "Prompt towards the best 10 %",
-    "Prompt by advantage",
-    "Prompt by returns",
-    "Prompt on shuffled trajectories",
-    "Full fine-tuning",
-    "Prompt a map, the best 10 %",
-    "Prompt an agent, the best 10 %",
-)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #076c4509
 def without_length(label) -> str:
     "A row label without the number of context vectors at its end."
     return re.sub(r", L = \d+$", "", label)
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #fd89b7cb
-def in_order(labels) -> list:
-    "Distinct labels in the order of `ORDER`, unknown ones last."
-    rank = {label: i for i, label in enumerate(ORDER)}
-    return sorted(dict.fromkeys(labels), key=lambda label: rank.get(without_length(label), len(ORDER)))
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #4d5344aa
