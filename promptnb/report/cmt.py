@@ -164,7 +164,7 @@ def adaptation(view):
     "Return on the test tasks against the episode, one panel per family; across: the same policy with other prompts."
     curves, levels = curves_and_levels(view)
     numbers = []
-    fig, axes = axes_for(view.families, width=3.4)
+    fig, axes = axes_for(view.families)
     for ax, family in zip(axes, view.families):
         curve, level = curves[curves.task == family], levels[levels.task == family]
         numbers += [curve, level]
@@ -377,7 +377,7 @@ def embedding(view):
     for run in view.good:
         if run.record.get("look"):
             first.setdefault(run.recipe.family, run)
-    fig, axes = axes_for(view.families, width=3.7, height=3.2)
+    fig, axes = axes_for(view.families, height=3.2)
     for ax, family in zip(axes, view.families):
         ax.set_title(family)
         if family not in first:
@@ -460,7 +460,7 @@ def along(view):
     "Return against the goal, one line per method; dotted: test tasks; shaded: what 'middle goals' were trained on."
     known = goal_range(view)
     g = over_seeds(along_goals(view, known), ["task_id", "goal", "part"])
-    fig, (ax,) = axes_for(view.families, width=7.2, height=3.4)
+    fig, (ax,) = axes_for(view.families, height=3.4)
     for i, task in enumerate(known.test if len(g) else ()):
         label = "test task, never trained on" if i == 0 else None
         ax.axvline(known.at(task), color="k", lw=0.8, ls=":", label=label)
@@ -548,7 +548,7 @@ def _length_panel(ax, dataset, d):
 def length(view):
     "Score or return against the number of context vectors, one panel per data set."
     t, datasets = lengths(view), lamo.datasets_of(view.exhibit)
-    fig, axes = axes_for(datasets, width=3.7)
+    fig, axes = axes_for(datasets)
     for ax, dataset in zip(axes, datasets):
         _length_panel(ax, dataset, t[t.dataset == dataset])
     legend(fig, axes, 3)

@@ -10,10 +10,11 @@ from dataclasses import asdict
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import read_json, results_dir
+from ..core import PromptnbError
 from . import cmt, lamo, prompts, rladapter
-from .tables import save_figure, save_table
-from .view import View, exhibit, reported, status
+from .style import note
+from .tables import save_figure, save_table, shown
+from .view import View, exhibit, lacks, reported, seeds_shown, status, whose
 
 _all_ = ["exhibit", "reported"]  # a paper's page needs no other import
 
@@ -25,6 +26,8 @@ __all__ = [
     "WHERE",
     "page_of",
     "caption",
+    "of_kind",
+    "other_protocols",
     "drawn",
     "make",
     "show",
@@ -61,39 +64,54 @@ def caption(view, numbers=None) -> str:
     "Title, scale, protocol, how to read it, what this scale leaves out."
     e = view.exhibit
     page = page_of(e)
-    parts = [f"{e.title}, {view.scale} scale.", e.protocol, _read(e), page.left_out(view, numbers)]
+    size = "; ".join(part for part in (f"{view.scale} scale", seeds_shown(view), lacks(view)) if part)
+    parts = [f"{e.title}.", f"{size}.".capitalize(), e.protocol, of_kind(e, "READ"), page.left_out(view, numbers)]
+    parts += [other_protocols(numbers), whose(view)]
     return " ".join(p.strip() for p in parts if p.strip())
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000009
-def _read(e) -> str:
-    # the first of the paper's pages that says how to read this kind
-    return next((page.READ[e.kind] for page in PAGES.get(e.paper, (prompts,)) if e.kind in page.READ), "")
+def of_kind(e, what) -> str:
+    "What the first of the paper's pages that knows an exhibit's kind says of it in READ or BAND; '' if none does."
+    tables = (getattr(page, what, {}) for page in PAGES.get(e.paper, (prompts,)))
+    return next((table[e.kind] for table in tables if e.kind in table), "")
+
+
+# %% ../../nbs/11h_report.exhibits.ipynb #ex000033
+def other_protocols(numbers) -> str:
+    "Why published numbers of a tidy table stand apart, in one sentence each."
+    if numbers is None or "other_protocol" not in numbers:
+        return ""
+    found = numbers.other_protocol.dropna().unique()
+    return " ".join(f"Published under another protocol: {why}." for why in found)
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000011
 def drawn(view):
     "Draw and save one exhibit: (the printed table or the figure, its caption)."
     e = view.exhibit
-    shown, numbers = page_of(e).DRAW[e.kind](view)
+    view.require()
+    made, numbers = page_of(e).DRAW[e.kind](view)
     text = caption(view, numbers)
-    if isinstance(shown, pd.DataFrame):
-        save_table(shown, numbers, e.paper, view.scale, e.id, text, numbers=e.kind == "table")
+    if isinstance(made, pd.DataFrame):
+        save_table(made, numbers, view.folder, e.id, text, numbers=e.kind == "table")
     else:
-        save_figure(shown, numbers, e.paper, view.scale, e.id)
-    return shown, text
+        parts = (f"{e.paper} {e.id}: {view.scale} scale", seeds_shown(view), of_kind(e, "BAND"), lacks(view))
+        note(made, "; ".join(part for part in parts if part))
+        save_figure(made, numbers, view.folder, e.id, text)
+    return made, text
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000027
 def make(view):
     "Draw and save one exhibit; returns the printed table, or the figure."
-    shown, _ = drawn(view)
-    return shown
+    made, _ = drawn(view)
+    return made
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000012
 def show(view, wanted=None):
-    "In a notebook: an exhibit, made and saved, and its caption; a line where it is not `wanted`, or takes hours."
+    "In a notebook: an exhibit, made and saved, and its caption; a line where it is not `wanted`, or runs are missing."
     from IPython.display import Markdown, display
     from matplotlib.pyplot import close
 
@@ -105,27 +123,35 @@ def show(view, wanted=None):
         command = f"promptnb run {e.paper} --exhibit {e.id} --scale {view.scale}"
         print(f"{e.id}: no runs, as it takes hours: {command}")
         return
-    shown, text = drawn(view)
-    display(shown, Markdown(text))
-    if not isinstance(shown, pd.DataFrame):
-        close(shown)
+    try:
+        made, text = drawn(view)
+    except PromptnbError as e:
+        print(e)
+        return
+    table = isinstance(made, pd.DataFrame)
+    display(shown(made) if table else made, Markdown(text))
+    if not table:
+        close(made)
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000015
-def overview(paper, scale) -> pd.DataFrame:
+def overview(paper, scale, shipped=False) -> pd.DataFrame:
     "The status table of a paper: exhibit, title, claim, our status."
-    rows = [dict(exhibit=e.id, title=e.title, claim=e.claim, status=status_line(e, scale)) for e in rc.exhibits(paper)]
+    rows = [
+        dict(exhibit=e.id, title=e.title, claim=e.claim, status=status_line(e, scale, shipped))
+        for e in rc.exhibits(paper)
+    ]
     return pd.DataFrame(rows).set_index("exhibit")
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000016
-def status_line(e, scale) -> str:
+def status_line(e, scale, shipped=False) -> str:
     "What an exhibit has at a scale, in a few words."
     if e.unknown:
         return f"cannot be made: {e.unknown}"
     if not e.recipes:
         return "needs no run of its own"
-    s = status(View(e, scale, partial=True))
+    s = status(View(e, scale, partial=True, shipped=shipped))
     here = len(rc.recipes_of(e, scale))
     text = f"{s['done']} of {s['total']} runs"
     if s["failed"]:
@@ -139,8 +165,8 @@ def status_line(e, scale) -> str:
 class Page:
     "What a paper's notebook shows: its exhibits at a scale; `exhibits` are ids with commas between them, or 'all'."
 
-    def __init__(self, paper, scale, exhibits="all", partial=False):
-        self.paper, self.scale, self.partial = paper, scale, partial
+    def __init__(self, paper, scale, exhibits="all", partial=False, shipped=False):
+        self.paper, self.scale, self.partial, self.shipped = paper, scale, partial, shipped
         known = [e.id for e in rc.exhibits(paper) if not e.unknown]
         self.wanted = known if exhibits == "all" else exhibits.split(",")
         self._views = {}
@@ -152,12 +178,12 @@ class Page:
     def view(self, id) -> View:
         "The exhibit's runs, as far as there are any: for verdicts and further tables."
         if id not in self._views:
-            self._views[id] = View(self.exhibit(id), self.scale, partial=True)
+            self._views[id] = View(self.exhibit(id), self.scale, partial=True, shipped=self.shipped)
         return self._views[id]
 
     def show(self, id):
         "The exhibit with its caption, made and saved; with missing runs only if the page may be partial."
-        show(View(self.exhibit(id), self.scale, partial=self.partial), self.wanted)
+        show(View(self.exhibit(id), self.scale, partial=self.partial, shipped=self.shipped), self.wanted)
 
     @property
     def reported(self) -> pd.DataFrame:
@@ -166,7 +192,7 @@ class Page:
 
     def overview(self) -> pd.DataFrame:
         "The status table."
-        return overview(self.paper, self.scale)
+        return overview(self.paper, self.scale, self.shipped)
 
     def deviations(self) -> pd.DataFrame:
         "What this scale changes."
@@ -174,7 +200,7 @@ class Page:
 
     def provenance(self) -> pd.DataFrame:
         "Where the numbers come from."
-        return provenance(self.paper, self.scale)
+        return provenance(self.paper, self.scale, self.shipped)
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000019
@@ -260,12 +286,17 @@ def deviations(paper, scale) -> pd.DataFrame:
 WHERE = ("commit", "dirty", "device", "threads", "python", "torch", "mujoco")
 
 
-def provenance(paper, scale) -> pd.DataFrame:
-    "Where the shown numbers come from: commits, devices, threads, versions, runs and hours."
-    records = [read_json(p) for p in sorted(results_dir(paper).glob(f"{scale}.*.json"))]
-    if not records:
+def provenance(paper, scale, shipped=False) -> pd.DataFrame:
+    "Where the shown numbers come from: whose runs, commits, devices, threads, versions, runs and hours."
+    runs = {}
+    for e in rc.exhibits(paper):
+        if not e.unknown:
+            runs |= {run.record["run_id"]: run for run in View(e, scale, partial=True, shipped=shipped).good}
+    if not runs:
         return pd.DataFrame()
-    rows = [dict({k: r["where"].get(k) for k in WHERE}, status=r["status"], seconds=r["seconds"]) for r in records]
-    d = pd.DataFrame(rows)
-    g = d.groupby([*WHERE, "status"], dropna=False).seconds
+    rows = []
+    for run in runs.values():
+        where = {k: run.record["where"].get(k) for k in WHERE}
+        rows.append(dict(whose=run.whose, **where, seconds=run.record["seconds"]))
+    g = pd.DataFrame(rows).groupby(["whose", *WHERE], dropna=False).seconds
     return g.agg(runs="count", hours=lambda s: round(s.sum() / 3600, 2)).reset_index()

@@ -412,7 +412,7 @@ def progress(view):
     "Score along training: mean and range over seeds; short dotted marks: the published mean of the last 20 %."
     e, found, pub = view.exhibit, curves(view, "score_along"), view.published
     drawn = [dataset for dataset, _ in found]
-    fig, axes = axes_for(found or ["-"], width=3, height=2.6, most=4)
+    fig, axes = axes_for(found or ["-"], height=2.6)
     if not found:
         nothing(axes[0], f"no data set at {view.scale} scale")
     numbers = []
@@ -449,7 +449,7 @@ def language(view):
     "Cross-entropy on held-out text along training, one panel per data set."
     found = curves(view, "lm_loss")
     uniform = [run.record["lm"]["uniform"] for run in view.good if (run.record.get("lm") or {}).get("uniform")]
-    fig, axes = axes_for(found or ["-"], width=3, height=2.6, most=4)
+    fig, axes = axes_for(found or ["-"], height=2.6)
     numbers = []
     for ax, ((dataset, _), d) in zip(axes, found.items()):
         numbers.append(arm_lines(ax, d).assign(dataset=dataset))
@@ -484,7 +484,7 @@ def texts(view):
     panels = {}  # losses are comparable where even guessing costs the same
     for label in in_order(found):
         panels.setdefault(round(found[label]["uniform"], 3), []).append(label)
-    fig, axes = axes_for(panels or ["-"], width=4, height=3)
+    fig, axes = axes_for(panels or ["-"], height=3)
     if not panels:
         nothing(axes[0])
     numbers = []
@@ -553,7 +553,7 @@ def ratio(view):
     df = df[df.metric == "score"]
     df, pub = with_share(df, df.dataset), with_share(view.published, view.published.family)
     names = list(dict.fromkeys(c.rsplit(" ", 1)[0] for c in datasets_of(view.exhibit)))
-    fig, axes = axes_for(names, width=3.4, height=2.8)
+    fig, axes = axes_for(names, height=2.8)
     numbers = []
     for ax, name in zip(axes, names):
         numbers += _ratio_panel(ax, name, df[df.data == name], pub[pub.data == name])
@@ -588,7 +588,7 @@ def domains(view):
     groups = {}
     for dataset in datasets_of(e):
         groups.setdefault(domain(dataset), []).append(dataset)
-    fig, axes = axes_for(groups, width=3.3, height=3)
+    fig, axes = axes_for(groups, height=3)
     numbers = []
     for ax, (name, datasets) in zip(axes, groups.items()):
         scores, both = _domain_scores(w, methods, [c for c in datasets if c in datasets_of(e, view.scale)])
@@ -630,7 +630,7 @@ def targets(view):
     df = df[df.metric.str.startswith("score@")]
     df = df.assign(target=df.metric.str.split("@").str[-1].astype(float))
     datasets = datasets_of(view.exhibit, view.scale)
-    fig, axes = axes_for(datasets or ["-"], width=2.6, height=2.6, most=4)
+    fig, axes = axes_for(datasets or ["-"], height=2.6)
     numbers = []
     for ax, dataset in zip(axes, datasets):
         by_target = df[df.dataset == dataset].groupby(["label", "target"]).value
@@ -744,7 +744,7 @@ def share(view):
     "A waterfall from DT to LaMo: over all data sets, and one panel per data set."
     t = gains(view)
     found = list(t.dataset.unique())
-    fig, axes = axes_for(found or ["-"], width=3, height=3.1, most=4, sharey=True)
+    fig, axes = axes_for(found or ["-"], height=3.1, sharey=True)
     for ax, dataset in zip(axes, found):
         waterfall(ax, t[t.dataset == dataset])
         ax.grid(axis="y", visible=False)

@@ -97,7 +97,7 @@ def process(view):
     df = view.rows[view.rows.metric == "demo_loss"]
     df = df[df.seed == df.seed.min()]
     (family,) = view.families
-    fig, (ax,) = axes_for(view.families, width=4.4, height=3.0)
+    fig, (ax,) = axes_for(view.families, height=3.0)
     for (i, d), color, marker in zip(df.groupby("task_id"), sns.color_palette("colorblind"), "osD^v"):
         ax.plot(d.step, d.value, color=color, marker=marker, ms=4, label=f"{family}-{i:02d}")
     title = df.label.iloc[0] if len(df) else ""
@@ -113,7 +113,7 @@ def process(view):
 def bars(view):
     "Return of each variant: mean over seeds, one dot per seed."
     df, t = view.rows, tidy_table(view)
-    fig, axes = axes_for(view.families, width=5.2, height=0.8 + 0.35 * t.method.nunique())
+    fig, axes = axes_for(view.families, height=0.8 + 0.35 * t.method.nunique())
     for ax, family in zip(axes, view.families):
         d = t[t.family == family].dropna(subset="mean")
         ax.barh(d.method, d["mean"], color=[style(m)["color"] for m in d.method], alpha=0.5)
@@ -154,7 +154,7 @@ def quality(view):
         panels.append(("published (digitised)", "reported", t))
     shown = pd.concat([d[column] for _, column, d in panels])
     norm = plt.Normalize(shown.min(), shown.max())
-    fig, axes = axes_for(panels, width=2.9, height=2.8)
+    fig, axes = axes_for(panels, height=2.8)
     for ax, (name, column, d) in zip(axes, panels):
         heat(ax, d, column, norm)
         ax.set(title=name, xlabel="prompt", ylabel="data" if ax is axes[0] else "")
@@ -180,7 +180,7 @@ COMPARED = ["family", "method", "against", "n", "difference", "lo", "hi", "verdi
 def relative(view, base="DM only"):
     "Paired difference of the return to `base`: mean, its interval, one dot per seed."
     labels = [label for label in view.labels if label != base]
-    fig, axes = axes_for(view.families, width=3.2, height=0.9 + 0.4 * len(labels))
+    fig, axes = axes_for(view.families, height=0.9 + 0.4 * len(labels))
     numbers = []
     for ax, family in zip(axes, view.families):
         found = [d for label in labels if (d := difference(view, label, base, family))]
@@ -286,7 +286,7 @@ def chain(view):
     c = Chain(found[0].record)
     n = len({round(k) for k in np.linspace(0, c.steps, 6)}) + 1
     widths = dict(width_ratios=[1] * n + [2, 2])
-    fig, axes = axes_for(range(n + 2), width=1.25, height=3.3, gridspec_kw=widths)
+    fig, axes = axes_for(range(n + 2), height=3.3, gridspec_kw=widths)
     _chain_prompts(fig, axes, c)
     titles = ("distance to the\nnearest demonstration", "action error\nwith this prompt")
     for ax, y, title in zip(axes[-2:], (c.distance, c.error), titles):
@@ -314,7 +314,7 @@ def tsne(view):
     from sklearn.manifold import TSNE
 
     view.require()
-    fig, axes = axes_for(view.labels, width=3.9, height=3.2)
+    fig, axes = axes_for(view.labels, height=3.2)
     numbers, marks = [], dict(demonstrated="o", written="X")
     for ax, label in zip(axes, view.labels):
         d = pd.DataFrame([p for run in looks(view) if run.label == label for p in prompt_points(run)])
@@ -369,7 +369,7 @@ def diversity(view):
     apart = df[df.metric.isin(list(APART))]
     per_seed = apart.groupby(["task", "label", "metric", "seed"]).value.mean().reset_index()
     far = per_seed.value.max() if len(per_seed) else 1
-    fig, axes = axes_for(view.families, width=4.4, height=1.1 + 0.36 * len(labels))
+    fig, axes = axes_for(view.families, height=1.1 + 0.36 * len(labels))
     for ax, family in zip(axes, view.families):
         _apart_panel(ax, per_seed[per_seed.task == family], labels)
         ax.set(title=family, xlabel="distance (1: std of demonstrated prompts)")

@@ -337,7 +337,7 @@ def success(view):
     "Success rates of the achievements, one row each, one marker per arm; hollow: the benchmark's own runs."
     t, pub = rates(view), published_rates(view.reported)
     names = sorted({*t.name, *pub.name})
-    fig, axes = axes_for(PANELS, width=3.7, height=6.4)
+    fig, axes = axes_for(PANELS, height=6.4)
     for ax, words in zip(axes, PANELS):
         _success_panel(ax, t, pub, [n for n in names if n.split("_")[0] in words])
     legend(fig, axes, 3)
@@ -377,7 +377,7 @@ def along(view):
     df, rep = view.rows, view.reported
     floors = rep[rep.method == "Random"].set_index("exhibit").value
     numbers = []
-    fig, axes = axes_for(ALONG, width=4.6, height=3.4)
+    fig, axes = axes_for(ALONG, height=3.4)
     for ax, (metric, name, floor) in zip(axes, ALONG):
         g = over_seeds(df, metric)
         numbers.append(g)
@@ -516,7 +516,7 @@ def tuned(ax, s):
 def comprehension(view):
     "Comprehension score over environment steps, and the adapter's loss before and after its tuning."
     g, s = over_seeds(view.rows, "comprehension"), tunings(view)
-    fig, (left, right) = axes_for((0, 1), width=4.6, height=3.4)
+    fig, (left, right) = axes_for((0, 1), height=3.4)
     arm_lines(left, g)
     tuned(right, s)
     left.set_ylabel("comprehension score l")

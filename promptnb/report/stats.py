@@ -6,9 +6,41 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 # %% auto #0
-__all__ = ["INTERVALS", "iqm", "interval", "summary", "student", "compare", "bootstrap"]
+__all__ = [
+    "MANY",
+    "LEAST",
+    "ALPHA",
+    "BETTER",
+    "WORSE",
+    "UNRESOLVED",
+    "UNTESTED",
+    "VERDICTS",
+    "student",
+    "iqm",
+    "iqm_interval",
+    "summary",
+    "compare",
+    "p_value",
+    "holm",
+    "verdict",
+    "judged",
+]
+
+
+# %% ../../nbs/11_report.stats.ipynb #st000012
+def student(d, level=0.95) -> tuple:
+    "Student's interval (lo, hi) of the mean of d (seeds,); NaN for one seed."
+    from scipy.special import stdtrit
+
+    d = np.asarray(d, float)
+    n = len(d)
+    if n < 2:
+        return np.nan, np.nan
+    half = stdtrit(n - 1, (1 + level) / 2) * d.std(ddof=1) / n**0.5
+    return d.mean() - half, d.mean() + half
 
 
 # %% ../../nbs/11_report.stats.ipynb #st000006
@@ -22,63 +54,92 @@ def iqm(x, axis=None):
 
 
 # %% ../../nbs/11_report.stats.ipynb #st000008
-def interval(x, stat=iqm, reps=2000, seed=0, level=0.95) -> tuple:
-    "Percentile interval of `stat` over seeds drawn with replacement within each task: x (seeds, tasks)."
+MANY = 10  # seeds from which a bootstrap interval is worth its name
+
+
+def iqm_interval(x, reps=2000, seed=0, level=0.95) -> tuple:
+    "Percentile interval of the IQM of x (seeds, tasks), whole seeds redrawn; NaN below `MANY` seeds."
     x = np.asarray(x, float)
-    rng = np.random.default_rng(seed)
-    draw = rng.integers(len(x), size=(reps, *x.shape))
-    boot = np.take_along_axis(x[None], draw, 1)
+    if len(x) < MANY:
+        return np.nan, np.nan
+    draw = np.random.default_rng(seed).integers(len(x), size=(reps, len(x)))
     tails = [(1 - level) / 2, (1 + level) / 2]
-    return tuple(np.quantile(stat(boot.reshape(reps, -1), axis=1), tails))
+    return tuple(np.quantile(iqm(x[draw].reshape(reps, -1), axis=1), tails))
 
 
 # %% ../../nbs/11_report.stats.ipynb #st000009
 def summary(x) -> dict:
-    "x (seeds, tasks) -> mean and std over seeds of the task mean, IQM and its interval, number of seeds."
+    """x (seeds, tasks) or (seeds,) -> mean, std and Student's interval (lo, hi) over seeds of the task mean, n seeds.
+
+    Also the IQM over seeds and tasks, with its interval from `MANY` seeds."""
     x = np.asarray(x, float)
+    x = x[:, None] if x.ndim == 1 else x
     per_seed = x.mean(1)
-    lo, hi = interval(x)
+    lo, hi = student(per_seed)
     std = per_seed.std(ddof=1) if len(x) > 1 else np.nan
-    return dict(mean=per_seed.mean(), std=std, n=len(x), iqm=iqm(x), lo=lo, hi=hi)
-
-
-# %% ../../nbs/11_report.stats.ipynb #st000012
-def student(d, level=0.95) -> tuple:
-    "Student's interval of the mean of d (seeds); NaN for one seed, which decides nothing."
-    from scipy.special import stdtrit
-
-    n = len(d)
-    if n < 2:
-        return np.nan, np.nan
-    half = stdtrit(n - 1, (1 + level) / 2) * d.std(ddof=1) / n**0.5
-    return d.mean() - half, d.mean() + half
+    iqm_lo, iqm_hi = iqm_interval(x)
+    return dict(mean=per_seed.mean(), std=std, n=len(x), lo=lo, hi=hi, iqm=iqm(x), iqm_lo=iqm_lo, iqm_hi=iqm_hi)
 
 
 # %% ../../nbs/11_report.stats.ipynb #st000013
-INTERVALS = ("bootstrap", "student")
+def compare(a, b) -> dict:
+    """a minus b, both (seeds, tasks) or (seeds,), paired by seed: n, mean difference, its 95 % interval, Student's p.
 
-
-def compare(a, b, interval="bootstrap") -> dict:
-    """Is a above b, both (seeds, tasks) or (seeds,)? Mean paired difference, its 95 % interval, and a verdict.
-
-    The verdict is 'better', 'worse' or 'no clear difference', as the interval leaves out 0 or not."""
-    if interval not in INTERVALS:
-        raise ValueError(f"unknown interval '{interval}': choose one of {', '.join(INTERVALS)}")
+    A seed whose difference is not finite is left out. One seed: the interval and p are NaN."""
     d = np.asarray(a, float) - np.asarray(b, float)
-    d = d[:, None] if d.ndim == 1 else d
-    if interval == "student":
-        lo, hi = student(d.mean(1))
-    else:
-        lo, hi = bootstrap(d) if len(d) > 1 else (np.nan, np.nan)
-    verdict = "no clear difference"
-    if lo > 0:
-        verdict = "better"
-    elif hi < 0:
-        verdict = "worse"
-    return dict(difference=d.mean(), lo=lo, hi=hi, verdict=verdict)
+    d = d.mean(1) if d.ndim == 2 else d
+    d = d[np.isfinite(d)]
+    difference = d.mean() if len(d) else np.nan
+    lo, hi = student(d)
+    return dict(n=len(d), difference=difference, lo=lo, hi=hi, p=p_value(d))
 
 
 # %% ../../nbs/11_report.stats.ipynb #st000014
-def bootstrap(d) -> tuple:
-    "Percentile interval of the mean of d (seeds, tasks), seeds redrawn within each task."
-    return interval(d, stat=np.mean)
+def p_value(d) -> float:
+    "Two-sided p of Student's test that the mean of d (seeds,) is 0; NaN for one seed."
+    from scipy.special import stdtr
+
+    if len(d) < 2:
+        return np.nan
+    mean, std = d.mean(), d.std(ddof=1)
+    if std == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * stdtr(len(d) - 1, -abs(mean) / (std / len(d) ** 0.5)))
+
+
+# %% ../../nbs/11_report.stats.ipynb #st000022
+def holm(p) -> np.ndarray:
+    "p values adjusted for their number by Holm's method; NaN stays NaN and does not count."
+    p = np.asarray(p, float)
+    out, known = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    out[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return out
+
+
+# %% ../../nbs/11_report.stats.ipynb #st000024
+LEAST, ALPHA = 3, 0.05  # seeds and level that a word needs
+BETTER, WORSE, UNRESOLVED, UNTESTED = VERDICTS = ("better", "worse", "not resolved", "not tested")
+
+
+def verdict(n, difference, p) -> str:
+    "The word for a comparison; p is adjusted for the table. 'not resolved' says nothing about equality."
+    if n < 2:
+        return UNTESTED
+    if n < LEAST or not p < ALPHA:
+        return UNRESOLVED
+    return BETTER if difference > 0 else WORSE
+
+
+# %% ../../nbs/11_report.stats.ipynb #st000025
+def judged(rows, columns=()) -> pd.DataFrame:
+    """All comparisons of one table (dicts with what `compare` returns): with Holm's p and a verdict each.
+
+    `columns` are those of the frame without any row."""
+    if not len(rows):
+        return pd.DataFrame(columns=[*columns, "n", "difference", "lo", "hi", "p", "p_holm", "verdict"])
+    t = pd.DataFrame(list(rows))
+    t["p_holm"] = holm(np.where(t.n >= LEAST, t.p, np.nan))
+    t["verdict"] = [verdict(r.n, r.difference, r.p_holm) for r in t.itertuples()]
+    return t

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = [
+    "PALETTE",
     "LOOKS",
     "SAME",
     "DIFFUSER_SWEEP",
     "VARIANT",
+    "COLUMN",
     "SIZES",
     "Look",
     "main_name",
@@ -28,6 +30,7 @@ __all__ = [
     "in_order",
     "axes_for",
     "nothing",
+    "note",
     "wrap",
     "legend",
     "lines",
@@ -42,6 +45,11 @@ class Look(NamedTuple):
     marker: str
     line: str
 
+
+# %% ../../nbs/11b_report.style.ipynb #sy000021
+# seaborn's colour-blind palette; its pink is too near to its mauve and its yellow too pale on white, so both are others
+PALETTE = [*sns.color_palette("colorblind"), (0.1, 0.1, 0.1)]
+PALETTE[6], PALETTE[8] = (0.20, 0.13, 0.53), (0.48, 0.48, 0.0)  # indigo, olive
 
 # %% ../../nbs/11b_report.style.ipynb #sy000007
 LOOKS = {
@@ -203,8 +211,7 @@ def style(label) -> dict:
     if name not in LOOKS and name not in _taken:
         _taken[name] = _MORE[len(_taken) % len(_MORE)]
     look = LOOKS.get(name) or _taken[name]
-    palette = [*sns.color_palette("colorblind"), (0.1, 0.1, 0.1)]
-    return dict(color=palette[look.color], marker=look.marker, linestyle=look.line)
+    return dict(color=PALETTE[look.color], marker=look.marker, linestyle=look.line)
 
 
 # %% ../../nbs/11b_report.style.ipynb #sy000012
@@ -215,16 +222,25 @@ def in_order(labels) -> list:
 
 
 # %% ../../nbs/11b_report.style.ipynb #sy000014
-SIZES = {"axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8}
+COLUMN = 5.5  # inches
+SIZES = {
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "lines.markersize": 4,
+}
 
 
-def axes_for(panels, width=3.6, height=2.9, most=99, **kw):
-    "A figure with one panel each, at most `most` per row: (figure, axes)."
+def axes_for(panels, height=2.2, most=3, width=COLUMN, **kw):
+    "A figure of `width` inches with one panel each, `height` inches tall, at most `most` per row: (figure, axes)."
     n = len(panels)
     rows = -(-n // most)
     columns = -(-n // rows)
     sns.set_theme(style="whitegrid", context="paper", rc=SIZES)
-    size = (width * columns, height * rows)
+    size = (width, height * rows)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, constrained_layout=True, **kw)
     axes = axes.ravel()
     for ax in axes[n:]:
@@ -239,6 +255,12 @@ def nothing(ax, why="no runs yet"):
     ax.set(xticks=[], yticks=[])
 
 
+# %% ../../nbs/11b_report.style.ipynb #sy000022
+def note(fig, text):
+    "A line over the picture that says what it is of: scale, number of seeds, what a band or a bar is."
+    fig.suptitle(textwrap.fill(text, 105), fontsize=7, color="0.25", x=0.01, ha="left")
+
+
 # %% ../../nbs/11b_report.style.ipynb #sy000016
 def wrap(text, width=22) -> str:
     "A label broken into lines of at most `width` characters."
@@ -246,7 +268,7 @@ def wrap(text, width=22) -> str:
 
 
 # %% ../../nbs/11b_report.style.ipynb #sy000017
-def legend(fig, axes, ncols=4, loc="outside lower center"):
+def legend(fig, axes, ncols=3, loc="outside lower center"):
     "One legend for all panels, below them."
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     if found:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pandas as pd
 
-from ..core import figures_dir, write_atomic
-from .stats import compare, summary
-from .view import matrix, seeds_of
+from ..core import write_atomic
+from .stats import UNRESOLVED, UNTESTED, VERDICTS, compare, judged, summary
+from .view import matrix, paired
 
 # %% auto #0
 __all__ = [
@@ -23,12 +24,18 @@ __all__ = [
     "counted",
     "short",
     "tally",
+    "between",
+    "in_words",
     "without_blank",
     "tidy_row",
+    "beside",
     "tidy_table",
+    "entry",
     "printed",
+    "shown",
     "verdicts",
     "say",
+    "basis",
     "save_figure",
     "one_level",
     "latex",
@@ -65,10 +72,27 @@ def tally(states) -> str:
     return ", ".join(f"{bad.count(s)} {s}" for s in dict.fromkeys(bad))
 
 
+# %% ../../nbs/11c_report.tables.ipynb #tb000029
+def between(lo, hi, digits=1) -> str:
+    "'[1.0, 2.0]'; '' without an interval."
+    return "" if pd.isna(lo) else f"[{lo:.{digits}f}, {hi:.{digits}f}]"
+
+
+# %% ../../nbs/11c_report.tables.ipynb #tb000031
+def in_words(v, digits=1) -> str:
+    "A judged comparison as text: 'better, +12.0 [3.0, 21.0], n = 3'; 'not resolved (n = 3, difference 12.0 ± 40.0)'."
+    if v["verdict"] == UNTESTED:
+        return f"{UNTESTED} (n = {v['n']:.0f}, difference {v['difference']:+.{digits}f})"
+    if v["verdict"] == UNRESOLVED:
+        half = (v["hi"] - v["lo"]) / 2
+        return f"{UNRESOLVED} (n = {v['n']:.0f}, difference {v['difference']:+.{digits}f} ± {half:.{digits}f})"
+    return f"{v['verdict']}, {v['difference']:+.{digits}f} {between(v['lo'], v['hi'], digits)}, n = {v['n']:.0f}"
+
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000012
-BESIDE = ["reported", "reported_std", "difference", "source"]
-OURS = ["method", "family", "mean", "std", "n", "iqm", "lo", "hi"]
-TIDY = [*OURS, "reported", "reported_std", "difference", "trainable", "env_steps", "note", "source"]
+BESIDE = ["reported", "reported_std", "difference", "elsewhere", "other_protocol", "source"]
+OURS = ["method", "family", "mean", "std", "n", "lo", "hi", "iqm", "iqm_lo", "iqm_hi"]
+TIDY = [*OURS, *BESIDE[:-1], "trainable", "env_steps", "note", "source"]
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000013
@@ -89,16 +113,24 @@ def tidy_row(view, label, family) -> dict | None:
     if x.size:
         row |= summary(x)
     pub = view.published
-    pub = pub[(pub.method == label) & (pub.family == family)]
-    if len(pub):
-        first = pub.iloc[0]
-        row |= dict(reported=first["value"], reported_std=first["std"], source=first["source"])
-    if x.size and len(pub):
-        row["difference"] = row["mean"] - row["reported"]
+    row |= beside(pub[(pub.method == label) & (pub.family == family)], row.get("mean"))
     tuned = df[(df.label == label) & (df.task == family)]
     if len(tuned):
         row |= dict(trainable=int(tuned.trainable.iloc[0]), env_steps=int(tuned.env_steps.iloc[0]))
     return row
+
+
+# %% ../../nbs/11c_report.tables.ipynb #tb000033
+def beside(pub, mean=None) -> dict:
+    "What was published (the first row of `pub`), and the difference to it where both measure the same thing."
+    if not len(pub):
+        return {}
+    first = pub.iloc[0]
+    known = dict(reported_std=first["std"], source=first["source"])
+    if isinstance(why := first.get("other_protocol"), str) and why:
+        return known | dict(elsewhere=first["value"], other_protocol=why)
+    difference = np.nan if mean is None else mean - first["value"]
+    return known | dict(reported=first["value"], difference=difference)
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000015
@@ -110,62 +142,75 @@ def tidy_table(view) -> pd.DataFrame:
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000016
-def _ours(r) -> str:
-    # our number as the text of a cell
-    parts = [plus_minus(r["mean"], r["std"])]
+def entry(r, digits=1) -> str:
+    "A row of a tidy table as the lines of a printed entry: ours; n and its interval; published."
+    lines = [plus_minus(r["mean"], r["std"], digits)]
     if not pd.isna(r["mean"]):
-        parts.append(f"(n={int(r['n'])}; IQM {r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}])")
-    return " ".join(p for p in (*parts, r.note) if p)
+        lines.append(f"n = {r['n']:.0f} {between(r['lo'], r['hi'], digits)}".strip())
+    lines.append(r.get("note", ""))
+    if not pd.isna(r.get("reported", np.nan)):
+        lines.append(f"published {plus_minus(r['reported'], r['reported_std'], digits)}")
+    if not pd.isna(r.get("elsewhere", np.nan)):
+        lines.append(f"published, other protocol: {plus_minus(r['elsewhere'], r['reported_std'], digits)}")
+    return "\n".join(line for line in lines if line)
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000017
 def printed(t: pd.DataFrame) -> pd.DataFrame:
-    "A tidy table for readers: one line per method, three columns per family; one, where nothing is published."
-    beside = "reported" in t
+    "A tidy table for readers: methods down, families across."
     lines = {}
     for _, r in t.iterrows():
-        line = lines.setdefault(r.method, {})
-        line[r.family, "ours"] = _ours(r)
-        if beside:
-            line[r.family, "reported"] = plus_minus(r.reported, r.reported_std)
-            line[r.family, "difference"] = plus_minus(r.difference, np.nan)
+        lines.setdefault(r.method, {})[r.family] = entry(r)
     out = pd.DataFrame.from_dict(lines, orient="index").fillna("")
-    out.columns = pd.MultiIndex.from_tuples(out.columns) if beside else [family for family, _ in out.columns]
     out.index.name = "method"
     return out
 
 
+# %% ../../nbs/11c_report.tables.ipynb #tb000034
+def shown(p):
+    "A printed table as a notebook displays it: the lines of an entry below each other."
+    return p.style.set_properties(**{"white-space": "pre-line", "text-align": "right", "vertical-align": "top"})
+
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000020
 def verdicts(view, base="Prompt-DT, expert prompt") -> pd.DataFrame:
-    "Each method against `base` on each family: paired difference over seeds and tasks, interval, word."
+    "Each method against `base` on each family: paired difference over seed means, interval, p, Holm's p, word."
     df = view.rows
     rows = []
     for family in view.families:
-        b = matrix(df, base, family)
         for label in dict.fromkeys(df[df.task == family].label):
-            a = matrix(df, label, family)
-            same = a.size and a.shape == b.shape and seeds_of(df, label, family) == seeds_of(df, base, family)
-            if label != base and same:
+            a, b = paired(df, label, base, family)
+            if label != base and a.size and a.shape == b.shape:
                 rows.append(dict(family=family, method=label, against=base, **compare(a, b)))
-    return pd.DataFrame(rows)
+    return judged(rows, ("family", "method", "against"))
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000021
 def say(v: pd.DataFrame, by="family") -> str:
-    "The verdicts as one sentence per family (or another column `by`)."
+    "The verdicts as one sentence per family (or another column `by`), and by how many comparisons they were corrected."
+    if not len(v):
+        return "no runs yet"
     said = []
     for name, g in v.groupby(by, sort=False):
-        words = ("better", "worse", "no clear difference")
-        found = [f"{word}: {', '.join(g[g.verdict == word].method) or 'none'}" for word in words]
+        found = [f"{word}: {', '.join(g[g.verdict == word].method)}" for word in VERDICTS if (g.verdict == word).any()]
         said.append(f"{name}: against '{g.against.iloc[0]}', {'; '.join(found)}.")
-    return "\n".join(said)
+    return "\n".join([*said, basis(v)])
+
+
+# %% ../../nbs/11c_report.tables.ipynb #tb000035
+def basis(v) -> str:
+    "What the words of a table of verdicts rest on."
+    n = sorted(set(v.n.astype(int)))
+    span = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
+    tested = counted(v.p_holm.notna().sum(), "comparison")
+    return f"(n = {span} seeds, paired; Student's test, Holm's correction over {tested})"
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000024
-def save_figure(fig, numbers, paper, scale, name):
-    "Write PDF, PNG and the plotted numbers side by side; returns the PNG's path."
-    folder = figures_dir(paper) / scale
-    for kind, how in (("pdf", dict(metadata=dict(CreationDate=None))), ("png", dict(dpi=150))):
+def save_figure(fig, numbers, folder, name, caption):
+    "Write PDF, PNG, the plotted numbers and the caption side by side; returns the PNG's path."
+    write_atomic(folder / f"{name}.txt", f"{caption}\n".encode())
+    for kind, how in (("pdf", dict(metadata=dict(CreationDate=None))), ("png", dict(dpi=200))):
         made = io.BytesIO()
         fig.savefig(made, format=kind, **how)
         write_atomic(folder / f"{name}.{kind}", made.getvalue())
@@ -187,10 +232,21 @@ def one_level(p) -> pd.DataFrame:
     return flat.reset_index()
 
 
+# %% ../../nbs/11c_report.tables.ipynb #tb000036
+def _latex_entry(x) -> str:
+    # an entry of several lines is a stack
+    text = str(x).replace("±", r"$\pm$")
+    text = re.sub(r"([%_&#])", r"\\\1", text)
+    if "\n" not in text:
+        return text
+    stack = text.replace("\n", r" \\ ")
+    return rf"\shortstack[r]{{{stack}}}"
+
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000026
 def latex(flat, left) -> str:
     "A flat table as a LaTeX tabular whose first `left` columns are aligned left."
-    text = flat.map(lambda x: str(x).replace("±", r"$\pm$").replace("%", r"\%").replace("_", r"\_"))
+    text = flat.map(_latex_entry)
     lines = [" & ".join(row) + r" \\" for row in text.to_numpy()]
     head = " & ".join(text.columns) + r" \\"
     columns = "l" * left + "r" * (flat.shape[1] - left)
@@ -199,11 +255,12 @@ def latex(flat, left) -> str:
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000027
-def save_table(p, t, paper, scale, name, caption, numbers=True):
+def save_table(p, t, folder, name, caption, numbers=True):
     "Write the printed table p as Markdown and LaTeX, the tidy one t as CSV; `numbers`: align what reads as a number."
-    folder, flat = figures_dir(paper) / scale, one_level(p)
+    flat = one_level(p)
     write_atomic(folder / f"{name}.csv", t.round(3).to_csv(index=False).encode())
-    markdown = flat.to_markdown(index=False, disable_numparse=not numbers)
+    lines = flat.map(lambda x: str(x).replace("\n", "<br>"))
+    markdown = lines.to_markdown(index=False, disable_numparse=not numbers)
     write_atomic(folder / f"{name}.md", f"{markdown}\n\n{caption}\n".encode())
     write_atomic(folder / f"{name}.tex", latex(flat, p.index.nlevels).encode())
     return p

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import PromptnbError, Row, data_dir, is_current, read_json, results_dir
+from ..core import PromptnbError, Row, data_dir, figures_dir, is_current, read_json, results_dir
+from . import records
 
 # %% auto #0
 __all__ = [
@@ -23,9 +24,13 @@ __all__ = [
     "facts_of",
     "state_of",
     "found_record",
+    "shipped_state",
     "View",
     "reported",
     "exhibit",
+    "seeds_shown",
+    "lacks",
+    "whose",
     "status",
     "matrix",
     "seeds_of",
@@ -57,6 +62,12 @@ class RunState:
     state: str
     why: str = ""
     record: dict | None = None
+    whose: str = ""  # 'yours' or 'shipped'
+
+    @property
+    def older(self) -> bool:
+        "Was a shown record made by code that has changed since?"
+        return self.whose == "shipped" and self.state == "ok" and not _current(self.record, self.recipe)
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000010
@@ -73,19 +84,32 @@ def state_of(record, recipe, shared=False) -> str:
     "The state of a record (None: there is none); `shared`: of pre-training, which several recipes may have asked for."
     if record is None:
         return "missing"
+    return record["status"] if _current(record, recipe, shared) else "stale"
+
+
+def _current(record, recipe, shared=False) -> bool:
+    # made by today's recipe, facts and code?
     digest = record["recipe_digest"] if shared and record["status"] == "ok" else rc.digest(recipe)
-    facts = "" if recipe.online else facts_of(recipe.family)
-    return record["status"] if is_current(record, digest, facts) else "stale"
+    return is_current(record, digest, "" if recipe.online else facts_of(recipe.family))
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000012
 def found_record(path):
-    "The record at a path, else the one of the failed run beside it, else None."
+    "Your record at a path, else the one of the failed run beside it, else None."
     failed = path.with_name(path.name.replace(".json", ".failed.json"))
     for p in (path, failed):
         if p.exists():
             return read_json(p)
     return None
+
+
+# %% ../../nbs/11a_report.view.ipynb #vw000025
+def shipped_state(record, recipe, shared=False) -> str:
+    "The state of a shipped record: its recipe must be today's, its code need not."
+    if record is None:
+        return "missing"
+    same = shared or record["recipe_digest"] == rc.digest(recipe)
+    return record["status"] if same else "stale"
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000014
@@ -100,6 +124,13 @@ class View:
     scale: str
     seeds: tuple | None = None
     partial: bool = False
+    shipped: bool = False
+
+    @property
+    def folder(self):
+        "Where the exhibit's files go."
+        paper = self.exhibit.paper
+        return (figures_dir(paper) if self.shipped else figures_dir("yours") / paper) / self.scale
 
     @property
     def families(self):
@@ -113,19 +144,31 @@ class View:
         out = []
         for full in rc.recipes_of(e, self.scale):
             r = rc.resolve(full, self.scale)
-            shared = e.kind == "pretraining"
             for seed in r.seeds if self.seeds is None else self.seeds:
-                path = (policy_file if shared else recipe_file)(r, self.scale, seed)
-                record = found_record(path)
-                why = record["why"] if record else ""
-                label = e.labels.get(r.id, r.method)
-                out.append(RunState(label, r, seed, state_of(record, r, shared), why, record))
+                out.append(self.run(r, e.labels.get(r.id, r.method), seed))
         return out
+
+    def run(self, r, label, seed) -> RunState:
+        "What became of one run: yours if there is one that can be shown, else the shipped one."
+        shared = self.exhibit.kind == "pretraining"
+        path = (policy_file if shared else recipe_file)(r, self.scale, seed)
+        found = []
+        if not self.shipped and (own := found_record(path)):
+            found.append(RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours"))
+        if theirs := records.shipped(r.paper, self.scale).get(path.name):
+            found.append(RunState(label, r, seed, shipped_state(theirs, r, shared), theirs["why"], theirs, "shipped"))
+        found.append(RunState(label, r, seed, "missing"))
+        return next((run for run in found if run.state in ("ok", "diverged")), found[0])
 
     @property
     def good(self) -> list:
         "The runs that ended well."
         return [run for run in self.runs if run.state == "ok"]
+
+    @property
+    def lacking(self) -> list:
+        "The runs that are missing, stale or failed."
+        return [run for run in self.runs if run.state in ("missing", "stale", "failed")]
 
     @functools.cached_property
     def labels(self) -> list:
@@ -141,7 +184,7 @@ class View:
 
     def require(self):
         "Refuse missing, stale and failed runs in one line, unless the view is `partial`."
-        lack = [run for run in self.runs if run.state in ("missing", "stale", "failed")]
+        lack = self.lacking
         if not lack or self.partial:
             return
         e, first = self.exhibit, lack[0]
@@ -174,6 +217,37 @@ def exhibit(paper, id) -> rc.Exhibit:
     from promptnb.core import check_choice
 
     return rc.EXHIBITS[paper, check_choice(id, [e.id for e in rc.exhibits(paper)], "exhibit")]
+
+
+# %% ../../nbs/11a_report.view.ipynb #vw000027
+def seeds_shown(view) -> str:
+    "'n = 3 seeds', 'n = 1 to 3 seeds': how many seeds the rows of an exhibit have."
+    seeds = {}
+    for run in view.good:
+        seeds.setdefault((run.label, run.recipe.id), set()).add(run.seed)
+    counts = sorted({len(found) for found in seeds.values()})
+    if not counts:
+        return "no runs yet"
+    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"n = {span} seed{'' if counts == [1] else 's'}"
+
+
+# %% ../../nbs/11a_report.view.ipynb #vw000028
+def lacks(view) -> str:
+    "'PARTIAL: 5 of 9 runs' where runs are missing, stale or failed; else ''."
+    return f"PARTIAL: {len(view.good)} of {len(view.runs)} runs" if view.lacking else ""
+
+
+# %% ../../nbs/11a_report.view.ipynb #vw000029
+def whose(view) -> str:
+    "Whose runs are shown, and whether code has changed since they were made."
+    counts = {who: sum(run.whose == who for run in view.good) for who in ("yours", "shipped")}
+    older = sum(run.older for run in view.good)
+    if not counts["shipped"]:
+        return ""
+    runs = "All runs are" if not counts["yours"] else f"{counts['yours']} runs are yours, {counts['shipped']}"
+    said = f"{runs} shipped with the workbook"
+    return said + (f"; {older} of them made before a change of the code." if older else ".")
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000019
