@@ -14,7 +14,7 @@ from ..core import PromptnbError
 from . import cmt, lamo, prompts, rladapter
 from .style import note
 from .tables import save_figure, save_table, shown
-from .view import View, exhibit, lacks, reported, seeds_shown, status, whose
+from .view import View, exhibit, lacks, makers, reported, seeds_shown, status
 
 _all_ = ["exhibit", "reported"]  # a paper's page needs no other import
 
@@ -66,7 +66,7 @@ def caption(view, numbers=None) -> str:
     page = page_of(e)
     size = "; ".join(part for part in (f"{view.scale} scale", seeds_shown(view), lacks(view)) if part)
     parts = [f"{e.title}.", f"{size}.".capitalize(), e.protocol, of_kind(e, "READ"), page.left_out(view, numbers)]
-    parts += [other_protocols(numbers), whose(view)]
+    parts += [other_protocols(numbers), makers(view)]
     return " ".join(p.strip() for p in parts if p.strip())
 
 
@@ -135,23 +135,23 @@ def show(view, wanted=None):
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000015
-def overview(paper, scale, shipped=False) -> pd.DataFrame:
+def overview(paper, scale, whose="any") -> pd.DataFrame:
     "The status table of a paper: exhibit, title, claim, our status."
     rows = [
-        dict(exhibit=e.id, title=e.title, claim=e.claim, status=status_line(e, scale, shipped))
+        dict(exhibit=e.id, title=e.title, claim=e.claim, status=status_line(e, scale, whose))
         for e in rc.exhibits(paper)
     ]
     return pd.DataFrame(rows).set_index("exhibit")
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000016
-def status_line(e, scale, shipped=False) -> str:
+def status_line(e, scale, whose="any") -> str:
     "What an exhibit has at a scale, in a few words."
     if e.unknown:
         return f"cannot be made: {e.unknown}"
     if not e.recipes:
         return "needs no run of its own"
-    s = status(View(e, scale, partial=True, shipped=shipped))
+    s = status(View(e, scale, partial=True, whose=whose))
     here = len(rc.recipes_of(e, scale))
     text = f"{s['done']} of {s['total']} runs"
     if s["failed"]:
@@ -166,7 +166,8 @@ class Page:
     "What a paper's notebook shows: its exhibits at a scale; `exhibits` are ids with commas between them, or 'all'."
 
     def __init__(self, paper, scale, exhibits="all", partial=False, shipped=False):
-        self.paper, self.scale, self.partial, self.shipped = paper, scale, partial, shipped
+        self.paper, self.scale, self.partial = paper, scale, partial
+        self.whose = "shipped" if shipped else "any"
         known = [e.id for e in rc.exhibits(paper) if not e.unknown]
         self.wanted = known if exhibits == "all" else exhibits.split(",")
         self._views = {}
@@ -178,12 +179,12 @@ class Page:
     def view(self, id) -> View:
         "The exhibit's runs, as far as there are any: for verdicts and further tables."
         if id not in self._views:
-            self._views[id] = View(self.exhibit(id), self.scale, partial=True, shipped=self.shipped)
+            self._views[id] = View(self.exhibit(id), self.scale, partial=True, whose=self.whose)
         return self._views[id]
 
     def show(self, id):
         "The exhibit with its caption, made and saved; with missing runs only if the page may be partial."
-        show(View(self.exhibit(id), self.scale, partial=self.partial, shipped=self.shipped), self.wanted)
+        show(View(self.exhibit(id), self.scale, partial=self.partial, whose=self.whose), self.wanted)
 
     @property
     def reported(self) -> pd.DataFrame:
@@ -192,7 +193,7 @@ class Page:
 
     def overview(self) -> pd.DataFrame:
         "The status table."
-        return overview(self.paper, self.scale, self.shipped)
+        return overview(self.paper, self.scale, self.whose)
 
     def deviations(self) -> pd.DataFrame:
         "What this scale changes."
@@ -200,7 +201,7 @@ class Page:
 
     def provenance(self) -> pd.DataFrame:
         "Where the numbers come from."
-        return provenance(self.paper, self.scale, self.shipped)
+        return provenance(self.paper, self.scale, self.whose)
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000019
@@ -286,12 +287,12 @@ def deviations(paper, scale) -> pd.DataFrame:
 WHERE = ("commit", "dirty", "device", "threads", "python", "torch", "mujoco")
 
 
-def provenance(paper, scale, shipped=False) -> pd.DataFrame:
+def provenance(paper, scale, whose="any") -> pd.DataFrame:
     "Where the shown numbers come from: whose runs, commits, devices, threads, versions, runs and hours."
     runs = {}
     for e in rc.exhibits(paper):
         if not e.unknown:
-            runs |= {run.record["run_id"]: run for run in View(e, scale, partial=True, shipped=shipped).good}
+            runs |= {run.record["run_id"]: run for run in View(e, scale, partial=True, whose=whose).good}
     if not runs:
         return pd.DataFrame()
     rows = []

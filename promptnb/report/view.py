@@ -30,7 +30,7 @@ __all__ = [
     "exhibit",
     "seeds_shown",
     "lacks",
-    "whose",
+    "makers",
     "status",
     "matrix",
     "seeds_of",
@@ -124,13 +124,13 @@ class View:
     scale: str
     seeds: tuple | None = None
     partial: bool = False
-    shipped: bool = False
+    whose: str = "any"  # or 'yours', 'shipped'
 
     @property
     def folder(self):
         "Where the exhibit's files go."
         paper = self.exhibit.paper
-        return (figures_dir(paper) if self.shipped else figures_dir("yours") / paper) / self.scale
+        return (figures_dir(paper) if self.whose == "shipped" else figures_dir("yours") / paper) / self.scale
 
     @property
     def families(self):
@@ -149,13 +149,15 @@ class View:
         return out
 
     def run(self, r, label, seed) -> RunState:
-        "What became of one run: yours if there is one that can be shown, else the shipped one."
+        "What became of one run: yours if it can be shown, else the shipped one."
         shared = self.exhibit.kind == "pretraining"
         path = (policy_file if shared else recipe_file)(r, self.scale, seed)
         found = []
-        if not self.shipped and (own := found_record(path)):
+        own = None if self.whose == "shipped" else found_record(path)
+        theirs = None if self.whose == "yours" else records.shipped(r.paper, self.scale).get(path.name)
+        if own:
             found.append(RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours"))
-        if theirs := records.shipped(r.paper, self.scale).get(path.name):
+        if theirs:
             found.append(RunState(label, r, seed, shipped_state(theirs, r, shared), theirs["why"], theirs, "shipped"))
         found.append(RunState(label, r, seed, "missing"))
         return next((run for run in found if run.state in ("ok", "diverged")), found[0])
@@ -239,7 +241,7 @@ def lacks(view) -> str:
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000029
-def whose(view) -> str:
+def makers(view) -> str:
     "Whose runs are shown, and whether code has changed since they were made."
     counts = {who: sum(run.whose == who for run in view.good) for who in ("yours", "shipped")}
     older = sum(run.older for run in view.good)
