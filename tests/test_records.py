@@ -1,0 +1,240 @@
+"Shipped records: what goes in comes out, a damaged file is refused, yours come first, and verify says what agrees."
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from homes import FAMILY, METHODS, PAPER, fabricate
+
+from promptnb import cli as command
+from promptnb.core import PromptnbError, read_json, results_dir, write_json
+from promptnb.recipes import EXHIBITS
+from promptnb.report import records, verify
+from promptnb.report.view import View, lacks, makers, seeds_shown
+
+SCALE, SEEDS = "laptop", (0, 1, 2)
+TABLE1 = EXHIBITS[PAPER, "table1"]
+
+
+@pytest.fixture
+def packed(tmp_home):
+    "A workbook with shipped records of table1 and none of its own: its home."
+    fabricate(tmp_home, TABLE1, SCALE, SEEDS)
+    records.pack(PAPER, SCALE)
+    shutil.move(results_dir(PAPER), tmp_home / "own")
+    return tmp_home
+
+
+def own_again(home, change=lambda record: None):
+    "Put the records back as the user's own, each changed by `change`."
+    results_dir(PAPER).mkdir(parents=True)
+    for path in (home / "own").glob("*.json"):
+        record = read_json(path)
+        change(record)
+        write_json(results_dir(PAPER) / path.name, record)
+
+
+def shifted(by):
+    "Adds to every return a number that depends on the seed."
+
+    def change(record):
+        for row in record["rows"]:
+            row["value"] += by[row["seed"]]
+
+    return change
+
+
+# ---- files
+
+
+def test_every_field_of_every_record_comes_back(packed):
+    there = records.shipped(PAPER, SCALE)
+    made = {p.name: json.loads(p.read_text()) for p in (packed / "own").glob("*.json")}
+    assert len(made) == len(there) > 50 and there == made
+
+
+def test_packing_twice_gives_the_same_bytes(packed):
+    own_again(packed)
+    first = records.shipped_file(PAPER, SCALE).read_bytes()
+    assert records.pack(PAPER, SCALE).read_bytes() == first
+
+
+def test_packing_adds_to_what_is_shipped(packed):
+    before = records.shipped(PAPER, SCALE)
+    name, record = next(iter(before.items()))
+    write_json(results_dir(PAPER) / name, dict(record, seconds=12345))
+    records.pack(PAPER, SCALE)
+    after = records.shipped(PAPER, SCALE)
+    assert after[name]["seconds"] == 12345 and set(after) == set(before)
+
+
+def test_failed_runs_are_not_packed(packed):
+    own_again(packed)
+    name, record = next(iter(records.shipped(PAPER, SCALE).items()))
+    write_json(results_dir(PAPER) / name.replace(".json", ".failed.json"), dict(record, status="failed"))
+    records.pack(PAPER, SCALE)
+    assert {r["status"] for r in records.shipped(PAPER, SCALE).values()} == {"ok"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "of another paper", "no manifest"])
+def test_a_file_that_is_not_the_manifest_s_is_refused(packed, damage, capsys):
+    path = records.shipped_file(PAPER, SCALE)
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(data[:-9])
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    if damage == "of another paper":
+        path.write_bytes(records.packed({}))
+    if damage == "no manifest":
+        write_json(path.with_name("manifest.json"), {})
+    assert command.main(["status", PAPER, "--scale", SCALE]) == 2
+    err = capsys.readouterr().err
+    assert path.name in err and "manifest" in err and err.count("\n") == 1
+
+
+def test_a_file_that_is_too_large_is_refused(packed, monkeypatch):
+    own_again(packed)
+    monkeypatch.setattr(records, "LIMIT", 1000)
+    before = records.shipped_file(PAPER, SCALE).read_bytes()
+    with pytest.raises(PromptnbError, match="more than"):
+        records.pack(PAPER, SCALE)
+    assert records.shipped_file(PAPER, SCALE).read_bytes() == before
+
+
+def test_nothing_to_pack_is_one_line(tmp_home, capsys):
+    assert command.main(["records", "pack", PAPER]) == 2
+    assert f"promptnb run {PAPER}" in capsys.readouterr().err
+
+
+# ---- views
+
+
+def test_shipped_records_stand_in(packed):
+    view = View(TABLE1, SCALE)
+    view.require()
+    assert {run.whose for run in view.good} == {"shipped"}
+    assert seeds_shown(view) == "n = 3 seeds" and makers(view).startswith("All runs are shipped with the workbook")
+
+
+def test_yours_come_first(packed):
+    own_again(packed, shifted([1000, 1000, 1000]))
+    assert {run.whose for run in View(TABLE1, SCALE).good} == {"yours"}
+    assert makers(View(TABLE1, SCALE)) == ""
+    difference = View(TABLE1, SCALE).rows.value.mean() - View(TABLE1, SCALE, whose="shipped").rows.value.mean()
+    assert difference == pytest.approx(1000)
+
+
+def test_a_stale_record_of_yours_gives_way_to_a_shipped_one(packed):
+    own_again(packed, lambda record: record.update(recipe_digest="0123456789"))
+    assert {run.whose for run in View(TABLE1, SCALE).good} == {"shipped"}
+    assert {run.state for run in View(TABLE1, SCALE, whose="yours").runs} == {"stale"}
+
+
+def test_shipped_records_of_older_code_are_shown_and_said(tmp_home):
+    fabricate(tmp_home, TABLE1, SCALE, SEEDS)
+    names = [p.name for p in results_dir(PAPER).iterdir()]
+    old = {n: dict(read_json(results_dir(PAPER) / n), code=dict(modules=["core"], fingerprint="old")) for n in names}
+    records.write(PAPER, SCALE, old)
+    shutil.rmtree(results_dir(PAPER))
+    view = View(TABLE1, SCALE)
+    assert not view.lacking
+    assert makers(view).endswith(f"{len(view.runs)} of them made before a change of the code.")
+
+
+def test_shipped_records_of_another_recipe_are_stale(tmp_home):
+    fabricate(tmp_home, TABLE1, SCALE, SEEDS)
+    names = [p.name for p in results_dir(PAPER).iterdir()]
+    other = {n: dict(read_json(results_dir(PAPER) / n), recipe_digest="0123456789") for n in names}
+    records.write(PAPER, SCALE, other)
+    shutil.rmtree(results_dir(PAPER))
+    assert {run.state for run in View(TABLE1, SCALE).runs} == {"stale"}
+
+
+def test_a_partial_view_says_so(packed):
+    shutil.rmtree(packed / "data" / "records")
+    own_again(packed)
+    first = next(results_dir(PAPER).glob(f"{SCALE}.{FAMILY}.*.json"))
+    first.unlink()
+    view = View(TABLE1, SCALE, partial=True)
+    assert lacks(view) == f"PARTIAL: {len(view.runs) - 1} of {len(view.runs)} runs"
+    assert seeds_shown(view) == "n = 2 to 3 seeds"
+
+
+def test_yours_and_shipped_are_drawn_into_different_folders(tmp_home):
+    assert View(TABLE1, SCALE).folder == tmp_home / "figures" / "yours" / PAPER / SCALE
+    assert View(TABLE1, SCALE, whose="shipped").folder == tmp_home / "figures" / PAPER / SCALE
+
+
+def test_status_counts_yours_and_shipped(packed, capsys):
+    command.main(["status", PAPER, "--scale", SCALE])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("table1 "))
+    n = len(View(TABLE1, SCALE).runs)
+    assert f"0/{n} runs, {n} shipped" in line
+
+
+# ---- verify
+
+
+def verified(*more):
+    "The exit status of `promptnb verify` on table1, and its table."
+    status = command.main(["verify", PAPER, "--exhibit", "table1", *more])
+    return status, verify.verified([TABLE1], SCALE)
+
+
+def test_equal_runs_are_equal(packed, capsys):
+    own_again(packed)
+    status, t = verified()
+    assert status == 0 and set(t.agrees) == {verify.EQUAL}
+    assert len(t) == len(METHODS) * len(TABLE1.families)
+    assert f"equal: {len(t)}" in capsys.readouterr().out
+
+
+def test_runs_that_differ_as_seeds_do_agree(packed):
+    own_again(packed, shifted([20, -30, 10]))
+    status, t = verified()
+    assert status == 0 and set(t.agrees) == {verify.AGREES}
+
+
+def test_runs_that_lie_elsewhere_do_not_agree(packed):
+    own_again(packed, shifted([500.0, 500.1, 500.2]))
+    status, t = verified()
+    assert status == 1 and set(t.agrees) == {verify.DIFFERS}
+
+
+def test_one_row_that_does_not_agree_is_enough(packed):
+    def change(record):
+        row = record["rows"][0]
+        if (row["method"], row["task"]) == ("LoRA", FAMILY):
+            shifted([500.0, 500.001, 500.002])(record)
+
+    own_again(packed, change)
+    status, t = verified()
+    (row,) = t[t.agrees != verify.EQUAL].itertuples()
+    assert status == 1 and (row.where, row.method, row.agrees) == (FAMILY, "LoRA", verify.DIFFERS)
+
+
+def test_two_seeds_are_too_few(packed):
+    own_again(packed, shifted([5, 6, 7]))
+    for path in results_dir(PAPER).glob("*.s2.json"):
+        path.unlink()
+    status, t = verified()
+    assert status == 1 and set(t.agrees) == {verify.FEW} and set(t.n) == {2}
+
+
+@pytest.mark.parametrize("lacks", ["yours", "shipped"])
+def test_nothing_to_compare_is_one_line(packed, lacks, capsys):
+    if lacks == "shipped":
+        own_again(packed)
+        shutil.rmtree(packed / "data" / "records")
+    assert command.main(["verify", PAPER]) == 2
+    assert "nothing to compare at laptop scale" in capsys.readouterr().err
+
+
+def test_the_headline_is_the_score_else_the_return_at_the_end():
+    rows = [dict(metric=m, step=s, value=v) for m, s, v in (("return", 0, 1.0), ("return", 5, 2.0), ("return", 5, 4.0))]
+    assert verify.headline(dict(rows=rows)) == 3
+    assert verify.headline(dict(rows=[*rows, dict(metric="score", step=1, value=7.0)])) == 7
+    assert np.isnan(verify.headline(dict(rows=[])))
