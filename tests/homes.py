@@ -61,7 +61,7 @@ def drawn_home():
     home = new_home(finished_home().parent / "drawn", "data/results")
     asked = [x for e in DRAWN for x in ("--exhibit", e)]
     p = went(cli(home, "render", PAPER, *SMOKE, "--partial", *asked))
-    return home / "figures" / PAPER / "smoke", p.stdout
+    return home / "figures" / "yours" / PAPER / "smoke", p.stdout
 
 
 def paths(home):
