@@ -11,33 +11,42 @@ import seaborn as sns
 
 from .. import recipes as rc
 from ..core import read_json, results_dir
-from .stats import compare, summary
+from .stats import BETTER, UNRESOLVED, UNTESTED, WORSE, compare, judged, summary
 from .style import axes_for, in_order, legend, nothing, style
-from .tables import counted, plus_minus, short, tally
+from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
+from .tables import in_words as gain_in_words
 from .tables import say as say_verdicts
+from .view import View, exhibit
 
 # %% auto #0
 __all__ = [
+    "EVERY",
     "MAIN",
     "COLUMNS",
     "ELSEWHERE",
     "OTHERWISE",
+    "MEAN",
+    "PRINTED",
     "COUNTED",
     "TRUNKS",
     "DOMAINS",
     "RUNGS",
     "LADDER",
     "WHOLE",
-    "EVERY",
+    "LADDER_MEAN",
     "GAINS",
     "VERDICT",
     "QUESTIONS",
+    "ANSWERS",
+    "KEEPS",
     "DRAW",
     "READ",
     "label_of",
     "labels_of",
     "datasets_of",
     "named",
+    "kind_of_data",
+    "kinds",
     "lacking",
     "parts_left_out",
     "frame",
@@ -71,7 +80,9 @@ __all__ = [
     "targets",
     "rungs",
     "climb",
+    "whole_gain",
     "gains",
+    "shares",
     "say_share",
     "waterfall",
     "share",
@@ -80,6 +91,7 @@ __all__ = [
     "say",
     "where_compared",
     "answer",
+    "answers",
     "pretraining_verdict",
     "language_verdict",
     "left_out",
@@ -112,6 +124,28 @@ def named(datasets) -> str:
         name, _, share = dataset.rpartition(" ")
         shares.setdefault(name or share, []).append(share if name else "")
     return "; ".join(f"{name} {', '.join(found)}".strip() for name, found in shares.items())
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000021
+EVERY = "all datasets"
+
+
+def kind_of_data(dataset) -> str:
+    "'all data' or 'little data' of a data set that names its share, else ''."
+    share = dataset.split()[-1]
+    if not share.endswith("%"):
+        return ""
+    return "all data" if share == "100%" else "little data"
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000022
+def kinds(datasets, name=EVERY) -> dict:
+    "{name of a group of data sets: those of one kind}, of the kinds with more than one; `name` begins each."
+    found = {}
+    for dataset in datasets:
+        found.setdefault(kind_of_data(dataset), []).append(dataset)
+    several = {kind: own for kind, own in found.items() if len(own) > 1}
+    return {name if len(found) == 1 else f"{name}, {kind}": own for kind, own in several.items()}
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #3d32eb97
@@ -169,24 +203,8 @@ def grid_of(w, label, metric="score") -> pd.DataFrame:
 # %% ../../nbs/11e_report.lamo.ipynb #f660cb55
 MAIN = ("table1", "table2", "table3", "table15", "table16")
 COLUMNS = [
-    "dataset",
-    "method",
-    "mean",
-    "std",
-    "n",
-    "iqm",
-    "lo",
-    "hi",
-    "best",
-    "own",
-    "worst",
-    "reported",
-    "reported_std",
-    "difference",
-    "trainable",
-    "total",
-    "note",
-    "source",
+    *("dataset", "method", "mean", "std", "n", "lo", "hi", "iqm", "iqm_lo", "iqm_hi", "best", "own", "worst"),
+    *(*BESIDE[:-1], "trainable", "total", "note", "source"),
 ]
 ELSEWHERE = "not at this scale"
 
@@ -199,14 +217,14 @@ def metric_of(e) -> str:
 
 # %% ../../nbs/11e_report.lamo.ipynb #a98a09e7
 def published(rep, e, method, dataset):
-    "The published row of a method on a data set; None where there is none."
+    "The published row of a method on a data set, as a frame of one row; empty where there is none."
     d = rep[(rep.method == method) & (rep.family == dataset)]
     others = () if e.reported == e.id else MAIN
     for table in (e.reported, *others):
         found = d[d.exhibit == table]
         if len(found):
-            return found.iloc[0]
-    return None
+            return found[:1]
+    return d[:0]
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #8114eade
@@ -216,6 +234,7 @@ OTHERWISE = dict(best="score_best", own="own_score", worst="score_worst_target")
 
 def ours(d, metric) -> dict:
     "Values d (seeds) of one method and data set, summarised: the metric, and the other ways to score the same runs."
+    d = d.dropna(subset=metric) if metric in d else d[:0]
     if not len(d):
         return {}
     other = {column: d[m].mean() if m in d else np.nan for column, m in OTHERWISE.items()}
@@ -229,8 +248,7 @@ def row_of(w, e, dataset, label, here, pub) -> dict:
     row = dict(dataset=dataset, method=label, note=note)
     level = w.index.get_level_values
     row |= ours(w[(level("label") == label) & (level("dataset") == dataset)], metric_of(e))
-    if pub is not None:
-        row |= dict(reported=pub["value"], reported_std=pub["std"], source=pub["source"])
+    row |= beside(pub, row.get("mean"))
     counts = [run.record["counts"] for run in here if run.state == "ok"]
     return row | ({k: counts[0][k] for k in ("trainable", "total")} if counts else {})
 
@@ -243,19 +261,38 @@ def shared(has, datasets):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #69e8865f
-def averages(w, t, metric) -> pd.DataFrame:
-    "Rows of means over the data sets that the methods share."
-    has = {m: list(grid_of(w, m, metric)) for m in t.method.unique()}
-    methods, datasets = shared(has, list(t.dataset.unique()))
+def shared(has, datasets):
+    "has {method: its data sets} -> (methods with at least half of them, the data sets that all of these have)."
+    methods = [m for m, own in has.items() if own and 2 * len(own) >= len(datasets)]
+    return methods, [c for c in datasets if methods and all(c in has[m] for m in methods)]
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000025
+MEAN = "mean"  # how the name of a row over several data sets begins
+
+
+def averages(w, t, metric) -> list:
+    "Rows of means over the data sets of one kind that the methods share."
+    grids = {m: grid_of(w, m, metric) for m in t.method.unique()}
     rows = []
-    for m in methods if len(datasets) > 1 else ():
-        x = grid_of(w, m, metric)[datasets].dropna()
-        d = t[(t.method == m) & t.dataset.isin(datasets)]
-        if len(x):
-            row = dict(dataset=f"mean of {len(datasets)} datasets", method=m, note="", source=f"over {named(datasets)}")
-            row |= summary(x) | dict(d[["best", "own", "worst"]].mean())
-            rows.append(row | dict(reported=d.reported.mean(skipna=False)))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    for name, group in kinds(t.dataset.unique(), MEAN).items():
+        methods, datasets = shared({m: [c for c in grid if c in group] for m, grid in grids.items()}, group)
+        for m in methods if len(datasets) > 1 else ():
+            x = grids[m][datasets].dropna()
+            d = t[(t.method == m) & t.dataset.isin(datasets)]
+            if len(x):
+                what = name.replace(MEAN, f"{MEAN} of {len(datasets)} datasets", 1)
+                row = dict(dataset=what, method=m, note="", source=f"over {named(datasets)}")
+                rows.append(row | summary(x) | dict(d[["best", "own", "worst"]].mean()) | _mean_beside(d))
+    return rows
+
+
+def _mean_beside(d) -> dict:
+    # the mean of the published values, where all data sets have one
+    if d.elsewhere.notna().all():
+        return dict(elsewhere=d.elsewhere.mean(), other_protocol=d.other_protocol.iloc[0])
+    mean = d["mean"].mean() - d.reported.mean()
+    return dict(reported=d.reported.mean(), difference=mean) if d.reported.notna().all() else {}
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #07a8b4fe
@@ -274,42 +311,33 @@ def tidy(view) -> pd.DataFrame:
             pub = published(rep, e, label, dataset)
             rows.append(row_of(w, e, dataset, label, here.get((dataset, label), []), pub))
     t = pd.DataFrame(rows, columns=COLUMNS)
-    mean = averages(w, t, metric_of(e))
-    if len(mean):
-        t = pd.concat([t.astype(object), mean.astype(object)], ignore_index=True).infer_objects()
-    t = t.assign(difference=t["mean"].astype(float) - t.reported.astype(float))
-    return t.drop(columns=["reported", "reported_std", "difference"]) if rep.empty else t
+    t = pd.DataFrame([*rows, *averages(w, t, metric_of(e))], columns=COLUMNS)
+    return without_blank(t, rep)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #77a63938
-def _our_words(r) -> str:
-    # our number, with n where not all seeds are there
-    if pd.isna(r["mean"]):
-        return "-" if r.note == ELSEWHERE else r.note
-    lacks = [f"n={r.n:.0f}"] if r.note or pd.isna(r["std"]) else []
-    if r.note:
-        lacks.append(r.note)
-    return plus_minus(r["mean"], r["std"]) + (f" ({', '.join(lacks)})" if lacks else "")
+PRINTED = ("ours", "n", "95 % interval", "published")
 
 
-# %% ../../nbs/11e_report.lamo.ipynb #lm000002
 def in_words(r) -> dict:
-    "A row of the tidy table as three lines of text."
-    interval = "" if pd.isna(r["mean"]) or r.n < 2 else f"{r.iqm:.1f} [{r.lo:.1f}, {r.hi:.1f}]"
-    pub = plus_minus(r.get("reported"), r.get("reported_std"))
-    return {"ours": _our_words(r), "IQM [95 %]": interval, "published": pub}
+    "A row of the tidy table as the texts of a printed row: ours, n and the interval, published."
+    pub = plus_minus(r.get("reported"), r.get("reported_std")) or plus_minus(r.get("elsewhere"), r.get("reported_std"))
+    if pd.isna(r["mean"]):
+        return dict(zip(PRINTED, ("-" if r.note == ELSEWHERE else r.note, "", "", pub)))
+    lacks = f" ({r.note})" if r.note else ""
+    return dict(zip(PRINTED, (plus_minus(r["mean"], r["std"]) + lacks, f"{r.n:.0f}", between(r.lo, r.hi), pub)))
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #97906c38
 def printed(t) -> pd.DataFrame:
-    "For readers: data sets down, methods across; a line that is empty for all methods is left out."
-    lines = {(dataset, line): {} for dataset in t.dataset for line in ("ours", "IQM [95 %]", "published")}
-    for _, r in t.iterrows():
-        for line, text in in_words(r).items():
-            lines[r.dataset, line][r.method] = text
-    out = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=t.method.unique()).fillna("")
-    out.index = pd.MultiIndex.from_tuples(out.index, names=["dataset", ""])
-    return out[(out != "").any(axis=1) | (out.index.get_level_values(1) == "ours")]
+    "For readers: data sets and their methods down; a method with neither ours nor a published value is left out."
+    lines = {(r["dataset"], r["method"]): in_words(r) for _, r in t.iterrows()}
+    out = pd.DataFrame.from_dict(lines, orient="index", columns=PRINTED)
+    out.index = pd.MultiIndex.from_tuples(out.index, names=["dataset", "method"])
+    out = out[(out.ours != "-") | (out.published != "")]
+    out = out.loc[:, (out != "").any() | out.columns.isin(["ours"])]
+    apart = "elsewhere" in t and t.elsewhere.notna().any()
+    return out.rename(columns=dict(published="published, other protocol")) if apart else out
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #75b7d6a9
@@ -653,7 +681,7 @@ RUNGS = {
     "lamo": "+ language loss",
 }
 LADDER = {rc.lamo.ARMS[key][0]: what for key, what in RUNGS.items()}  # label of an arm: what it adds
-WHOLE, EVERY = "LaMo minus DT", "all datasets"
+WHOLE, LADDER_MEAN = "LaMo minus DT", "datasets with all rungs"
 
 
 def rungs(w, datasets) -> np.ndarray:
@@ -664,48 +692,73 @@ def rungs(w, datasets) -> np.ndarray:
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #fa118543
-def climb(x, dataset=EVERY) -> list:
-    "Rows of a ladder: gain of each step with its interval, and its share of the whole gain where that is clear."
+def climb(x, dataset) -> list:
+    "Rows of a ladder x (seeds, data sets, rungs): the gain of each step, then the whole gain."
     first, *steps = LADDER.values()
-    pairs = [(name, i, i + 1) for i, name in enumerate(steps)] + [(WHOLE, 0, -1)]
-    whole = compare(x[..., -1], x[..., 0])
-    clear = whole["verdict"] == "better"
     rows = []
-    for name, i, j in pairs:
+    for name, i, j in [*((name, i, i + 1) for i, name in enumerate(steps)), (WHOLE, 0, -1)]:
         start, end = x[..., i], x[..., j]
-        gain = compare(end, start)
-        share = 100 * gain["difference"] / whole["difference"] if clear else np.nan
-        row = dict(dataset=dataset, step=name, start=start.mean(), end=end.mean(), n=len(x), datasets=x.shape[1])
-        rows.append(row | gain | dict(share=share))
+        row = dict(dataset=dataset, step=name, start=start.mean(), end=end.mean(), datasets=x.shape[1])
+        rows.append(row | compare(end, start))
     return rows
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lm000026
+def whole_gain(view) -> dict:
+    "LaMo minus DT over all data sets of one kind that both have, those without a ladder too: a row, and their names."
+    arms = View(exhibit(view.exhibit.paper, "arms"), view.scale, view.seeds, partial=True, shipped=view.shipped)
+    w = last(frame(arms))
+    *_, found = [None, *against(w, "LaMo", "DT")]
+    if found is None or not found["dataset"].startswith(EVERY):
+        return {}
+    x, y = grid_of(w, "LaMo"), grid_of(w, "DT")
+    over = named(c for c in x if c in y)
+    return {k: v for k, v in found.items() if k not in ("method", "against")} | dict(step=WHOLE, over=over)
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #d66750cc
-GAINS = ["dataset", "step", "start", "end", "n", "datasets", "difference", "lo", "hi", "verdict", "share"]
+GAINS = ["dataset", "step", "start", "end", "datasets", "over"]
 
 
 def gains(view) -> pd.DataFrame:
-    "The ladder of each data set that has all rungs, and their mean over the seeds that all these data sets have."
+    "The whole gain over all data sets; the ladders of their mean and of each data set with all rungs; one table."
     w = last(frame(view))
     full = [c for c in datasets_of(view.exhibit, view.scale) if len(rungs(w, [c]))]
-    groups = {EVERY: full} if len(full) > 1 and len(rungs(w, full)) else {}
+    groups = {LADDER_MEAN: full} if len(full) > 1 and len(rungs(w, full)) else {}
     groups |= {c: [c] for c in full}
-    rows = [row for name, datasets in groups.items() for row in climb(rungs(w, datasets), name)]
-    return pd.DataFrame(rows, columns=GAINS)
+    rows = [row | dict(over=named(own)) for name, own in groups.items() for row in climb(rungs(w, own), name)]
+    whole = whole_gain(view)
+    t = judged([whole, *rows] if whole else rows, GAINS)
+    return t.assign(share=shares(t))
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000027
+def shares(t) -> np.ndarray:
+    "Percent of its ladder's whole gain that each step brings, where whole and step are resolved; else NaN."
+    whole = t[(t.step == WHOLE) & (t.verdict == BETTER)].set_index("dataset").difference
+    resolved = t.verdict.isin([BETTER, WORSE])
+    return np.where(resolved, 100 * t.difference / t.dataset.map(whole), np.nan)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #fd2aeec2
 def say_share(t) -> str:
-    "A table of gains as one sentence per data set."
+    "A table of gains as one sentence per ladder, and what the words rest on."
+    if not len(t):
+        return "no dataset has all rungs yet"
     said = []
     for dataset, g in t.groupby("dataset", sort=False):
         whole, steps = g[g.step == WHOLE].iloc[0], g[g.step != WHOLE]
-        parts = "no clear gain to share"
-        if whole.verdict == "better":
-            parts = "; ".join(f"{r.step} {r.share:.0f} %" for _, r in steps.iterrows())
-        gain = f"{whole.difference:+.1f} [{whole.lo:+.1f}, {whole.hi:+.1f}]"
-        said.append(f"{dataset} ({counted(whole.n)}): {WHOLE} {gain}: {parts}.")
-    return "\n".join(said) or "no dataset has all rungs yet"
+        name = f"{dataset} ({whole.over})" if whole.datasets > 1 else dataset
+        found = [
+            f"{r.step}: {gain_in_words(r)}{_of_whole(r)}" for _, r in steps.iterrows() if r.verdict in (BETTER, WORSE)
+        ]
+        parts = "; ".join(found) or ("no step resolved" if len(steps) else "")
+        said.append(f"{name}: {WHOLE}: {gain_in_words(whole)}" + (f". Steps: {parts}." if parts else "."))
+    return "\n".join([*said, basis(t)])
+
+
+def _of_whole(r) -> str:
+    return "" if pd.isna(r.share) else f" ({r.share:.0f} % of the whole)"
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #77034701
@@ -730,10 +783,9 @@ def waterfall(ax, g):
     ax.barh(len(steps) + 1, whole.end, color="grey", alpha=0.5)
     for i, r in steps.iterrows():
         _rung(ax, i + 1, r, blue if r.difference > 0 else orange)
-    name = f"mean of {whole.datasets} datasets" if g.dataset.iloc[0] == EVERY else g.dataset.iloc[0]
+    name = f"mean of {whole.datasets} datasets" if whole.datasets > 1 else whole.dataset
     between = "" if pd.isna(whole.lo) else f" [{whole.lo:+.1f}, {whole.hi:+.1f}]"
-    unclear = "" if whole.verdict == "better" else "\nno clear gain to share"
-    title = f"{name}, {counted(whole.n)}\n{WHOLE}: {whole.difference:+.1f}{between}{unclear}"
+    title = f"{name}\n{WHOLE}: {whole.difference:+.1f}{between}"
     ax.set_title(title, fontsize=8)
     ax.set(xlabel="score")
     ax.margins(x=0.16)
@@ -743,7 +795,7 @@ def waterfall(ax, g):
 def share(view):
     "A waterfall from DT to LaMo: over all data sets, and one panel per data set."
     t = gains(view)
-    found = list(t.dataset.unique())
+    found = list(t[t.step != WHOLE].dataset.unique())
     fig, axes = axes_for(found or ["-"], height=3.1, sharey=True)
     for ax, dataset in zip(axes, found):
         waterfall(ax, t[t.dataset == dataset])
@@ -758,33 +810,30 @@ def share(view):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #1637d82c
+VERDICT = ["dataset", "method", "against", "datasets"]  # of a row, before what `compare` returns
+
+
 def against(w, a, b, metric="score"):
-    "Rows of verdicts of arm a over arm b, over the seeds that both have: every data set, then all together."
+    "Rows of comparisons of arm a with arm b, over the seeds that both have: every data set, then all of one kind."
     x, y = grid_of(w, a, metric), grid_of(w, b, metric)
     both = [c for c in x if c in y]
     seeds = x.index.intersection(y.index)
     d = x.loc[seeds, both] - y.loc[seeds, both] if both else pd.DataFrame()
-    groups = {c: [c] for c in d}
-    if len(both) > 1:
-        groups[EVERY] = list(d)
-    for name, datasets in groups.items():
+    for name, datasets in ({c: [c] for c in d} | kinds(d)).items():
         found = d[datasets].dropna()
         if len(found):
-            row = dict(dataset=name, method=a, against=b, datasets=len(datasets), n=len(found))
+            row = dict(dataset=name, method=a, against=b, datasets=len(datasets))
             yield row | compare(found, np.zeros_like(found))
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #d8242ba3
-VERDICT = ["dataset", "method", "against", "datasets", "n", "difference", "lo", "hi", "verdict"]
-
-
 def verdicts(view, base="DT", metric="score") -> pd.DataFrame:
-    "Every arm against `base`, on each data set and over all of them."
+    "Every arm against `base`, on each data set and over all of them: one table, judged together."
     e, w = view.exhibit, last(frame(view))
     arms = [label for label in labels_of(e, view.scale) if label != base]
-    t = pd.DataFrame([v for arm in arms for v in against(w, arm, base, metric)], columns=VERDICT)
-    rank = {c: i for i, c in enumerate([*datasets_of(e), EVERY])}
-    return t.sort_values("dataset", key=lambda c: c.map(rank), kind="stable", ignore_index=True)
+    v = judged([row for arm in arms for row in against(w, arm, base, metric)], VERDICT)
+    rank = {c: i for i, c in enumerate(datasets_of(e))}
+    return v.sort_values("dataset", key=lambda c: c.map(rank).fillna(len(rank)), kind="stable", ignore_index=True)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #4249470a
@@ -807,34 +856,52 @@ QUESTIONS = (  # question, arm, against
 
 # %% ../../nbs/11e_report.lamo.ipynb #107e5521
 def where_compared(v) -> str:
-    "What the last verdict row of a comparison is over."
+    "What the last row of a comparison is over."
     r = v.iloc[-1]
-    if r.dataset == EVERY:
-        return f"over {r.datasets} datasets"
+    if r.dataset.startswith(EVERY):
+        return f"over {r.datasets} datasets" + r.dataset.removeprefix(EVERY)
     return f"on {r.dataset}" + (" (datasets have no seed in common)" if len(v) > 1 else "")
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000012
+ANSWERS = {BETTER: "Yes", WORSE: "No, the opposite", UNRESOLVED: "Not resolved", UNTESTED: "Not tested"}
+
+
 def answer(question, v) -> str:
-    "Verdict rows of one comparison as a sentence."
+    "Judged rows of one comparison as a sentence."
     if not len(v):
         return f"{question} No runs yet."
-    r, each = v.iloc[-1], v[v.dataset != EVERY]
-    bounds = "one seed decides nothing" if pd.isna(r.lo) else f"95 % interval {r.lo:+.1f} to {r.hi:+.1f}"
-    word = dict(better="Yes", worse="No, the opposite").get(r.verdict, "No clear difference")
-    better, worse = (named(each[each.verdict == w].dataset) or "no dataset" for w in ("better", "worse"))
-    gain = f"'{r.method}' minus '{r.against}' is {r.difference:+.1f} {where_compared(v)}, {counted(r.n)}, {bounds}"
-    return f"{question} {word}: {gain}. Better on {better}; worse on {worse}."
+    r, each = v.iloc[-1], v[~v.dataset.str.startswith(EVERY)]
+    gain = f"'{r.method}' minus '{r.against}' {where_compared(v)}: {gain_in_words(r)}"
+    said = [f"{question} {ANSWERS[r.verdict]}: {gain}"]
+    if len(each) > 1:
+        said += [
+            f"{word} on {named(d.dataset)}"
+            for word, d in each.groupby("verdict", sort=False)
+            if word in (BETTER, WORSE)
+        ]
+    return "; ".join(said) + "."
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #f0221e3a
+def answers(w, questions, metric="score") -> str:
+    "One computed sentence per (question, arm, against), judged together, and what the words rest on."
+    rows = [dict(row, question=q) for q, a, b in questions for row in against(w, a, b, metric)]
+    v = judged(rows, ["question", *VERDICT])
+    said = [answer(q, v[(v.question == q) & (v.method == a) & (v.against == b)]) for q, a, b in questions]
+    return "\n".join([*said, basis(v)] if len(v) else said)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000024
 def pretraining_verdict(view) -> str:
-    "One computed sentence per question."
-    w = last(frame(view))
-    return "\n".join(answer(q, pd.DataFrame(list(against(w, a, b)), columns=VERDICT)) for q, a, b in QUESTIONS)
+    "Did pre-training help? One computed sentence per question."
+    return answers(last(frame(view)), QUESTIONS)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #5d7b3999
+KEEPS = {BETTER: "it keeps more of the language model", WORSE: "it keeps less of the language model"}
+
+
 def language_verdict(view, kept="LaMo", lost="LaMo without language loss") -> str:
     """What the language loss keeps, one sentence per data set.
 
@@ -842,17 +909,16 @@ def language_verdict(view, kept="LaMo", lost="LaMo without language loss") -> st
     df = frame(view)
     df = df[df.metric == "lm_loss"]
     w, said = last(df), []
-    words = dict(better="keeps more of the language model", worse="keeps less of it")
-    for v in against(w, lost, kept, "lm_loss"):
-        dataset = v["dataset"]
-        if dataset == EVERY:
-            continue
-        start = df[(df.dataset == dataset) & (df.step == 0)].value.mean()
-        a, b = (grid_of(w, label, "lm_loss")[dataset].mean() for label in (kept, lost))
+    v = judged([row for row in against(w, lost, kept, "lm_loss") if not row["dataset"].startswith(EVERY)], VERDICT)
+    if not len(v):
+        return "no runs yet"
+    for _, r in v.iterrows():
+        start = df[(df.dataset == r.dataset) & (df.step == 0)].value.mean()
+        a, b = (grid_of(w, label, "lm_loss")[r.dataset].mean() for label in (kept, lost))
         end = f"{a:.2f} with the language loss, {b:.2f} without"
-        word = words.get(v["verdict"], "makes no clear difference")
-        said.append(f"{dataset} ({counted(v['n'])}): {start:.2f} nats before; {end}: it {word}.")
-    return "\n".join(said) or "no runs yet"
+        gain = gain_in_words(dict(r, verdict=KEEPS.get(r.verdict, r.verdict)), 2)
+        said.append(f"{r.dataset}: {start:.2f} nats before; {end}: {gain}.")
+    return "\n".join([*said, basis(v)])
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #aab804e1
