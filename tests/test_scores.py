@@ -297,10 +297,19 @@ def test_verdict_words(tmp_home):
 
 def test_the_verdict_over_all_data_sets(tmp_home):
     v = verdicts_of(lambda r, seed: 20.0 + seed + GAIN.get(r.family, seed - 1))
-    every = f"{lamo.EVERY}, little data"
-    little = v[[lamo.kind_of_data(dataset) == "little data" for dataset in v.index]]
-    assert v.loc[every, "difference"] == pytest.approx(little.difference.mean())
-    assert v.loc[every, "datasets"] == len(little)
+    assert v.loc[lamo.EVERY, "difference"] == pytest.approx(v.drop(lamo.EVERY).difference.mean())
+    assert v.loc[lamo.EVERY, "datasets"] == len(v) - 1
+
+
+def test_data_of_two_kinds_have_no_verdict_together():
+    w = pd.DataFrame(
+        dict(score=np.arange(12.0)),
+        index=pd.MultiIndex.from_product(
+            [["a", "b"], ["x 1%", "x 10%", "x 100%"], [0, 1]], names=["label", "dataset", "seed"]
+        ),
+    )
+    names = [row["dataset"] for row in lamo.against(w, "a", "b")]
+    assert names == ["x 1%", "x 10%", "x 100%", f"{lamo.EVERY}, little data"]
 
 
 def test_words_are_corrected_for_all_comparisons_of_a_table(tmp_home):
