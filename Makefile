@@ -14,9 +14,10 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: reproduce test test-all lint fix lab readme readme-text clean help
 
-reproduce: $(READY) ## table 1 and figure 3 of Prompt-Tuning DT at laptop scale
+reproduce: $(READY) ## table 1 and figure 3 of Prompt-Tuning DT at laptop scale, then: do they agree with the shipped numbers?
 	$(BIN)/promptnb run $(PAPER) --scale laptop $(EXHIBITS) --cores $(CORES)
 	$(BIN)/promptnb render $(PAPER) --scale laptop $(EXHIBITS)
+	$(BIN)/promptnb verify $(PAPER) --scale laptop $(EXHIBITS)
 
 PYTEST := $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadgroup
 
