@@ -5,6 +5,8 @@
 # %% ../../nbs/11e_report.lamo.ipynb #df6a88d2
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -16,7 +18,7 @@ from .style import axes_for, in_order, legend, nothing, style
 from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
 from .tables import in_words as gain_in_words
 from .tables import say as say_verdicts
-from .view import View, exhibit
+from .view import exhibit
 
 # %% auto #0
 __all__ = [
@@ -706,8 +708,7 @@ def climb(x, dataset) -> list:
 # %% ../../nbs/11e_report.lamo.ipynb #lm000026
 def whole_gain(view) -> dict:
     "LaMo minus DT over all data sets of one kind that both have, those without a ladder too: a row, and their names."
-    arms = View(exhibit(view.exhibit.paper, "arms"), view.scale, view.seeds, partial=True, shipped=view.shipped)
-    w = last(frame(arms))
+    w = last(frame(replace(view, exhibit=exhibit(view.exhibit.paper, "arms"), partial=True)))
     *_, found = [None, *against(w, "LaMo", "DT")]
     if found is None or not found["dataset"].startswith(EVERY):
         return {}
