@@ -1,5 +1,6 @@
 "The language model as trunk: LaMo's description, what is frozen, what is saved, and text that needs no network."
 
+import json
 import math
 import os
 import shutil
@@ -325,6 +326,40 @@ def test_what_cannot_be_read(gpt, tmp_path, monkeypatch):
     w.pop("transformer.h.0.mlp.c_fc.weight")
     save_file(w, part / "model.safetensors", metadata=dict(format="pt"))
     one_line(lambda: policy(trunk=str(part)), "part", "c_fc")
+
+
+@pytest.fixture
+def booby_trapped(gpt, tmp_path, monkeypatch):
+    "A folder with a language model and code that leaves a canary when it is run; whoever is asked says yes."
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(gpt, folder)
+    code = f"from pathlib import Path\nPath({str(canary)!r}).touch()\n"
+    code += "from transformers import GPT2Config as C, GPT2LMHeadModel as M, GPT2TokenizerFast as T\n"
+    (folder / "custom.py").write_text(code)
+    own = dict(AutoConfig="custom.C", AutoModelForCausalLM="custom.M")
+    config = read_json(folder / "config.json") | dict(auto_map=own, model_type="custom")
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = dict(auto_map=dict(AutoTokenizer=["custom.T", None]), tokenizer_class="T")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr("builtins.input", lambda *a: "y")
+    return folder, canary
+
+
+def test_code_that_comes_with_a_model_is_not_run(booby_trapped):
+    folder, canary = booby_trapped
+    with pytest.raises(PromptnbError, match="cannot read the language model") as e:
+        L.load_lm(LMConfig(state_dim=3, act_dim=2, trunk=str(folder)))
+    assert "\n" not in str(e.value) and not canary.exists()
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(booby_trapped):
+    from promptnb.experiments.offline import hub_tokens
+    from promptnb.recipes import Text
+
+    folder, canary = booby_trapped
+    with pytest.raises(PromptnbError):
+        hub_tokens(Text(kind=str(folder)))
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize(

@@ -138,12 +138,13 @@ KINDS = ("chain", "iid", "english", "shuffled")  # of text that needs no network
 
 # %% ../../nbs/03a_models.lm.ipynb #41082005
 def fetch(name, get):
-    """What `get(dict(local_files_only=...))` gives for a folder or a name on the hub.
+    """What `get(dict(local_files_only=..., trust_remote_code=False))` gives for a folder or a name on the hub.
 
-    A name that is not here and cannot be fetched is a PromptnbError of one line."""
+    A name that is not here and cannot be fetched is a PromptnbError of one line. Code that comes with a model is never
+    run, nor is anybody asked whether it may be."""
     local = Path(name).is_dir() or not server_answers()
     try:
-        return get(dict(local_files_only=local))
+        return get(dict(local_files_only=local, trust_remote_code=False))
     except (OSError, ValueError) as e:
         if Path(name).is_dir():
             raise PromptnbError(f"cannot read the language model in {name}: {str(e).splitlines()[0]}") from None
@@ -186,7 +187,7 @@ def load_lm(c: LMConfig):
     if not c.trunk or c.init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)
-            return AutoModelForCausalLM.from_config(shape, **how)
+            return AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **how)
     how.update(config=shape, use_safetensors=True, output_loading_info=True)
     lm, info = fetch(c.trunk, lambda kw: AutoModelForCausalLM.from_pretrained(c.trunk, **how, **kw))
     lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
