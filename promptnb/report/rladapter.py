@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import root, wilson
+from ..core import root
 from . import stats
-from .style import axes_for, legend, nothing, style
-from .tables import counted, plus_minus, short, tally
+from .stats import BETTER, UNRESOLVED, UNTESTED, WORSE
+from .style import axes_for, legend, nothing, style, wrap
+from .tables import basis, between, counted, entry, in_words, plus_minus, short, tally
 
 # %% auto #0
 __all__ = [
@@ -27,46 +28,64 @@ __all__ = [
     "MAIN",
     "ABLATED",
     "ARMS",
+    "COMPARISON",
     "COLUMNS",
     "SCORES",
-    "PANELS",
+    "NUMBERS",
+    "PUBLISHED",
+    "RATE_COLUMNS",
     "TICKS",
+    "REFERENCES",
     "ALONG",
+    "ACROSS",
     "PLAIN",
     "HEADINGS",
     "TUNED",
-    "COMPARED",
-    "QUERIES",
+    "SPOKEN",
+    "OFTEN",
+    "BEHAVING",
     "TOKENS",
-    "SECONDS",
     "OUTCOMES",
-    "COUNTS",
+    "SPENT",
     "PER_MILLION",
+    "COST_COLUMNS",
+    "ANSWERS",
+    "ASKED",
     "QUESTIONS",
     "DRAW",
     "READ",
+    "BAND",
     "in_order",
     "arms_of",
     "last",
     "of",
     "summary",
     "against",
+    "judged",
     "notes",
     "joined",
+    "differs",
+    "told",
     "budgets",
     "ours",
     "published",
     "as_printed",
+    "letters",
     "all_of",
-    "our_line",
+    "our_lines",
+    "published_lines",
     "scoreboard",
     "rates",
+    "easiest_first",
     "published_rates",
+    "label_of",
+    "title",
     "success",
     "over_seeds",
     "arm_lines",
+    "arm_panels",
     "along",
-    "differs",
+    "switches",
     "grid",
     "plain",
     "listed",
@@ -76,16 +95,20 @@ __all__ = [
     "tuned",
     "comprehension",
     "spoken",
+    "spoken_by_seed",
     "words",
-    "behaviours",
+    "words_verdict",
+    "compared_behaviours",
     "behaviour",
+    "asks_a_model",
     "costs",
     "cost",
-    "points",
-    "word_for",
-    "answer",
+    "questions",
     "main_verdict",
     "ablation_verdict",
+    "rises",
+    "loss_changes",
+    "enough",
     "comprehension_verdict",
     "behaviour_verdict",
     "left_out",
@@ -148,20 +171,29 @@ def of(w, label, metric="score") -> pd.Series:
     return w[metric].xs(label, level="label").dropna().sort_index()
 
 
-# %% ../../nbs/11g_report.rladapter.ipynb #0efdab98
-def summary(x) -> dict:
-    "Mean, std, n, IQM and its interval of values by seed; empty of no seed."
-    return stats.summary(x.to_numpy()[:, None]) if len(x) else {}
-
-
 # %% ../../nbs/11g_report.rladapter.ipynb #38b4c0e5
+def summary(x) -> dict:
+    "Mean, std, n, Student's interval and IQM of values by seed; empty of no seed."
+    return stats.summary(x) if len(x) else {}
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #0efdab98
+COMPARISON = ("method", "against", "metric")  # what every comparison names
+
+
 def against(w, a, b, metric="score") -> dict | None:
     "Arm a minus arm b over the seeds that both have; None without a common seed."
     x, y = of(w, a, metric), of(w, b, metric)
     seeds = x.index.intersection(y.index)
     if not len(seeds):
         return None
-    return dict(method=a, against=b, n=len(seeds), **stats.compare(x[seeds], y[seeds], interval="student"))
+    return dict(method=a, against=b, metric=metric, **stats.compare(x[seeds], y[seeds]))
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000001
+def judged(comparisons) -> pd.DataFrame:
+    "All comparisons of an exhibit (None: there was no common seed), with Holm's p and a word each."
+    return stats.judged([v for v in comparisons if v], COMPARISON)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #691f688a
@@ -179,16 +211,29 @@ def joined(*parts, by=", ") -> str:
     return by.join(p for p in parts if p)
 
 
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000003
+def differs(v, said=None, digits=2) -> str:
+    "A judged comparison as the lines of a printed entry; `said`: other words for better and worse."
+    n = f"n = {v['n']:.0f} {between(v['lo'], v['hi'], digits)}".strip()
+    return f"{v['difference']:+.{digits}f}\n{n}\n{(said or {}).get(v['verdict'], v['verdict'])}"
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000004
+def told(v, said, digits=2) -> str:
+    "A judged comparison in a sentence; `said`: the words for better and worse."
+    return in_words({**v, "verdict": said.get(v["verdict"], v["verdict"])}, digits)
+
+
 # %% ../../nbs/11g_report.rladapter.ipynb #21c40986
 # metric of a record: its name in the printed table
 COLUMNS = {
     "score": "score",
     "score_last": "score, last fifth",
-    "depth": "depth",
     "eval_score": "score, final policy",
     "return": "mean return",
 }
-SCORES = ("score", "score_last", "return", "depth", "eval_score")
+SCORES = (*COLUMNS, "depth", "eval_return", "eval_depth")  # in the tidy table
+NUMBERS = ("mean", "std", "n", "lo", "hi", "iqm", "iqm_lo", "iqm_hi")
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000005
@@ -199,37 +244,26 @@ def budgets(view) -> dict:
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000006
 def ours(view) -> pd.DataFrame:
-    "One row per arm: mean and std over seeds of each metric; of the score also n, IQM and interval."
+    "One row per arm and metric: mean, std, n, Student's interval and IQM over seeds; beside the score, runs that lack."
     w, lack, steps = last(view), notes(view), budgets(view)
     rows = []
     for arm in arms_of(view.exhibit, view.scale):
-        score = summary(of(w, arm))
-        row = dict(kind="ours", method=arm, env_steps=short(steps[arm]) if arm in steps else "", note=lack.get(arm, ""))
-        row |= {k: score.get(k, np.nan) for k in ("n", "iqm", "lo", "hi")}
+        known = dict(kind="ours", method=arm, env_steps=short(steps[arm]) if arm in steps else "")
         for metric in SCORES:
-            s = summary(of(w, arm, metric))
-            row |= {metric: s.get("mean", np.nan), f"{metric}_std": s.get("std", np.nan)}
-        rows.append(row)
-    both = [column for metric in SCORES for column in (metric, f"{metric}_std")]
-    return pd.DataFrame(rows, columns=["kind", "method", "env_steps", "n", "iqm", "lo", "hi", *both, "note"])
+            note = lack.get(arm, "") if metric == "score" else ""
+            rows.append(dict(known, metric=metric, note=note, **summary(of(w, arm, metric))))
+    return pd.DataFrame(rows, columns=["kind", "method", "env_steps", "metric", *NUMBERS, "note"])
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #0e6a20d4
+PUBLISHED = dict(scoreboard="score", scoreboard_reward="reward of single episodes")
+
+
 def published(rep) -> pd.DataFrame:
-    "One row per method, budget and source of the reported numbers: score and reward with std, as printed there."
-    score, reward = (
-        rep[rep.exhibit == exhibit].drop(columns=["exhibit", "family", "n_seeds"])
-        for exhibit in ("scoreboard", "scoreboard_reward")
-    )
-    on = ["method", "steps", "source"]
-    t = score.merge(reward, on=on, how="outer", suffixes=("", "_b"), sort=False)
-    names = dict(value="score", std="score_std", value_b="reward", std_b="reward_std", steps="env_steps")
-    t = t.rename(columns=names)
-    # as printed: scores first, then what has a reward only
-    order = dict.fromkeys([*zip(score.method, score.steps), *zip(reward.method, reward.steps)])
-    rank = {k: i for i, k in enumerate(order)}
-    at = [rank[k] for k in zip(t.method, t.env_steps)]
-    return t.assign(kind="published", at=at).sort_values("at", kind="stable", ignore_index=True).drop(columns="at")
+    "One row per method, budget, metric and source of the reported numbers, as printed there."
+    t = rep[rep.exhibit.isin(PUBLISHED)].rename(columns=dict(value="mean", steps="env_steps"))
+    t = t.assign(kind="published", metric=t.exhibit.map(PUBLISHED))
+    return t[["kind", "method", "env_steps", "metric", "mean", "std", "source", "other_protocol"]]
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #1de82bff
@@ -238,109 +272,154 @@ def as_printed(x) -> str:
     return f"{x:.1f}" if round(x, 1) == x else f"{x:g}"
 
 
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000006
+def letters(t) -> dict:
+    "{source: 'a'} of the published rows of a tidy table."
+    sources = t.source.dropna().unique() if "source" in t else ()
+    return {source: chr(ord("a") + i) for i, source in enumerate(sources)}
+
+
 # %% ../../nbs/11g_report.rladapter.ipynb #6b9ed290
-def all_of(d, metric) -> str:
-    "The different published values of a metric, with their std: '6.0 ± 1.3 / 5.0 ± 1.3'."
-    texts = []
-    for value, std in zip(d[metric], d[f"{metric}_std"]):
-        if not pd.isna(value):
-            texts.append(as_printed(value) + ("" if pd.isna(std) else f" ± {as_printed(std)}"))
-    return " / ".join(dict.fromkeys(texts))
+def all_of(d, letter) -> str:
+    "The different published values of a metric, a line each, with the letters of their sources: '6.0 ± 1.3 (a)'."
+    found = {}
+    for r in d.itertuples():
+        text = as_printed(r.mean) + ("" if pd.isna(r.std) else f" ± {as_printed(r.std)}")
+        found.setdefault(text, []).append(letter[r.source])
+    return "\n".join(f"{text} ({', '.join(sorted(names))})" for text, names in found.items())
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000007
-def our_line(r) -> dict:
-    "One of our arms as a line of the printed scoreboard."
-    line = {name: plus_minus(r[metric], r[f"{metric}_std"], 2) for metric, name in COLUMNS.items()}
-    line["IQM [95 %]"] = "" if pd.isna(r.iqm) or r.n < 2 else f"{r.iqm:.2f} [{r.lo:.2f}, {r.hi:.2f}]"
-    line["n, or source"] = joined("" if pd.isna(r.n) else counted(int(r.n)), r.note)
-    return line
+def our_lines(t, scale) -> dict:
+    "Our arms as lines of the printed scoreboard: {(block, arm and steps): {column: entry}}."
+    lines = {}
+    for _, r in t[t.metric.isin(COLUMNS)].iterrows():
+        key = f"ours, {scale} scale", joined(r.method, r.env_steps and f"{r.env_steps} steps")
+        lines.setdefault(key, {})[COLUMNS[r.metric]] = entry(r, 2)
+    return lines
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000007
+def published_lines(t) -> dict:
+    "Published methods as lines of the printed scoreboard."
+    lines, letter = {}, letters(t)
+    for (method, steps), d in t.groupby(["method", "env_steps"], sort=False):
+        score, reward = (all_of(d[d.metric == metric], letter) for metric in PUBLISHED.values())
+        key = "published, other protocols", joined(method, "no training" if steps == "none" else f"{steps} steps")
+        lines[key] = {COLUMNS["score"]: score, COLUMNS["return"]: reward and f"single episodes:\n{reward}"}
+    return lines
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #89d40b00
 def scoreboard(view):
     "(printed, tidy) scoreboard: our arms, then the published methods."
     a, b = ours(view), published(view.reported)
-    lines = {(f"ours, {view.scale} scale", r.method, r.env_steps): our_line(r) for _, r in a.iterrows()}
-    for (method, steps), d in b.groupby(["method", "env_steps"], sort=False):
-        lines["published", method, steps] = {
-            "score": all_of(d, "score"),
-            "reward": all_of(d, "reward"),
-            "n, or source": "; ".join(dict.fromkeys(d.source)),
-        }
-    first, *others = COLUMNS.values()
-    p = pd.DataFrame.from_dict(lines, orient="index")
-    p = p.reindex(columns=[first, "IQM [95 %]", *others, "reward", "n, or source"]).astype(object).fillna("")
-    p.index = pd.MultiIndex.from_tuples(p.index, names=["", "method", "env steps"])
+    lines = our_lines(a, view.scale) | published_lines(b)
+    p = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=[*COLUMNS.values()])
+    p = p.astype(object).fillna("")
+    p.index = pd.MultiIndex.from_tuples(p.index, names=["", "method"])
     return p, pd.concat([a.astype(object), b.astype(object)], ignore_index=True).infer_objects()
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #94f220ed
+RATE_COLUMNS = ["label", "name", "percent", "std", "lo", "hi", "min", "max", "n", "chances"]
+
+
 def rates(view, prefix="success") -> pd.DataFrame:
-    "One row per label and name: percent, Wilson's interval, n pooled over seeds, and how many seeds."
+    """One row per label and name: percent (mean over seeds), std, Student's interval, range, n seeds.
+
+    `chances` are of all seeds: episodes, or times that a behaviour could have been shown."""
     df = view.rows[view.rows.metric.str.startswith(f"{prefix}/")]
-    n = df.n_episodes.astype(float)
-    hits = df.value.astype(float).fillna(0) * n / 100  # a seed without a chance has no value
-    df = df.assign(name=df.metric.str.split("/", n=1).str[1], n_episodes=n, hits=hits)
-    pooled = df.groupby(["label", "name"]).agg(hits=("hits", "sum"), n=("n_episodes", "sum"), seeds=("seed", "nunique"))
-    g = pooled.reset_index()
-    lo, hi = wilson(g.hits, g.n)
-    g = g.assign(
-        percent=100 * g.hits / g.n.where(g.n > 0), lo=np.where(g.n > 0, lo, np.nan), hi=np.where(g.n > 0, hi, np.nan)
-    )
-    return g[["label", "name", "percent", "lo", "hi", "n", "seeds"]]
+    rows = []
+    for (label, metric), d in df.groupby(["label", "metric"]):
+        x = d.value.astype(float).dropna()  # a seed without a chance has no value
+        s = summary(x)
+        known = dict(label=label, name=metric.split("/", 1)[1], percent=s.get("mean", np.nan), n=len(x))
+        known |= dict(min=x.min(), max=x.max(), chances=int(d.n_episodes.sum()))
+        rows.append({k: s.get(k, np.nan) for k in ("std", "lo", "hi")} | known)
+    return pd.DataFrame(rows, columns=RATE_COLUMNS)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #657a31ec
-PANELS = (("collect", "wake"), ("make",), ("place", "defeat", "eat"))  # achievements by their first word
 TICKS = [0, 1, 3, 10, 30, 100]
+
+
+def easiest_first(names, rep) -> list:
+    "Achievements from easy to hard: by the published rate of random actions, then of human players."
+    rep = rep[rep.exhibit == "success"]
+    known = {name: tuple(-d.sort_values("method", ascending=False).value) for name, d in rep.groupby("family")}
+    return sorted(names, key=lambda name: (known.get(name, (0, 0)), name))
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #30e89d88
 def published_rates(rep) -> pd.DataFrame:
-    "Success rates of the benchmark's own runs: label, name, percent, seeds."
+    "Success rates of the benchmark's own runs: label, name, percent, n seeds, why they stand apart."
     rep = rep[rep.exhibit == "success"]
-    label = rep.method + ", published"
-    return pd.DataFrame(dict(label=label, name=rep.family, percent=rep.value, seeds=rep.n_seeds))
+    known = dict(label=rep.method + ", published", name=rep.family, percent=rep.value, n=rep.n_seeds)
+    return pd.DataFrame(known | dict(other_protocol=rep.other_protocol, source=rep.source))
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000008
 def _success_axis(ax, names):
     # one row per achievement, percent on an axis that is logarithmic in 1 + percent
     ax.set_xscale("function", functions=(lambda x: np.log1p(np.maximum(x, -0.5)), np.expm1))
-    ax.set(xlim=(-0.2, 120), xlabel="episodes with success, %", ylim=(len(names) - 0.5, -0.5))
-    ax.grid(axis="y", visible=False)
+    ax.set(xlim=(-0.25, 130), ylim=(len(names) - 0.4, -0.6))
     ax.set_xticks(TICKS, [str(x) for x in TICKS])
     ax.set_yticks(range(len(names)), [n.replace("_", " ") for n in names])
-    for y in range(len(names) - 1):
-        ax.axhline(y + 0.5, color="0.85", lw=0.8)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000009
-def _success_panel(ax, t, pub, names):
-    # our arms side by side in each row, each with its interval; hollow: published
-    arms = in_order(t.label)
-    for k, arm in enumerate(arms):
-        d, s = t[(t.label == arm) & t.name.isin(names)], style(arm)
-        y = np.array([names.index(n) for n in d.name]) + 0.8 * ((k + 0.5) / len(arms) - 0.5)
-        bar = [(d.percent - d.lo).clip(lower=0), (d.hi - d.percent).clip(lower=0)]
-        ax.errorbar(d.percent, y, xerr=bar, fmt=s["marker"], color=s["color"], ms=4, lw=1, label=arm)
-    for label, marker in zip(sorted(set(pub.label)), "*o"):
-        d = pub[(pub.label == label) & pub.name.isin(names)]
-        y = [names.index(n) for n in d.name]
-        ax.plot(d.percent, y, marker, mfc="none", mec="0.3", ms=8, mew=1, label=label, zorder=3)
+def _success_dots(ax, d, arm, names, shift=0.0):
+    # an arm's mean and range over seeds, in the row of each achievement
+    s = style(arm)
+    y = np.array([names.index(n) for n in d.name]) + shift
+    bar = np.abs([d.percent - d["min"], d["max"] - d.percent])
+    ax.errorbar(d.percent, y, xerr=bar, fmt=s["marker"], color=s["color"], ms=3, lw=1, label=label_of(arm))
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000008
+REFERENCES = (PPO, RANDOM)  # stand in every panel
+
+
+def label_of(arm) -> str:
+    "An arm's label in the legend: only what stands in every panel has one, as a panel's title names its own arm."
+    return arm if arm in REFERENCES else f"_{arm}"
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000009
+def title(arm, width=20) -> str:
+    "An arm as the title of its panel."
+    return wrap(arm.removeprefix("PPO + "), width)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000010
+def _published_dots(ax, pub, names):
+    # the benchmark's own runs, hollow
     _success_axis(ax, names)
+    ax.set_title("published")
+    for label, marker in zip(sorted(set(pub.label)), "*o"):
+        d = pub[pub.label == label]
+        y = [names.index(n) for n in d.name]
+        ax.plot(d.percent, y, marker, mfc="none", mec="0.3", ms=5, mew=0.9, label=label)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #08742bd4
 def success(view):
-    "Success rates of the achievements, one row each, one marker per arm; hollow: the benchmark's own runs."
+    "Success rates of the achievements: a panel per arm, beside plain PPO; the last one has the benchmark's own runs."
     t, pub = rates(view), published_rates(view.reported)
-    names = sorted({*t.name, *pub.name})
-    fig, axes = axes_for(PANELS, height=6.4)
-    for ax, words in zip(axes, PANELS):
-        _success_panel(ax, t, pub, [n for n in names if n.split("_")[0] in words])
-    legend(fig, axes, 3)
+    names = easiest_first({*t.name, *pub.name}, view.reported)
+    arms = [arm for arm in arms_of(view.exhibit, view.scale) if arm != PPO]
+    fig, axes = axes_for((*arms, "published"), height=3.1, most=4, sharex=True, sharey=True)
+    for ax, arm in zip(axes, arms):
+        _success_axis(ax, names)
+        ax.set_title(title(arm))
+        for one, shift in ((PPO, -0.18), (arm, 0.18)):
+            _success_dots(ax, t[t.label == one], one, names, shift)
+        if arm not in set(t.label):
+            ax.text(0.5, 0.5, "no runs yet", ha="center", transform=ax.transAxes, color="grey")
+    _published_dots(axes[-1], pub, names)
+    fig.supxlabel("episodes with success, %", fontsize=7.5)
+    legend(fig, axes, 4)
     return fig, pd.concat([t, pub], ignore_index=True)
 
 
@@ -352,70 +431,83 @@ def over_seeds(df, metric) -> pd.DataFrame:
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #02708029
-def arm_lines(ax, g):
-    "Draw mean (line) and range over seeds (shade) of each arm, from `over_seeds`."
-    for arm in in_order(g.label):
+def arm_lines(ax, g, arms):
+    "Draw mean (line) and range over seeds (shade) of some arms, from `over_seeds`."
+    for arm in arms:
         d, s = g[g.label == arm].sort_values("step"), style(arm)
-        ax.plot(d.step, d["mean"], ms=3.5, lw=1.4, label=arm, **s)
-        ax.fill_between(d.step, d["min"], d["max"], color=s["color"], alpha=0.12, lw=0)
-    ax.set_xlabel("environment steps")
+        ax.plot(d.step, d["mean"], ms=2.5, lw=1.1, label=label_of(arm), **s)
+        ax.fill_between(d.step, d["min"], d["max"], color=s["color"], alpha=0.15, lw=0)
     ax.xaxis.set_major_formatter(lambda x, _: short(x))
-    if not len(g):
-        nothing(ax)
+    ax.locator_params(axis="x", nbins=4)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000011
+def arm_panels(axes, g, arms, references):
+    "A panel per arm: its line and those of the references, all on one scale; a panel without a run says so."
+    here = set(g.label)
+    known = [r for r in references if r in here]
+    for ax, arm in zip(axes, arms):
+        ax.set_title(title(arm, 32))
+        if arm in here:
+            arm_lines(ax, g, [*(r for r in known if r != arm), arm])
+        else:
+            ax.text(0.5, 0.5, "no runs yet", ha="center", transform=ax.transAxes, color="grey")
+    if len(g):
+        room = 0.05 * (g["max"].max() - g["min"].min())
+        for ax in axes:
+            ax.set_ylim(g["min"].min() - room, g["max"].max() + room)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #fb41accd
 # metric, its name, and where the published random agent's level stands
-ALONG = (
-    ("score_along", "score, all episodes so far", "recomputed_score"),
-    ("return_along", "mean return, episodes of this part", "recomputed_reward"),
-)
+ALONG = (("score_along", "score so far", "recomputed_score"), ("return_along", "mean return", "recomputed_reward"))
+ACROSS = 3  # panels in a row
 
 
 def along(view):
-    "Score and mean return over environment steps; dotted: random actions, from the benchmark's own runs."
-    df, rep = view.rows, view.reported
-    floors = rep[rep.method == "Random"].set_index("exhibit").value
+    "Score and mean return over environment steps, an arm a panel; dotted: random actions, the benchmark's own runs."
+    arms = [arm for arm in arms_of(view.exhibit, view.scale) if arm not in REFERENCES] or [PPO]
+    block = -(-len(arms) // ACROSS) * ACROSS  # whole rows of panels for each metric
+    fig, axes = axes_for(range(block * len(ALONG)), height=1.3, most=ACROSS, sharex=True)
+    floors = view.reported[view.reported.method == "Random"].set_index("exhibit").value
     numbers = []
-    fig, axes = axes_for(ALONG, height=3.4)
-    for ax, (metric, name, floor) in zip(axes, ALONG):
-        g = over_seeds(df, metric)
-        numbers.append(g)
-        arm_lines(ax, g)
-        ax.set_ylabel(name)
-        if len(g):
-            ax.axhline(floors[floor], color="k", lw=1, ls=":", label="random actions, published runs")
-            numbers.append(pd.DataFrame([dict(label="Random, published", metric=metric, mean=floors[floor])]))
+    for k, (metric, name, floor) in enumerate(ALONG):
+        g, here = over_seeds(view.rows, metric), axes[k * block : (k + 1) * block]
+        arm_panels(here[: len(arms)], g, arms, REFERENCES)
+        for ax in here[: len(arms)]:
+            ax.axhline(floors[floor], color="k", lw=0.8, ls=":", label="random actions, published runs")
+        for ax in here[len(arms) :]:
+            ax.set_visible(False)
+        for ax in here[::ACROSS]:
+            ax.set_ylabel(name)
+        level = pd.DataFrame([dict(label="Random, published", metric=metric, mean=floors[floor])])
+        numbers += [g, level] if len(g) else [g]
+    fig.supxlabel("environment steps", fontsize=7.5)
     legend(fig, axes, 3)
     return fig, pd.concat(numbers, ignore_index=True)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #8b69594d
-def differs(v) -> str:
-    "A comparison as the text of a table cell: difference, interval, word."
-    if v is None:
-        return ""
-    if pd.isna(v["lo"]):
-        return f"{v['difference']:+.2f} (one seed decides nothing)"
-    return f"{v['difference']:+.2f} [{v['lo']:+.2f}, {v['hi']:+.2f}] {v['verdict']}"
+def switches(view) -> pd.DataFrame:
+    "The ablation's comparisons, judged together: each switch against the full method, and against plain PPO."
+    w = last(view)
+    arms = [arm for arm in arms_of(view.exhibit, view.scale) if arm == UNTUNED or arm not in MAIN]
+    return judged(against(w, arm, base) for base in (ADAPTER, PPO) for arm in arms)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #07fc3600
-def grid(view, bases=(ADAPTER, PPO)):
-    "(printed, tidy) arms against the bases."
-    t, w = ours(view), last(view)
-    printed = pd.DataFrame(dict(method=t.method))
-    for metric in ("score", "score_last", "eval_score"):
-        printed[COLUMNS[metric]] = [plus_minus(m, s, 2) for m, s in zip(t[metric], t[f"{metric}_std"])]
-    tidy = t
-    for base in bases:
-        found = [against(w, arm, base) if arm != base else None for arm in t.method]
-        printed[f"score minus '{base}'"] = [differs(v) for v in found]
-        name = "full" if base == ADAPTER else base
-        for k in ("difference", "lo", "hi", "verdict"):
-            tidy = tidy.assign(**{f"{k}, {name}": [v[k] if v else np.nan for v in found]})
-    printed["n"] = [joined("" if pd.isna(n) else f"{n:.0f}", note) for n, note in zip(t.n, t.note)]
-    return printed.set_index("method"), tidy
+def grid(view):
+    "(printed, tidy) arms, and their switches against the full method and plain PPO."
+    t, v = ours(view), switches(view)
+    lines = {}
+    for _, r in t.iterrows():
+        if r.metric in ("score", "score_last", "eval_score"):
+            lines.setdefault(r.method, {})[COLUMNS[r.metric]] = entry(r, 2)
+    for _, r in v.iterrows():
+        lines[r.method][f"score minus '{r.against}'"] = differs(r)
+    p = pd.DataFrame.from_dict(lines, orient="index").astype(object).fillna("")
+    p.index.name = "method"
+    return p, pd.concat([t, v.assign(kind="difference")], ignore_index=True)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #36b02146
@@ -459,16 +551,14 @@ def exchange(g, seed) -> dict:
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #bbd39a76
-# a row of an exchange: its name in the printed table
-HEADINGS = dict(
-    seen="in view",
-    status="status",
-    analysis="adapter's analysis",
-    goals="sub-goals",
-    done="then did",
-    unlocked="unlocked",
-    l="l, before to after",
-)
+# a column of the printed table: the parts of an exchange that stand in it
+HEADINGS = {
+    "situation": ("seen", "status"),
+    "adapter's analysis": ("analysis",),
+    "sub-goals": ("goals",),
+    "then did; unlocked": ("done", "unlocked"),
+    "l, before to after": ("l",),
+}
 
 
 def examples(view):
@@ -477,8 +567,9 @@ def examples(view):
     found = [run for run in view.runs if run.state == "ok" and run.record.get("guides")]
     first = min(found, key=lambda run: (run.label != ADAPTER, run.seed), default=None)
     rows = [exchange(g, first.seed) for g in first.record["guides"]] if first else []
-    t = pd.DataFrame(rows, columns=["step", "seed", *HEADINGS])
-    return t.drop(columns="seed").rename(columns=HEADINGS).set_index("step"), t
+    t = pd.DataFrame(rows, columns=["step", "seed", *(part for parts in HEADINGS.values() for part in parts)])
+    p = pd.DataFrame({name: ["\n".join(r[list(parts)]) for _, r in t.iterrows()] for name, parts in HEADINGS.items()})
+    return p.set_index(t.step), t
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #e3c0fbbf
@@ -496,34 +587,37 @@ def tunings(view) -> pd.DataFrame:
 
 # %% ../../nbs/11g_report.rladapter.ipynb #04c89032
 def tuned(ax, s):
-    "Draw the loss before (hollow) and after (filled) each stage's tuning; one line per seed."
+    "Draw by how much each stage's tuning changed the adapter's loss: a dot per seed."
     arms, stages = in_order(s.label), sorted(s.stage.unique())
     for k, arm in enumerate(arms):
         d, look = s[s.label == arm], style(arm)
         # arms side by side in a stage, seeds beside one another in an arm
         x = np.array([stages.index(i) for i in d.stage]) + 0.12 * (k - (len(arms) - 1) / 2)
-        x = x + 0.03 * (d.seed.to_numpy() - d.seed.mean())
-        ax.vlines(x, d.loss_after.astype(float), d.loss_before.astype(float), color=look["color"], lw=1, alpha=0.6)
-        ax.plot(x, d.loss_before, look["marker"], mfc="none", mec=look["color"], ms=5)
-        ax.plot(x, d.loss_after, look["marker"], color=look["color"], ms=5, label=arm)
-    ax.set(xlabel="stage", ylabel="adapter's loss", xlim=(-0.6, max(len(stages), 1) - 0.4))
-    ax.set_xticks(range(len(stages)), [str(i) for i in stages])
+        x = x + 0.06 * (d.seed.to_numpy() - d.seed.mean())
+        change = d.loss_after.astype(float) - d.loss_before.astype(float)
+        ax.plot(x, change, look["marker"], color=look["color"], ms=4)
+    ax.set(xlim=(-0.6, max(len(stages), 1) - 0.4), title="change of the adapter's\nloss by its tuning")
+    ax.set_xticks(range(len(stages)), [f"stage {i}" for i in stages])
     if not len(s):
         nothing(ax, "no adapter tuned yet")
+    else:
+        ax.axhline(0, color="k", lw=0.8)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #646dc4a2
 def comprehension(view):
-    "Comprehension score over environment steps, and the adapter's loss before and after its tuning."
+    "Comprehension score over environment steps, an arm a panel; and what tuning does to the adapter's loss."
     g, s = over_seeds(view.rows, "comprehension"), tunings(view)
-    fig, (left, right) = axes_for((0, 1), height=3.4)
-    arm_lines(left, g)
-    tuned(right, s)
-    left.set_ylabel("comprehension score l")
-    right.set_title("tuning: hollow before, filled after")
-    if len(g):
-        left.axhline(0.5, color="k", lw=1, ls=":", label="l = 0.5: cosine of 0.1")
-    legend(fig, (left, right), 3)
+    arms = arms_of(view.exhibit, view.scale)
+    fig, axes = axes_for((*arms, "tuning"), height=1.7, most=4)
+    arm_panels(axes, g, arms, (GOALS,))
+    for ax in axes[:-1]:
+        ax.axhline(0.5, color="k", lw=0.8, ls=":", label="l = 0.5: cosine of 0.1")
+    for ax in axes[:-1:4]:
+        ax.set_ylabel("comprehension score l")
+    tuned(axes[-1], s)
+    fig.supxlabel("environment steps", fontsize=7.5)
+    legend(fig, axes, 3)
     return fig, pd.concat([g, s.assign(metric="sft")], ignore_index=True)
 
 
@@ -546,147 +640,159 @@ def spoken(run, habit) -> list:
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #2b738386
-def words(view, habit) -> pd.DataFrame:
-    """What tiny adapters said in the first and the last stage: one row per arm, means over the seeds with a log here.
+SPOKEN = ["method", "seed", "stage", "habit", "different"]
 
-    Percent of exchanges with a sub-goal of the taught habit (names); different sentences per 100 exchanges."""
+
+def spoken_by_seed(view, habit) -> pd.DataFrame:
+    "What tiny adapters said in the first and the last stage: one row per arm, seed and stage that has a log here."
     rows = []
     for run in view.runs:
         x = run.recipe.online
         if run.state == "ok" and x.guide == "adapter" and x.adapter == "tiny":
             rows += [dict(r, method=run.label, seed=run.seed) for r in spoken(run, habit)]
-    if not rows:
+    return pd.DataFrame(rows, columns=SPOKEN)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000012
+def words(view, habit) -> pd.DataFrame:
+    """What tiny adapters said in the first and the last stage: one row per arm, means over the seeds with a log here.
+
+    Percent of exchanges with a sub-goal of the taught habit (names); different sentences per 100 exchanges."""
+    df = spoken_by_seed(view, habit)
+    if not len(df):
         return pd.DataFrame(columns=["habit", "different", "seeds"])
-    df = pd.DataFrame(rows)
     t = df.pivot_table(index="method", columns="stage", values=["habit", "different"])
     t[("seeds", "")] = df.groupby("method").seed.nunique()
     return t.loc[in_order(t.index)]
 
 
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000013
+def words_verdict(view, habit) -> str:
+    "Do adapters say the habit more or less often in the last stage than in the first? One sentence per arm."
+    df = spoken_by_seed(view, habit)
+    rows = []
+    for arm in in_order(df.method):
+        x = df[df.method == arm].pivot(index="seed", columns="stage", values="habit").dropna()
+        if x.shape[1] == 2 and len(x):
+            moved = stats.compare(x["last stage"], x["first stage"])
+            rows.append(dict(method=arm, start=x["first stage"].mean(), end=x["last stage"].mean(), **moved))
+    if not rows:
+        return "no logs of these runs on this machine"
+    v = stats.judged(rows)
+    lines = [
+        f"{r.method}: a goal of the habit in {r.start:.1f} % of exchanges at first, in {r.end:.1f} % at last: "
+        f"{told(r, OFTEN, 1)}."
+        for _, r in v.iterrows()
+    ]
+    return "\n".join([*lines, basis(v)])
+
+
 # %% ../../nbs/11g_report.rladapter.ipynb #e122dc0c
-COMPARED = ("difference", "lo", "hi", "verdict")
+OFTEN = {BETTER: "more often", WORSE: "less often"}
+BEHAVING = (PPO, GOALS, RULES, DECISION, ADAPTER)  # printed and compared
 
 
-def behaviours(view, base=PPO) -> pd.DataFrame:
-    "One row per arm and behaviour: percent (mean and std over seeds), chances of all seeds, comparison with `base`."
-    w, rows = last(view), []
-    for _, r in rates(view, "behaviour").iterrows():
-        metric = f"behaviour/{r['name']}"
-        s = summary(of(w, r.label, metric))
-        v = against(w, r.label, base, metric) if r.label != base else None
-        row = dict(behaviour=r["name"], method=r.label, chances=int(r.n), n=s.get("n", 0))
-        row |= dict(percent=s.get("mean", np.nan), std=s.get("std", np.nan))
-        rows.append(row | {k: v[k] if v else np.nan for k in COMPARED})
-    columns = ["behaviour", "method", "percent", "std", "chances", "n", *COMPARED]
-    return pd.DataFrame(rows, columns=columns)
+def compared_behaviours(view, base=PPO) -> pd.DataFrame:
+    "Each printed arm's behaviours against those of `base`, judged together."
+    w = last(view)
+    arms = [arm for arm in arms_of(view.exhibit, view.scale) if arm in BEHAVING and arm != base]
+    metrics = sorted(m for m in w if m.startswith("behaviour/"))
+    return judged(against(w, arm, base, metric) for arm in arms for metric in metrics)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000012
-def _behaved(r) -> str:
-    # a cell of the printed table: percent of the chances, and the word of the comparison
-    if not r.chances:
+def _behaved(r, v) -> str:
+    # an entry of the printed table: percent of the chances, and the comparison
+    if not r.n:
         return "no chance"
-    text = f"{plus_minus(r.percent, r['std'], 1)} of {r.chances}"
-    if pd.isna(r.verdict):
-        return text
-    return f"{text}; one seed decides nothing" if pd.isna(r.lo) else f"{text}; {r.verdict}"
+    lines = [plus_minus(r.percent, r["std"], 1), f"of {r.chances}, n = {r.n}"]
+    return "\n".join([*lines, *(differs(x, OFTEN, 1) for _, x in v.iterrows())])
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #32f1f5da
 def behaviour(view):
     "(printed, tidy) behaviours down, arms across: percent of the chances, and the comparison with plain PPO."
-    t, lack, arms = behaviours(view), notes(view), arms_of(view.exhibit, view.scale)
-    said = {(r.behaviour, r.method): _behaved(r) for _, r in t.iterrows()}
-    names, had = list(dict.fromkeys(t.behaviour)), set(t.method)
-    lines = {b: [said.get((b, arm), "no chance" if arm in had else "") for arm in arms] for b in names}
+    t, v, lack = rates(view, "behaviour"), compared_behaviours(view), notes(view)
+    arms = [arm for arm in arms_of(view.exhibit, view.scale) if arm in BEHAVING]
+    had, names = set(t.label), sorted(set(t.name))
+    lines = {name: {arm: "no chance" for arm in arms if arm in had} for name in names}
+    for _, r in t[t.label.isin(arms)].iterrows():
+        mine = v[(v.method == r.label) & (v.metric == f"behaviour/{r['name']}")]
+        lines[r["name"]][r.label] = _behaved(r, mine)
     if lack:
-        lines["runs lacking"] = [lack.get(arm, "") for arm in arms]
-    p = pd.DataFrame.from_dict(lines, orient="index", columns=arms)
+        lines["runs lacking"] = lack
+    p = pd.DataFrame.from_dict(lines, orient="index", columns=arms).astype(object).fillna("")
     p.index.name = "behaviour"
-    return p, t
+    return p, pd.concat([t.assign(kind="ours"), v.assign(kind="difference")], ignore_index=True)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #40d85158
-QUERIES = ("queries", "calls", "cached")
 TOKENS = ("tokens_in", "tokens_out")
-SECONDS = ("llm_seconds", "seconds")
 OUTCOMES = ("invalid", "rejected", "failed", "kept")
-COUNTS = (*QUERIES, *TOKENS, *SECONDS, *OUTCOMES)
+SPENT = ("calls", "cached", *TOKENS, "llm_seconds", *OUTCOMES)  # by arms with a language model
 PER_MILLION = ("calls", *TOKENS, "llm_seconds")
 
 
+def asks_a_model(view) -> set:
+    "The arms whose sub-goals come from a language model."
+    return {run.label for run in view.runs if run.recipe.online.guide in ("decision", "adapter")}
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000014
 def costs(view) -> pd.DataFrame:
     "One row per arm: means over seeds of all counts, the language models' share of the time (%), counts per 1M steps."
-    w, lack, steps = last(view), notes(view), budgets(view)
+    w, lack, steps, asks = last(view), notes(view), budgets(view), asks_a_model(view)
     rows = []
     for arm in arms_of(view.exhibit, view.scale):
-        mean = {m: of(w, arm, m).mean() for m in COUNTS}
-        share = 100 * mean["llm_seconds"] / mean["seconds"] if mean["seconds"] else np.nan
-        scale = 1e6 / steps[arm] if arm in steps else np.nan
-        row = dict(method=arm, n=len(of(w, arm, "queries")), steps=steps.get(arm), share=share, note=lack.get(arm, ""))
-        rows.append(row | mean | {f"{m}_per_million": scale * mean[m] for m in PER_MILLION})
+        row = dict(method=arm, n=len(of(w, arm, "queries")), steps=steps.get(arm), note=lack.get(arm, ""))
+        row |= dict(model=arm in asks, queries=of(w, arm, "queries").mean(), seconds=of(w, arm, "seconds").mean())
+        if arm in asks:
+            row |= {m: of(w, arm, m).mean() for m in SPENT}
+            row["share"] = 100 * row["llm_seconds"] / row["seconds"]
+            row |= {f"{m}_per_million": 1e6 / steps[arm] * row[m] for m in PER_MILLION}
+        rows.append(row)
     per = [f"{m}_per_million" for m in PER_MILLION]
-    return pd.DataFrame(rows, columns=["method", "n", "steps", *COUNTS, "share", *per, "note"])
+    known = ["method", "n", "steps", "model", "queries", *SPENT, "seconds", "share", *per, "note"]
+    return pd.DataFrame(rows, columns=known)
 
 
-# %% ../../nbs/11g_report.rladapter.ipynb #9d6759dd
-def _numbers(column, form="{:,.0f}") -> list:
-    # a column as text, blank where there is no value
-    return ["" if pd.isna(v) else form.format(v) for v in column]
-
-
-def _pairs(a, b) -> list:
-    # two columns of counts as 'in / out'
-    return [f"{x} / {y}" if x else "" for x, y in zip(_numbers(a), _numbers(b))]
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000015
+COST_COLUMNS = ("asked", "tokens, in / out", "time of language models", "replies", "per 1M steps")  # columns
 
 
 def cost(view):
     "(printed, tidy) cost of guidance."
     t = costs(view)
-    p = pd.DataFrame(
-        {
-            "method": t.method,
-            "queries": _numbers(t.queries),
-            "calls": _numbers(t.calls),
-            "from the cache": _numbers(t.cached),
-            "tokens in / out": _pairs(t.tokens_in, t.tokens_out),
-            "LM seconds": _numbers(t.llm_seconds, "{:,.1f}"),
-            "of the time": _numbers(t["share"], "{:.1f} %"),
-            "invalid": _numbers(t.invalid),
-            "rejected": _numbers(t.rejected),
-            "failed": _numbers(t.failed),
-            "goals kept": _numbers(t.kept),
-            "calls per 1M steps": _numbers(t.calls_per_million),
-            "tokens per 1M steps, in / out": _pairs(t.tokens_in_per_million, t.tokens_out_per_million),
-            "LM hours per 1M steps": _numbers(t.llm_seconds_per_million / 3600, "{:.2f}"),
-            "n": [joined(f"{n}" if n else "", note) for n, note in zip(t.n, t.note)],
-        }
+    lines = {r.method: _cost_line(r) for _, r in t.iterrows()}
+    p = pd.DataFrame.from_dict(lines, orient="index", columns=COST_COLUMNS).astype(object).fillna("")
+    p.index.name = "method"
+    return p, t
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #9d6759dd
+def _cost_line(r) -> dict:
+    # an arm as a line of the printed table
+    if not r.n:
+        return {"asked": r.note}
+    asked = f"{r.queries:,.0f} queries"
+    n = joined(f"n = {r.n}", r.note)
+    if not r.model:
+        return {"asked": f"{asked}\n{n}"} | dict.fromkeys(COST_COLUMNS[1:], "no language model")
+    hours = r.llm_seconds_per_million / 3600
+    tokens = f"{short(r.tokens_in_per_million)} / {short(r.tokens_out_per_million)}"
+    entries = (
+        f"{asked}\n{r.calls:,.0f} calls\n{r.cached:,.0f} from the cache\n{n}",
+        f"{r.tokens_in:,.0f} / {r.tokens_out:,.0f}",
+        f"{r.llm_seconds:,.1f} s\n{r['share']:.1f} % of the run",
+        "\n".join(f"{r[m]:,.1f} {m}" for m in OUTCOMES),
+        f"{r.calls_per_million:,.0f} calls\n{tokens} tokens\n{hours:.2f} hours",
     )
-    return p.set_index("method"), t
+    return dict(zip(COST_COLUMNS, entries))
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #bc6642fe
-def points(v, digits=2) -> str:
-    "Difference, seeds and interval of a comparison."
-    between = "one seed decides nothing"
-    if not pd.isna(v["lo"]):
-        between = f"95 % interval {v['lo']:+.{digits}f} to {v['hi']:+.{digits}f}"
-    return f"{v['difference']:+.{digits}f} ({counted(v['n'])}, {between})"
-
-
-# %% ../../nbs/11g_report.rladapter.ipynb #6132647c
-def word_for(v, better, worse, neither="no clear difference") -> str:
-    "The word that a comparison's verdict stands for in a sentence."
-    return dict(better=better, worse=worse).get(v["verdict"], neither)
-
-
-# %% ../../nbs/11g_report.rladapter.ipynb #m0000013
-def answer(question, v) -> str:
-    "A question and its comparison as a sentence."
-    if v is None:
-        return f"{question} no runs yet."
-    return f"{question} {word_for(v, 'yes', 'no, the opposite')}, {points(v)}."
-
+ANSWERS = {BETTER: "yes", WORSE: "no, the opposite"}
+ASKED = dict(score="Score over all training episodes", score_last="Score over the last fifth of training")
 
 # %% ../../nbs/11g_report.rladapter.ipynb #42287256
 QUESTIONS = (  # what is asked, arm, against
@@ -705,83 +811,119 @@ QUESTIONS = (  # what is asked, arm, against
 )
 
 
-def main_verdict(view, metric="score") -> str:
-    "One sentence per question about an exhibit's arms."
+def questions(view) -> pd.DataFrame:
+    "The questions about an exhibit's arms, asked of the score and of its last fifth, judged together."
     w = last(view)
-    return "\n".join(answer(f"{q} ('{a}' above '{b}')?", against(w, a, b, metric)) for q, a, b in QUESTIONS)
+    return judged(against(w, a, b, metric) for metric in ASKED for _, a, b in QUESTIONS)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000016
+def _answers(v) -> list:
+    # a sentence per question, from the comparisons of one metric
+    found = {(r.method, r.against): r for _, r in v.iterrows()}
+    lines = []
+    for question, a, b in QUESTIONS:
+        answer = told(found[a, b], ANSWERS) if (a, b) in found else "no runs yet"
+        lines.append(f"{question} ('{a}' above '{b}')? {answer}.")
+    return lines
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000017
+def main_verdict(view) -> str:
+    "One sentence per question about an exhibit's arms, for the score and for the score of the last fifth."
+    v, lines = questions(view), []
+    for metric, name in ASKED.items():
+        lines += [f"{name}:", *_answers(v[v.metric == metric]), ""]
+    return "\n".join([*lines, basis(v)] if len(v) else lines[:-1])
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #1f5df1a2
-def ablation_verdict(view, base=ADAPTER, metric="score") -> str:
-    "Which switches of the full method are better or worse than it: one sentence."
-    w, said = last(view), {}
-    others = {*MAIN} - {UNTUNED}  # the main table speaks of these
-    for arm in arms_of(view.exhibit, view.scale):
-        v = None if arm in others else against(w, arm, base, metric)
-        if v:
-            word = "one seed decides nothing" if pd.isna(v["lo"]) else v["verdict"]
-            said.setdefault(word, []).append(f"'{arm}' {v['difference']:+.2f}")
-    parts = [f"{word}: {', '.join(arms)}" for word, arms in said.items()]
-    return f"Against '{base}': {'; '.join(parts) or 'no runs yet'}."
+def ablation_verdict(view) -> str:
+    "Which switches of the full method are better or worse than it, and than plain PPO: a sentence each."
+    v, lines = switches(view), []
+    for base, d in v.groupby("against", sort=False):
+        parts = []
+        for word, g in d.groupby("verdict", sort=False):
+            parts.append(f"{word}: " + ", ".join(f"'{r.method}' {r.difference:+.2f}" for _, r in g.iterrows()))
+        lines.append(f"Against '{base}': {'; '.join(parts)}.")
+    return "\n".join([*lines, basis(v)]) if lines else "no runs yet"
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #58ac0d43
-def _comprehension_sentence(arm, d):
-    # does the score rise from the first part of training to the last?
-    x = d.sort_values("step").groupby("seed").value.agg(["first", "last"])
-    v = dict(n=len(x), **stats.compare(x["last"], x["first"], interval="student"))
-    word = word_for(v, "rises", "falls", "no clear change")
-    start, end = x["first"].mean(), x["last"].mean()
-    return f"{arm}: the comprehension score goes from {start:.3f} to {end:.3f}: {word}, {points(v, digits=3)}."
+def rises(df) -> list:
+    "The comprehension score of the last part of training against that of the first, per arm."
+    df = df[df.metric == "comprehension"].dropna(subset="value")
+    rows = []
+    for arm in in_order(df.label):
+        x = df[df.label == arm].sort_values("step").groupby("seed").value.agg(["first", "last"])
+        start, end = x["first"], x["last"]
+        rows.append(dict(what="score", method=arm, start=start.mean(), end=end.mean(), **stats.compare(end, start)))
+    return rows
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000014
-def _tuning_sentence(arm, stage, d):
-    # does tuning lower the adapter's loss?
-    before, after = d.loss_before.astype(float), d.loss_after.astype(float)
-    v = dict(n=len(d), **stats.compare(after, before, interval="student"))
-    word = word_for(v, "higher", "lower", "no clear change")
-    change = f"from {before.mean():.2f} to {after.mean():.2f}: {word}, {points(v)}"
-    return f"{arm}, tuning after stage {stage}: the adapter's loss goes {change}."
+def loss_changes(s) -> list:
+    "The adapter's loss after a stage's tuning against that before, per arm and stage."
+    s = s.dropna(subset=["loss_before", "loss_after"]).astype(dict(loss_before=float, loss_after=float))
+    rows = []
+    for (arm, stage), d in s.groupby(["label", "stage"], sort=False):
+        known = dict(what="loss", method=arm, stage=stage, start=d.loss_before.mean(), end=d.loss_after.mean())
+        rows.append(known | stats.compare(d.loss_after, d.loss_before))
+    return rows
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000018
+def enough(difference, least=2, most=6) -> int:
+    "Decimals that show two digits of a difference."
+    if not difference or pd.isna(difference):
+        return least
+    return int(np.clip(1 - np.floor(np.log10(abs(difference))), least, most))
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000020
+def _moved(r) -> str:
+    # a comprehension score or a loss, at first and at last, with as many digits as show its change
+    said = {BETTER: "rises", WORSE: "falls"}
+    digits = enough(r.difference)
+    if r.what == "score":
+        start = f"{r.method}: the comprehension score goes"
+    else:
+        start = f"{r.method}, tuning after stage {r.stage:.0f}: the adapter's loss goes"
+    if r.lo == r.hi == 0:
+        return f"{start} nowhere: {r.start:.{digits}f} before and after in every seed."
+    return f"{start} from {r.start:.{digits}f} to {r.end:.{digits}f}: {told(r, said, digits)}."
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000015
 def comprehension_verdict(view) -> str:
-    "Does the comprehension score rise over training, and does tuning lower the adapter's loss? One sentence per arm."
-    df, s = view.rows, tunings(view)
-    df = df[df.metric == "comprehension"].dropna(subset="value")
-    said = [_comprehension_sentence(arm, df[df.label == arm]) for arm in in_order(df.label)]
-    done = s.dropna(subset=["loss_before", "loss_after"])
-    said += [_tuning_sentence(arm, stage, d) for (arm, stage), d in done.groupby(["label", "stage"], sort=False)]
+    "Does the comprehension score rise over training, and does tuning change the adapter's loss? A sentence per arm."
+    s = tunings(view)
+    v = stats.judged([*rises(view.rows), *loss_changes(s)])
+    lines = [_moved(r) for _, r in v.iterrows()]
     if n := int(s.loss_after.isna().sum()):
-        said.append(f"{counted(n, 'tuning')} not done: too few rows.")
-    return "\n".join(said) or "no runs yet"
+        lines.append(f"{counted(n, 'tuning')} not done: too few rows.")
+    return "\n".join([*lines, basis(v)] if len(v) else lines) or "no runs yet"
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #9017a6f9
-def _behaviour_sentence(arm, base, d):
+def _behaviour_sentence(arm, base, d) -> str:
     # which behaviours an arm shows more or less often than `base`
-    resolved = d[d.lo.notna()]
-
-    def told(word):
-        found = resolved[resolved.verdict == word]
-        return ", ".join(f"{r.behaviour} ({r.difference:+.1f})" for _, r in found.iterrows()) or "none"
-
-    unclear = (resolved.verdict == "no clear difference").sum()
-    text = (
-        f"{arm}, against '{base}', {counted(int(d.n.max()))}: more often: {told('better')}; less often: {told('worse')}"
-    )
-    text += f"; no clear difference: {unclear} of {counted(len(d), 'behaviour')}"
-    return text + ("; one seed decides nothing." if d.lo.isna().any() else ".")
+    parts = []
+    for word, name in OFTEN.items():
+        found = [f"{r.metric.split('/', 1)[1]} ({r.difference:+.1f})" for _, r in d[d.verdict == word].iterrows()]
+        parts.append(f"{name}: {', '.join(found) or 'none'}")
+    for word in (UNRESOLVED, UNTESTED):
+        if n := (d.verdict == word).sum():
+            parts.append(f"{word}: {n} of {counted(len(d), 'behaviour')}")
+    return f"{arm}, against '{base}': {'; '.join(parts)}."
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000016
 def behaviour_verdict(view, base=PPO) -> str:
-    "In which behaviours an arm is above or below plain PPO: one sentence per arm."
-    t = behaviours(view, base)
-    compared = t[t.verdict.notna()]
-    arms = in_order(compared.method)
-    return "\n".join(_behaviour_sentence(a, base, compared[compared.method == a]) for a in arms) or "no runs yet"
+    "Which behaviours an arm shows more or less often than plain PPO: one sentence per arm."
+    v = compared_behaviours(view, base)
+    lines = [_behaviour_sentence(arm, base, v[v.method == arm]) for arm in in_order(v.method)]
+    return "\n".join([*lines, basis(v)]) if lines else "no runs yet"
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #600a9e2d
@@ -799,39 +941,51 @@ DRAW = dict(
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000017
 READ = dict(
     scoreboard=(
-        "Ours: mean ± std over seeds; IQM of the score over seeds with its 95 % bootstrap interval; depth: mean "
-        "over episodes of the deepest achievement; final policy: with its live guidance. Published: score ± std and "
-        "reward ± std as printed there; 'none': no training. Published rewards are of single episodes, one a run "
-        "(the benchmark's script), and not mean returns; budgets differ, so rows of different environment steps are "
-        "not compared. '/' between two numbers: the sources disagree. "
+        "Ours: mean ± std over seeds, n seeds and Student's 95 % interval of the mean; final policy: with its live "
+        "guidance. Published: as printed there; letters name sources. Published rows are not compared with ours. "
     ),
     success=(
-        "Percent of all training episodes of all seeds, with Wilson's 95 % interval; hollow: the benchmark's own runs,"
-        " recomputed (random: 1M steps; humans: 100 episodes). The axis is logarithmic in 1 + percent. "
+        "Percent of a run's training episodes, mean over seeds; hollow: the benchmark's own runs, recomputed. The axis"
+        " is logarithmic in 1 + percent. "
     ),
     along=(
-        "Mean and range over seeds. Random, published: recomputed from the benchmark's own runs, whose return counts"
-        " achievements and a death. "
+        "Mean over seeds. Score: of all episodes so far; return: of the episodes of this part. Random, published:"
+        " recomputed from the benchmark's own runs, whose return counts achievements and a death. "
     ),
-    grid="Mean ± std over seeds; differences of the score, paired by seeds, with Student's 95 % interval. ",
+    grid=(
+        "Mean ± std over seeds, n and Student's 95 % interval of the mean; differences of the score, paired by seeds,"
+        " with Student's 95 % interval; the word after Holm's correction over the table. "
+    ),
     examples=(
         "step: of that environment; l: comprehension score at the query and at the next one. Text of language models is"
         " cut, and anything but plain characters is a dot. "
     ),
-    comprehension="Mean and range over seeds. ",
+    comprehension="Mean over seeds. Random goals, which know nothing of the situation, stand in every panel. ",
     behaviour=(
-        "Percent of the chances, mean ± std over seeds; 'of': chances of all seeds; then the comparison with plain PPO,"
-        " paired by seeds, by Student's 95 % interval. "
+        "Percent of the chances, mean ± std over seeds; 'of': chances of all seeds; then the difference to plain PPO,"
+        " paired by seeds, with Student's 95 % interval; the word after Holm's correction over the table. "
     ),
     cost=(
-        "Means over seeds. LM seconds: of language models; encoding texts for the comprehension score is not in "
-        "them. Per 1M steps: extrapolated from these runs. "
+        "Means over seeds. Language models' time: of their calls; encoding texts for the comprehension score is not in"
+        " it. Replies: invalid has no goal; rejected names one that is not in the list; failed is an error of the call;"
+        " kept: the last goals stay. Per 1M steps: extrapolated from these runs. "
     ),
 )
 
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000021
+BAND = dict(
+    success="dot: mean over seeds; bar: lowest to highest seed",
+    along="band: lowest to highest seed",
+    comprehension="band: lowest to highest seed; dots of the last panel: seeds",
+)
 
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000022
 def left_out(view, numbers=None) -> str:
-    "The arms that a scale leaves out, as the last sentence of a caption."
+    "The sources of published numbers and the arms that a scale leaves out, as the last sentences of a caption."
     here = arms_of(view.exhibit, view.scale)
     others = [arm for arm in arms_of(view.exhibit) if arm not in here]
-    return f"Not at this scale: {', '.join(others)}." if others else ""
+    found = {} if numbers is None else letters(numbers)
+    named = [f"({letter}) {source}" for source, letter in found.items()]
+    sources = f"Sources: {'; '.join(named)}." if named else ""
+    return joined(sources, f"Not at this scale: {', '.join(others)}." if others else "", by=" ")
