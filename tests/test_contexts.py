@@ -14,16 +14,13 @@ from promptnb.report import cmt, exhibits, lamo, style, tables, view
 from promptnb.report.cmt import BOUND, COLLECTED, GIVEN, NULL, WRONG
 from promptnb.report.style import LOOKS
 from promptnb.report.view import View
-from promptnb.tasks import facts
+from promptnb.tasks import facts, family
 
 EXHIBITS = [e for e in rc.exhibits("cmt") if not e.unknown]
 TABLES = ("table", "scores", "wins")
-TEST = {"cheetah-dir": (0, 1), "cheetah-vel": (2, 7, 15, 23, 26), "ant-dir": (6, 17, 23, 30, 41)}
-GOALS = {
-    "cheetah-dir": (1.0, -1.0),
-    "cheetah-vel": tuple(np.linspace(0.075, 3, 40)),
-    "ant-dir": tuple(np.random.default_rng(0).uniform(0, 2 * np.pi, 50)),
-}
+FAMILIES = {name: family(name) for name in ("cheetah-dir", "cheetah-vel", "ant-dir")}
+TEST = {name: fam.test for name, fam in FAMILIES.items()}
+GOALS = {name: fam.goals for name, fam in FAMILIES.items()}
 
 
 def exhibit(id):
@@ -60,8 +57,7 @@ def place_of(family):
 def look(family, place=on_line, goals=None):
     "Two contexts a task, to the left and to the right of where its goal lies; `goals`: others than its own."
     test, own = TEST[family], np.array(GOALS[family])
-    train = [i for i in range(len(own)) if i not in test or family == "cheetah-dir"]
-    ids = [*train, *test]
+    ids = [*FAMILIES[family].train, *test]
     z = np.stack(place(np.array(own if goals is None else goals)[ids]), -1)
     return dict(
         embedding=np.stack([z - 0.01, z + 0.01], 1).tolist(),
@@ -149,10 +145,10 @@ def drawn(e, partial=True):
     return shown, numbers
 
 
-def said(verdict, id, **made):
-    "A verdict on made-up records."
+def said(id, **made):
+    "The answers to an exhibit's questions on made-up records, one line each."
     fabricate(id, **made)
-    return verdict(seen(id))
+    return cmt.verdict(seen(id)).split("\n")
 
 
 # ---- drawing
@@ -173,8 +169,8 @@ def test_made_exhibits_leave_their_files(tmp_home):
         shown = exhibits.make(View(e, "laptop", partial=True))
         if isinstance(shown, Figure):
             close(shown)
-        files = {p.suffix[1:] for p in (tmp_home / "figures/cmt/laptop").glob(f"{e.id}.*")}
-        assert files == set("csv md tex".split() if e.kind in TABLES else "csv pdf png".split()), e.id
+        files = {p.suffix[1:] for p in (tmp_home / "figures/yours/cmt/laptop").glob(f"{e.id}.*")}
+        assert files == set("csv md tex".split() if e.kind in TABLES else "csv pdf png txt".split()), e.id
 
 
 def test_missing_runs_are_refused_unless_partial(tmp_home):
@@ -199,7 +195,7 @@ def test_no_table_speaks_of_published_numbers(tmp_home, records):
         if records:
             fabricate(e.id, seeds=(0,))
         texts[e.id] = text_of(exhibits.make(View(e, "laptop", partial=True)))
-    for p in (tmp_home / "figures/cmt/laptop").iterdir():
+    for p in (tmp_home / "figures/yours/cmt/laptop").iterdir():
         if p.suffix in (".csv", ".md", ".tex"):
             texts[p.name] = p.read_text().replace("nothing here is a published number", "")
     assert len(texts) > 2 * len(EXHIBITS)
@@ -214,7 +210,7 @@ def test_nothing_is_reported_of_this_paper():
 def test_other_papers_keep_their_columns():
     t = tables.tidy_table(View(view.exhibit("prompt_tuning_dt", "table1"), "paper", seeds=[99], partial=True))
     assert {"reported", "difference", "source"} <= set(t)
-    assert "reported" in tables.printed(t).columns.get_level_values(1)
+    assert "published" in tables.printed(t).to_string()
     scores = lamo.tidy(View(view.exhibit("lamo", "table1"), "paper", [99], partial=True))
     assert {"reported", "difference"} <= set(scores)
 
@@ -254,40 +250,65 @@ def test_methods_that_do_not_collect_are_levels(adapted):
     assert levels["mean"].to_dict() == {NULL: 5, GIVEN: 4, WRONG: 6, BOUND: 8}
 
 
-def test_adaptation_without_runs(tmp_home):
-    assert cmt.adaptation_verdict(seen("adaptation")) == "Is the last episode above episode 0? no runs yet."
+def test_episode_0_is_not_the_null_prompts_level(tmp_home):
+    fabricate("adaptation", seeds=(0,))
+    assert "one policy with one prompt in different episodes" in cmt.left_out(seen("adaptation"))
 
 
 def test_a_rise_over_episodes_is_said(tmp_home):
-    text = said(cmt.adaptation_verdict, "adaptation")
-    assert "cheetah-vel: yes, +40.0 (3 seeds, 95 % interval +40.0 to +40.0)" in text
+    rise = said("adaptation", episode=lambda k, seed, i: (10 + seed / 10) * k)[0]
+    assert "cheetah-vel: better, +40.4 [39.4, 41.4], n = 3" in rise
 
 
 def test_a_fall_over_episodes_is_said(tmp_home):
-    text = said(cmt.adaptation_verdict, "adaptation", episode=lambda k, seed, i: -1.0 * k)
-    assert "ant-dir: no, the opposite, -4.0" in text
+    assert "ant-dir: worse, -4.0" in said("adaptation", episode=lambda k, seed, i: -1.0 * k)[0]
 
 
-def test_seeds_that_disagree_make_no_clear_difference(tmp_home):
-    text = said(cmt.adaptation_verdict, "adaptation", episode=lambda k, seed, i: k * (seed - 1.0))
-    assert "no clear difference" in text
+def test_seeds_that_disagree_are_not_resolved(tmp_home):
+    assert "not resolved (n = 3" in said("adaptation", episode=lambda k, seed, i: k * (seed - 1.0))[0]
 
 
-VERDICTS = dict(
-    adaptation=cmt.adaptation_verdict,
-    meta=cmt.meta_verdict,
-    single=cmt.single_verdict,
-    skirmish=cmt.skirmish_verdict,
-    embedding=cmt.embedding_verdict,
-)
+# ---- questions
 
 
-@pytest.mark.parametrize("id", VERDICTS)
+@pytest.mark.parametrize("id", cmt.ANSWERS)
+def test_without_runs_there_is_no_answer(tmp_home, id):
+    questions = cmt.questions_of(seen(id))
+    lines = cmt.verdict(seen(id)).split("\n")
+    assert lines == [f"{q.text} no runs yet." for q in questions]
+
+
+@pytest.mark.parametrize("id", cmt.ANSWERS)
 def test_one_seed_decides_nothing(tmp_home, id):
     made = dict(value=lambda r, seed, i: 100.0 * (r.key == "cmt"), score=lambda r, seed: len(r.method))
-    for sentence in said(VERDICTS[id], id, seeds=(0,), **made).split("\n"):
-        assert "one seed decides nothing" in sentence
-        assert not any(word in sentence for word in (": yes", "No, the opposite", "? Yes", ": better on")), sentence
+    fabricate(id, seeds=(0,), **made)
+    assert set(cmt.answers(seen(id)).verdict) == {"not tested"}
+
+
+def test_answers_of_an_exhibit_are_corrected_together(tmp_home):
+    fabricate("meta", value=lambda r, seed, i: 10.0 * (r.method == GIVEN) + seed * (1 + (r.method == GIVEN)))
+    v = cmt.answers(seen("meta"))
+    assert len(v) == len(cmt.META) * 3
+    assert (v.p_holm >= v.p).all()
+    assert v[(v.p > 0) & (v.p < 0.05)].p_holm.gt(v.p).any()
+
+
+def test_nothing_is_unseen_on_cheetah_dir(tmp_home):
+    assert cmt.place("cheetah-dir") == "cheetah-dir (train tasks)"
+    assert "unseen" not in " ".join(said("meta") + said("adaptation")).split("cheetah-vel")[0]
+
+
+def test_what_was_found(tmp_home):
+    fabricate("length", score=lambda r, seed: dict(r.tune.hyper)["L"] + seed / 10)
+    views = [seen("length")]
+    assert cmt.found(views).iloc[0].to_dict() == {
+        "comparisons": 3,
+        "better": 2,
+        "worse": 0,
+        "not resolved": 1,
+        "not tested": 0,
+    }
+    assert "'L = 20' against 'L = 1', hopper medium, 'Random frozen prompt': better, +19.0" in cmt.resolved(views)
 
 
 # ---- where contexts lie
@@ -340,85 +361,75 @@ def test_two_goals_have_no_order():
     assert (o["tasks"], o["unseen"]) == (4, 0)
 
 
-def test_the_order_without_runs(tmp_home):
-    assert cmt.embedding_verdict(seen("embedding")) == "no runs yet"
-
-
 def test_the_order_in_words(tmp_home):
-    two, line, _ = said(cmt.embedding_verdict, "embedding").split("\n")
-    assert two.endswith("too few tasks to tell.") and "no task is unseen" in two
-    assert (
-        "first component and goal have a rank correlation of 1.00 (1.00 to 1.00) over 40 tasks,"
-        " 1.00 (1.00 to 1.00) over the 5 unseen alone, 3 seeds"
-    ) in line
-    assert line.endswith(": more than by chance.")
+    lines = said("embedding")
+    assert "cheetah-vel: better, +0.69" in lines[0]
+    assert not any("cheetah-dir" in line for line in lines)  # two goals have no order
 
 
-def test_an_order_in_some_seeds_only(tmp_home):
+def test_an_order_in_some_seeds_only_is_not_resolved(tmp_home):
     def ordered_in_seed_0(r, seed):
         return look(r.family, place_of(r.family), shuffled(r.family, seed) if seed else None)
 
-    text = said(cmt.embedding_verdict, "embedding", looks=ordered_in_seed_0)
-    assert text.split("\n")[1].endswith("in some seeds only.")
-    found = cmt.orders(seen("embedding"))[["family", "seed"]].itertuples(index=False, name=None)
-    assert set(found) == {(family, seed) for family in GOALS for seed in range(3)}
+    assert "cheetah-vel: not resolved (n = 3" in said("embedding", looks=ordered_in_seed_0)[0]
+
+
+def test_the_order_as_a_table(tmp_home):
+    fabricate("embedding")
+    t = cmt.order_table(seen("embedding"))
+    assert t.loc["cheetah-vel", ["all tasks", "unseen alone"]].tolist() == ["1.00 (1.00 to 1.00)"] * 2
+    assert t.loc["cheetah-dir", "unseen alone"] == "none is unseen"
+    assert len(t.columns) <= 6
+
+
+def test_only_unseen_tasks_are_ringed(tmp_home):
+    fabricate("embedding", seeds=(0,))
+    fig, _ = cmt.embedding(seen("embedding"))
+    close(fig)
+    ringed = [len(ax.get_legend_handles_labels()[1]) for ax in fig.axes[:3]]
+    assert ringed == [0, 1, 1]
 
 
 # ---- the goal range
 
 
-def test_goals_are_not_known_without_a_record(tmp_home):
-    assert cmt.goals_of("cmt", "cheetah-vel") == ({}, [])
-
-
-def test_goals_come_from_a_record(tmp_home):
-    fabricate("embedding", seeds=(1,))
-    goals, test = cmt.goals_of("cmt", "cheetah-vel")
-    assert (goals[0], goals[39]) == (pytest.approx(0.075), pytest.approx(3))
-    assert len(goals) == 40 and test == list(TEST["cheetah-vel"])
-
-
-def ranged():
-    "(name of the axis, numbers) of the goal range, where a method returns its task's id, and its seed more."
+@pytest.fixture
+def ranged(tmp_home):
+    "Numbers of the goal range, where a method returns its task's id, and its seed more."
     fabricate("range", value=lambda r, seed, i: i + seed)
     fig, n = cmt.along(whole("range"))
     close(fig)
-    return fig.axes[0].get_xlabel(), n
+    return n
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["ids", "goals"])
-def test_numbers_along_the_goals(tmp_home, named):
-    if named:
-        fabricate("embedding")
-    n = ranged()[1]
-    a = n[n.label == "Prompt-DT, middle goals"].set_index("task_id")
+def test_numbers_along_the_goals(ranged):
+    a = ranged[ranged.label == "Prompt-DT, middle goals"].set_index("task_id")
     assert a.loc[20, ["mean", "min", "max", "count"]].tolist() == [21, 20, 22, 3]
-    assert len(n) == 5 * 40
+    assert len(ranged) == 5 * 40
 
 
-def test_goals_that_no_record_names_are_task_ids(tmp_home):
-    name, n = ranged()
-    assert name.startswith("task id")
-    assert (n.goal == n.task_id).all() and set(n.part) == {""}
-
-
-def test_goals_are_trained_on_between_or_outside(tmp_home):
-    fabricate("embedding")
-    name, n = ranged()
-    a = n[n.label == "Prompt-DT, middle goals"].set_index("task_id")
-    assert name == "goal velocity" and a.goal[39] == pytest.approx(3)
+def test_goals_are_trained_on_between_or_outside(ranged):
+    a = ranged[ranged.label == "Prompt-DT, middle goals"].set_index("task_id")
+    assert a.goal[39] == pytest.approx(3)
     parts = [a.part[i] for i in (9, 10, 15, 29, 30)]
     assert parts == ["outside", "trained", "between", "trained", "outside"]
-    assert n[n.label == NULL].groupby("part").size().to_dict() == dict(trained=35, between=5)
+    assert ranged[ranged.label == NULL].groupby("part").size().to_dict() == dict(trained=35, between=5)
 
 
-def test_means_of_the_parts(tmp_home):
-    fabricate("embedding")
-    ranged()
+def test_means_of_the_parts(ranged):
     p = cmt.parts(seen("range"))
-    assert p.loc[GIVEN, "unseen, between"] == "15.6 ± 1.0 (5 goals, n=3)"
+    assert p.loc[GIVEN, "unseen, between"].split("\n") == ["15.6 ± 1.0", "n = 3 [13.1, 18.1]", "5 goals"]
     assert p.loc[GIVEN, "unseen, outside"] == ""
     assert "20 goals" in p.loc["Prompt-DT, middle goals", "unseen, outside"]
+
+
+def test_answers_about_the_goal_range(tmp_home):
+    def value(r, seed, i):
+        return i + seed / 10 - (20 + seed) * (r.method == cmt.MIDDLE and not 10 <= i < 30)
+
+    lines = said("range", value=value)
+    assert "5 goals inside: not resolved" in lines[0]
+    assert "18 goals outside: worse, -21.0" in lines[3]
 
 
 # ---- length
@@ -454,29 +465,31 @@ def line_of(t, dataset, method):
     return t[(t.dataset == dataset) & (t.method == method)].iloc[0]
 
 
-def test_single_tasks_are_tables_of_scores(single):
-    r = line_of(lamo.tidy(single), "hopper medium", "No prompt")
-    numbers = r[["mean", "n", "iqm", "lo", "hi", "trainable", "total"]].tolist()
-    assert numbers == pytest.approx([21, 3, 21, 19, 24, 640, 1000])
+def test_numbers_of_single_tasks(single):
+    r = line_of(cmt.scores(single)[1], "hopper medium", "No prompt")
+    assert r[["mean", "n", "trainable", "total"]].tolist() == pytest.approx([21, 3, 640, 1000])
 
 
-def test_the_mean_over_single_tasks_names_them(single):
-    m = line_of(lamo.tidy(single), "mean of 9 datasets", "LoRA")
-    qualities = "medium, medium-replay, medium-expert"
-    assert m["mean"] == pytest.approx(4 + 2 + 10 / 3)
-    assert m.source == "over " + "; ".join(f"{body} {qualities}" for body in ("hopper", "halfcheetah", "walker2d"))
+def test_margins_of_single_tasks_name_their_data_sets(single):
+    t = cmt.scores(single)[1]
+    assert line_of(t, "mean mean", "LoRA")["mean"] == pytest.approx(4 + 2 + 10 / 3)
+    assert line_of(t, "hopper mean", "LoRA").source == "mean over hopper medium, medium-replay, medium-expert"
+    over = "mean over hopper medium; halfcheetah medium; walker2d medium"
+    assert line_of(t, "mean medium", "LoRA").source == over
 
 
-def test_printed_lines_of_single_tasks(single):
-    p = lamo.printed(lamo.tidy(single)).loc["hopper medium"]
-    assert p["No prompt"].to_dict() == {"ours": "21.0 ± 2.6", "IQM [95 %]": "21.0 [19.0, 24.0]"}
+def test_printed_single_tasks(single):
+    p = cmt.scores(single)[0]
+    assert list(p.columns) == ["medium", "medium-replay", "medium-expert", "mean"]
+    assert p.loc[("hopper", "No prompt"), "medium"].split("\n") == ["21.0 ± 2.6", "n = 3 [14.4, 27.6]"]
+    assert len(p) == 4 * 8
 
 
-def test_verdicts_over_single_tasks(single):
-    v = lamo.verdicts(single, base="No prompt")
-    lora = v[v.method == "LoRA"]
-    assert set(lora.verdict) == {"worse"}
-    assert lora[lora.dataset == lamo.EVERY].iloc[0][["datasets", "difference"]].tolist() == [9, -5]
+def test_a_mean_needs_all_its_data_sets(tmp_home):
+    fabricate("single", keep=lambda r, seed: r.family != "hopper" or r.method != "LoRA")
+    p = cmt.scores(seen("single"))[0]
+    assert p.loc[("mean", "LoRA"), "medium"] == "1 of 3 data sets missing"
+    assert p.loc[("hopper", "LoRA"), "medium"] == "3 missing"
 
 
 # ---- games won
@@ -495,26 +508,21 @@ def won(tmp_home):
 
 def test_numbers_of_games_won(won):
     r = line_of(won[1], "smax-3m good", "LoRA")
-    assert r[["mean", "n", "iqm", "lo", "hi"]].tolist() == pytest.approx([52, 3, 52, 50, 55])
+    assert r[["mean", "n", "total"]].tolist() == pytest.approx([52, 3, 1000])
     assert r[["return", "return_std", "length", "length_std"]].tolist() == pytest.approx([1.1, 0.1, 41, 1])
-    assert r[["random", "behaviour", "total"]].tolist() == pytest.approx([10, 60, 1000])
 
 
-def test_printed_lines_of_games_won(won):
-    x = won[0].loc["smax-3m good"]
-    expected = {"won, %": "52.0 ± 2.6", "IQM [95 %]": "52.0 [50.0, 55.0]", "return": "1.10 ± 0.10", "length": "41 ± 1"}
-    assert x["LoRA"].to_dict() == expected
-    assert x.loc["won, %", ["random actions", "behaviour"]].tolist() == ["10.0", "60.0"]
-    assert x.loc["return", "behaviour"] == ""
+def test_printed_games_won(won):
+    x = won[0].loc["smax-3m"]
+    assert list(x.columns) == ["good", "medium", "poor", "mean"]
+    assert x.loc["LoRA", "good"].split("\n")[0] == "52.0 ± 2.6"
+    assert x.loc["random actions"].tolist() == ["10.0"] * 4
+    assert x.loc["policy that made the data", "good"] == "60.0"
 
 
 def test_the_mean_of_games_won(won):
-    m = line_of(won[1], "mean of 15 datasets", "LoRA")
+    m = line_of(won[1], "mean mean", "LoRA")
     assert m["mean"] == pytest.approx(56) and np.isnan(m["return"])
-
-
-def test_columns_of_games_won(won):
-    assert list(won[0].columns) == [*lamo.labels_of(exhibit("skirmish")), "random actions", "behaviour"]
 
 
 @pytest.fixture
@@ -530,73 +538,66 @@ def test_missing_and_failed_games_are_refused(lacking):
 
 
 def test_missing_and_failed_games_are_shown(lacking):
-    p = cmt.wins(seen("skirmish"))[0].loc["smax-8m poor"]
-    assert p.loc["won, %", "LoRA"] == "50.0 (n=1, 2 missing)"
-    assert p.loc["won, %", "No prompt"] == "3 failed"
-    assert p.loc["length", "No prompt"] == ""
+    p = cmt.wins(seen("skirmish"))[0].loc["smax-8m"]
+    assert p.loc["LoRA", "poor"].split("\n") == ["50.0", "n = 1", "2 missing"]
+    assert p.loc["No prompt", "poor"] == "3 failed"
 
 
-WON = {
-    "smax-3m": lambda k: 30 + k,
-    "smax-2s3z": lambda k: 9 + k,
-    "smax-3s5z": lambda k: 1 + k,
-    "smax-5m-vs-6m": lambda k: 10,
-    "smax-8m": lambda k: 10.5 + k,
-}  # percent by map and seed; random actions win 10
+WON = dict(good=lambda k: 30 + k, medium=lambda k: 9 + k, poor=lambda k: 1 + k)  # percent by seed; random: 10
 
 
 def test_against_random_actions(tmp_home):
-    fabricate(
-        "skirmish", score=lambda r, seed: WON[r.family](seed) + 20 * (r.method == "LoRA" and r.family == "smax-3s5z")
-    )
-    good, *others = cmt.beats_random(seen("skirmish")).split("\n")
-    assert len(others) == 2
-    assert good.startswith(
-        "Against random actions, trained on good data: 'No prompt': better on smax-3m, smax-8m;"
-        " no clear difference on smax-2s3z, smax-5m-vs-6m; worse on smax-3s5z (3 seeds);"
-    )
-    assert "the best method of each map: better on smax-3m, smax-3s5z, smax-8m; no clear" in good
+    first = said("skirmish", score=lambda r, seed: WON[r.dataset.split()[1]](seed))[0]
+    assert "good data, 5 maps: better, +21.0" in first
+    assert "medium data, 5 maps: not resolved (n = 3, difference +0.0" in first
+    assert "poor data, 5 maps: worse, -8.0" in first
+
+
+def test_random_actions_are_compared_as_a_constant(tmp_home):
+    fabricate("skirmish", score=lambda r, seed: 20.0 + seed)
+    v = cmt.answers(seen("skirmish")).iloc[0]
+    assert [v.lo, v.hi] == pytest.approx(
+        [11 - 2.484, 11 + 2.484], abs=1e-3
+    )  # Student's interval of 20, 21, 22 minus 10
 
 
 def test_no_floor_no_sentence(tmp_home):
     fabricate("skirmish", floor=None, seeds=(0,))
-    assert cmt.beats_random(seen("skirmish")).count("no runs yet") == 6
-    assert cmt.wins(seen("skirmish"))[0].loc[("smax-3m good", "won, %"), "behaviour"] == ""
+    assert "random actions" not in set(cmt.answers(seen("skirmish")).against)
+    assert "random actions" not in cmt.wins(seen("skirmish"))[0].index.get_level_values(1)
 
 
-# ---- verdicts
-
-
-def test_verdicts_without_runs(tmp_home):
-    assert cmt.meta_verdict(seen("meta")).count("no runs yet") == len(cmt.QUESTIONS)
+# ---- answers
 
 
 GAIN = {GIVEN: lambda seed: 12, WRONG: lambda seed: 2 * seed - 2, BOUND: lambda seed: 20, COLLECTED: lambda seed: -3}
 
 
-def test_verdicts_on_unseen_tasks(tmp_home):
+def test_answers_on_test_tasks(tmp_home):
     def value(r, seed, i):
         gain = GAIN.get(r.method, lambda seed: 0)(seed)
         return 10 * seed + i + gain + 5 * (r.method == GIVEN and r.family == "ant-dir")
 
-    s = said(cmt.meta_verdict, "meta", value=value).split("\n")
-    assert "cheetah-vel: yes, +12.0 (3 seeds, 95 % interval +12.0 to +12.0); ant-dir: yes, +17.0" in s[0]
-    assert s[1].count(": yes") == 3
-    assert s[2].count("no, the opposite, -3.0") == 3
-    assert s[3].count("no, the opposite") == 3
-    assert s[4].count(": yes") == 3
-    assert s[6].count("no clear difference, +0.0") == 3
+    s = said("meta", value=value)
+    assert "cheetah-vel: better, +12.0 [12.0, 12.0], n = 3; ant-dir: better, +17.0" in s[0]
+    assert s[1].count("not resolved (n = 3, difference +12.0 ± 5.0)") == 2  # among 24 comparisons
+    assert s[2].count("worse, -3.0") == 3
+    assert s[6].count("not resolved (n = 3, difference +0.0") == 3
 
 
 def test_only_common_seeds_are_compared(tmp_home):
-    text = said(
-        cmt.meta_verdict,
+    first = said(
         "meta",
         value=lambda r, seed, i: 100.0 * seed + 5 * (r.method == GIVEN),
         keep=lambda r, seed: seed != (0 if r.method == GIVEN else 2),
-    )
-    expected = "cheetah-vel: no clear difference, +5.0 (1 seed, one seed decides nothing)"
-    assert expected in text.split("\n")[0]
+    )[0]
+    assert "cheetah-vel: not tested (n = 1, difference +5.0)" in first
+
+
+def test_answers_about_a_switch(tmp_home):
+    lines = said("ablation", value=lambda r, seed, i: i + seed + 5.0 * (r.key == "cmt-no-infonce"))
+    found = [line for line in lines if ": better" in line]
+    assert found == ["'no InfoNCE': above 'CMT'? cheetah-vel: better, +5.0 [5.0, 5.0], n = 3."]
 
 
 PROMPTS = {"Prompt towards the best 10 %": 3, "Prompt on shuffled trajectories": -4, "Prompt a map, the best 10 %": 3}
@@ -607,19 +608,13 @@ def prompted(r, seed):
     return 40 + seed + PROMPTS.get(r.method, 0)
 
 
-def test_verdicts_on_single_tasks(tmp_home):
-    s = said(cmt.single_verdict, "single", score=prompted).split("\n")
-    assert len(s) == 15
-    assert s[0].startswith(
-        "Is 'Prompt towards the best 10 %' above 'Random frozen prompt'? Yes: 'Prompt towards the best 10 %'"
-        " minus 'Random frozen prompt' is +3.0 over 9 datasets, 3 seeds"
-    )
-    assert "is +7.0" in s[2]
-    assert s[5].startswith("Is 'Prompt by advantage' above 'Random frozen prompt'? No clear difference")
+def test_answers_on_single_tasks(tmp_home):
+    s = said("single", score=prompted)
+    assert "9 data sets: better, +3.0" in s[0] and "better, +7.0" in s[2]
+    assert "not resolved" in s[3]
 
 
-def test_verdicts_on_games(tmp_home):
-    s = said(cmt.skirmish_verdict, "skirmish", score=prompted).split("\n")
-    assert len(s) == 9
-    assert "is +3.0 over 15 datasets" in s[3]
-    assert "? No clear difference" in s[6]
+def test_answers_on_games(tmp_home):
+    s = said("skirmish", score=prompted)
+    assert "15 data sets: better, +3.0" in s[1]
+    assert "15 data sets: worse, -3.0" in s[5]  # a prompt for each agent against one for the map

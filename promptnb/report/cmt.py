@@ -13,12 +13,12 @@ import pandas as pd
 import seaborn as sns
 
 from .. import recipes as rc
-from ..core import read_json, results_dir
+from .. import tasks
 from . import lamo
 from .lamo import grid_of, label_of
-from .stats import compare
+from .stats import VERDICTS, compare, judged, summary
 from .style import axes_for, in_order, legend, nothing, style
-from .tables import counted, plus_minus
+from .tables import basis, counted, entry, in_words, plus_minus
 from .view import paired
 
 # %% auto #0
@@ -36,21 +36,37 @@ __all__ = [
     "ORDER_COLUMNS",
     "PARTS",
     "LENGTHS",
+    "MEAN",
     "SCORES",
     "GAMES",
     "WINS",
-    "QUESTIONS",
+    "RANDOM_ACTIONS",
+    "BEHAVIOUR",
+    "ASKED",
+    "META",
+    "ADAPTED",
+    "LEAST_TASKS",
+    "ORDERED",
+    "MIDDLE",
+    "PDT_MIDDLE",
+    "RANGED",
+    "LONGER",
+    "BEST",
     "SINGLE",
-    "SINGLE_CONTROLS",
-    "GAME_PROMPTS",
-    "GAME_CONTROLS",
+    "MAP",
+    "AGENT",
+    "PLAYED",
+    "TEAMS",
+    "ANSWERS",
     "DRAW",
+    "BAND",
     "READ",
-    "left_out",
     "without_length",
+    "nothing_unseen",
+    "place",
     "over_seeds",
     "method_lines",
-    "level_lines",
+    "levels_beside",
     "curves_and_levels",
     "adaptation",
     "correlation",
@@ -64,43 +80,55 @@ __all__ = [
     "before",
     "orders",
     "ranged",
-    "in_numbers",
+    "order_row",
+    "order_table",
     "GoalColours",
     "colours_of",
     "scatter",
     "embedding",
-    "goals_of",
-    "trained_on",
     "GoalRange",
     "goal_range",
     "along_goals",
     "along",
-    "part_means",
-    "part_text",
+    "part_entry",
     "parts",
     "metric_of",
     "lengths",
     "length",
+    "margins",
+    "mean_over",
+    "with_margins",
+    "by_quality",
+    "scores",
     "floors",
     "seed_stats",
+    "constants",
     "won",
-    "in_words",
+    "constant_or_entry",
     "wins",
+    "Question",
+    "asked",
+    "by_seed",
+    "on_common_seeds",
+    "meta",
+    "adapted",
+    "ordered",
+    "ranged_answers",
+    "longer",
+    "switch_questions",
+    "switched",
+    "over_datasets",
+    "single",
     "over_random",
-    "said_of",
-    "best_of",
-    "beats_random",
-    "bounds",
-    "against",
-    "answer",
-    "meta_verdict",
-    "adaptation_verdict",
-    "order_word",
-    "order_sentence",
-    "embedding_verdict",
-    "pairs",
-    "single_verdict",
-    "skirmish_verdict",
+    "skirmish",
+    "questions_of",
+    "answers",
+    "sentence",
+    "verdict",
+    "found",
+    "resolved",
+    "other_episodes",
+    "left_out",
 ]
 
 # %% ../../nbs/11f_report.cmt.ipynb #635c9eab
@@ -118,6 +146,19 @@ SHUFFLED = "CMT, tuned on shuffled trajectories"
 def without_length(label) -> str:
     "A row label without the number of context vectors at its end."
     return re.sub(r", L = \d+$", "", label)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000051
+def nothing_unseen(family) -> bool:
+    "Whether a family's test tasks are its train tasks."
+    fam = tasks.family(family)
+    return set(fam.test) <= set(fam.train)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000052
+def place(family) -> str:
+    "A family's name in titles and sentences; it says where nothing is unseen."
+    return f"{family} (train tasks)" if nothing_unseen(family) else family
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #4d5344aa
@@ -138,12 +179,14 @@ def method_lines(ax, g, x, ms=4):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000008
-def level_lines(ax, g):
-    "Draw the mean of each label as a horizontal line."
-    for label in in_order(g.label):
-        s = style(label)
-        level = g[g.label == label]["mean"].iloc[0]
-        ax.axhline(level, color=s["color"], ls=s["linestyle"], lw=1.4, label=label)
+def levels_beside(ax, g, last):
+    "Draw each label of `over_seeds` right of episode `last`: mean (marker), range over seeds (bar), a thin line."
+    for i, label in enumerate(in_order(g.label)):
+        s, level = style(label), g[g.label == label].iloc[0]
+        x, y = last + 0.9 + 0.6 * i, float(level["mean"])
+        ax.plot([0, x], [y, y], color=s["color"], ls=s["linestyle"], lw=0.8, alpha=0.6)
+        bar = [[y - level["min"]], [level["max"] - y]]
+        ax.errorbar(x, y, bar, color=s["color"], marker=s["marker"], ms=4, elinewidth=1.4, ls="none", label=label)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000009
@@ -161,17 +204,18 @@ ADAPTATION = ["task", "label", "step", "mean", "min", "max", "count"]
 
 
 def adaptation(view):
-    "Return on the test tasks against the episode, one panel per family; across: the same policy with other prompts."
+    "Return on the test tasks against the episode, one panel per family; beside it the same policy with other prompts."
     curves, levels = curves_and_levels(view)
     numbers = []
-    fig, axes = axes_for(view.families)
+    fig, axes = axes_for(view.families, height=2.3)
     for ax, family in zip(axes, view.families):
         curve, level = curves[curves.task == family], levels[levels.task == family]
         numbers += [curve, level]
         method_lines(ax, curve, "step")
-        level_lines(ax, level)
-        ax.set(title=family, xlabel="episode")
+        levels_beside(ax, level, curve.step.max() if len(curve) else 0)
+        ax.set(title=place(family), xlabel="episode")
         ax.set_xticks(sorted(curve.step.unique()))
+        ax.grid(axis="x", visible=False)
         if not len(curve) + len(level):
             nothing(ax)
     axes[0].set_ylabel("return")
@@ -309,29 +353,39 @@ def ranged(x) -> str:
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #d081be8e
-def in_numbers(o) -> str:
-    "Rank correlations of one family, from `orders`, as the lines of a title."
-    lines = [f"rank correlation {ranged(o.spearman_all)}"]
-    alone = f"unseen alone {ranged(o.spearman_unseen)}"
-    if o.by.iloc[0] == "distance":
-        lines = [f"distances: rank correlation {ranged(o.distance_all)}"]
-        alone = "the test tasks are the train tasks"
-        if o.unseen.iloc[0]:
-            alone = f"unseen alone {ranged(o.distance_unseen)}"
-    if not o.before.isna().all():
-        lines.append(f"untrained encoder {ranged(o.before)}")
-    return "\n".join([*lines, alone])
+def order_row(family, o) -> dict:
+    "The rank correlations of one family, from `orders`, in words."
+    by = o.by.iloc[0]
+    alone = ranged(o[f"{by}_unseen"]) if o.unseen.iloc[0] else "none is unseen"
+    return {
+        "family": family,
+        "rank correlation of": "distances" if by == "distance" else "first component and goal",
+        "all tasks": ranged(o[f"{by}_all"]),
+        "unseen alone": alone,
+        "untrained encoder": ranged(o.before),
+        "95 of 100 random orders below": f"{o.chance.max():.2f}",
+        "n": len(o),
+    }
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000054
+def order_table(view) -> pd.DataFrame:
+    "Rank correlations of an exhibit's records, for readers: one row per family."
+    view.require()
+    rows = [order_row(family, o) for family, o in orders(view).groupby("family", sort=False)]
+    return pd.DataFrame(rows).set_index("family") if rows else pd.DataFrame()
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000025
 @dataclass(frozen=True)
 class GoalColours:
-    "The colour map of a family's goals, its range, and {value: text} of its ticks (empty: the default ones)."
+    "The colour map of a family's goals, its range, {value: text} of its ticks (empty: the default ones), its name."
 
     cmap: object
     low: float
     high: float
     ticks: dict
+    name: str
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #fa8f3534
@@ -343,71 +397,53 @@ def colours_of(family, goals) -> GoalColours:
         a, b = sorted(set(goals))
         blue, orange = sns.color_palette("colorblind")[:2]
         half = (b - a) / 2
-        return GoalColours(ListedColormap([orange, blue]), a - half, b + half, {a: f"{a:g}", b: f"{b:g}"})
+        two = {a: f"{a:g}", b: f"{b:g}"}
+        return GoalColours(ListedColormap([orange, blue]), a - half, b + half, two, "goal: direction")
     if circular(family):
         quarters = {np.pi * k / 2: f"{90 * k}°" for k in range(5)}
-        return GoalColours(sns.color_palette("twilight", as_cmap=True), 0, 2 * np.pi, quarters)
-    return GoalColours(sns.color_palette("viridis", as_cmap=True), min(goals), max(goals), {})
+        return GoalColours(sns.color_palette("twilight_shifted", as_cmap=True), 0, 2 * np.pi, quarters, "goal: angle")
+    return GoalColours(sns.color_palette("viridis", as_cmap=True), min(goals), max(goals), {}, "goal: velocity")
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #2fa152a9
 def scatter(fig, ax, look, family):
-    "Draw contexts (small) and their task's mean (large) in the first two components; test tasks ringed."
+    "Draw contexts (small) and their task's mean (large) in the first two components; unseen tasks ringed."
     points = np.array(look["embedding"])  # (tasks, contexts, 3)
-    goals, unseen = np.array(look["goals"], float), int(look["unseen"])
+    goals, unseen = np.array(look["goals"], float), contexts_of(look, family).unseen
     colours = colours_of(family, goals.tolist())
     how = dict(cmap=colours.cmap, vmin=colours.low, vmax=colours.high)
     small = points[..., :2].reshape(-1, 2)
     mean = points.mean(1)
-    ax.scatter(small[:, 0], small[:, 1], c=goals.repeat(points.shape[1]), s=7, alpha=0.45, lw=0, **how)
-    dots = ax.scatter(mean[:, 0], mean[:, 1], c=goals, s=34, lw=0.4, edgecolors="0.45", **how)
-    ring = dict(s=95, lw=1.6, facecolors="none", edgecolors="k", label="test task")
-    ax.scatter(mean[-unseen:, 0], mean[-unseen:, 1], **ring)
-    bar = fig.colorbar(dots, ax=ax, ticks=list(colours.ticks) or None)
-    bar.ax.set_title("goal", fontsize=8)
+    ax.scatter(small[:, 0], small[:, 1], c=goals.repeat(points.shape[1]), s=4, alpha=0.45, lw=0, **how)
+    dots = ax.scatter(mean[:, 0], mean[:, 1], c=goals, s=18, lw=0.4, edgecolors="0.45", **how)
+    ring = dict(s=60, lw=1.2, facecolors="none", edgecolors="k", label="unseen task")
+    if len(mean[unseen]):
+        ax.scatter(mean[unseen, 0], mean[unseen, 1], **ring)
+    bar = fig.colorbar(dots, ax=ax, ticks=list(colours.ticks) or None, location="bottom", aspect=25)
+    bar.set_label(colours.name)
     if colours.ticks:
         bar.set_ticklabels(list(colours.ticks.values()))
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #595268b1
 def embedding(view):
-    "Embedded contexts of the first seed, one panel per family; titles: rank correlations, mean and range over seeds."
+    "Embedded contexts of the first seed, one panel per family."
     view.require()
-    t, first = orders(view), {}
+    first = {}
     for run in view.good:
         if run.record.get("look"):
             first.setdefault(run.recipe.family, run)
-    fig, axes = axes_for(view.families, height=3.2)
+    fig, axes = axes_for(view.families, height=2.7)
     for ax, family in zip(axes, view.families):
-        ax.set_title(family)
+        ax.set_title(place(family))
         if family not in first:
             nothing(ax)
             continue
         scatter(fig, ax, first[family].record["look"], family)
-        o = t[t.family == family]
-        seeds = f"seed {first[family].seed} (of {counted(len(o))})"
-        ax.set_title(f"{family}, {seeds}\n{in_numbers(o)}", fontsize=8)
         ax.set(xlabel="first component")
     axes[0].set_ylabel("second component")
     legend(fig, axes)
-    return fig, t
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #fff62c62
-def goals_of(paper, family):
-    "({task id: goal}, ids of the test tasks) from any record with embedded contexts; empty where there is none."
-    for p in sorted(results_dir(paper).glob(f"*.{family}.*.json")):
-        look = read_json(p).get("look") or {}
-        if "embedded" in look:
-            ids = [int(i) for i in look["embedded"]]
-            return dict(zip(ids, look["goals"])), ids[-int(look["unseen"]) :]
-    return {}, []
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #f3dfecc3
-def trained_on(r, goals, test) -> list:
-    "Ids of the tasks that a recipe's policy was trained on; none where no record names the goals."
-    return list(r.pretrain.train) or [i for i in goals if i not in test]
+    return fig, orders(view)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000026
@@ -415,35 +451,30 @@ def trained_on(r, goals, test) -> list:
 class GoalRange:
     "The goals of a family's tasks, and the tasks that the policy of each label was trained on."
 
-    goals: dict  # {task id: goal}; empty where no record names them
-    test: list  # task ids
+    goals: dict  # {task id: goal}
+    test: tuple  # task ids
     trained: dict  # {label: task ids}
 
-    def at(self, task):
-        "The goal of a task; its id where goals are not known."
-        return self.goals.get(task, task)
-
     def ends(self, label) -> tuple:
-        "(lowest, highest) goal that a policy was trained on; NaN where not known."
-        found = [self.at(task) for task in self.trained[label]]
-        return (min(found), max(found)) if found else (np.nan, np.nan)
+        "(lowest, highest) goal that a policy was trained on."
+        found = [self.goals[task] for task in self.trained[label]]
+        return min(found), max(found)
 
     def part(self, label, task) -> str:
-        "What a task is to a policy: 'trained', 'between', 'outside', or '' where not known."
-        if not self.goals or not self.trained[label]:
-            return ""
+        "What a task is to a policy: 'trained', 'between' or 'outside'."
         if task in self.trained[label]:
             return "trained"
         low, high = self.ends(label)
-        return "between" if low < self.at(task) < high else "outside"
+        return "between" if low < self.goals[task] < high else "outside"
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000028
 def goal_range(view) -> GoalRange:
-    "The goal range of an exhibit's one family, as records know it."
+    "The goal range of an exhibit's one family."
     e = view.exhibit
-    goals, test = goals_of(e.paper, e.families[0])
-    return GoalRange(goals, test, {label_of(e, r): trained_on(r, goals, test) for r in rc.recipes_of(e)})
+    fam = tasks.family(e.families[0])
+    trained = {label_of(e, r): tuple(r.pretrain.train) or fam.train for r in rc.recipes_of(e)}
+    return GoalRange(dict(enumerate(fam.goals)), fam.test, trained)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #e4ae5a41
@@ -452,60 +483,62 @@ def along_goals(view, known) -> pd.DataFrame:
     df = view.rows
     df = df[df.metric == "return"][["label", "seed", "task_id", "value"]]
     parts = [known.part(label, task) for label, task in zip(df.label, df.task_id)]
-    return df.assign(goal=[known.at(task) for task in df.task_id], part=parts)
+    return df.assign(goal=[known.goals[task] for task in df.task_id], part=parts)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000056
+def _range_panel(ax, g, known, title, labels):
+    # the policies that were trained on the same goals
+    low, high = known.ends(labels[0])
+    at_bottom = dict(transform=ax.get_xaxis_transform(), solid_capstyle="butt")
+    ax.plot([low, high], [0.02, 0.02], color="k", lw=4, alpha=0.5, label="range of the train goals", **at_bottom)
+    unseen = [known.goals[task] for task in known.test]
+    for i, goal in enumerate(unseen):
+        ax.axvline(goal, color="k", lw=0.8, ls=":", label="test task, trained on by none" if i == 0 else None)
+    method_lines(ax, g, "goal", ms=2)
+    ax.set(title=title, xlabel="goal velocity")
+    if not len(g):
+        nothing(ax)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #b24aeb8f
 def along(view):
-    "Return against the goal, one line per method; dotted: test tasks; shaded: what 'middle goals' were trained on."
+    "Return against the goal, one line per method; one panel for each set of train goals."
     known = goal_range(view)
     g = over_seeds(along_goals(view, known), ["task_id", "goal", "part"])
-    fig, (ax,) = axes_for(view.families, height=3.4)
-    for i, task in enumerate(known.test if len(g) else ()):
-        label = "test task, never trained on" if i == 0 else None
-        ax.axvline(known.at(task), color="k", lw=0.8, ls=":", label=label)
-    narrow = [label for label in known.trained if "middle" in label]
-    if len(g) and known.goals and narrow:
-        ax.axvspan(*known.ends(narrow[0]), color="k", alpha=0.06, lw=0, label="train range of 'middle goals'")
-    method_lines(ax, g, "goal", ms=2.5)
-    name = "goal velocity" if known.goals else "task id (no record names the goals yet)"
-    ax.set(title=view.families[0], xlabel=name, ylabel="return")
-    if not len(g):
-        nothing(ax)
-    legend(fig, [ax], 3)
+    panels = {}
+    for label, trained in known.trained.items():
+        panels.setdefault(f"trained on {counted(len(trained), 'goal')}", []).append(label)
+    fig, axes = axes_for(panels, height=2.5, sharey=True)
+    for ax, (title, labels) in zip(axes, panels.items()):
+        _range_panel(ax, g[g.label.isin(labels)], known, title, labels)
+    axes[0].set_ylabel(f"return on {view.families[0]}")
+    legend(fig, axes, 3)
     return fig, g
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000030
-PARTS = {"trained": "trained on", "between": "unseen, between", "outside": "unseen, outside", "": "goals not known"}
+PARTS = {"trained": "trained on", "between": "unseen, between", "outside": "unseen, outside"}
 
 
-def part_means(df) -> pd.DataFrame:
-    "Mean, std and count over seeds of the task mean, and the number of tasks, by label and part."
-    by = ["label", "part"]
-    t = df.groupby([*by, "seed"]).value.mean().groupby(by).agg(["mean", "std", "count"])
-    return t.assign(tasks=df.groupby(by).task_id.nunique())
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #cm000031
-def part_text(t, label, part) -> str:
-    "One entry of `part_means` as '12.3 ± 0.4 (5 goals, n=3)'; '' where there is none."
-    if (label, part) not in t.index:
+def part_entry(d) -> str:
+    "The returns of one label on one part of the goals as the lines of an entry; '' where there are none."
+    if not len(d):
         return ""
-    r = t.loc[(label, part)]
-    return f"{plus_minus(r['mean'], r['std'])} ({counted(int(r['tasks']), 'goal')}, n={r['count']:.0f})"
+    row = summary(d.groupby("seed").value.mean())
+    return entry(row | dict(note=counted(d.task_id.nunique(), "goal")))
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #db2a2aeb
 def parts(view) -> pd.DataFrame:
-    "A method's return on each part of the goals: mean ± std over seeds, and how many goals."
+    "A method's return on each part of the goals: mean ± std over seeds, n with its interval, and how many goals."
     df = along_goals(view, goal_range(view))
-    t = part_means(df)
-    here = [part for part in PARTS if (df.part == part).any()]
-    rows = [
-        {"method": label, **{PARTS[part]: part_text(t, label, part) for part in here}} for label in in_order(df.label)
-    ]
-    return pd.DataFrame(rows, columns=["method", *[PARTS[part] for part in here]]).set_index("method")
+    here = {part: name for part, name in PARTS.items() if (df.part == part).any()}
+    rows = {
+        label: {name: part_entry(df[(df.label == label) & (df.part == part)]) for part, name in here.items()}
+        for label in in_order(df.label)
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*here.values()]).rename_axis("method")
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000033
@@ -532,14 +565,20 @@ def lengths(view) -> pd.DataFrame:
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000034
 def _length_panel(ax, dataset, d):
-    # one data set: mean over seeds (line), each seed (dot)
-    for label in in_order(d.label):
+    # one data set: mean over seeds (line), lowest to highest seed (bar), each seed (dot); methods side by side
+    at = sorted(d.L.unique())
+    labels = in_order(d.label)
+    for k, label in enumerate(labels):
         mine, s = d[d.label == label], style(label)
-        mean = mine.groupby("L").value.mean()
-        ax.plot(mean.index, mean, lw=1.4, ms=5, label=label, **s)
-        ax.plot(mine.L, mine.value, ".", ms=4, color=s["color"], alpha=0.7)
+        aside = 0.16 * (k - (len(labels) - 1) / 2)
+        g = mine.groupby("L").value.agg(["mean", "min", "max"])
+        x = np.array([at.index(L) for L in g.index]) + aside
+        bar = [g["mean"] - g["min"], g["max"] - g["mean"]]
+        ax.errorbar(x, g["mean"], bar, lw=1.2, elinewidth=1, ms=4, label=label, **s)
+        ax.plot([at.index(L) + aside for L in mine.L], mine.value, ".", ms=3, color="k", alpha=0.6, zorder=3)
     ax.set(title=dataset, xlabel="context vectors L", ylabel=d.metric.iloc[0] if len(d) else "")
-    ax.set_xticks(sorted(d.L.unique()))
+    ax.set_xticks(range(len(at)), at)
+    ax.grid(axis="x", visible=False)
     if not len(d):
         nothing(ax)
 
@@ -553,6 +592,62 @@ def length(view):
         _length_panel(ax, dataset, t[t.dataset == dataset])
     legend(fig, axes, 3)
     return fig, t
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000057
+MEAN = "mean"
+
+
+def margins(t) -> dict:
+    "{(block, quality): its data sets} of a tidy table, for means over the blocks, over the qualities, and over all."
+    found = {}
+    for dataset in t.dataset.unique():
+        block, quality = dataset.rsplit(" ", 1)
+        for key in ((block, MEAN), (MEAN, quality), (MEAN, MEAN)):
+            found.setdefault(key, []).append(dataset)
+    return found
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000058
+def mean_over(w, method, datasets, metric="score") -> dict:
+    "A method's mean over data sets, over the seeds that have them all; a note where a data set has no run."
+    x = grid_of(w, method, metric).reindex(columns=datasets)
+    lacking = int(x.isna().all().sum())
+    x = x.dropna()
+    if not len(x):
+        return dict(mean=np.nan, std=np.nan, note=f"{lacking} of {counted(len(datasets), 'data set')} missing")
+    return summary(x)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000061
+def with_margins(view) -> pd.DataFrame:
+    "The tidy table of `lamo`, one row per data set and method, and the means over its data sets."
+    t, w = lamo.tidy(view), lamo.last(lamo.frame(view))
+    t = t[~t.dataset.str.startswith("mean of")]
+    rows = []
+    for (block, quality), datasets in margins(t).items():
+        over = dict(dataset=f"{block} {quality}", source=f"mean over {lamo.named(datasets)}")
+        rows += [dict(over, method=m, note="") | mean_over(w, m, datasets) for m in t.method.unique()]
+    return pd.concat([t.astype(object), pd.DataFrame(rows, dtype=object)], ignore_index=True).infer_objects()
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000062
+def by_quality(t, text=entry) -> pd.DataFrame:
+    "A tidy table for readers: blocks of data sets and methods down, qualities of the data and their mean across."
+    lines = {}
+    for _, r in t.iterrows():
+        block, quality = r.dataset.rsplit(" ", 1)
+        lines.setdefault((block, r.method), {})[quality] = text(r)
+    p = pd.DataFrame.from_dict(lines, orient="index").fillna("")
+    p.index = pd.MultiIndex.from_tuples(p.index, names=["data", "method"])
+    return p
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000063
+def scores(view):
+    "(printed, tidy) table of scores on single data sets."
+    t = with_margins(view)
+    return by_quality(t), t
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #7cba0558
@@ -570,255 +665,368 @@ def seed_stats(w, metric) -> dict:
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #aa2ba035
-SCORES = ["mean", "std", "n", "iqm", "lo", "hi"]
-GAMES = ["return", "return_std", "length", "length_std", "random", "behaviour"]
+SCORES = ["mean", "std", "n", "lo", "hi", "iqm", "iqm_lo", "iqm_hi"]
+GAMES = ["return", "return_std", "length", "length_std"]
 WINS = ["dataset", "method", *SCORES, *GAMES, "trainable", "total", "note", "source"]
+RANDOM_ACTIONS, BEHAVIOUR = "random actions", "policy that made the data"
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #4af011ff
-def won(view) -> pd.DataFrame:
-    """One row per data set and method, every number; then the means over the shared data sets.
+def constants(floor, t) -> pd.DataFrame:
+    "Rows of random actions and of the data's behaviour: constants of a data set, and their means over data sets."
+    groups = {dataset: [dataset] for dataset in t.dataset.unique() if dataset in floor}
+    whole = {f"{block} {quality}": found for (block, quality), found in margins(t).items()}
+    groups |= {name: found for name, found in whole.items() if all(dataset in floor for dataset in found)}
+    rows = [
+        dict(dataset=name, method=player, mean=np.mean([floor[dataset][key] for dataset in found]), note="constant")
+        for name, found in groups.items()
+        for player, key in ((RANDOM_ACTIONS, "random"), (BEHAVIOUR, "behaviour"))
+    ]
+    return pd.DataFrame(rows, columns=WINS)
 
-    Percent of games won (mean, std, IQM, interval), return, length, and the percents won by others."""
-    t, w, floor = lamo.tidy(view), lamo.last(lamo.frame(view)), floors(view)
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000066
+def won(view) -> pd.DataFrame:
+    """One row per data set and method, the means over data sets, and the constants of each data set.
+
+    Percent of games won (mean, std, interval), return and length."""
+    t, w = with_margins(view), lamo.last(lamo.frame(view))
     for metric in ("return", "length"):
         stats = seed_stats(w, metric)
         found = [stats.get(key, {}) for key in zip(t.method, t.dataset)]
         t[metric] = [s.get("mean", np.nan) for s in found]
         t[f"{metric}_std"] = [s.get("std", np.nan) for s in found]
-    for player in ("random", "behaviour"):
-        t[player] = [floor.get(dataset, {}).get(player, np.nan) for dataset in t.dataset]
-    return t[WINS]
+    runs = t[~t.dataset.str.contains(rf"\b{MEAN}\b")]
+    return pd.concat(
+        [t.reindex(columns=WINS).astype(object), constants(floors(view), runs).astype(object)]
+    ).infer_objects()
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #434d8867
-def in_words(r) -> dict:
-    "A row of `won` as four lines of text."
-    said = lamo.in_words(r)
-    return {
-        "won, %": said["ours"],
-        "IQM [95 %]": said["IQM [95 %]"],
-        "return": plus_minus(r["return"], r.return_std, 2),
-        "length": plus_minus(r.length, r.length_std, 0),
-    }
+def constant_or_entry(r) -> str:
+    "A row of `won` as the lines of an entry; a constant is its number alone."
+    return plus_minus(r["mean"], np.nan) if r.note == "constant" else entry(r)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #af812f87
 def wins(view):
-    "(printed, tidy) table of games won: data sets down, methods across, then random actions and the data's behaviour."
+    "(printed, tidy) table of games won: maps and methods down, qualities of the data across."
     t = won(view)
-    lines = {}
-    for _, r in t.iterrows():
-        for line, text in in_words(r).items():
-            lines.setdefault((r.dataset, line), {})[r.method] = text
-        others = {"random actions": plus_minus(r.random, np.nan), "behaviour": plus_minus(r.behaviour, np.nan)}
-        lines[r.dataset, "won, %"] |= others
-    p = pd.DataFrame.from_dict(lines, orient="index")
-    p = p.reindex(columns=[*t.method.unique(), "random actions", "behaviour"]).fillna("")
-    p.index = pd.MultiIndex.from_tuples(p.index, names=["dataset", ""])
-    return p[(p != "").any(axis=1)], t
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #f9baa213
-def over_random(w, floor, dataset, method) -> dict | None:
-    "A method's percent of games won on a data set against that of random actions; None without a run."
-    grid = lamo.grid_of(w, method)
-    if dataset not in grid or dataset not in floor:
-        return None
-    x = grid[dataset].dropna().to_numpy()[:, None]
-    return dict(dataset=dataset, method=method, n=len(x), **compare(x, np.full_like(x, floor[dataset]["random"])))
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #cm000037
-def _seeds_of(rows):
-    # '3 seeds', '1 to 3 seeds'; one seed decides nothing
-    ns = sorted({r["n"] for r in rows})
-    if len(ns) > 1:
-        return f"{ns[0]} to {ns[-1]} seeds"
-    return counted(ns[0]) + (": one seed decides nothing" if ns == [1] else "")
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #140ba14e
-def said_of(rows) -> str:
-    "Comparisons with random actions in words: on which maps they are better, on which not."
-    rows = [r for r in rows if r]
-    if not rows:
-        return "no runs yet"
-    said = []
-    for word in ("better", "no clear difference", "worse"):
-        maps = [r["dataset"].rsplit(" ", 1)[0] for r in rows if r["verdict"] == word]
-        if maps:
-            said.append(f"{word} on {', '.join(maps)}")
-    return f"{'; '.join(said)} ({_seeds_of(rows)})"
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #cm000039
-def best_of(w, labels, dataset):
-    "The method with the highest mean score on a data set; None without a run."
-    grids = {label: grid_of(w, label) for label in labels}
-    mean = {label: grid[dataset].mean() for label, grid in grids.items() if dataset in grid}
-    return max(mean, key=mean.get, default=None)
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #5b9f7aa8
-def beats_random(view, base="No prompt") -> str:
-    "One sentence per quality of data: where do `base` and each map's best method win more games than random actions?"
-    e, scale = view.exhibit, view.scale
-    w, floor, labels = lamo.last(lamo.frame(view)), floors(view), lamo.labels_of(e, scale)
-    by_quality = {}
-    for dataset in lamo.datasets_of(e, scale):
-        by_quality.setdefault(dataset.rsplit(" ", 1)[-1], []).append(dataset)
-    said = []
-    for quality, datasets in by_quality.items():
-        first = said_of([over_random(w, floor, dataset, base) for dataset in datasets])
-        best = said_of([over_random(w, floor, dataset, best_of(w, labels, dataset)) for dataset in datasets])
-        start = f"Against random actions, trained on {quality} data: '{base}'"
-        said.append(f"{start}: {first}; the best method of each map: {best}.")
-    return "\n".join(said)
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #af74e405
-def bounds(v) -> str:
-    "Seeds and interval of a comparison."
-    if pd.isna(v["lo"]):
-        return f"{counted(v['n'])}, one seed decides nothing"
-    return f"{counted(v['n'])}, 95 % interval {v['lo']:+.1f} to {v['hi']:+.1f}"
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #e1bd1a87
-def against(df, a, b, families):
-    "Method a minus method b on each family, over the seeds that both have; one dict each."
-    for family in families:
-        x, y = paired(df, a, b, family)
-        if x.size and x.shape == y.shape:
-            yield dict(family=family, method=a, against=b, n=len(x), **compare(x, y))
-
-
-# %% ../../nbs/11f_report.cmt.ipynb #b0c3cd73
-def answer(question, rows) -> str:
-    "Comparisons on families as one sentence."
-    words = dict(better="yes", worse="no, the opposite")
-    said = []
-    for r in rows:
-        word = words.get(r["verdict"], "no clear difference")
-        said.append(f"{r['family']}: {word}, {r['difference']:+.1f} ({bounds(r)})")
-    return f"{question} {'; '.join(said) or 'no runs yet'}."
+    p = by_quality(t, constant_or_entry)
+    blocks = list(dict.fromkeys(p.index.get_level_values(0)))
+    return p.loc[blocks], t
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #f56c1133
-QUESTIONS = (  # question, method, against
-    ("Does a given context help, against the null prompt?", GIVEN, NULL),
-    ("Does it matter whose context it is (against a wrong task's)?", GIVEN, WRONG),
-    ("Does a collected context help, against the null prompt?", COLLECTED, NULL),
-    ("Is a given context above the one-hot upper bound?", GIVEN, BOUND),
-    ("Is a given context above Prompt-DT?", GIVEN, "Prompt-DT"),
-    ("Does tuning add to a given context?", TUNED, GIVEN),
-    ("Are tuned vectors above random frozen ones?", TUNED, RANDOM),
-    ("And above vectors tuned on shuffled trajectories?", TUNED, SHUFFLED),
+@dataclass(frozen=True)
+class Question:
+    "Is `method` above `against`?"
+
+    text: str
+    method: str
+    against: str
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000067
+ASKED = ["question", "where", "method", "against"]
+
+
+def asked(q, where, x, y) -> dict:
+    "The comparison of x with y, both (seeds, ...), as an answer to a question somewhere."
+    return dict(question=q.text, where=where, method=q.method, against=q.against, **compare(x, y))
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000068
+def by_seed(d) -> pd.Series:
+    "The mean over tasks of each seed."
+    return d.groupby("seed").value.mean()
+
+
+def on_common_seeds(q, where, x, y) -> dict:
+    "`asked` of two series by seed, over the seeds that both have."
+    both = x.index.intersection(y.index)
+    return asked(q, where, x[both], y[both])
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000070
+META = (
+    Question("Does a given context help, against the null prompt?", GIVEN, NULL),
+    Question("Does it matter whose context it is (against a wrong task's)?", GIVEN, WRONG),
+    Question("Does a collected context help, against the null prompt?", COLLECTED, NULL),
+    Question("Is a given context above the one-hot upper bound?", GIVEN, BOUND),
+    Question("Is a given context above Prompt-DT?", GIVEN, "Prompt-DT"),
+    Question("Does tuning add to a given context?", TUNED, GIVEN),
+    Question("Are tuned vectors above random frozen ones?", TUNED, RANDOM),
+    Question("And above vectors tuned on shuffled trajectories?", TUNED, SHUFFLED),
 )
 
 
-def meta_verdict(view) -> str:
-    "One sentence per question about unseen tasks, with every family."
-    return "\n".join(answer(question, against(view.rows, a, b, view.families)) for question, a, b in QUESTIONS)
+def meta(view):
+    "Answers on the test tasks of every family."
+    for q in META:
+        for family in view.families:
+            x, y = paired(view.rows, q.method, q.against, family)
+            if x.size and x.shape == y.shape:
+                yield asked(q, place(family), x, y)
 
 
-# %% ../../nbs/11f_report.cmt.ipynb #72fa0bf3
-def adaptation_verdict(view) -> str:
-    "Does the last episode bring more than the first, which has no context? One sentence."
+# %% ../../nbs/11f_report.cmt.ipynb #cm000072
+ADAPTED = (
+    Question("Is the last episode above episode 0?", "last episode", "episode 0"),
+    Question("Is the last episode above the null prompt?", "last episode", NULL),
+    Question("Is episode 0 above the null prompt, though it is the same prompt?", "episode 0", NULL),
+)
+
+
+def adapted(view):
+    "Answers along the episodes of every family."
     df = view.rows
-    df = df[df.metric == "episode_return"]
-    rows = []
-    for family, d in df.groupby("task", sort=False):
-        first, last = (
-            d[d.step == step].pivot_table(index="seed", columns="task_id", values="value")
-            for step in (d.step.min(), d.step.max())
-        )
-        rows.append(dict(family=family, n=len(first), **compare(last, first)))
-    return answer("Is the last episode above episode 0?", rows)
+    for family in view.families:
+        here = df[df.task == family]
+        steps = here[here.metric == "episode_return"]
+        at = dict(first=steps[steps.step == steps.step.min()], last=steps[steps.step == steps.step.max()])
+        levels = {
+            "last episode": by_seed(at["last"]),
+            "episode 0": by_seed(at["first"]),
+            NULL: by_seed(here[(here.metric == "return") & (here.label == NULL)]),
+        }
+        yield from (on_common_seeds(q, place(family), levels[q.method], levels[q.against]) for q in ADAPTED)
 
 
-# %% ../../nbs/11f_report.cmt.ipynb #cm000045
-def order_word(x, o) -> str:
-    "Are the correlations x of a family's seeds above chance?"
-    if o.tasks.iloc[0] < 6:
-        return "too few tasks to tell"
-    if (x > o.chance).all():
-        return "more than by chance"
-    if (x <= o.chance).all():
-        return "no more than by chance"
-    return "more than by chance in some seeds only"
+# %% ../../nbs/11f_report.cmt.ipynb #cm000074
+LEAST_TASKS = 6  # fewer have too few orders
+ORDERED = (
+    Question("Do contexts lie in the order of the goals more than by chance?", "contexts", "random orders"),
+    Question("More than in an encoder that was not trained?", "contexts", "untrained encoder"),
+)
 
 
-# %% ../../nbs/11f_report.cmt.ipynb #cm000046
-def order_sentence(family, o) -> str:
-    "The order of one family's contexts, from `orders`, as a sentence."
-    by, tasks, unseen = o[["by", "tasks", "unseen"]].iloc[0]
-    x = o[f"{by}_all"]
-    what = "distances between tasks and between goals" if by == "distance" else "first component and goal"
-    said = f"{family}: {what} have a rank correlation of {ranged(x)} over {tasks} tasks"
-    if unseen:
-        said += f", {ranged(o[f'{by}_unseen'])} over the {unseen} unseen alone"
-    else:
-        said += ", and no task is unseen"
-    said += f", {counted(len(o))}"
-    if len(o) == 1:
-        said += ", one seed decides nothing"
-    if not o.before.isna().all():
-        said += f"; an untrained encoder has {ranged(o.before)}"
-    return f"{said}; 95 of 100 random orders stay below {o.chance.max():.2f}: {order_word(x, o)}."
+def ordered(view):
+    "Answers about rank correlations, for the families that have enough tasks."
+    for family, o in orders(view).groupby("family", sort=False):
+        if o.tasks.iloc[0] < LEAST_TASKS:
+            continue
+        o = o.set_index("seed")
+        by = o.by.iloc[0]
+        levels = {"random orders": o.chance, "untrained encoder": o.before.dropna()}
+        yield from (on_common_seeds(q, family, o[f"{by}_all"], levels[q.against]) for q in ORDERED)
 
 
-# %% ../../nbs/11f_report.cmt.ipynb #e8d508b6
-def embedding_verdict(view) -> str:
-    "Do contexts lie in the order of the goals? One sentence per family."
-    view.require()
-    families = orders(view).groupby("family", sort=False)
-    return "\n".join(order_sentence(family, o) for family, o in families) or "no runs yet"
+# %% ../../nbs/11f_report.cmt.ipynb #cm000076
+MIDDLE, PDT_MIDDLE = "CMT, context given, middle goals", "Prompt-DT, middle goals"
+RANGED = {  # question: which goals
+    Question("Does a given context help on unseen goals, against the null prompt?", GIVEN, NULL): "inside",
+    Question("Is it above Prompt-DT there?", GIVEN, "Prompt-DT"): "inside",
+    Question(
+        "Trained on middle goals, is a given context above Prompt-DT on goals outside?", MIDDLE, PDT_MIDDLE
+    ): "outside",
+    Question("Is it, on goals outside, above the policy that was trained on them?", MIDDLE, GIVEN): "outside",
+}
 
 
-# %% ../../nbs/11f_report.cmt.ipynb #3ea7dcee
-def pairs(w, methods, bases) -> str:
-    "One sentence per method and base, over all data sets of single tasks or games."
-    said = []
-    for a in methods:
-        for b in bases:
-            found = pd.DataFrame(list(lamo.against(w, a, b)), columns=lamo.VERDICT)
-            said.append(lamo.answer(f"Is '{a}' above '{b}'?", found))
-    return "\n".join(said)
+def ranged_answers(view):
+    "Answers on unseen goals inside and outside of the range of the train goals."
+    known = goal_range(view)
+    df = along_goals(view, known)
+    outside = [task for task in known.goals if known.part(MIDDLE, task) == "outside"]
+    goals = dict(inside=list(known.test), outside=[task for task in outside if task not in known.test])
+    for q, which in RANGED.items():
+        here = df[df.task_id.isin(goals[which])]
+        x, y = (by_seed(here[here.label == label]) for label in (q.method, q.against))
+        yield on_common_seeds(q, f"{counted(len(goals[which]), 'goal')} {which}", x, y)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000078
+LONGER = Question("Are 20 vectors better than 1?", "L = 20", "L = 1")
+
+
+def longer(view):
+    "Answers about the number of context vectors, for each method."
+    for (dataset, label), d in lengths(view).groupby(["dataset", "label"], sort=False):
+        x, y = (by_seed(d[d.L == L]) for L in (20, 1))
+        yield on_common_seeds(LONGER, f"{dataset}, '{label}'", x, y)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000080
+def switch_questions(view) -> list:
+    "One question per variant of an ablation."
+    return [Question(f"'{label}': above 'CMT'?", label, "CMT") for label in view.labels if label != "CMT"]
+
+
+def switched(view):
+    "Answers about the variants of pre-training."
+    for q in switch_questions(view):
+        for family in view.families:
+            x, y = paired(view.rows, q.method, q.against, family)
+            if x.size and x.shape == y.shape:
+                yield asked(q, family, x, y)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #f4ca847a
-SINGLE = ("Prompt towards the best 10 %", "Prompt by advantage", "Prompt by returns")
-SINGLE_CONTROLS = ("Random frozen prompt", "No prompt", "Prompt on shuffled trajectories", "Full fine-tuning", "LoRA")
+BEST = "Prompt towards the best 10 %"
+SINGLE = (
+    Question(
+        "Does a prompt towards the best trajectories help, against a random frozen one?", BEST, "Random frozen prompt"
+    ),
+    Question("Against no prompt?", BEST, "No prompt"),
+    Question("Against a prompt tuned on shuffled trajectories?", BEST, "Prompt on shuffled trajectories"),
+    Question("Is a prompt by advantage above a random frozen one?", "Prompt by advantage", "Random frozen prompt"),
+    Question("Is a prompt by returns?", "Prompt by returns", "Random frozen prompt"),
+    Question("Is the prompt towards the best above full fine-tuning?", BEST, "Full fine-tuning"),
+    Question("Is it above LoRA?", BEST, "LoRA"),
+)
 
 
-def single_verdict(view) -> str:
-    "One sentence per way of saying what is wanted, and control."
-    return pairs(lamo.last(lamo.frame(view)), SINGLE, SINGLE_CONTROLS)
+def over_datasets(questions, w):
+    "Answers over the data sets that both methods of a question have; w from `lamo.last`."
+    for q in questions:
+        x, y = grid_of(w, q.method), grid_of(w, q.against)
+        both = [dataset for dataset in x if dataset in y]
+        if both:
+            seeds = x.index.intersection(y.index)
+            yield asked(q, counted(len(both), "data set"), x.loc[seeds, both], y.loc[seeds, both])
+
+
+def single(view):
+    "Answers on single data sets."
+    return over_datasets(SINGLE, lamo.last(lamo.frame(view)))
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #53993a1b
-GAME_PROMPTS = ("Prompt a map, the best 10 %", "Prompt an agent, the best 10 %")
-GAME_CONTROLS = ("No prompt", "Random frozen prompt", "Prompt on shuffled trajectories")
+MAP, AGENT = "Prompt a map, the best 10 %", "Prompt an agent, the best 10 %"
+PLAYED = Question("Does the policy without a prompt win more games than random actions?", "No prompt", RANDOM_ACTIONS)
+TEAMS = (
+    Question("Does a prompt for the map help, against no prompt?", MAP, "No prompt"),
+    Question("Against a random frozen one?", MAP, "Random frozen prompt"),
+    Question("Against one tuned on shuffled trajectories?", MAP, "Prompt on shuffled trajectories"),
+    Question("Does a prompt for each agent help, against no prompt?", AGENT, "No prompt"),
+    Question("Is it above a prompt for the map?", AGENT, MAP),
+)
 
 
-def skirmish_verdict(view) -> str:
-    "Against random actions, then one sentence per prompt and control."
-    return beats_random(view) + "\n" + pairs(lamo.last(lamo.frame(view)), GAME_PROMPTS, GAME_CONTROLS)
+def over_random(w, floor):
+    "Answers of the policy against random actions, one constant per data set, over the maps of each quality of data."
+    x = grid_of(w, PLAYED.method)
+    qualities = {}
+    for dataset in x:
+        if dataset in floor:
+            qualities.setdefault(dataset.rsplit(" ", 1)[1], []).append(dataset)
+    for quality, datasets in qualities.items():
+        constant = [floor[dataset]["random"] for dataset in datasets]
+        where = f"{quality} data, {counted(len(datasets), 'map')}"
+        yield asked(PLAYED, where, x[datasets], np.tile(constant, (len(x), 1)))
+
+
+def skirmish(view):
+    "Answers on games of several agents."
+    w = lamo.last(lamo.frame(view))
+    yield from over_random(w, floors(view))
+    yield from over_datasets(TEAMS, w)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000082
+ANSWERS = dict(  # id of an exhibit: what answers its questions
+    adaptation=adapted,
+    embedding=ordered,
+    meta=meta,
+    range=ranged_answers,
+    ablation=switched,
+    length=longer,
+    single=single,
+    skirmish=skirmish,
+)
+
+
+def questions_of(view) -> list:
+    "The questions of an exhibit, in order."
+    fixed = dict(adaptation=ADAPTED, embedding=ORDERED, meta=META, range=RANGED, length=[LONGER], single=SINGLE)
+    if view.exhibit.id == "ablation":
+        return switch_questions(view)
+    return list(fixed.get(view.exhibit.id, (PLAYED, *TEAMS)))
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000083
+def answers(view) -> pd.DataFrame:
+    "All comparisons of an exhibit, corrected together: one row per question and place."
+    view.require()
+    return judged([row for row in ANSWERS[view.exhibit.id](view) if row["n"]], ASKED)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000084
+def sentence(question, v, digits=1) -> str:
+    "A question with its answers, from `answers`."
+    found = [f"{r['where']}: {in_words(r, digits)}" for _, r in v[v.question == question].iterrows()]
+    return f"{question} {'; '.join(found) or 'no runs yet'}."
+
+
+def verdict(view) -> str:
+    "The questions of an exhibit with their answers, one line each, and what the words rest on."
+    v, digits = answers(view), 2 if view.exhibit.kind == "embedding" else 1
+    said = [sentence(q.text, v, digits) for q in questions_of(view)]
+    return "\n".join([*said, basis(v)] if len(v) else said)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000088
+def found(views) -> pd.DataFrame:
+    "How many comparisons of each exhibit have which verdict."
+    rows = {}
+    for view in views:
+        verdicts = answers(view).verdict
+        rows[view.exhibit.title] = dict(comparisons=len(verdicts)) | {w: int((verdicts == w).sum()) for w in VERDICTS}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("exhibit")
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000089
+def resolved(views) -> str:
+    "The comparisons of exhibits that are resolved, one line each."
+    said = []
+    for view in views:
+        v, digits = answers(view), 2 if view.exhibit.kind == "embedding" else 1
+        for _, r in v[v.verdict.isin(["better", "worse"])].iterrows():
+            said.append(f"'{r.method}' against '{r.against}', {r['where']}: {in_words(r, digits)}.")
+    return "\n".join(said) or "No comparison is resolved."
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #d8c53624
-DRAW = dict(adaptation=adaptation, embedding=embedding, range=along, length=length, wins=wins)
+DRAW = dict(adaptation=adaptation, embedding=embedding, range=along, length=length, scores=scores, wins=wins)
+BAND = dict(
+    adaptation="bands and bars: lowest to highest seed; right of the last episode: other prompts",
+    embedding="dots: contexts and (large) the mean of a task, first seed",
+    range="bands: lowest to highest seed",
+    length="dots: seeds; bars: lowest to highest seed",
+)
+_DIR = "The test tasks of Cheetah-dir are its train tasks: nothing is unseen there. "
+_ENTRY = "An entry: mean ± std over seeds; n seeds and Student's 95 % interval of the mean. "
 READ = dict(
-    adaptation="Mean over test tasks, then mean and range over seeds. ",
-    embedding="Small: a context; large: the mean of a task. Titles: mean and range over seeds. ",
-    range="Mean and range over seeds. ",
-    length="Lines: means; dots: seeds. ",
-    bars="Dots: seeds. ",
+    adaptation=f"Mean over test tasks; right of the last episode: the same policy with other prompts, one level each. {_DIR}",
+    embedding=f"Small: a context; large: the mean of a task. {_DIR}",
+    range="Dotted: the test tasks, which no policy was trained on. ",
+    length="Lines: means over seeds. ",
+    table=f"{_ENTRY}{_DIR}",
+    scores=f"{_ENTRY}Means are over the data sets of a block of rows, of a column, or of all. ",
     wins=(
-        "Games won: mean ± std over seeds, n where not all seeds are there; IQM over seeds with its 95 % bootstrap"
-        " interval. The last columns: random legal actions, and the policy that made the data. "
+        f"Percent of games won. {_ENTRY}Means are over the data sets of a block of rows, of a column, or of all. Random"
+        " legal actions and the policy that made the data are constants. Returns and lengths are in the CSV file. "
     ),
 )
-left_out = lamo.left_out
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000092
+def other_episodes(view) -> str:
+    "Why episode 0 is not the level of the null prompt."
+    runs = [run for run in view.good if run.recipe.key == "collect"]
+    replicas = {run.record.get("tuner", {}).get("replicas") for run in runs} - {None}
+    first = counted(replicas.pop(), "episode") if len(replicas) == 1 else "one episode of each replica"
+    others = {run.recipe.eval_episodes for run in runs}
+    level = f"{others.pop()} others" if len(others) == 1 else "others"
+    return (
+        "Episode 0 and the null prompt are one policy with one prompt in different episodes, and need not be equal:"
+        f" episode 0 is {first} per task, the null prompt's level {level}, from other starting states."
+    )
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000093
+def left_out(view, numbers=None) -> str:
+    "What a scale leaves out, and, of the adaptation curve, why it starts elsewhere than the null prompt's level."
+    said = lamo.left_out(view, numbers)
+    return f"{other_episodes(view)} {said}".strip() if view.exhibit.kind == "adaptation" else said
