@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +18,17 @@ from dataclasses import replace
 from . import recipes as rc
 from .core import PromptnbError, check_choice, disk_error, root, run_lock, runs_dir, write_json
 from .experiments.forecast import expected, forecast, is_finished, many, write_seconds
-from .experiments.notebook import TEMPLATE, check_parameters, execute, job_command
+from promptnb.experiments.notebook import (
+    GRACE,
+    OWNER,
+    RESUME,
+    TEMPLATE,
+    Stopped,
+    check_parameters,
+    execute,
+    job_command,
+    owner_name,
+)
 from .experiments.plan import Request, chosen, drop_stale_stamps, plan, with_extras
 
 # %% auto #0
@@ -33,6 +45,10 @@ __all__ = [
     "snakemake",
     "within_means",
     "run",
+    "owned",
+    "die_with_parent",
+    "stop_descendants",
+    "descendants",
     "paper_argument",
     "run_arguments",
     "pairs",
@@ -179,7 +195,56 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
     with run_lock(runs_dir() / "graph"):
         drop_stale_stamps(request)
         print(expected(request, cores, accelerator, rules), flush=True)
-        return subprocess.run(command, env={**os.environ, **ENVIRONMENT}).returncode
+        return owned(command)
+
+
+# %% ../nbs/12_cli.ipynb #cliown01
+def owned(command) -> int:
+    "Run a command whose descendants end with it, and which ends with this process; returns its exit status."
+    owner = owner_name()
+    env = {**os.environ, **ENVIRONMENT, OWNER: owner}
+    try:
+        return subprocess.run(command, env=env, preexec_fn=die_with_parent).returncode
+    finally:
+        stop_descendants(owner)
+
+
+# %% ../nbs/12_cli.ipynb #cliown02
+def die_with_parent():
+    "Ask Linux for SIGTERM when the parent of this process dies; elsewhere nothing."
+    import ctypes
+
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# %% ../nbs/12_cli.ipynb #cliown03
+def stop_descendants(owner):
+    "SIGTERM to all processes that carry the owner's name; SIGKILL to those that have not ended in time."
+    import psutil
+
+    left = descendants(owner)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, left = psutil.wait_procs(left, timeout=GRACE + 5)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+# %% ../nbs/12_cli.ipynb #cliown04
+def descendants(owner) -> list:
+    "The processes, beside this one, whose environment names an owner."
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(OWNER) == owner:
+                found.append(process)
+    return found
 
 
 # %% ../nbs/12_cli.ipynb #clirun03
@@ -502,6 +567,9 @@ def main(argv=None) -> int:
         return a.f(a) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `promptnb status ... | head`
+    except Stopped as e:
+        print(f"promptnb: {e}", file=sys.stderr)
+        return RESUME
     except (PromptnbError, OSError) as e:
         error = disk_error(e, e.filename or "data") if isinstance(e, OSError) else e
         if not isinstance(error, PromptnbError):

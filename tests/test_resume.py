@@ -1,5 +1,6 @@
 "Kill -9 anywhere, run the same command again: the same weights, the same records, and nothing done twice."
 
+import contextlib
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from homes import DATA, PRETRAIN, RUN, SMOKE, cli, env_for, expected, finished_home, new_home, one_line, paths, went
 
@@ -310,6 +312,63 @@ def test_second_run_does_nothing():
     before = mtimes(home)
     p = went(cli(home, *RUN))
     assert "Nothing to be done" in p.stdout + p.stderr and mtimes(home) == before
+
+
+def training(home):
+    "Has a policy trained long enough to have a checkpoint?"
+    return bool(list(home.glob("data/runs/policies/*/step-*.json")))
+
+
+def of_owner(pid):
+    "The processes that a `promptnb run` of this number has started and that still live."
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            owner = process.environ().get("PROMPTNB_OWNER", "")
+            if owner.rsplit(" ", 2)[1:2] == [str(pid)] and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def none_left(pid, seconds):
+    "Whether all of them end within so many seconds."
+    late = time.monotonic() + seconds
+    while time.monotonic() < late and of_owner(pid):
+        time.sleep(0.1)
+    return not of_owner(pid)
+
+
+def test_a_job_told_to_stop_writes_a_checkpoint(tmp_path):
+    "SIGTERM to `promptnb job`: a checkpoint, status 75, no failed record; then it goes on from there."
+    home, log = new_home(tmp_path / "home", *DATA), tmp_path / "log"
+    p = start(home, log, "job", PRETRAIN, *SMOKE, **shim(tmp_path / "slow", SLOW))
+    wait_for(lambda: training(home), p, log)
+    p.terminate()
+    assert p.wait(timeout=40) == 75, log.read_text()[-4000:]
+    assert "the same command goes on from the last checkpoint" in log.read_text()
+    assert not list(home.rglob("*.failed.*")) and not list(home.rglob("*.tmp*"))
+    log.write_text("")
+    assert start(home, log, "job", PRETRAIN, *SMOKE).wait(timeout=300) == 0, log.read_text()[-4000:]
+    assert "going on from step" in log.read_text()
+    assert weights(home) == weights(finished_home())
+    same_records(home, [f"{n}.json" for _, n in expected(PRETRAIN)])
+
+
+@pytest.mark.parametrize("who", ["run", pytest.param("snakemake", marks=pytest.mark.long)])
+def test_one_of_the_graph_killed_alone(tmp_path, who):
+    "What it had started writes a checkpoint and ends; the same command then goes on to the end of an unbroken run."
+    home, log = new_home(tmp_path / "home", *DATA), tmp_path / "log"
+    p = start(home, log, *RUN, "--cores", "1", **shim(tmp_path / "slow", SLOW))
+    wait_for(lambda: training(home), p, log)
+    (snakemake,) = psutil.Process(p.pid).children()
+    (psutil.Process(p.pid) if who == "run" else snakemake).kill()
+    p.wait(timeout=60)
+    assert none_left(p.pid, 10), of_owner(p.pid)
+    log.write_text("")
+    assert start(home, log, *RUN, "--cores", "1").wait(timeout=600) == 0, log.read_text()[-4000:]
+    assert "going on from step" in log.read_text()
+    assert weights(home) == weights(finished_home())
+    same_records(home, paths(finished_home()))
 
 
 # ---- two at once

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -21,16 +24,24 @@ from .run import run_id
 # %% auto #0
 __all__ = [
     "TEMPLATE",
+    "RESUME",
+    "GRACE",
+    "OWNER",
     "notebook_parameters",
     "as_read",
     "typed",
     "check_values",
     "check_parameters",
     "quiet_papermill",
+    "Stopped",
+    "patient_engine",
     "run_notebook",
     "execute",
     "unfinished",
     "judged_job",
+    "owner_name",
+    "owner_gone",
+    "stop_without",
     "job_command",
 ]
 
@@ -108,12 +119,59 @@ def quiet_papermill():
     return papermill
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkstop01
+RESUME = 75  # exit status of a job that was told to stop
+GRACE = 30  # seconds that its kernel has to write a checkpoint
+
+
+class Stopped(PromptnbError):
+    "SIGTERM arrived: the same command goes on from the last checkpoint."
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkstop02
+def patient_engine():
+    "papermill's engine with a client that passes SIGTERM on to its kernel and waits for it."
+    from nbclient.exceptions import DeadKernelError
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine
+
+    class Patient(PapermillNotebookClient):
+        told = False
+
+        def papermill_execute_cells(self):
+            # nbclient's own handler, which kills the kernel, was set just before; threads cannot set any
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                asyncio.get_event_loop().add_signal_handler(signal.SIGTERM, self.tell)
+            try:
+                super().papermill_execute_cells()
+            except DeadKernelError:
+                if not self.told:
+                    raise
+            if self.told:
+                raise Stopped("told to stop (SIGTERM): the same command goes on from the last checkpoint")
+
+        def tell(self):
+            if not self.told:
+                loop, self.told = asyncio.get_event_loop(), True
+                self.passed_on = loop.create_task(self.km.signal_kernel(signal.SIGTERM))
+                loop.call_later(GRACE, self._cleanup_kernel)
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kw):
+            kw = {k: v for k, v in kw.items() if k != "input_path"}
+            return Patient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None, **kw).execute()
+
+    return Engine
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkexe002
 def run_notebook(nb_path, params, out, stream):
     "Run a notebook into the file `out` in a kernel with sockets of its own."
     from traitlets.config import Config
 
     papermill = quiet_papermill()
+    papermill.engines.papermill_engines.register("promptnb", patient_engine())
     with tempfile.TemporaryDirectory(prefix="promptnb-", ignore_cleanup_errors=True) as own:
         kernel = Config(KernelManager=dict(transport="ipc", connection_file=f"{own}/k.json"))
         streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if stream else {}
@@ -124,6 +182,7 @@ def run_notebook(nb_path, params, out, stream):
             cwd=str(root()),
             progress_bar=False,
             kernel_name="python3",
+            engine_name="promptnb",
             config=kernel,
             **streams,
         )
@@ -144,6 +203,8 @@ def execute(nb_path, given, out, stream=True) -> Path:
         run_notebook(nb_path, params, tmp, stream)
         os.replace(tmp, out)
         failed.unlink(missing_ok=True)
+    except Stopped:
+        raise
     except OSError as e:
         raise disk_error(e, out) from e
     except Exception as e:
@@ -179,11 +240,57 @@ def judged_job(job: rc.Job, given, notebook):
     trouble = "the notebook ended without it"
     try:
         execute(root() / TEMPLATE, given, notebook)
+    except Stopped:
+        raise  # neither done nor failed
     except PromptnbError as e:
         trouble = str(e)
     if missing := unfinished(runs, trouble):
         raise PromptnbError(f"{len(missing)} of {len(runs)} runs of {job.id} failed: {missing[0]}")
     write_json(stamp(job, seed, scale), {run.id: read_json(run.path)["status"] for run in runs})
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkown001
+OWNER = "PROMPTNB_OWNER"  # environment variable of jobs: 'host pid time of start' of the run that started them
+
+
+def owner_name(pid=None) -> str:
+    "This process, or another on this host, as an owner of jobs."
+    import platform
+
+    import psutil
+
+    process = psutil.Process(pid)
+    return f"{platform.node()} {process.pid} {process.create_time():.2f}"
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkown002
+def owner_gone(name) -> bool:
+    "Has the owner of that name ended? One on another host is not asked."
+    import platform
+
+    import psutil
+
+    host, pid, _ = name.rsplit(" ", 2)
+    if host != platform.node():
+        return False
+    try:
+        return owner_name(int(pid)) != name
+    except psutil.NoSuchProcess:
+        return True
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkown004
+def stop_without(name, every=1.0):
+    "A thread that sends SIGTERM to this process once the owner of that name has ended."
+    import threading
+    import time
+
+    def watch():
+        while not owner_gone(name):
+            time.sleep(every)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #51d5c61b
@@ -194,5 +301,8 @@ def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
     name = run_id(job, scale, seed)
     given = dict(job=job, seed=seed, scale=scale, accelerator=accelerator, threads=threads, **extra)
     given = check_parameters(root() / TEMPLATE, given)
-    with run_lock(runs_dir() / "locks" / name):
+    owner = os.environ.get(OWNER)
+    if owner:
+        stop_without(owner)
+    with run_lock(runs_dir() / "locks" / name, wait=GRACE + 5 if owner else 0):
         judged_job(found, given, runs_dir() / "notebooks" / f"{name}.ipynb")
