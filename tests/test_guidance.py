@@ -335,6 +335,30 @@ def test_numbers_of_the_curve(tmp_home):
     assert (d["min"].iloc[0], d["max"].iloc[-1], set(d["count"])) == (2, 16, {3})
 
 
+def titles(id):
+    "The titles of a figure's panels."
+    shown, _ = drawn(id)
+    return [ax.get_title().replace("\n", " ") for ax in shown.axes if ax.get_visible()]
+
+
+def test_each_guided_arm_has_a_panel_of_its_own(tmp_home):
+    fabricate("curve")
+    guided = [rladapter.title(arm, 99) for arm in rladapter.MAIN if arm not in (PPO, RANDOM)]
+    assert titles("curve") == 2 * guided
+
+
+def test_success_has_a_panel_for_each_arm_and_one_for_published_rates(tmp_home):
+    fabricate("success")
+    assert titles("success") == [rladapter.title(arm, 99) for arm in rladapter.MAIN if arm != PPO] + ["published"]
+
+
+def test_a_panel_without_a_run_says_so(tmp_home):
+    fabricate("curve", keep=lambda label, seed: label != RULES)
+    shown, _ = drawn("curve")
+    empty = [ax.get_title() for ax in shown.axes if "no runs yet" in [text.get_text() for text in ax.texts]]
+    assert empty == 2 * ["rule advisor"]
+
+
 def test_the_curve_shows_the_published_random_agent(tmp_home):
     fabricate("curve")
     t = drawn("curve")[1]
@@ -375,8 +399,8 @@ def test_the_ablation_compares_switches_alone(ablation):
 
 def test_printed_ablation(ablation):
     printed, _ = ablation
-    column = f"score minus '{ADAPTER}'"
-    assert printed.loc["K = 10", column] == "+3.00\nn = 3 [3.00, 3.00]\nbetter"
+    column = rladapter.MINUS[ADAPTER]
+    assert printed.loc["K = 10", column] == "+3.00 [3.00, 3.00]\nbetter, n = 3"
     assert printed.loc[ADAPTER, column] == ""
     assert printed.loc["K = 500", "score"] == "3 missing"
 
@@ -580,6 +604,13 @@ def test_different_sentences_in_the_first_and_last_stage(logged):
 def test_words_without_a_log_are_none(tmp_home):
     fabricate("ablation", keep=lambda label, seed: label == ADAPTER)
     assert rladapter.words(view("ablation"), ["survival"]).empty
+    assert rladapter.words_verdict(view("ablation"), ["survival"]).startswith("no logs")
+
+
+def test_the_habit_in_words(logged):
+    s = rladapter.words_verdict(view("ablation"), ["survival"])
+    assert "in 37.5 % of exchanges at first, in 25.0 % at last: not resolved (n = 2" in line_of(s, f"{ADAPTER}:")
+    assert "not tested (n = 1" in line_of(s, f"{UNTUNED}:")
 
 
 # ---- behaviour, cost
@@ -615,8 +646,8 @@ def test_behaviours_against_ppo(behaviour):
 def test_printed_behaviours_say_how_often_and_not_how_good(behaviour):
     row = behaviour[0].loc["sleeps when tired"]
     assert (row[GOALS], row[PPO]) == ("no chance", "40.0 ± 0.0\nof 300, n = 3")
-    assert row[ADAPTER].startswith("51.0 ± 1.0\nof 300, n = 3\n+11.0") and row[ADAPTER].endswith("more often")
-    assert row[DECISION].endswith("less often") and row[RULES].endswith("not resolved")
+    assert row[ADAPTER].startswith("51.0 ± 1.0\nof 300, n = 3\n+11.0") and row[ADAPTER].endswith("more often, n = 3")
+    assert row[DECISION].endswith("less often, n = 3") and row[RULES].endswith("not resolved, n = 2")
 
 
 def test_printed_behaviours_say_what_runs_lack(tmp_home):

@@ -38,6 +38,7 @@ __all__ = [
     "REFERENCES",
     "ALONG",
     "ACROSS",
+    "MINUS",
     "PLAIN",
     "HEADINGS",
     "TUNED",
@@ -80,6 +81,8 @@ __all__ = [
     "published_rates",
     "label_of",
     "title",
+    "no_runs",
+    "edges",
     "success",
     "over_seeds",
     "arm_lines",
@@ -214,8 +217,9 @@ def joined(*parts, by=", ") -> str:
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000003
 def differs(v, said=None, digits=2) -> str:
     "A judged comparison as the lines of a printed entry; `said`: other words for better and worse."
-    n = f"n = {v['n']:.0f} {between(v['lo'], v['hi'], digits)}".strip()
-    return f"{v['difference']:+.{digits}f}\n{n}\n{(said or {}).get(v['verdict'], v['verdict'])}"
+    word = (said or {}).get(v["verdict"], v["verdict"])
+    difference = f"{v['difference']:+.{digits}f} {between(v['lo'], v['hi'], digits)}".strip()
+    return f"{difference}\n{word}, n = {v['n']:.0f}"
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000004
@@ -374,16 +378,16 @@ def _success_dots(ax, d, arm, names, shift=0.0):
     s = style(arm)
     y = np.array([names.index(n) for n in d.name]) + shift
     bar = np.abs([d.percent - d["min"], d["max"] - d.percent])
-    ax.errorbar(d.percent, y, xerr=bar, fmt=s["marker"], color=s["color"], ms=3, lw=1, label=label_of(arm))
+    ax.errorbar(d.percent, y, xerr=bar, fmt=s["marker"], color=s["color"], ms=3, lw=1, label=label_of(arm, (PPO,)))
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000008
-REFERENCES = (PPO, RANDOM)  # stand in every panel
+REFERENCES = (PPO, RANDOM)  # stand in every panel of a curve
 
 
-def label_of(arm) -> str:
+def label_of(arm, named) -> str:
     "An arm's label in the legend: only what stands in every panel has one, as a panel's title names its own arm."
-    return arm if arm in REFERENCES else f"_{arm}"
+    return arm if arm in named else f"_{arm}"
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000009
@@ -403,6 +407,24 @@ def _published_dots(ax, pub, names):
         ax.plot(d.percent, y, marker, mfc="none", mec="0.3", ms=5, mew=0.9, label=label)
 
 
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000023
+def no_runs(ax):
+    "Say in a panel among others that its arm has no run."
+    ax.text(0.5, 0.5, "no runs yet", ha="center", transform=ax.transAxes, color="grey", fontsize=7)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rl000024
+def edges(axes, across, xlabel, ylabel=""):
+    "Name the axes of a grid of panels at its lower and left edge; ticks of y at the left edge alone."
+    for k, ax in enumerate(axes):
+        if k + across >= len(axes):
+            ax.set_xlabel(xlabel)
+        if k % across:
+            ax.tick_params(labelleft=False)
+        else:
+            ax.set_ylabel(ylabel)
+
+
 # %% ../../nbs/11g_report.rladapter.ipynb #08742bd4
 def success(view):
     "Success rates of the achievements: a panel per arm, beside plain PPO; the last one has the benchmark's own runs."
@@ -416,10 +438,10 @@ def success(view):
         for one, shift in ((PPO, -0.18), (arm, 0.18)):
             _success_dots(ax, t[t.label == one], one, names, shift)
         if arm not in set(t.label):
-            ax.text(0.5, 0.5, "no runs yet", ha="center", transform=ax.transAxes, color="grey")
+            no_runs(ax)
     _published_dots(axes[-1], pub, names)
-    fig.supxlabel("episodes with success, %", fontsize=7.5)
-    legend(fig, axes, 4)
+    edges(axes, 4, "success, %")
+    legend(fig, axes, 3)
     return fig, pd.concat([t, pub], ignore_index=True)
 
 
@@ -431,14 +453,12 @@ def over_seeds(df, metric) -> pd.DataFrame:
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #02708029
-def arm_lines(ax, g, arms):
-    "Draw mean (line) and range over seeds (shade) of some arms, from `over_seeds`."
+def arm_lines(ax, g, arms, named=()):
+    "Draw mean (line) and range over seeds (shade) of some arms, from `over_seeds`; those `named` go into the legend."
     for arm in arms:
         d, s = g[g.label == arm].sort_values("step"), style(arm)
-        ax.plot(d.step, d["mean"], ms=2.5, lw=1.1, label=label_of(arm), **s)
+        ax.plot(d.step, d["mean"], ms=2.5, lw=1.1, label=label_of(arm, named), **s)
         ax.fill_between(d.step, d["min"], d["max"], color=s["color"], alpha=0.15, lw=0)
-    ax.xaxis.set_major_formatter(lambda x, _: short(x))
-    ax.locator_params(axis="x", nbins=4)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000011
@@ -448,14 +468,17 @@ def arm_panels(axes, g, arms, references):
     known = [r for r in references if r in here]
     for ax, arm in zip(axes, arms):
         ax.set_title(title(arm, 32))
+        ax.xaxis.set_major_formatter(lambda x, _: short(x))
+        ax.locator_params(axis="x", nbins=4)
         if arm in here:
-            arm_lines(ax, g, [*(r for r in known if r != arm), arm])
+            arm_lines(ax, g, [*(r for r in known if r != arm), arm], references)
         else:
-            ax.text(0.5, 0.5, "no runs yet", ha="center", transform=ax.transAxes, color="grey")
+            no_runs(ax)
     if len(g):
         room = 0.05 * (g["max"].max() - g["min"].min())
         for ax in axes:
             ax.set_ylim(g["min"].min() - room, g["max"].max() + room)
+            ax.set_xlim(0, 1.04 * g.step.max())
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #fb41accd
@@ -478,11 +501,11 @@ def along(view):
             ax.axhline(floors[floor], color="k", lw=0.8, ls=":", label="random actions, published runs")
         for ax in here[len(arms) :]:
             ax.set_visible(False)
-        for ax in here[::ACROSS]:
-            ax.set_ylabel(name)
+        edges(here, ACROSS, "", name)
         level = pd.DataFrame([dict(label="Random, published", metric=metric, mean=floors[floor])])
         numbers += [g, level] if len(g) else [g]
-    fig.supxlabel("environment steps", fontsize=7.5)
+    for ax in axes[-ACROSS:]:
+        ax.set_xlabel("environment steps")
     legend(fig, axes, 3)
     return fig, pd.concat(numbers, ignore_index=True)
 
@@ -496,6 +519,9 @@ def switches(view) -> pd.DataFrame:
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #07fc3600
+MINUS = {ADAPTER: "score minus the full method's", PPO: "score minus plain PPO's"}  # columns of the printed table
+
+
 def grid(view):
     "(printed, tidy) arms, and their switches against the full method and plain PPO."
     t, v = ours(view), switches(view)
@@ -504,7 +530,7 @@ def grid(view):
         if r.metric in ("score", "score_last", "eval_score"):
             lines.setdefault(r.method, {})[COLUMNS[r.metric]] = entry(r, 2)
     for _, r in v.iterrows():
-        lines[r.method][f"score minus '{r.against}'"] = differs(r)
+        lines[r.method][MINUS[r.against]] = differs(r)
     p = pd.DataFrame.from_dict(lines, orient="index").astype(object).fillna("")
     p.index.name = "method"
     return p, pd.concat([t, v.assign(kind="difference")], ignore_index=True)
@@ -596,28 +622,28 @@ def tuned(ax, s):
         x = x + 0.06 * (d.seed.to_numpy() - d.seed.mean())
         change = d.loss_after.astype(float) - d.loss_before.astype(float)
         ax.plot(x, change, look["marker"], color=look["color"], ms=4)
-    ax.set(xlim=(-0.6, max(len(stages), 1) - 0.4), title="change of the adapter's\nloss by its tuning")
+    ax.set(xlim=(-0.6, max(len(stages), 1) - 0.4), title="tuning: change of the loss")
     ax.set_xticks(range(len(stages)), [f"stage {i}" for i in stages])
     if not len(s):
         nothing(ax, "no adapter tuned yet")
     else:
         ax.axhline(0, color="k", lw=0.8)
+        ax.margins(y=0.2)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #646dc4a2
 def comprehension(view):
     "Comprehension score over environment steps, an arm a panel; and what tuning does to the adapter's loss."
     g, s = over_seeds(view.rows, "comprehension"), tunings(view)
-    arms = arms_of(view.exhibit, view.scale)
-    fig, axes = axes_for((*arms, "tuning"), height=1.7, most=4)
-    arm_panels(axes, g, arms, (GOALS,))
-    for ax in axes[:-1]:
+    arms = [arm for arm in arms_of(view.exhibit, view.scale) if arm != GOALS]
+    fig, axes = axes_for((*arms, "tuning"), height=1.5, most=ACROSS)
+    panels = axes[:-1]
+    arm_panels(panels, g, arms, (GOALS,))
+    for ax in panels:
         ax.axhline(0.5, color="k", lw=0.8, ls=":", label="l = 0.5: cosine of 0.1")
-    for ax in axes[:-1:4]:
-        ax.set_ylabel("comprehension score l")
+    edges(panels, ACROSS, "environment steps", "score l")
     tuned(axes[-1], s)
-    fig.supxlabel("environment steps", fontsize=7.5)
-    legend(fig, axes, 3)
+    legend(fig, panels, 3)
     return fig, pd.concat([g, s.assign(metric="sft")], ignore_index=True)
 
 
@@ -705,7 +731,7 @@ def _behaved(r, v) -> str:
     # an entry of the printed table: percent of the chances, and the comparison
     if not r.n:
         return "no chance"
-    lines = [plus_minus(r.percent, r["std"], 1), f"of {r.chances}, n = {r.n}"]
+    lines = [plus_minus(r.percent, r["std"], 1), f"of {r.chances:,}, n = {r.n}"]
     return "\n".join([*lines, *(differs(x, OFTEN, 1) for _, x in v.iterrows())])
 
 
@@ -784,7 +810,7 @@ def _cost_line(r) -> dict:
         f"{asked}\n{r.calls:,.0f} calls\n{r.cached:,.0f} from the cache\n{n}",
         f"{r.tokens_in:,.0f} / {r.tokens_out:,.0f}",
         f"{r.llm_seconds:,.1f} s\n{r['share']:.1f} % of the run",
-        "\n".join(f"{r[m]:,.1f} {m}" for m in OUTCOMES),
+        "\n".join(f"{round(r[m], 1):g} {m}" for m in OUTCOMES),
         f"{r.calls_per_million:,.0f} calls\n{tokens} tokens\n{hours:.2f} hours",
     )
     return dict(zip(COST_COLUMNS, entries))
@@ -874,7 +900,7 @@ def loss_changes(s) -> list:
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000018
 def enough(difference, least=2, most=6) -> int:
-    "Decimals that show two digits of a difference."
+    "Decimals that show two digits of a difference, or of how uncertain it is."
     if not difference or pd.isna(difference):
         return least
     return int(np.clip(1 - np.floor(np.log10(abs(difference))), least, most))
@@ -882,16 +908,16 @@ def enough(difference, least=2, most=6) -> int:
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000020
 def _moved(r) -> str:
-    # a comprehension score or a loss, at first and at last, with as many digits as show its change
-    said = {BETTER: "rises", WORSE: "falls"}
-    digits = enough(r.difference)
+    # a comprehension score or a loss, at first and at last, with as many digits as its change has
+    digits = enough(np.nanmax([abs(r.difference), (r.hi - r.lo) / 2]))
     if r.what == "score":
         start = f"{r.method}: the comprehension score goes"
     else:
         start = f"{r.method}, tuning after stage {r.stage:.0f}: the adapter's loss goes"
     if r.lo == r.hi == 0:
         return f"{start} nowhere: {r.start:.{digits}f} before and after in every seed."
-    return f"{start} from {r.start:.{digits}f} to {r.end:.{digits}f}: {told(r, said, digits)}."
+    change = told(r, {BETTER: "rises", WORSE: "falls"}, digits)
+    return f"{start} from {r.start:.{digits}f} to {r.end:.{digits}f}: {change}."
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000015
@@ -976,7 +1002,7 @@ READ = dict(
 BAND = dict(
     success="dot: mean over seeds; bar: lowest to highest seed",
     along="band: lowest to highest seed",
-    comprehension="band: lowest to highest seed; dots of the last panel: seeds",
+    comprehension="band: lowest to highest seed; dots: seeds",
 )
 
 
@@ -986,6 +1012,6 @@ def left_out(view, numbers=None) -> str:
     here = arms_of(view.exhibit, view.scale)
     others = [arm for arm in arms_of(view.exhibit) if arm not in here]
     found = {} if numbers is None else letters(numbers)
-    named = [f"({letter}) {source}" for source, letter in found.items()]
-    sources = f"Sources: {'; '.join(named)}." if named else ""
+    named = [f"({letter}) {source}" if len(found) > 1 else source for source, letter in found.items()]
+    sources = f"Source: {'; '.join(named)}." if named else ""
     return joined(sources, f"Not at this scale: {', '.join(others)}." if others else "", by=" ")
