@@ -54,6 +54,7 @@ __all__ = [
     "pairs",
     "seeds_of",
     "own_parameters",
+    "check_families",
     "cmd_run",
     "job_arguments",
     "cmd_job",
@@ -74,6 +75,7 @@ __all__ = [
     "family_line",
     "cmd_doctor",
     "parser",
+    "check_home",
     "main",
 ]
 
@@ -301,6 +303,15 @@ def own_parameters(given) -> dict:
     return fixed
 
 
+# %% ../nbs/12_cli.ipynb #clirunfa
+def check_families(request):
+    "Refuse a family that nothing asked for is run on: there would be nothing to do, and success."
+    exhibits = chosen(request.paper, request.exhibits, request.scale)
+    known = {r.family for e in exhibits for r in rc.recipes_of(e, request.scale)}
+    for family in request.families:
+        check_choice(family, sorted(known), "family of these exhibits")
+
+
 # %% ../nbs/12_cli.ipynb #aa65d808
 def cmd_run(a):
     "Run what exhibits need."
@@ -312,6 +323,7 @@ def cmd_run(a):
     seeds = seeds_of(a.seeds, (fixed["seed"],) if "seed" in fixed else None)
     check_choice(a.profile, [d.name for d in (root() / "workflow" / "profiles").iterdir()], "profile")
     request = Request(a.paper, tuple(a.exhibit), fixed.get("scale", a.scale), seeds, tuple(a.family))
+    check_families(request)
     if run(request, a.cores, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile):
         see = f"see `promptnb status {a.paper} --scale {a.scale}`"
         raise PromptnbError(f"not everything ran: {see}; the same command goes on from here")
@@ -559,11 +571,20 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+# %% ../nbs/12_cli.ipynb #climain1
+def check_home():
+    "Refuse a workbook that is not there: a misspelt PROMPTNB_HOME would become a new, empty one."
+    home = os.environ.get("PROMPTNB_HOME")
+    if home and not os.path.isdir(home):
+        raise PromptnbError(f"PROMPTNB_HOME is {home}, which is no folder")
+
+
 # %% ../nbs/12_cli.ipynb #6e88e409
 def main(argv=None) -> int:
     "The console script. User errors print one line and exit with status 2."
     a = parser().parse_args(argv)
     try:
+        check_home()
         return a.f(a) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `promptnb status ... | head`

@@ -986,6 +986,8 @@ WRONG = [
     (("run", PAPER, "--exhibit", "fig1"), ["'fig1' cannot be made"]),
     (("run", PAPER, "--scale", "smok"), ["unknown scale 'smok'", "'smoke'"]),
     (("run", PAPER, "--family", "cheeta-dir"), ["unknown family 'cheeta-dir'", "'cheetah-dir'"]),
+    (("run", PAPER, "--family", "hopper"), ["unknown family of these exhibits 'hopper'", "cheetah-dir"]),
+    (("run", PAPER, "--exhibit", "fig5", "--family", "ant-dir"), ["unknown family of these exhibits 'ant-dir'"]),
     (("run", PAPER, "-p", "sclae=smoke"), ["unknown parameter", "'sclae'", "'scale'"]),
     (("run", PAPER, "-p", "scale=laptob"), ["unknown scale", "'laptop'"]),
     (("run", PAPER, "-p", "accelerator=cudda"), ["unknown accelerator", "'cuda'"]),
@@ -1011,6 +1013,14 @@ WRONG = [
     (("render", "prompt_tuning"), ["unknown paper", "'prompt_tuning_dt'"]),
     (("render", PAPER, "--exhibit", "tabel1"), ["unknown exhibit", "'table1'"]),
     (("render", PAPER, "--scale", "laptpo"), ["unknown scale", "'laptop'"]),
+    (("render", PAPER, "--exhibit", "table1", "--shipped", "--scale", "paper"), ["table1 at paper scale lacks"]),
+    (("verify", "prompt_tunning_dt"), ["unknown paper", "'prompt_tuning_dt'"]),
+    (("verify", PAPER, "--exhibit", "tabel1"), ["unknown exhibit", "'table1'"]),
+    (("verify", PAPER, "--scale", "laptpo"), ["unknown scale", "'laptop'"]),
+    (("verify", PAPER), ["nothing to compare at laptop scale"]),
+    (("records", "pack", "prompt_tunning_dt"), ["unknown paper", "'prompt_tuning_dt'"]),
+    (("records", "pack", PAPER, "--scale", "laptpo"), ["unknown scale", "'laptop'"]),
+    (("records", "pack", PAPER), ["has no record of laptop scale"]),
     (("status", "prompt_tunning_dt"), ["unknown paper", "'prompt_tuning_dt'"]),
     (("status", PAPER, "--scale", "papper"), ["unknown scale", "'paper'"]),
     (("collect", "--family", "ant-dri"), ["unknown family", "'ant-dir'"]),
@@ -1050,6 +1060,14 @@ def test_wrong_usage(args, capsys, no_kernel):
     with pytest.raises(SystemExit) as e:
         command.main([*args])
     assert e.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("promptnb")
+
+
+def test_a_home_that_is_not_there_is_refused_and_not_made(tmp_path, monkeypatch, capsys):
+    home = tmp_path / "wrokbook"
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    assert command.main(["status", PAPER]) == 2
+    assert capsys.readouterr().err == f"promptnb: PROMPTNB_HOME is {home}, which is no folder\n"
+    assert not home.exists()
 
 
 def test_wrong_argument_through_the_command_line(tmp_home):
