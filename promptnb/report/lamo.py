@@ -5,16 +5,16 @@
 # %% ../../nbs/11e_report.lamo.ipynb #df6a88d2
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from .. import recipes as rc
-from ..core import read_json, results_dir
+from ..core import PromptnbError, read_json, results_dir
 from .stats import BETTER, UNRESOLVED, UNTESTED, WORSE, compare, judged, summary
-from .style import axes_for, in_order, legend, nothing, style
+from .style import PALETTE, axes_for, in_order, legend, nothing, style
 from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
 from .tables import in_words as gain_in_words
 from .tables import say as say_verdicts
@@ -30,7 +30,9 @@ __all__ = [
     "MEAN",
     "PRINTED",
     "COUNTED",
+    "HOLLOW",
     "TRUNKS",
+    "PUBLISHED",
     "DOMAINS",
     "RUNGS",
     "LADDER",
@@ -43,6 +45,7 @@ __all__ = [
     "KEEPS",
     "DRAW",
     "READ",
+    "BAND",
     "label_of",
     "labels_of",
     "datasets_of",
@@ -67,8 +70,12 @@ __all__ = [
     "params",
     "found_references",
     "references",
+    "name_at",
+    "names_of",
     "arm_lines",
+    "legend_below",
     "curves",
+    "published_beside",
     "progress",
     "text_losses",
     "language",
@@ -76,8 +83,10 @@ __all__ = [
     "one_text",
     "spread",
     "with_share",
+    "points",
     "ratio",
     "domain",
+    "domain_groups",
     "domains",
     "targets",
     "rungs",
@@ -96,6 +105,7 @@ __all__ = [
     "answers",
     "pretraining_verdict",
     "language_verdict",
+    "budgets",
     "left_out",
 ]
 
@@ -344,7 +354,12 @@ def printed(t) -> pd.DataFrame:
 
 # %% ../../nbs/11e_report.lamo.ipynb #75b7d6a9
 def table(view):
-    "(printed, tidy) table of scores."
+    "(printed, tidy) table of scores; a PromptnbError where a scale runs none of them."
+    if not view.runs:
+        e = view.exhibit
+        raise PromptnbError(
+            f"{e.id} is not made at {view.scale} scale: promptnb run {e.paper} --exhibit {e.id} --scale paper"
+        )
     t = tidy(view)
     return printed(t), t
 
@@ -405,17 +420,45 @@ def references(view):
     return t.map(lambda v: "" if pd.isna(v) else f"{v:.1f}"), flat.reset_index()
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lm000028
+def name_at(r, label) -> str:
+    "The label of a recipe, resolved at a scale, without the name of a trunk that it does not have there."
+    text = r.offline.text
+    if "GPT-2 medium" not in label or (text.layers, text.width) == (24, 1024):
+        return label
+    return label.replace("GPT-2 medium", f"a trunk of {text.layers} x {text.width}")
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000029
+def names_of(view) -> dict:
+    "{label: its name at the view's scale}."
+    return {run.label: name_at(run.recipe, run.label) for run in view.runs}
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #fbf96374
-def arm_lines(ax, d, x="step") -> pd.DataFrame:
+def arm_lines(ax, d, names=()) -> pd.DataFrame:
     "Draw the mean over seeds (line) and their range (shade) of each arm; returns the plotted numbers."
-    g = d.groupby(["label", x]).value.agg(["mean", "min", "max", "count"]).reset_index()
+    names = dict(names)
+    g = d.groupby(["label", "step"]).value.agg(["mean", "min", "max", "count"]).reset_index()
     for label in in_order(g.label):
         a, s = g[g.label == label], style(label)
-        ax.plot(a[x], a["mean"], ms=4, lw=1.4, label=label, **s)
-        ax.fill_between(a[x], a["min"], a["max"], color=s["color"], alpha=0.15, lw=0)
+        ax.plot(a.step, a["mean"], ms=4, lw=1.4, label=names.get(label, label), **s)
+        ax.fill_between(a.step, a["min"], a["max"], color=s["color"], alpha=0.15, lw=0)
     if not len(g):
         nothing(ax)
-    return g
+    return g.assign(label=g.label.replace(names))
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000031
+HOLLOW = "hollow: published, other data"
+
+
+def legend_below(fig, axes, hollow=False):
+    "One legend below all panels, in as many columns as its longest text leaves room for; `hollow`: explains it."
+    if hollow:
+        axes[-1].plot([], [], "o", mec="0.3", mfc="white", label=HOLLOW)
+    widest = max((len(label) for ax in axes for label in ax.get_legend_handles_labels()[1]), default=1)
+    legend(fig, axes, min(4, 100 // (min(widest, 40) + 9)))
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #d6a1cfb5
@@ -430,33 +473,48 @@ def curves(view, metric) -> dict:
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #6480f596
-def _published_marks(ax, d, pub):
-    # short dotted marks at the right end; in the legend where none of our runs of that method is drawn
-    for _, r in pub.iterrows():
-        alone = None if r.method in set(d.label) else f"{r.method}, published only"
-        ax.axhline(r.value, xmin=0.9, color=style(r.method)["color"], lw=2.5, ls=(0, (1, 0.6)), label=alone)
+def _hollow(ax, x, y, method, **kw):
+    # a published value: the method's marker, empty
+    s = style(method)
+    ax.plot(x, y, marker=s["marker"], mec=s["color"], mfc="white", color=s["color"], **(dict(ms=5, ls="") | kw))
+
+
+def published_beside(ax, pub, known):
+    "Published values as hollow markers in a strip right of the curves; `known`: the methods that have a curve."
+    end = ax.get_xlim()[1]
+    at = end * np.linspace(1.05, 1.23, max(len(pub), 2))
+    ax.axvspan(end, 1.28 * end, color="0.93", lw=0, zorder=0)
+    value = pub.set_index("method").value
+    for x, method in zip(at, in_order(value.index)):
+        alone = {} if method in known else dict(label=f"{method} (published only)")
+        _hollow(ax, x, value[method], method, **alone)
+    ax.set_xticks([x for x in ax.get_xticks() if 0 <= x <= end])
+    ax.margins(y=0.08)
+    ax.set_xlim(right=1.28 * end)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000004
 def progress(view):
-    "Score along training: mean and range over seeds; short dotted marks: the published mean of the last 20 %."
+    "Score along training: mean and range over seeds; in the strip at the right the published mean of the last 20 %."
     e, found, pub = view.exhibit, curves(view, "score_along"), view.published
     drawn = [dataset for dataset, _ in found]
-    fig, axes = axes_for(found or ["-"], height=2.6)
+    fig, axes = axes_for(found or ["-"], height=2.4)
     if not found:
         nothing(axes[0], f"no data set at {view.scale} scale")
-    numbers = []
+    has_curve = {label for d in found.values() for label in d.label}
+    numbers, hollow = [], False
     for ax, ((dataset, learner), d) in zip(axes, found.items()):
         mine = [label_of(e, r) for r in rc.recipes_of(e) if r.dataset == dataset and r.offline.learner == learner]
-        numbers.append(arm_lines(ax, d).assign(dataset=dataset))
+        numbers.append(arm_lines(ax, d, names_of(view)).assign(dataset=dataset))
         which = f": {in_order(mine)[0]}" if drawn.count(dataset) > 1 else ""
         ax.set(title=dataset + which, xlabel="updates")
         known = pub[(pub.family == dataset) & pub.method.isin(mine)]
         numbers.append(pd.DataFrame(dict(label=known.method, dataset=dataset, reported=known.value)))
-        if len(d):
-            _published_marks(ax, d, known)
+        if len(d) and len(known):
+            published_beside(ax, known, has_curve)
+            hollow = True
     axes[0].set_ylabel("score")
-    legend(fig, axes)
+    legend_below(fig, axes, hollow)
     return fig, _joined(numbers)
 
 
@@ -479,18 +537,20 @@ def language(view):
     "Cross-entropy on held-out text along training, one panel per data set."
     found = curves(view, "lm_loss")
     uniform = [run.record["lm"]["uniform"] for run in view.good if (run.record.get("lm") or {}).get("uniform")]
-    fig, axes = axes_for(found or ["-"], height=2.6)
+    fig, axes = axes_for(found or ["-"], height=2.2, sharey=True)
     numbers = []
     for ax, ((dataset, _), d) in zip(axes, found.items()):
         numbers.append(arm_lines(ax, d).assign(dataset=dataset))
         ax.set(title=dataset, xlabel="updates")
         if len(d):
-            if uniform:
-                ax.axhline(uniform[0], color="k", lw=1, ls="--", label="even guessing")
             start = d[d.step == d.step.min()].value.mean()
             ax.axhline(start, color="k", lw=1, ls=":", label="before training")
+        if len(d) and uniform:
+            words = f"even guessing: {uniform[0]:.2f}"
+            box = dict(facecolor="white", edgecolor="none", pad=1)
+            ax.text(0.03, 0.95, words, transform=ax.transAxes, va="top", fontsize=7, color="0.25", bbox=box)
     axes[0].set_ylabel("nats a token")
-    legend(fig, axes)
+    legend_below(fig, axes)
     return fig, _joined(numbers)
 
 
@@ -525,7 +585,7 @@ def texts(view):
         title = " and ".join(names) if len(names) < 3 else "English and its variants"
         ax.set(title=title, xlabel="updates of pre-training")
     axes[0].set_ylabel("nats a token")
-    legend(fig, axes, 3)
+    legend_below(fig, axes)
     return fig, pd.DataFrame(numbers)
 
 
@@ -543,7 +603,9 @@ def one_text(ax, name, lm, s) -> dict:
 
 # %% ../../nbs/11e_report.lamo.ipynb #cdcc7865
 def spread(shares) -> list:
-    "Shares of the data far enough apart to be written under a logarithmic axis."
+    "Shares of the data far enough apart to be written under a logarithmic axis: of many, the powers of ten."
+    if max(shares) > 100 * min(shares):
+        return sorted(share for share in set(shares) if np.log10(share) % 1 == 0)
     at = []
     for share in sorted(set(shares)):
         if not at or share > 1.5 * at[-1]:
@@ -559,38 +621,51 @@ def with_share(d, names) -> pd.DataFrame:
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000007
-def _ratio_panel(ax, data, here, pub) -> list:
-    # one data set: ours as lines over its shares, published dotted; returns the plotted numbers
-    numbers = [arm_lines(ax, here, "share").assign(data=data)] if len(here) else []
-    for method, d in pub.sort_values("share").groupby("method"):
-        s = style(method)
-        look = dict(marker=s["marker"], color=s["color"], mfc="none", ms=4, lw=1.2)
-        ax.plot(d.share, d.value, ":", label=f"{method}, published", **look)
-        names = dict(method="label", value="reported")
-        numbers.append(d[["method", "share", "value", "data"]].rename(columns=names))
-    title = data if len(here) else f"{data} (published only)"
-    ax.set(title=title, xlabel="share of the data, %", xscale="log")
-    at = spread([*pub.share, *here.share])
+def points(ax, g):
+    "Draw g (mean, min, max by label and share): a marker for each mean, a bar from the lowest to the highest seed."
+    for label in in_order(g.label):
+        a = g[g.label == label]
+        bar = np.where(a["count"] > 1, [a["mean"] - a["min"], a["max"] - a["mean"]], np.nan)
+        ax.errorbar(a.share, a["mean"], bar, ms=4, lw=1.2, elinewidth=1, capsize=2, label=label, **style(label))
+
+
+def _share_axis(ax, shares, title):
+    # a logarithmic axis that names the shares which lie far enough apart
+    at = spread(shares)
+    ax.set(title=title, xlabel="share of the data, %", xscale="log", xlim=(0.7 * min(shares), 1.4 * max(shares)))
     ax.set_xticks(at, [f"{v:g}" for v in at])
     ax.minorticks_off()
-    return numbers
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000008
 def ratio(view):
-    "Score against the share of the data, one panel per data set: ours, mean and range over seeds; published dotted."
+    "Score against the share of the data: ours above, the published curves below on an axis of their own."
     df = frame(view)
     df = df[df.metric == "score"]
     df, pub = with_share(df, df.dataset), with_share(view.published, view.published.family)
     names = list(dict.fromkeys(c.rsplit(" ", 1)[0] for c in datasets_of(view.exhibit)))
-    fig, axes = axes_for(names, height=2.8)
+    fig, axes = axes_for(names * 2, height=2, most=len(names))
     numbers = []
-    for ax, name in zip(axes, names):
-        numbers += _ratio_panel(ax, name, df[df.data == name], pub[pub.data == name])
+    for name, above, below in zip(names, axes, axes[len(names) :]):
+        theirs = pub[pub.data == name].sort_values("share")
+        shares = [*theirs.share, *df[df.data == name].share]
+        g = df[df.data == name].groupby(["label", "share"]).value.agg(["mean", "min", "max", "count"]).reset_index()
+        points(above, g)
+        _share_axis(above, shares, f"{name}\nours")
+        if not len(g):
+            nothing(above, "no run")
+        for method, d in theirs.groupby("method"):
+            alone = {} if method in set(df.label) else dict(label=f"{method} (published only)")
+            _hollow(below, d.share, d.value, method, ls=":", lw=1.2, ms=4, **alone)
+        _share_axis(below, shares, f"{name}\npublished")
+        numbers += [g.assign(data=name), theirs[["method", "share", "value", "data"]].rename(columns=PUBLISHED)]
     axes[0].set_ylabel("score")
-    legend(fig, axes, 3)
-    return fig, pd.concat(numbers)
+    axes[len(names)].set_ylabel("score")
+    legend_below(fig, axes, hollow=True)
+    return fig, _joined(numbers)
 
+
+PUBLISHED = dict(method="label", value="reported")
 
 # %% ../../nbs/11e_report.lamo.ipynb #84b6e90e
 DOMAINS = {"kitchen": "Kitchen", "breakout": "Atari", "qbert": "Atari", "pong": "Atari"}
@@ -610,31 +685,59 @@ def _domain_scores(w, methods, datasets):
     return {m: grid_of(w, m)[both].dropna().mean(axis=1) if m in who and both else none for m in methods}, both
 
 
-# %% ../../nbs/11e_report.lamo.ipynb #lm000009
-def domains(view):
-    "Mean score by domain over the data sets that the methods share: bars, one dot per seed; hollow: published."
-    e, w, methods = view.exhibit, last(frame(view)), in_order(labels_of(view.exhibit))
-    pub = view.published.set_index(["family", "method"]).value
+# %% ../../nbs/11e_report.lamo.ipynb #lm000032
+def _bar_panel(ax, methods, values, title, **look):
+    # a bar for each method; one without a value says so
+    for i, method in enumerate(methods):
+        if np.isnan(values[method]):
+            ax.text(0.02, i, "not run on all", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color="0.4")
+        else:
+            color = style(method)["color"]
+            ax.barh(i, values[method], 0.6, **{k: color if v == "own" else v for k, v in look.items()})
+    ax.set(title=title, ylim=(len(methods) - 0.5, -0.5))
+    ax.margins(x=0.1)
+    ax.set_yticks(range(len(methods)), methods)
+    ax.grid(axis="y", visible=False)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000033
+def domain_groups(e, scale) -> dict:
+    "{domain: (the paper's data sets, ours at a scale)}; of ours those of the one kind of data that has most."
     groups = {}
     for dataset in datasets_of(e):
         groups.setdefault(domain(dataset), []).append(dataset)
-    fig, axes = axes_for(groups, height=3)
+    here = datasets_of(e, scale)
+    found = {}
+    for name, datasets in groups.items():
+        by_kind = {}
+        for dataset in (c for c in datasets if c in here):
+            by_kind.setdefault(kind_of_data(dataset), []).append(dataset)
+        papers = [c for c in datasets if "expert" not in c]  # our script's kitchen data are none of theirs
+        found[name] = papers, max(by_kind.values(), key=len, default=[])
+    return found
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000009
+def domains(view):
+    "Mean score by domain: ours above, over the data sets that the methods share; the published means below, apart."
+    e, w, methods = view.exhibit, last(frame(view)), in_order(labels_of(view.exhibit))
+    pub = view.published.set_index(["family", "method"]).value
+    groups = domain_groups(e, view.scale)
+    fig, axes = axes_for([*groups] * 2, height=1.9, most=len(groups), sharey=True)
     numbers = []
-    for ax, (name, datasets) in zip(axes, groups.items()):
-        scores, both = _domain_scores(w, methods, [c for c in datasets if c in datasets_of(e, view.scale)])
-        for i, method in enumerate(methods):
-            x, color = scores[method], style(method)["color"]
-            known = pub.get((f"average {name.lower()}", method), np.nan)
-            ax.bar(i, known, 0.8, fill=False, ec=color, ls=":", lw=1.5)
-            ax.bar(i, x.mean(), 0.55, color=color, alpha=0.65)
-            ax.plot([i] * len(x), x, "k.", ms=4)
-            row = dict(domain=name, method=method, mean=x.mean(), std=x.std(), n=len(x))
-            numbers.append(dict(row, datasets=named(both), reported=known))
-        papers = len([c for c in datasets if "expert" not in c])  # our script's kitchen data are no data set of theirs
-        ax.set(title=f"{name}: {counted(len(both), 'data set')} of ours,\n{papers} of the paper")
-        ax.set_xticks(range(len(methods)), methods)
-        ax.grid(axis="x", visible=False)
-    axes[0].set_ylabel("score (hollow: published)")
+    for (name, (papers, mine)), above, below in zip(groups.items(), axes, axes[len(groups) :]):
+        scores, both = _domain_scores(w, methods, mine)
+        means = {m: x.mean() for m, x in scores.items()}
+        known = {m: pub.get((f"average {name.lower()}", m), np.nan) for m in methods}
+        over = f"{counted(len(both), 'dataset')}, {kind_of_data(both[0])}" if both else "no run"
+        _bar_panel(above, methods, means, f"{name}, ours:\n{over}", color="own", alpha=0.6)
+        for i, m in enumerate(methods):
+            above.plot(scores[m], [i] * len(scores[m]), "k.", ms=4)
+            row = dict(domain=name, method=m, mean=means[m], std=scores[m].std(), n=len(scores[m]))
+            numbers.append(dict(row, datasets=named(both), reported=known[m], reported_datasets=len(papers)))
+        title = f"{name}, published:\n{counted(len(papers), 'dataset')}"
+        _bar_panel(below, methods, known, title, fill=False, ec="own", ls=":", lw=1.5)
+        below.set_xlabel("score")
     return fig, pd.DataFrame(numbers)
 
 
@@ -660,7 +763,7 @@ def targets(view):
     df = df[df.metric.str.startswith("score@")]
     df = df.assign(target=df.metric.str.split("@").str[-1].astype(float))
     datasets = datasets_of(view.exhibit, view.scale)
-    fig, axes = axes_for(datasets or ["-"], height=2.6)
+    fig, axes = axes_for(datasets or ["-"], height=2.2)
     numbers = []
     for ax, dataset in zip(axes, datasets):
         by_target = df[df.dataset == dataset].groupby(["label", "target"]).value
@@ -668,8 +771,8 @@ def targets(view):
         numbers.append(g.assign(dataset=dataset))
         _targets_panel(ax, dataset, g)
     axes[0].set_ylabel("score")
-    legend(fig, axes)
-    return fig, pd.concat(numbers) if numbers else pd.DataFrame()
+    legend_below(fig, axes)
+    return fig, _joined(numbers)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #8c51dfc1
@@ -764,40 +867,37 @@ def _of_whole(r) -> str:
 
 # %% ../../nbs/11e_report.lamo.ipynb #77034701
 def _rung(ax, y, r, color):
-    # one step: a bar from the level before it to the level after, its interval, its number
-    ax.barh(y, r.difference, left=r.start, color=color, alpha=0.75)
+    # one step: a bar from the level before it to the level after, its interval, its number at the right edge
+    ax.barh(y, r.difference, left=r.start, color=color, alpha=0.85 if r.verdict in (BETTER, WORSE) else 0.35)
     ax.plot([r.start] * 2, [y - 1.4, y + 0.4], color="k", lw=0.8)
     if not pd.isna(r.lo):
         ax.plot([r.start + r.lo, r.start + r.hi], [y] * 2, color="k", lw=1.2)
-    share = "" if pd.isna(r.share) else f" ({r.share:.0f} %)"
-    right = max(r.start + np.nanmax([r.difference, 0, r.hi]), r.start)
-    where = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
-    ax.annotate(f"{r.difference:+.1f}{share}", (right, y), **where)
+    share = "" if pd.isna(r.share) else f"\n{r.share:.0f} %"
+    right = dict(transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
+    ax.text(0.98, y, f"{r.difference:+.1f}{share}", **right)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000011
 def waterfall(ax, g):
     "Draw one ladder: from the level of one rung to that of the next; the line is the gain's 95 % interval."
-    blue, orange = sns.color_palette("colorblind")[:2]
     steps, whole = g[g.step != WHOLE].reset_index(), g[g.step == WHOLE].iloc[0]
     ax.barh(0, whole.start, color="grey", alpha=0.5)
     ax.barh(len(steps) + 1, whole.end, color="grey", alpha=0.5)
     for i, r in steps.iterrows():
-        _rung(ax, i + 1, r, blue if r.difference > 0 else orange)
-    name = f"mean of {whole.datasets} datasets" if whole.datasets > 1 else whole.dataset
-    between = "" if pd.isna(whole.lo) else f" [{whole.lo:+.1f}, {whole.hi:+.1f}]"
-    title = f"{name}\n{WHOLE}: {whole.difference:+.1f}{between}"
-    ax.set_title(title, fontsize=8)
+        _rung(ax, i + 1, r, PALETTE[0] if r.difference > 0 else PALETTE[1])
+    left, right = ax.get_xlim()
+    ax.set_xlim(left, right + 0.35 * (right - left))  # the numbers stand there
+    name = f"mean of the {whole.datasets} datasets" if whole.datasets > 1 else whole.dataset
+    ax.set_title(f"{name}\n{WHOLE}: {whole.difference:+.1f} {between(whole.lo, whole.hi)}".strip(), fontsize=7.5)
     ax.set(xlabel="score")
-    ax.margins(x=0.16)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #032abe2d
 def share(view):
-    "A waterfall from DT to LaMo: over all data sets, and one panel per data set."
+    "A waterfall from DT to LaMo: over the data sets with all rungs, and one panel per data set; the whole gain below."
     t = gains(view)
     found = list(t[t.step != WHOLE].dataset.unique())
-    fig, axes = axes_for(found or ["-"], height=3.1, sharey=True)
+    fig, axes = axes_for(found or ["-"], height=2.7, most=2, sharey=True)
     for ax, dataset in zip(axes, found):
         waterfall(ax, t[t.dataset == dataset])
         ax.grid(axis="y", visible=False)
@@ -807,6 +907,9 @@ def share(view):
         axes[0].set_ylim(len(names) - 0.4, -0.6)
     else:
         nothing(axes[0], "no dataset has all rungs yet")
+    for whole in t[t.dataset.str.startswith(EVERY)].to_dict("records"):
+        said = f"{WHOLE} over the {whole['datasets']} datasets that both have ({whole['over']}): {gain_in_words(whole)}"
+        fig.supxlabel(textwrap.fill(said, 105), fontsize=7, x=0.01, ha="left")
     return fig, t
 
 
@@ -936,28 +1039,52 @@ DRAW = dict(
     share=share,
 )
 READ = dict(
-    scores=(
-        "Ours: mean ± std over seeds, n where not all seeds are there; below it the IQM over seeds with its 95 % "
-        "bootstrap interval; '-': not at this scale. "
-    ),
+    scores="Ours: mean ± std over seeds, with Student's 95 % interval of the mean; '-': not at this scale. ",
     params="Total, trainable, and of these LoRA's. ",
-    progress=(
-        "Mean and range over seeds; short dotted marks at the right: published mean of the last 20 %, where known. "
-    ),
-    language="Mean and range over seeds. ",
+    progress="Hollow markers in the strip at the right: published mean of the last 20 %, where known. ",
+    language="Lower is better. ",
     texts="Lines: training; crosses: held out. ",
-    ratio="Mean and range over seeds; dotted: published (digitised). ",
-    domains="Dots: seeds; hollow: published, over the paper's datasets. Reacher2d counts as MuJoCo, as in the paper. ",
-    targets="Bars: lowest and highest seed. ",
-    share="Lines: 95 % bootstrap interval of each gain, paired by seed and dataset. ",
+    ratio="Published values are digitised. ",
+    domains="Dots: seeds. Reacher2d counts as MuJoCo, as in the paper, whose means run over little and all data. ",
+    targets="",
+    share="A share of the whole is printed where the whole and the step are resolved. ",
     references="Atari: the expert is a human. ",
 )
+_RANGE = "lowest to highest seed"
+BAND = dict(
+    progress=f"line: mean; band: {_RANGE}, none: one seed",
+    language=f"line: mean; band: {_RANGE}, none: one seed",
+    texts="the trunk of the first seed",
+    ratio=f"marker: mean; bar: {_RANGE}, none: one seed",
+    domains="bar: mean over datasets and seeds; dots: seeds",
+    targets=f"marker: mean; bar: {_RANGE}",
+    share="line: 95 % interval of the gain (Student, paired by seed); pale: not resolved in this figure (Holm)",
+)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000034
+def budgets(e, scale) -> str:
+    "The updates of an exhibit's methods, where they differ; else ''."
+    by_label = {}
+    for r in rc.recipes_of(e, scale):
+        by_label.setdefault(label_of(e, r), {}).setdefault(rc.resolve(r, scale).offline.steps, []).append(r.family)
+    found = {}
+    for label, steps in by_label.items():
+        for n, families in steps.items():
+            where = f" on {', '.join(dict.fromkeys(families))}" if len(steps) > 1 else ""
+            found.setdefault(n, []).append(f"{label}{where}")
+    if len(found) < 2:
+        return ""
+    said = [f"{n:,} ({'; '.join(labels)})" for n, labels in sorted(found.items())]
+    return f"Updates differ: {', '.join(said)}. "
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lmleft01
 def left_out(view, numbers=None):
-    "What the mean is over, and what this scale leaves out."
+    "What the mean is over, by how many updates methods differ, and what this scale leaves out."
     over = ""
     if numbers is not None and "dataset" in numbers and "source" in numbers:
-        over = next((f"Mean {s}. " for s in numbers[numbers.dataset.str.startswith("mean of")].source), "")
-    return over + parts_left_out(view.exhibit, view.scale)
+        means = numbers[numbers.dataset.str.startswith(f"{MEAN} of")].drop_duplicates("dataset")
+        over = "".join(f"{r.dataset[0].upper()}{r.dataset[1:]}: {r.source}. " for r in means.itertuples())
+    updates = "" if view.exhibit.kind in ("params", "texts") else budgets(view.exhibit, view.scale)
+    return over + updates + parts_left_out(view.exhibit, view.scale)
