@@ -10,27 +10,40 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from .stats import compare
-from .style import axes_for, legend, lines, nothing, style
-from .tables import printed, short, tidy_table
-from .view import matrix, paired
+from .stats import VERDICTS, compare, judged, student, summary
+from .style import COLUMN, SIZES, axes_for, legend, lines, note, nothing, style
+from .tables import basis, printed, short, tidy_table
+from .view import matrix, paired, seeds_of
 
 # %% auto #0
 __all__ = [
     "QUALITIES",
-    "COMPARED",
     "APART",
+    "COSINES",
     "COSTS",
     "DRAW",
     "READ",
+    "BAND",
+    "origin",
     "table",
+    "answers",
+    "briefly",
+    "told",
+    "ends",
+    "lowered",
+    "family_axes",
     "curves",
+    "same_protocol",
     "pretraining",
     "process",
+    "interval",
+    "rows_of_labels",
     "bars",
     "heat",
     "quality",
-    "difference",
+    "cell_ranges",
+    "closer",
+    "seed_differences",
     "relative",
     "looks",
     "nearest",
@@ -41,90 +54,194 @@ __all__ = [
     "tsne",
     "diversity",
     "conflict",
+    "cosines",
+    "error_of_prompts",
+    "errors_seen",
     "costs",
     "cost",
     "prompt_entries",
     "prompt_change",
     "left_out",
+    "not_drawn",
 ]
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000008
+def origin(source) -> str:
+    "Where a published number stands, in few words: its source up to the first bracket."
+    return source.split(" (")[0]
+
+
 def table(view):
-    "(printed, tidy) table of methods and families."
+    "(printed, tidy) table of methods and families; under each published number the place where it stands."
     t = tidy_table(view)
-    return printed(t), t
+    p = printed(t)
+    if "source" in t:
+        for _, r in t.dropna(subset="source").iterrows():
+            p.loc[r.method, r.family] += f"\n({origin(r.source)})"
+    return p, t
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prq00002
+def answers(view, asked) -> pd.DataFrame:
+    "Judged differences of return, all together: one row per family and pair (method, against) in `asked`."
+    rows = []
+    for family in view.families:
+        for method, against in asked:
+            a, b = paired(view.rows, method, against, family)
+            if a.size and a.shape == b.shape:
+                rows.append(dict(family=family, method=method, against=against, **compare(a, b)))
+    return judged(rows, ("family", "method", "against"))
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prq00003
+def briefly(r, digits, n) -> str:
+    "A judged answer after its word: family (difference ± half its interval; seeds where they are not n)."
+    half = "" if pd.isna(r["hi"]) else f" ± {(r['hi'] - r['lo']) / 2:.{digits}f}"
+    seeds = "" if r["n"] == n else f"; n = {r['n']}"
+    return f"{r['family']} ({r['difference']:+.{digits}f}{half}{seeds})"
+
+
+def told(v, digits=1) -> str:
+    "Judged answers as text: a line per question, its families by verdict; then what the words rest on."
+    if not len(v):
+        return "no runs yet"
+    said, n = [], v.n.max()
+    for (method, against), g in v.groupby(["method", "against"], sort=False):
+        each = [
+            f"{word} on {', '.join(briefly(r, digits, n) for _, r in here.iterrows())}"
+            for word in VERDICTS
+            if len(here := g[g.verdict == word])
+        ]
+        said.append(f"{method} against {against}: {'; '.join(each)}.")
+    return "\n".join([*said, f"Differences ± half of their 95 % intervals {basis(v)}."])
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prq00006
+def ends(df) -> pd.DataFrame:
+    "(before, after) tuning: the action error of each family, label and seed, mean over tasks."
+    per_seed = df[df.metric == "demo_loss"].groupby(["task", "label", "seed", "step"], sort=False).value.mean()
+    steps = per_seed.reset_index().sort_values("step").groupby(["task", "label", "seed"], sort=False).value
+    return pd.DataFrame(dict(before=steps.first(), after=steps.last()))
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prq00007
+def lowered(view) -> pd.DataFrame:
+    "How far tuning lowers the action error, judged: one row per family and method that tunes."
+    rows, both = [], ends(view.rows).sort_index()
+    for family, label in dict.fromkeys((run.recipe.family, run.label) for run in view.good):
+        if (family, label) not in both.index:
+            continue
+        g = both.loc[family, label]
+        known = dict(family=family, method=f"{label}, after tuning", against="before")
+        rows.append(dict(known, before=g.before.mean(), after=g.after.mean(), **compare(g.before, g.after)))
+    return judged(rows, ("family", "method", "against", "before", "after"))
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prq00010
+def family_axes(view, df, **kw):
+    "(figure, {family: panel}) of the families that have rows in df; those that have none are named below."
+    families = [f for f in view.families if f in set(df.task)] or list(view.families)
+    fig, axes = axes_for(families, **kw)
+    for ax, family in zip(axes, families):
+        ax.set_title(family)
+    gone = [f for f in view.families if f not in families]
+    if gone:
+        fig.supxlabel(f"no run of {', '.join(gone)}", fontsize=7, color="0.4")
+    return fig, dict(zip(families, axes))
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000009
 def curves(view):
     "Action error against tuning updates, one panel per family."
     df = view.rows[view.rows.metric == "demo_loss"]
-    fig, axes = axes_for(view.families)
+    fig, axes = family_axes(view, df, height=2.6)
     numbers = []
-    for ax, family in zip(axes, view.families):
+    for family, ax in axes.items():
         numbers.append(lines(ax, df[df.task == family]).assign(family=family))
-        ax.set(title=family, xlabel="tuning updates", yscale="log")
-    axes[0].set_ylabel("action error on demonstrations")
-    legend(fig, axes[:1])
+        ax.set(xlabel="tuning updates")
+    first = next(iter(axes.values()))
+    first.set_ylabel("action error on demonstrations")
+    legend(fig, [first])
     return fig, pd.concat(numbers)
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000010
+def same_protocol(pub) -> pd.DataFrame:
+    "Published rows that measure what ours do."
+    return pub[pub.other_protocol.isna()]
+
+
 def pretraining(view):
     "Return on the test tasks along pre-training; dotted: the published end point."
     df = view.rows[view.rows.metric == "return"]
     df = df.assign(label=df.label.replace({"MT-BC-FT": "MT-BC (before fine-tuning)"}))
-    fig, axes = axes_for(view.families)
-    numbers = []
-    for ax, family in zip(axes, view.families):
+    fig, axes = family_axes(view, df, height=2.6)
+    numbers, pub = [], same_protocol(view.published)
+    for family, ax in axes.items():
         d = df[df.task == family]
         numbers.append(lines(ax, d).assign(family=family))
-        ax.set(title=family, xlabel="updates")
+        ax.set(xlabel="updates")
         if not len(d):
             nothing(ax)
-        for _, r in view.published[view.published.family == family].iterrows():
-            if r.method in set(d.label):
-                ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls=":")
-    axes[0].set_ylabel("return (dotted: published end point)")
-    legend(fig, axes[:1])
+        for _, r in pub[(pub.family == family) & pub.method.isin(d.label)].iterrows():
+            ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls=":")
+    first = next(iter(axes.values()))
+    dotted = pub.family.isin(axes) & pub.method.isin(df.label)
+    first.set_ylabel("return (dotted: published end)" if dotted.any() else "return")
+    legend(fig, [first])
     return fig, pd.concat(numbers)
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000012
 def process(view):
-    "Action error per test task along tuning, first seed."
+    "Action error along tuning, one panel per test task."
     df = view.rows[view.rows.metric == "demo_loss"]
-    df = df[df.seed == df.seed.min()]
+    ids = sorted(df.task_id.unique())
+    fig, axes = axes_for(ids or "-", height=1.7, sharey=True)
     (family,) = view.families
-    fig, (ax,) = axes_for(view.families, height=3.0)
-    for (i, d), color, marker in zip(df.groupby("task_id"), sns.color_palette("colorblind"), "osD^v"):
-        ax.plot(d.step, d.value, color=color, marker=marker, ms=4, label=f"{family}-{i:02d}")
-    title = df.label.iloc[0] if len(df) else ""
-    ax.set(xlabel="tuning updates", ylabel="action error on demonstrations", title=title)
-    if len(df):
-        ax.legend(frameon=False, title="test task")
-    else:
-        nothing(ax)
-    return fig, df[["task_id", "step", "value"]]
+    numbers = []
+    for ax, i in zip(axes, ids):
+        numbers.append(lines(ax, df[df.task_id == i]).assign(task_id=i))
+        ax.set(title=f"{family}-{i:02d}", xlabel="tuning updates")
+    if not ids:
+        nothing(axes[0])
+        return fig, pd.DataFrame()
+    for ax in axes[::3]:
+        ax.set_ylabel("action error")
+    return fig, pd.concat(numbers)
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000014
+def interval(ax, y, label, seeds):
+    "Draw the mean of one value per seed, its interval and the seeds in row y; 'no run' without any."
+    if not len(seeds):
+        ax.text(0.02, y, "no run", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color="0.4")
+        return
+    look = style(label)
+    ax.plot(student(seeds), [y, y], color=look["color"], lw=2, alpha=0.6)
+    ax.plot(np.mean(seeds), y, look["marker"], color=look["color"], ms=7)
+    ax.plot(seeds, [y] * len(seeds), "o", color="k", mec="w", mew=0.4, ms=3.5)
+
+
+def rows_of_labels(ax, labels, named):
+    "One row per label from top to bottom; `named`: with its name."
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_yticks(range(len(labels)), labels if named else [""] * len(labels))
+    ax.grid(axis="y", visible=False)
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prv00001
 def bars(view):
-    "Return of each variant: mean over seeds, one dot per seed."
+    "Return of each variant: mean, its interval, one dot per seed."
     df, t = view.rows, tidy_table(view)
-    fig, axes = axes_for(view.families, height=0.8 + 0.35 * t.method.nunique())
-    for ax, family in zip(axes, view.families):
-        d = t[t.family == family].dropna(subset="mean")
-        ax.barh(d.method, d["mean"], color=[style(m)["color"] for m in d.method], alpha=0.5)
-        for y, method in enumerate(d.method):
-            x = matrix(df, method, family).mean(1)
-            ax.plot(x, [y] * len(x), "k.", ms=4)
-        ax.invert_yaxis()
-        ax.set(title=family, xlabel="return (dots: seeds)")
-        ax.grid(axis="y", visible=False)
-        if not len(d):
-            nothing(ax)
+    fig, axes = family_axes(view, df, height=0.8 + 0.24 * len(view.labels))
+    for k, (family, ax) in enumerate(axes.items()):
+        labels = list(t[t.family == family].method)
+        for y, label in enumerate(labels):
+            interval(ax, y, label, matrix(df, label, family).mean(1) if len(seeds_of(df, label, family)) else [])
+        rows_of_labels(ax, labels, k == 0)
+        ax.set(xlabel="return")
     return fig, t
 
 
@@ -132,14 +249,27 @@ def bars(view):
 QUALITIES = ["expert", "medium", "random"]
 
 
+def _cell(r, column):
+    # the words in a cell: mean, std over seeds, number of seeds
+    if pd.isna(r[column]):
+        return "no run"
+    if column != "mean":
+        return f"{r[column]:.0f}"
+    spread = "" if pd.isna(r["std"]) else f"\n± {r['std']:.0f}"
+    return f"{r['mean']:.0f}{spread}\nn = {r['n']:.0f}"
+
+
 def heat(ax, t, column, norm):
     "Draw the return by quality of the data (rows) and of the prompt (columns)."
-    if t[column].isna().all():
-        nothing(ax)
-        return
     rows = [d for d in ("no", *QUALITIES) if d in set(t["data"])]
-    grid = t.pivot(index="data", columns="prompt", values=column).reindex(index=rows, columns=QUALITIES)
-    sns.heatmap(grid, annot=True, fmt=".0f", cmap="viridis", norm=norm, square=True, cbar=False, ax=ax)
+    wide = t.assign(words=[_cell(r, column) for _, r in t.iterrows()]).pivot(index="data", columns="prompt")
+    grid = wide[column].astype(float).reindex(index=rows, columns=QUALITIES)
+    words = wide["words"].reindex(index=rows, columns=QUALITIES)
+    small = dict(annot=words.to_numpy(), fmt="", annot_kws=dict(fontsize=7))
+    ax.set_facecolor("0.93")
+    sns.heatmap(grid, cmap="viridis", norm=norm, cbar=False, ax=ax, linewidths=1, **small)
+    for y, x in zip(*np.where(grid.isna())):
+        ax.text(x + 0.5, y + 0.5, words.iloc[y, x], ha="center", va="center", fontsize=7, color="0.4")
     ax.grid(False)
 
 
@@ -149,55 +279,62 @@ def quality(view):
     t = tidy_table(view)
     parts = t.method.str.extract(r"^(?:(.+), )?(\w+) data, (\w+) prompt$").fillna("ours")
     t[["of", "data", "prompt"]] = parts.to_numpy()
-    panels = [(f"{of}, {view.scale} scale", "mean", d) for of, d in t.groupby("of", sort=False)]
+    panels = [(of, "mean", d) for of, d in t.groupby("of", sort=False)]
     if t.reported.notna().all():
-        panels.append(("published (digitised)", "reported", t))
-    shown = pd.concat([d[column] for _, column, d in panels])
+        panels.append(("published", "reported", t))
+    shown = pd.concat([d[column].astype(float) for _, column, d in panels])
     norm = plt.Normalize(shown.min(), shown.max())
-    fig, axes = axes_for(panels, height=2.8)
+    heights = [d.data.nunique() for _, _, d in panels]
+    fig, axes = axes_for(panels, height=0.7 + 0.5 * max(heights))
     for ax, (name, column, d) in zip(axes, panels):
         heat(ax, d, column, norm)
         ax.set(title=name, xlabel="prompt", ylabel="data" if ax is axes[0] else "")
     if shown.notna().any():
-        fig.colorbar(plt.cm.ScalarMappable(norm, "viridis"), ax=axes, label="return")
+        bar = fig.colorbar(plt.cm.ScalarMappable(norm, "viridis"), ax=axes, label="return")
+        bar.outline.set_visible(False)
     return fig, t
 
 
-# %% ../../nbs/11d_report.prompts.ipynb #pr000017
-def difference(view, label, base, family) -> dict | None:
-    "A method's paired difference to `base` on a family, with each seed's; None without a common seed."
-    x, y = paired(view.rows, label, base, family)
-    if not x.size:
-        return None
-    known = dict(family=family, method=label, against=base, n=len(x))
-    return dict(known, **compare(x, y), by_seed=(x - y).mean(1))
+# %% ../../nbs/11d_report.prompts.ipynb #prv00002
+def cell_ranges(view) -> pd.DataFrame:
+    "Best minus worst cell of each method of a grid: a row per seed that has every cell, a column per method."
+    df, (family,) = view.rows, view.families
+    methods = {}
+    for label in view.labels:
+        methods.setdefault(label.split(", ")[0], []).append(label)
+    out = {}
+    for method, labels in methods.items():
+        whole = df[df.label.isin(labels) & (df.metric == "return") & (df.task == family)]
+        cells = whole.pivot_table(index="seed", columns="label", values="value").reindex(columns=labels).dropna()
+        out[method] = cells.max(axis=1) - cells.min(axis=1)
+    return pd.DataFrame(out)
+
+
+def closer(view, method="Prompt Diffuser", against="Prompt-Tuning DT") -> pd.DataFrame:
+    "Do the cells of one method lie closer together than another's? Judged; better: a smaller range."
+    ranges = cell_ranges(view)[[method, against]].dropna()
+    known = dict(family=view.families[0], method=method, against=against)
+    return judged([dict(known, **compare(ranges[against], ranges[method]))] if len(ranges) else [])
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000018
-COMPARED = ["family", "method", "against", "n", "difference", "lo", "hi", "verdict"]
+def seed_differences(view, label, base, family) -> np.ndarray:
+    "Return of `label` minus that of `base` (seeds,), for the seeds that both have."
+    a, b = paired(view.rows, label, base, family)
+    return (a - b).mean(1) if a.size else np.empty(0)
 
 
 def relative(view, base="DM only"):
-    "Paired difference of the return to `base`: mean, its interval, one dot per seed."
+    "Paired difference of the return to `base`: mean, its interval, one dot per seed; and the verdicts."
     labels = [label for label in view.labels if label != base]
-    fig, axes = axes_for(view.families, height=0.9 + 0.4 * len(labels))
-    numbers = []
-    for ax, family in zip(axes, view.families):
-        found = [d for label in labels if (d := difference(view, label, base, family))]
-        for d in found:
-            at = labels.index(d["method"])
-            ax.barh(at, d["difference"], color=style(d["method"])["color"], alpha=0.5)
-            ax.plot([d["lo"], d["hi"]], [at, at], color="k", lw=1)
-            ax.plot(d["by_seed"], [at] * d["n"], "k.", ms=4)
-        if not found:
-            nothing(ax)
-        numbers += found
+    fig, axes = family_axes(view, view.rows, height=0.8 + 0.24 * len(labels))
+    for k, (family, ax) in enumerate(axes.items()):
+        for y, label in enumerate(labels):
+            interval(ax, y, label, seed_differences(view, label, base, family))
         ax.axvline(0, color="k", lw=0.8)
-        ax.grid(axis="y", visible=False)
-        names = labels if ax is axes[0] else []
-        ax.set(title=family, xlabel=f"return minus that of '{base}'", ylim=(len(labels) - 0.4, -0.6))
-        ax.set_yticks(range(len(labels)), names or [""] * len(labels))
-    return fig, pd.DataFrame(numbers, columns=COMPARED)
+        rows_of_labels(ax, labels, k == 0)
+        ax.set(xlabel=f"return minus\nthat of '{base}'")
+    return fig, answers(view, [(label, base) for label in labels])
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000020
@@ -218,8 +355,7 @@ def entries(ax, x, state_dim, lim, title):
     "Draw a prompt (P, D) as a heat map: states, actions, reward."
     extent = (-0.5, len(x) - 0.5, x.shape[1] - 0.5, -0.5)
     ax.imshow(x.T, cmap="RdBu_r", vmin=-lim, vmax=lim, aspect="auto", extent=extent)
-    ax.set_title(title, fontsize=8)
-    ax.set(xticks=range(0, len(x), 2), yticks=[])
+    ax.set(xticks=range(0, len(x), 2), yticks=[], title=title)
     ax.grid(False)
     ax.axhline(state_dim - 0.5, color="k", lw=0.6)
 
@@ -258,20 +394,30 @@ class Chain:
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000025
-def _chain_prompts(fig, axes, c):
+def _chain_prompts(fig, c):
     # some steps of the chain, then the demonstration that is nearest to its end
     S, A, N = c.state_dim, c.act_dim, c.steps
     lim = np.quantile(np.abs(c.x), 0.98)
-    marks = sorted({round(k) for k in np.linspace(0, N, 6)})
+    marks = sorted({round(k) for k in np.linspace(0, N, 5)})
+    axes = fig.subplots(1, len(marks) + 1)
     names = {0: "noise", N: "prompt"}
     for ax, k in zip(axes, marks):
         entries(ax, c.x[k], S, lim, names.get(k, f"step {k}"))
     demo = np.pad(c.demonstrated[c.which[-1]], ((0, 0), (0, 1)), constant_values=np.nan)
-    entries(axes[len(marks)], demo, S, lim, "nearest\ndemonstration")
+    entries(axes[-1], demo, S, lim, "nearest\nshown")
     axes[0].set_yticks([(S - 1) / 2, S + (A - 1) / 2, S + A], [f"state ({S})", f"action ({A})", "reward"])
     axes[0].set_xlabel("step of the prompt")
     scale = plt.cm.ScalarMappable(plt.Normalize(-lim, lim), "RdBu_r")
-    fig.colorbar(scale, ax=axes[len(marks)], label="entry, in the policy's units")
+    fig.colorbar(scale, ax=axes, label="entry, in the policy's units", fraction=0.04)
+
+
+def _chain_curves(fig, c):
+    # how near a demonstration the chain comes, and the policy's error along it
+    axes = fig.subplots(1, 2)
+    titles = ("distance to the nearest demonstration", "action error with this prompt")
+    for ax, y, title in zip(axes, (c.distance, c.error), titles):
+        ax.plot(y, "o-", ms=3, color=style("Prompt Diffuser")["color"])
+        ax.set(xlabel="denoising step", ylim=(0, None), title=title)
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000026
@@ -284,15 +430,11 @@ def chain(view):
         nothing(axes[0])
         return fig, pd.DataFrame()
     c = Chain(found[0].record)
-    n = len({round(k) for k in np.linspace(0, c.steps, 6)}) + 1
-    widths = dict(width_ratios=[1] * n + [2, 2])
-    fig, axes = axes_for(range(n + 2), height=3.3, gridspec_kw=widths)
-    _chain_prompts(fig, axes, c)
-    titles = ("distance to the\nnearest demonstration", "action error\nwith this prompt")
-    for ax, y, title in zip(axes[-2:], (c.distance, c.error), titles):
-        ax.plot(y, "o-", ms=3, color=style("Prompt Diffuser")["color"])
-        ax.set(xlabel="denoising step", ylim=(0, None))
-        ax.set_title(title, fontsize=8)
+    sns.set_theme(style="whitegrid", context="paper", rc=SIZES)
+    fig = plt.figure(figsize=(COLUMN, 4.6), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=[3, 2])
+    _chain_prompts(above, c)
+    _chain_curves(below, c)
     return fig, c.numbers
 
 
@@ -383,37 +525,69 @@ def diversity(view):
 def conflict(view):
     "Cosine between the gradients of L_DM and L_DT while the diffuser prepares on the train tasks."
     df = view.rows[view.rows.metric == "cosine"]
-    fig, axes = axes_for(view.families)
+    fig, axes = family_axes(view, df)
     numbers = []
-    for ax, family in zip(axes, view.families):
+    for family, ax in axes.items():
         d = df[df.task == family]
         numbers.append(lines(ax, d).assign(family=family))
-        ax.set(title=family, xlabel="updates on the train tasks", ylim=(-1, 1))
+        ax.set(xlabel="updates on the train tasks", ylim=(-1, 1))
         if len(d):
             ax.axhline(0, color="k", lw=0.8)
         else:
             nothing(ax)
-    axes[0].set_ylabel("cosine of the two gradients")
-    legend(fig, axes)
+    next(iter(axes.values())).set_ylabel("cosine of the two gradients")
+    legend(fig, axes.values())
     return fig, pd.concat(numbers)
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prw00001
+COSINES = ["family", "method", "n", "mean", "lo", "hi", "below_0"]
+
+
+def cosines(view) -> pd.DataFrame:
+    "The cosine over all of preparation: mean over seeds with its interval, and the share of values below 0."
+    df = view.rows[view.rows.metric == "cosine"]
+    rows = []
+    for (family, label), g in df.groupby(["task", "label"], sort=False):
+        by_seed = g.groupby("seed").value
+        s = summary(by_seed.mean())
+        below = by_seed.agg(lambda x: (x < 0).mean()).mean()
+        rows.append(dict(family=family, method=label, **{k: s[k] for k in ("n", "mean", "lo", "hi")}, below_0=below))
+    return pd.DataFrame(rows, columns=COSINES)
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prw00003
+def error_of_prompts(run) -> dict:
+    "Action error of a diffuser's run, mean over test tasks: with a demonstrated prompt, noise, a written prompt."
+    rows = [r for r in run.record["rows"] if r["metric"] == "demo_loss" and r["step"] == 0]
+    ends_of_chain = np.array(run.record["look"]["chain_error"])[:, [0, -1]].mean(0)
+    noise, written = ends_of_chain
+    return {"demonstrated": np.mean([r["value"] for r in rows]), "noise": noise, "a written prompt": written}
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prw00004
+def errors_seen(view, label="Prompt Diffuser") -> pd.DataFrame:
+    "Is the action error higher with noise, or with the written prompt, than with a demonstrated one? Judged."
+    found = {}
+    for run in looks(view):
+        if run.label == label:
+            found.setdefault(run.recipe.family, []).append(error_of_prompts(run))
+    rows = []
+    for family, errors in found.items():
+        e = pd.DataFrame(errors)
+        for prompt in ("noise", "a written prompt"):
+            means = {"error": e[prompt].mean(), "error, demonstrated": e.demonstrated.mean()}
+            known = dict(family=family, method=f"the error with {prompt}", against="that with a demonstrated prompt")
+            rows.append(dict(known, **means, **compare(e.demonstrated, e[prompt])))
+    return judged(rows, ("family", "method", "against"))
+
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000034
-COSTS = [
-    "family",
-    "method",
-    "n",
-    "trainable",
-    "prepare_seconds",
-    "tuning_seconds",
-    "env_steps",
-    "demonstrations",
-    "return",
-]
+COSTS = "family method n trainable prepare_seconds tuning_seconds env_steps demonstrations return lo hi".split()
 
 
 def costs(view) -> pd.DataFrame:
-    """One row per family and method, means over seeds: return, trainable parameters, seconds, environment steps.
+    """One row per family and method, means over seeds: return and its interval, trainable parameters, seconds, steps.
 
     Seconds are NaN in records that lack them; 0 demonstrations: all trajectories."""
     df, spent = view.rows, {}
@@ -425,30 +599,31 @@ def costs(view) -> pd.DataFrame:
     rows = []
     for (family, label), x in spent.items():
         counts = df[(df.task == family) & (df.label == label)][["trainable", "env_steps"]].iloc[0]
-        mean = {"return": matrix(df, label, family).mean(), **pd.DataFrame(x, dtype=float).mean()}
+        s = summary(matrix(df, label, family))
+        mean = {"return": s["mean"], "lo": s["lo"], "hi": s["hi"], **pd.DataFrame(x, dtype=float).mean()}
         rows.append(dict(family=family, method=label, n=len(x), **mean, **counts))
     return pd.DataFrame(rows, columns=COSTS)
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000035
 def cost(view, least=0.1):
-    "Return against seconds of preparation and tuning, labelled with the number of tuned parameters."
+    "Return and its interval against seconds of preparation and tuning, labelled with the number of tuned parameters."
     t = costs(view)
-    fig, axes = axes_for(view.families, height=3.2)
-    for ax, family in zip(axes, view.families):
+    fig, axes = family_axes(view, view.rows, height=2.9)
+    for family, ax in axes.items():
         here = t[t.family == family]
         d = here.dropna(subset="tuning_seconds")
         for _, r in d.iterrows():
             s, x = style(r.method), max(r.prepare_seconds + r.tuning_seconds, least)
-            ax.plot(x, r["return"], s["marker"], color=s["color"], ms=7, label=r.method)
-            at = dict(xytext=(5, 4), textcoords="offset points", fontsize=7)
-            ax.annotate(short(r.trainable), (x, r["return"]), **at)
-        ax.set(title=family, xscale="log", xlabel=f"seconds to prepare and tune ({least}: or less)")
-        ax.margins(x=0.18, y=0.12)
+            ax.plot([x, x], [r.lo, r.hi], color=s["color"], lw=1, alpha=0.6)
+            ax.plot(x, r["return"], s["marker"], color=s["color"], ms=6, label=f"{r.method} ({short(r.trainable)})")
+        ax.set(xscale="log", xlabel="seconds")
+        ax.margins(x=0.15)
         if not len(d):
             nothing(ax, "runs without times" if len(here) else "no runs yet")
-    axes[0].set_ylabel("return (label: tuned parameters)")
-    legend(fig, axes)
+    first = next(iter(axes.values()))
+    first.set_ylabel("return")
+    legend(fig, [first])
     return fig, t
 
 
@@ -458,31 +633,43 @@ def prompt_entries(prompt) -> np.ndarray:
     return np.concatenate([np.array(prompt[name]).T for name in ("rtg", "s", "a")])
 
 
+def _entry_rows(ax, S, A):
+    # what the rows of a drawn prompt are
+    names = ["return-to-go", f"state ({S})", f"action ({A})"]
+    ax.set_yticks([0, 1 + (S - 1) / 2, 1 + S + (A - 1) / 2], names)
+    for y in (0.5, S + 0.5):
+        ax.axhline(y, color="k", lw=0.6)
+
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000037
 def prompt_change(view, key="ranking", seed=0):
-    "What tuning changed in the prompt of the first test task: before, after, difference. None without a record."
+    "(figure, numbers, what it shows) of a run's first prompt: before, after, change. None without a record."
     found = [run for run in view.good if run.recipe.key == key and run.seed == seed and run.record.get("prompts")]
     if not found:
         return None
-    prompts = found[0].record["prompts"]
+    run, prompts = found[0], found[0].record["prompts"]
     before, after = prompt_entries(prompts["before"]), prompt_entries(prompts["after"])
     S, A = len(prompts["before"]["s"][0]), len(prompts["before"]["a"][0])
-    sns.set_theme(style="white", context="paper")
-    fig, axes = plt.subplots(1, 3, figsize=(7.6, 4.2), sharey=True, constrained_layout=True)
-    both = max(np.abs(before).max(), np.abs(after).max())
-    change = after - before
-    panels = (("before", before, both), ("after", after, both), ("change", change, np.abs(change).max()))
+    both, change = max(np.abs(before).max(), np.abs(after).max()), after - before
+    fig, axes = axes_for(range(3), height=3.2, sharey=True)
+    panels = (("before", before, both), ("after", after, both), ("after - before", change, np.abs(change).max()))
     for ax, (name, x, lim) in zip(axes, panels):
         im = ax.imshow(x, cmap="RdBu_r", vmin=-lim, vmax=lim, aspect="auto")
         ax.set(title=name, xlabel="prompt step", xticks=range(x.shape[1]))
-        fig.colorbar(im, ax=ax, shrink=0.7)
-        for y in (0.5, S + 0.5):
-            ax.axhline(y, color="k", lw=0.6)
-    names = ["return-to-go", f"state ({S})", f"action ({A})"]
-    axes[0].set_yticks([0, 1 + S / 2, 1 + S + A / 2], names, rotation=90, va="center")
-    title = f"{found[0].recipe.family}, {found[0].label}: normalised entries of the prompt"
-    fig.suptitle(title, fontsize=10)
-    return fig
+        ax.grid(False)
+        _entry_rows(ax, S, A)
+        fig.colorbar(im, ax=ax, location="bottom", shrink=0.9)
+    first = next(row["task_id"] for row in run.record["rows"] if row["metric"] == "return")
+    text = f"{run.label} on {run.recipe.family}-{first:02d}, seed {seed}, {view.scale} scale: entries of the prompt,"
+    text += " normalised; one task and seed (n = 1), a colour scale under each panel"
+    note(fig, text)
+    names = ["rtg", *(f"s{i}" for i in range(S)), *(f"a{i}" for i in range(A))]
+    numbers = [
+        dict(entry=name, step=k, before=before[i, k], after=after[i, k])
+        for i, name in enumerate(names)
+        for k in range(before.shape[1])
+    ]
+    return fig, pd.DataFrame(numbers), text
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000039
@@ -503,11 +690,54 @@ DRAW = dict(
 )
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000040
-_OURS = "ours: mean ± std over n seeds; IQM over seeds and tasks with 95 % stratified bootstrap interval."
-READ = {kind: _OURS for kind in DRAW}
+_INTERVAL = "95 % interval of the mean over seed means (Student's t)"
+READ = dict(
+    table="Entries: mean ± std over seed means; number of seeds and " + _INTERVAL + "; what was published, and where.",
+    curves="Mean over tasks, then over seeds. The error is taken on one batch, the same for all tuners: those that"
+    " start from one prompt start at one point.",
+    pretraining="Mean over tasks, then over seeds.",
+    process="Mean over seeds.",
+    bars="Marker: mean over tasks, then over seeds; line: " + _INTERVAL + "; dots: seeds.",
+    quality="Cells: mean over tasks, then over seeds; std over seed means; number of seeds.",
+    relative="Marker: mean over seeds; line: its 95 % interval (Student's t); dots: seeds. The CSV has the verdicts,"
+    " all comparisons judged together (Holm).",
+    chain="Entries of the prompt at some steps of the chain, and of the nearest of eight demonstrated prompts.",
+    tsne="One dot per prompt, all seeds. Distances between far groups mean nothing.",
+    diversity="Marker: mean over tasks, then over seeds; dots: seeds.",
+    conflict="Mean over seeds.",
+    cost="Seconds of preparation and tuning (0.1: that, or less), mean over seeds, against the return; in brackets the"
+    " number of tuned parameters.",
+)
+READ["grid"] = READ["quality"]
+BAND = dict(
+    curves="band: lowest to highest seed",
+    pretraining="band: lowest to highest seed",
+    process="band: lowest to highest seed",
+    bars="line: 95 % interval over seeds; dots: seeds",
+    quality="±: std over seeds",
+    grid="±: std over seeds",
+    relative="line: 95 % interval over seeds; dots: seeds",
+    chain="shown: first test task of the first seed",
+    tsne="each dot a prompt, seeds together",
+    diversity="marker: mean; dots: seeds",
+    conflict="band: lowest to highest seed",
+    cost="line: 95 % interval over seeds",
+)
 
 
 def left_out(view, numbers=None) -> str:
-    "What a blank in the table means."
+    "What a table without a published number, or a figure without its line, leaves out."
+    if view.exhibit.kind == "pretraining":
+        return not_drawn(view)
     blank = numbers is not None and "reported" in numbers and numbers.reported.isna().any()
-    return "Blank under 'reported': not known." if blank else ""
+    return "Without 'published': not known." if blank else ""
+
+
+def not_drawn(view) -> str:
+    "Published end points that no line shows, as they measure something else."
+    pub = view.published[view.published.family.isin(view.families)].dropna(subset="other_protocol")
+    said = []
+    for why, g in pub.groupby("other_protocol", sort=False):
+        values = "; ".join(f"{r.method} on {r.family}: {r.value:g}, {origin(r.source)}" for r in g.itertuples())
+        said.append(f"{values} ({why})")
+    return f"Published under another protocol, so not drawn: {'. '.join(said)}." if said else ""
