@@ -34,15 +34,15 @@ __all__ = [
     "TRUNKS",
     "PUBLISHED",
     "DOMAINS",
+    "VERDICT",
+    "QUESTIONS",
+    "ANSWERS",
+    "KEEPS",
     "RUNGS",
     "LADDER",
     "WHOLE",
     "LADDER_MEAN",
     "GAINS",
-    "VERDICT",
-    "QUESTIONS",
-    "ANSWERS",
-    "KEEPS",
     "DRAW",
     "READ",
     "BAND",
@@ -89,14 +89,6 @@ __all__ = [
     "domain_groups",
     "domains",
     "targets",
-    "rungs",
-    "climb",
-    "whole_gain",
-    "gains",
-    "shares",
-    "say_share",
-    "waterfall",
-    "share",
     "against",
     "verdicts",
     "say",
@@ -105,6 +97,14 @@ __all__ = [
     "answers",
     "pretraining_verdict",
     "language_verdict",
+    "rungs",
+    "climb",
+    "whole_gain",
+    "gains",
+    "shares",
+    "say_share",
+    "waterfall",
+    "share",
     "budgets",
     "left_out",
 ]
@@ -775,144 +775,6 @@ def targets(view):
     return fig, _joined(numbers)
 
 
-# %% ../../nbs/11e_report.lamo.ipynb #8c51dfc1
-RUNGS = {
-    "dt": "DT",
-    "frozen-random": "random frozen trunk",
-    "lora-random": "+ LoRA",
-    "random": "+ MLP embeddings",
-    "chain": "+ pre-training on a chain",
-    "text": "English, not the chain",
-    "lamo": "+ language loss",
-}
-LADDER = {rc.lamo.ARMS[key][0]: what for key, what in RUNGS.items()}  # label of an arm: what it adds
-WHOLE, LADDER_MEAN = "LaMo minus DT", "datasets with all rungs"
-
-
-def rungs(w, datasets) -> np.ndarray:
-    "Scores (seeds, data sets, rungs) of the seeds that have all rungs on all these data sets."
-    x = [grid_of(w, label).reindex(columns=datasets) for label in LADDER]
-    seeds = [s for s in x[0].index if all(s in a.index and a.loc[s].notna().all() for a in x)]
-    return np.stack([a.loc[seeds].to_numpy() for a in x], -1)
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #fa118543
-def climb(x, dataset) -> list:
-    "Rows of a ladder x (seeds, data sets, rungs): the gain of each step, then the whole gain."
-    first, *steps = LADDER.values()
-    rows = []
-    for name, i, j in [*((name, i, i + 1) for i, name in enumerate(steps)), (WHOLE, 0, -1)]:
-        start, end = x[..., i], x[..., j]
-        row = dict(dataset=dataset, step=name, start=start.mean(), end=end.mean(), datasets=x.shape[1])
-        rows.append(row | compare(end, start))
-    return rows
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #lm000026
-def whole_gain(view) -> dict:
-    "LaMo minus DT over all data sets of one kind that both have, those without a ladder too: a row, and their names."
-    w = last(frame(replace(view, exhibit=exhibit(view.exhibit.paper, "arms"), partial=True)))
-    *_, found = [None, *against(w, "LaMo", "DT")]
-    if found is None or not found["dataset"].startswith(EVERY):
-        return {}
-    x, y = grid_of(w, "LaMo"), grid_of(w, "DT")
-    over = named(c for c in x if c in y)
-    return {k: v for k, v in found.items() if k not in ("method", "against")} | dict(step=WHOLE, over=over)
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #d66750cc
-GAINS = ["dataset", "step", "start", "end", "datasets", "over"]
-
-
-def gains(view) -> pd.DataFrame:
-    "The whole gain over all data sets; the ladders of their mean and of each data set with all rungs; one table."
-    w = last(frame(view))
-    full = [c for c in datasets_of(view.exhibit, view.scale) if len(rungs(w, [c]))]
-    groups = {LADDER_MEAN: full} if len(full) > 1 and len(rungs(w, full)) else {}
-    groups |= {c: [c] for c in full}
-    rows = [row | dict(over=named(own)) for name, own in groups.items() for row in climb(rungs(w, own), name)]
-    whole = whole_gain(view)
-    t = judged([whole, *rows] if whole else rows, GAINS)
-    return t.assign(share=shares(t))
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #lm000027
-def shares(t) -> np.ndarray:
-    "Percent of its ladder's whole gain that each step brings, where whole and step are resolved; else NaN."
-    whole = t[(t.step == WHOLE) & (t.verdict == BETTER)].set_index("dataset").difference
-    resolved = t.verdict.isin([BETTER, WORSE])
-    return np.where(resolved, 100 * t.difference / t.dataset.map(whole), np.nan)
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #fd2aeec2
-def say_share(t) -> str:
-    "A table of gains as one sentence per ladder, and what the words rest on."
-    if not len(t):
-        return "no dataset has all rungs yet"
-    said = []
-    for dataset, g in t.groupby("dataset", sort=False):
-        whole, steps = g[g.step == WHOLE].iloc[0], g[g.step != WHOLE]
-        name = f"{dataset} ({whole.over})" if whole.datasets > 1 else dataset
-        found = [
-            f"{r.step}: {gain_in_words(r)}{_of_whole(r)}" for _, r in steps.iterrows() if r.verdict in (BETTER, WORSE)
-        ]
-        parts = "; ".join(found) or ("no step resolved" if len(steps) else "")
-        said.append(f"{name}: {WHOLE}: {gain_in_words(whole)}" + (f". Steps: {parts}." if parts else "."))
-    return "\n".join([*said, basis(t)])
-
-
-def _of_whole(r) -> str:
-    return "" if pd.isna(r.share) else f" ({r.share:.0f} % of the whole)"
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #77034701
-def _rung(ax, y, r, color):
-    # one step: a bar from the level before it to the level after, its interval, its number at the right edge
-    ax.barh(y, r.difference, left=r.start, color=color, alpha=0.85 if r.verdict in (BETTER, WORSE) else 0.35)
-    ax.plot([r.start] * 2, [y - 1.4, y + 0.4], color="k", lw=0.8)
-    if not pd.isna(r.lo):
-        ax.plot([r.start + r.lo, r.start + r.hi], [y] * 2, color="k", lw=1.2)
-    share = "" if pd.isna(r.share) else f"\n{r.share:.0f} %"
-    right = dict(transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
-    ax.text(0.98, y, f"{r.difference:+.1f}{share}", **right)
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #lm000011
-def waterfall(ax, g):
-    "Draw one ladder: from the level of one rung to that of the next; the line is the gain's 95 % interval."
-    steps, whole = g[g.step != WHOLE].reset_index(), g[g.step == WHOLE].iloc[0]
-    ax.barh(0, whole.start, color="grey", alpha=0.5)
-    ax.barh(len(steps) + 1, whole.end, color="grey", alpha=0.5)
-    for i, r in steps.iterrows():
-        _rung(ax, i + 1, r, PALETTE[0] if r.difference > 0 else PALETTE[1])
-    left, right = ax.get_xlim()
-    ax.set_xlim(left, right + 0.35 * (right - left))  # the numbers stand there
-    name = f"mean of the {whole.datasets} datasets" if whole.datasets > 1 else whole.dataset
-    ax.set_title(f"{name}\n{WHOLE}: {whole.difference:+.1f} {between(whole.lo, whole.hi)}".strip(), fontsize=7.5)
-    ax.set(xlabel="score")
-
-
-# %% ../../nbs/11e_report.lamo.ipynb #032abe2d
-def share(view):
-    "A waterfall from DT to LaMo: over the data sets with all rungs, and one panel per data set; the whole gain below."
-    t = gains(view)
-    found = list(t[t.step != WHOLE].dataset.unique())
-    fig, axes = axes_for(found or ["-"], height=2.7, most=2, sharey=True)
-    for ax, dataset in zip(axes, found):
-        waterfall(ax, t[t.dataset == dataset])
-        ax.grid(axis="y", visible=False)
-    if found:
-        names = [*LADDER.values(), "LaMo"]
-        axes[0].set_yticks(range(len(names)), names)
-        axes[0].set_ylim(len(names) - 0.4, -0.6)
-    else:
-        nothing(axes[0], "no dataset has all rungs yet")
-    for whole in t[t.dataset.str.startswith(EVERY)].to_dict("records"):
-        said = f"{WHOLE} over the {whole['datasets']} datasets that both have ({whole['over']}): {gain_in_words(whole)}"
-        fig.supxlabel(textwrap.fill(said, 105), fontsize=7, x=0.01, ha="left")
-    return fig, t
-
-
 # %% ../../nbs/11e_report.lamo.ipynb #1637d82c
 VERDICT = ["dataset", "method", "against", "datasets"]  # of a row, before what `compare` returns
 
@@ -1023,6 +885,144 @@ def language_verdict(view, kept="LaMo", lost="LaMo without language loss") -> st
         gain = gain_in_words(dict(r, verdict=KEEPS.get(r.verdict, r.verdict)), 2)
         said.append(f"{r.dataset}: {start:.2f} nats before; {end}: {gain}.")
     return "\n".join([*said, basis(v)])
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #8c51dfc1
+RUNGS = {
+    "dt": "DT",
+    "frozen-random": "random frozen trunk",
+    "lora-random": "+ LoRA",
+    "random": "+ MLP embeddings",
+    "chain": "+ pre-training on a chain",
+    "text": "English, not the chain",
+    "lamo": "+ language loss",
+}
+LADDER = {rc.lamo.ARMS[key][0]: what for key, what in RUNGS.items()}  # label of an arm: what it adds
+WHOLE, LADDER_MEAN = "LaMo minus DT", "datasets with all rungs"
+
+
+def rungs(w, datasets) -> np.ndarray:
+    "Scores (seeds, data sets, rungs) of the seeds that have all rungs on all these data sets."
+    x = [grid_of(w, label).reindex(columns=datasets) for label in LADDER]
+    seeds = [s for s in x[0].index if all(s in a.index and a.loc[s].notna().all() for a in x)]
+    return np.stack([a.loc[seeds].to_numpy() for a in x], -1)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #fa118543
+def climb(x, dataset) -> list:
+    "Rows of a ladder x (seeds, data sets, rungs): the gain of each step, then the whole gain."
+    first, *steps = LADDER.values()
+    rows = []
+    for name, i, j in [*((name, i, i + 1) for i, name in enumerate(steps)), (WHOLE, 0, -1)]:
+        start, end = x[..., i], x[..., j]
+        row = dict(dataset=dataset, step=name, start=start.mean(), end=end.mean(), datasets=x.shape[1])
+        rows.append(row | compare(end, start))
+    return rows
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000026
+def whole_gain(view) -> dict:
+    "LaMo minus DT over all data sets of one kind that both have, those without a ladder too: a row, and their names."
+    w = last(frame(replace(view, exhibit=exhibit(view.exhibit.paper, "arms"), partial=True)))
+    over_all = [row for row in against(w, "LaMo", "DT") if row["dataset"].startswith(EVERY)]
+    if not over_all:
+        return {}
+    x, y = grid_of(w, "LaMo"), grid_of(w, "DT")
+    over = next(iter(kinds([c for c in x if c in y]).values()))
+    return {k: v for k, v in over_all[0].items() if k not in ("method", "against")} | dict(step=WHOLE, over=named(over))
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #d66750cc
+GAINS = ["dataset", "step", "start", "end", "datasets", "over"]
+
+
+def gains(view) -> pd.DataFrame:
+    "The whole gain over all data sets; the ladders of their mean and of each data set with all rungs; one table."
+    w = last(frame(view))
+    full = [c for c in datasets_of(view.exhibit, view.scale) if len(rungs(w, [c]))]
+    groups = {LADDER_MEAN: full} if len(full) > 1 and len(rungs(w, full)) else {}
+    groups |= {c: [c] for c in full}
+    rows = [row | dict(over=named(own)) for name, own in groups.items() for row in climb(rungs(w, own), name)]
+    whole = whole_gain(view)
+    t = judged([whole, *rows] if whole else rows, GAINS)
+    return t.assign(share=shares(t))
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000027
+def shares(t) -> np.ndarray:
+    "Percent of its ladder's whole gain that each step brings, where whole and step are resolved; else NaN."
+    whole = t[(t.step == WHOLE) & (t.verdict == BETTER)].set_index("dataset").difference
+    resolved = t.verdict.isin([BETTER, WORSE])
+    return np.where(resolved, 100 * t.difference / t.dataset.map(whole), np.nan)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #fd2aeec2
+def say_share(t) -> str:
+    "A table of gains as one sentence per ladder, and what the words rest on."
+    if not len(t):
+        return "no dataset has all rungs yet"
+    said = []
+    for dataset, g in t.groupby("dataset", sort=False):
+        whole, steps = g[g.step == WHOLE].iloc[0], g[g.step != WHOLE]
+        name = f"{dataset} ({whole.over})" if whole.datasets > 1 else dataset
+        found = [
+            f"{r.step}: {gain_in_words(r)}{_of_whole(r)}" for _, r in steps.iterrows() if r.verdict in (BETTER, WORSE)
+        ]
+        parts = "; ".join(found) or ("no step resolved" if len(steps) else "")
+        said.append(f"{name}: {WHOLE}: {gain_in_words(whole)}" + (f". Steps: {parts}." if parts else "."))
+    return "\n".join([*said, basis(t)])
+
+
+def _of_whole(r) -> str:
+    return "" if pd.isna(r.share) else f" ({r.share:.0f} % of the whole)"
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #77034701
+def _rung(ax, y, r, color):
+    # one step: a bar from the level before it to the level after, its interval, its number at the right edge
+    ax.barh(y, r.difference, left=r.start, color=color, alpha=0.85 if r.verdict in (BETTER, WORSE) else 0.35)
+    ax.plot([r.start] * 2, [y - 1.4, y + 0.4], color="k", lw=0.8)
+    if not pd.isna(r.lo):
+        ax.plot([r.start + r.lo, r.start + r.hi], [y] * 2, color="k", lw=1.2)
+    share = "" if pd.isna(r.share) else f"\n{r.share:.0f} %"
+    right = dict(transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
+    ax.text(0.98, y, f"{r.difference:+.1f}{share}", **right)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000011
+def waterfall(ax, g):
+    "Draw one ladder: from the level of one rung to that of the next; the line is the gain's 95 % interval."
+    steps, whole = g[g.step != WHOLE].reset_index(), g[g.step == WHOLE].iloc[0]
+    ax.barh(0, whole.start, color="grey", alpha=0.5)
+    ax.barh(len(steps) + 1, whole.end, color="grey", alpha=0.5)
+    for i, r in steps.iterrows():
+        _rung(ax, i + 1, r, PALETTE[0] if r.difference > 0 else PALETTE[1])
+    left, right = ax.get_xlim()
+    ax.set_xlim(left, right + 0.35 * (right - left))  # the numbers stand there
+    name = f"mean of the {whole.datasets} datasets" if whole.datasets > 1 else whole.dataset
+    ax.set_title(f"{name}\n{WHOLE}: {whole.difference:+.1f} {between(whole.lo, whole.hi)}".strip(), fontsize=7.5)
+    ax.set(xlabel="score")
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #032abe2d
+def share(view):
+    "A waterfall from DT to LaMo: over the data sets with all rungs, and one panel per data set; the whole gain below."
+    t = gains(view)
+    found = list(t[t.step != WHOLE].dataset.unique())
+    fig, axes = axes_for(found or ["-"], height=2.7, most=2, sharey=True)
+    for ax, dataset in zip(axes, found):
+        waterfall(ax, t[t.dataset == dataset])
+        ax.grid(axis="y", visible=False)
+    if found:
+        names = [*LADDER.values(), "LaMo"]
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set_ylim(len(names) - 0.4, -0.6)
+    else:
+        nothing(axes[0], "no dataset has all rungs yet")
+    for whole in t[t.dataset.str.startswith(EVERY)].to_dict("records"):
+        said = f"{WHOLE} over the {whole['datasets']} datasets that both have ({whole['over']}): {gain_in_words(whole)}"
+        fig.supxlabel(textwrap.fill(said, 105), fontsize=7, x=0.01, ha="left")
+    return fig, t
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #aab804e1
