@@ -89,7 +89,7 @@ class Pretrain:
 # %% ../../nbs/09_recipes.core.ipynb #915c3f66
 @dataclass(frozen=True)
 class Tune:
-    "Tuning on unseen tasks. `hyper` are the tuner's own fields as pairs."
+    "Tuning on the test tasks. `hyper` are the tuner's own fields as pairs."
 
     tuner: str = "none"
     hyper: tuple = ()

@@ -221,7 +221,7 @@ _controls = [r for f in ("cheetah-dir", "cheetah-vel") for r in pd_controls(f)]
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #f1ce8c05
 PAPER.exhibit(
     "table1",
-    "Table 1. Tuners on unseen tasks",
+    "Table 1. Tuners on the test tasks",
     "Prompt Diffuser beats every other tuner on every task",
     "table",
     [r for r in _main if r.family in TABLE_FAMILIES],

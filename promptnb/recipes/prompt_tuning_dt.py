@@ -174,7 +174,7 @@ PROTOCOL = (
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #94c4eb20
 PAPER.exhibit(
     "table1",
-    "Table 1. Tuners on unseen tasks",
+    "Table 1. Tuners on the test tasks",
     (
         "PTDT-offline beats Prompt-DT and the other tuners; with a random initial prompt it beats Prompt-DT with "
         "an expert prompt except on Cheetah-vel"
