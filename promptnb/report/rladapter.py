@@ -986,7 +986,10 @@ READ = dict(
         "step: of that environment; l: comprehension score at the query and at the next one. Text of language models is"
         " cut, and anything but plain characters is a dot. "
     ),
-    comprehension="Mean over seeds. Random goals, which know nothing of the situation, stand in every panel. ",
+    comprehension=(
+        "Mean over seeds. Random goals, which know nothing of the situation, stand in every panel. Last panel: the"
+        " adapter's loss after a tuning minus that before it, a dot per seed. "
+    ),
     behaviour=(
         "Percent of the chances, mean ± std over seeds; 'of': chances of all seeds; then the difference to plain PPO,"
         " paired by seeds, with Student's 95 % interval; the word after Holm's correction over the table. "
