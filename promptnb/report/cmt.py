@@ -13,7 +13,6 @@ import pandas as pd
 import seaborn as sns
 
 from .. import recipes as rc
-from .. import tasks
 from . import lamo
 from .lamo import grid_of, label_of
 from .stats import VERDICTS, compare, judged, summary
@@ -62,6 +61,7 @@ __all__ = [
     "BAND",
     "READ",
     "without_length",
+    "family_of",
     "nothing_unseen",
     "place",
     "over_seeds",
@@ -149,9 +149,17 @@ def without_length(label) -> str:
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000051
+def family_of(name):
+    "A family by its name; only here are environments imported."
+    from promptnb import tasks
+
+    return tasks.family(name)
+
+
+# %% ../../nbs/11f_report.cmt.ipynb #cm000118
 def nothing_unseen(family) -> bool:
     "Whether a family's test tasks are its train tasks."
-    fam = tasks.family(family)
+    fam = family_of(family)
     return set(fam.test) <= set(fam.train)
 
 
@@ -472,7 +480,7 @@ class GoalRange:
 def goal_range(view) -> GoalRange:
     "The goal range of an exhibit's one family."
     e = view.exhibit
-    fam = tasks.family(e.families[0])
+    fam = family_of(e.families[0])
     trained = {label_of(e, r): tuple(r.pretrain.train) or fam.train for r in rc.recipes_of(e)}
     return GoalRange(dict(enumerate(fam.goals)), fam.test, trained)
 
@@ -609,9 +617,9 @@ def margins(t) -> dict:
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000058
-def mean_over(w, method, datasets, metric="score") -> dict:
+def mean_over(w, method, datasets) -> dict:
     "A method's mean over data sets, over the seeds that have them all; a note where a data set has no run."
-    x = grid_of(w, method, metric).reindex(columns=datasets)
+    x = grid_of(w, method).reindex(columns=datasets)
     lacking = int(x.isna().all().sum())
     x = x.dropna()
     if not len(x):
@@ -742,6 +750,7 @@ def by_seed(d) -> pd.Series:
     return d.groupby("seed").value.mean()
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000104
 def on_common_seeds(q, where, x, y) -> dict:
     "`asked` of two series by seed, over the seeds that both have."
     both = x.index.intersection(y.index)
@@ -853,6 +862,7 @@ def switch_questions(view) -> list:
     return [Question(f"'{label}': above 'CMT'?", label, "CMT") for label in view.labels if label != "CMT"]
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000109
 def switched(view):
     "Answers about the variants of pre-training."
     for q in switch_questions(view):
@@ -877,6 +887,7 @@ SINGLE = (
 )
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000100
 def over_datasets(questions, w):
     "Answers over the data sets that both methods of a question have; w from `lamo.last`."
     for q in questions:
@@ -887,6 +898,7 @@ def over_datasets(questions, w):
             yield asked(q, counted(len(both), "data set"), x.loc[seeds, both], y.loc[seeds, both])
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000101
 def single(view):
     "Answers on single data sets."
     return over_datasets(SINGLE, lamo.last(lamo.frame(view)))
@@ -904,6 +916,7 @@ TEAMS = (
 )
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000102
 def over_random(w, floor):
     "Answers of the policy against random actions, one constant per data set, over the maps of each quality of data."
     x = grid_of(w, PLAYED.method)
@@ -917,6 +930,7 @@ def over_random(w, floor):
         yield asked(PLAYED, where, x[datasets], np.tile(constant, (len(x), 1)))
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000103
 def skirmish(view):
     "Answers on games of several agents."
     w = lamo.last(lamo.frame(view))
@@ -937,6 +951,7 @@ ANSWERS = dict(  # id of an exhibit: what answers its questions
 )
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000106
 def questions_of(view) -> list:
     "The questions of an exhibit, in order."
     fixed = dict(adaptation=ADAPTED, embedding=ORDERED, meta=META, range=RANGED, length=[LONGER], single=SINGLE)
@@ -959,6 +974,7 @@ def sentence(question, v, digits=1) -> str:
     return f"{question} {'; '.join(found) or 'no runs yet'}."
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000105
 def verdict(view) -> str:
     "The questions of an exhibit with their answers, one line each, and what the words rest on."
     v, digits = answers(view), 2 if view.exhibit.kind == "embedding" else 1
@@ -972,7 +988,7 @@ def found(views) -> pd.DataFrame:
     rows = {}
     for view in views:
         verdicts = answers(view).verdict
-        rows[view.exhibit.title] = dict(comparisons=len(verdicts)) | {w: int((verdicts == w).sum()) for w in VERDICTS}
+        rows[view.exhibit.id] = dict(comparisons=len(verdicts)) | {w: int((verdicts == w).sum()) for w in VERDICTS}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("exhibit")
 
 
@@ -983,7 +999,7 @@ def resolved(views) -> str:
     for view in views:
         v, digits = answers(view), 2 if view.exhibit.kind == "embedding" else 1
         for _, r in v[v.verdict.isin(["better", "worse"])].iterrows():
-            said.append(f"'{r.method}' against '{r.against}', {r['where']}: {in_words(r, digits)}.")
+            said.append(f"{view.exhibit.id}: '{r.method}' against '{r.against}', {r['where']}: {in_words(r, digits)}.")
     return "\n".join(said) or "No comparison is resolved."
 
 
@@ -998,7 +1014,7 @@ BAND = dict(
 _DIR = "The test tasks of Cheetah-dir are its train tasks: nothing is unseen there. "
 _ENTRY = "An entry: mean ± std over seeds; n seeds and Student's 95 % interval of the mean. "
 READ = dict(
-    adaptation=f"Mean over test tasks; right of the last episode: the same policy with other prompts, one level each. {_DIR}",
+    adaptation=f"Mean over test tasks; right of the last episode: the levels of other prompts. {_DIR}",
     embedding=f"Small: a context; large: the mean of a task. {_DIR}",
     range="Dotted: the test tasks, which no policy was trained on. ",
     length="Lines: means over seeds. ",
