@@ -1044,5 +1044,5 @@ def other_episodes(view) -> str:
 # %% ../../nbs/11f_report.cmt.ipynb #cm000093
 def left_out(view, numbers=None) -> str:
     "What a scale leaves out, and, of the adaptation curve, why it starts elsewhere than the null prompt's level."
-    said = lamo.left_out(view, numbers)
+    said = lamo.parts_left_out(view.exhibit, view.scale)
     return f"{other_episodes(view)} {said}".strip() if view.exhibit.kind == "adaptation" else said
