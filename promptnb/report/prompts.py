@@ -417,7 +417,7 @@ def _chain_curves(fig, c):
     titles = ("distance to the nearest demonstration", "action error with this prompt")
     for ax, y, title in zip(axes, (c.distance, c.error), titles):
         ax.plot(y, "o-", ms=3, color=style("Prompt Diffuser")["color"])
-        ax.set(xlabel="denoising step", ylim=(0, None), title=title)
+        ax.set(xlabel="denoising step", ylim=(0, 1.1 * max(y)), title=title)
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000026
@@ -514,7 +514,7 @@ def diversity(view):
     fig, axes = axes_for(view.families, height=1.1 + 0.36 * len(labels))
     for ax, family in zip(axes, view.families):
         _apart_panel(ax, per_seed[per_seed.task == family], labels)
-        ax.set(title=family, xlabel="distance (1: std of demonstrated prompts)")
+        ax.set(title=family, xlabel="distance")
         ax.set(xlim=(-0.03 * far, 1.08 * far), ylim=(len(labels) - 0.5, -0.5))
         ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
     legend(fig, axes[:1], ncols=3)
@@ -573,8 +573,8 @@ def errors_seen(view, label="Prompt Diffuser") -> pd.DataFrame:
         if run.label == label:
             found.setdefault(run.recipe.family, []).append(error_of_prompts(run))
     rows = []
-    for family, errors in found.items():
-        e = pd.DataFrame(errors)
+    for family in (f for f in view.families if f in found):
+        e = pd.DataFrame(found[family])
         for prompt in ("noise", "a written prompt"):
             means = {"error": e[prompt].mean(), "error, demonstrated": e.demonstrated.mean()}
             known = dict(family=family, method=f"the error with {prompt}", against="that with a demonstrated prompt")
@@ -717,9 +717,9 @@ BAND = dict(
     quality="±: std over seeds",
     grid="±: std over seeds",
     relative="line: 95 % interval over seeds; dots: seeds",
-    chain="shown: first test task of the first seed",
+    chain="shown: one of them, the first, and its first test task",
     tsne="each dot a prompt, seeds together",
-    diversity="marker: mean; dots: seeds",
+    diversity="marker: mean; dots: seeds; distance 1: std of demonstrated prompts",
     conflict="band: lowest to highest seed",
     cost="line: 95 % interval over seeds",
 )
@@ -729,8 +729,10 @@ def left_out(view, numbers=None) -> str:
     "What a table without a published number, or a figure without its line, leaves out."
     if view.exhibit.kind == "pretraining":
         return not_drawn(view)
-    blank = numbers is not None and "reported" in numbers and numbers.reported.isna().any()
-    return "Without 'published': not known." if blank else ""
+    if view.exhibit.kind != "table" or numbers is None or "reported" not in numbers:
+        return ""
+    known = numbers.reported.notna() | numbers.elsewhere.notna()
+    return "Without 'published': not known." if known.any() and not known.all() else ""
 
 
 def not_drawn(view) -> str:
