@@ -219,13 +219,13 @@ def ladder(tmp_home):
 
 def steps_of(ladder):
     "The steps and the whole gain of each ladder."
-    ladders = ladder[ladder.dataset != lamo.EVERY].groupby("dataset")
+    ladders = ladder[ladder.start.notna()].groupby("dataset")
     return [(g[g.step != lamo.WHOLE], g[g.step == lamo.WHOLE].iloc[0]) for _, g in ladders]
 
 
 def test_every_data_set_has_a_ladder(ladder):
     datasets = lamo.datasets_of(exhibit("share"), "laptop")
-    assert list(ladder.dataset.unique()) == [lamo.EVERY, lamo.LADDER_MEAN, *datasets]
+    assert list(ladder.dataset.unique()) == ["3 datasets, little data", lamo.LADDER_MEAN, *datasets]
 
 
 def test_shares_sum_to_the_whole(ladder):
@@ -250,7 +250,7 @@ def test_the_whole_gain_is_over_all_data_sets_that_lamo_and_dt_have(tmp_home):
     fabricate("arms", lambda r, seed: 20 + seed / 9 * (r.method == "DT") + gain[r.family] * (r.method == "LaMo"))
     fabricate("share", lambda r, seed: 20 + seed / 9 * (r.method == "DT") + gain[r.family] * (r.method == "LaMo"))
     first = lamo.gains(View(exhibit("share"), "laptop")).iloc[0]
-    assert first.dataset == lamo.EVERY and first.datasets == 5 and "hopper medium 1%, 10%" in first.over
+    assert first.dataset == "5 datasets, little data" and "hopper medium 1%, 10%" in first.over
     assert first.difference == pytest.approx((3 * 6 - 2 * 4) / 5 - 1 / 9)
 
 
@@ -306,8 +306,15 @@ def test_verdict_words(tmp_home):
 
 def test_the_verdict_over_all_data_sets(tmp_home):
     v = verdicts_of(lambda r, seed: 20.0 + seed + GAIN.get(r.family, seed - 1))
-    assert v.loc[lamo.EVERY, "difference"] == pytest.approx(v.drop(lamo.EVERY).difference.mean())
-    assert v.loc[lamo.EVERY, "datasets"] == len(v) - 1
+    every = f"{len(v) - 1} datasets, little data"
+    assert v.loc[every, "difference"] == pytest.approx(v.drop(every).difference.mean())
+
+
+def test_a_data_set_of_one_seed_stays_out_of_the_mean(tmp_home):
+    few = ("hopper", 0.1)
+    fabricate("arms", lambda r, seed: 20.0 + seed, keep=lambda r, seed: seed == 0 or (r.family, r.offline.ratio) != few)
+    v = lamo.verdicts(partial("arms"), each=False, arms=["LaMo"])
+    assert v[["dataset", "n"]].values.tolist() == [["4 datasets, little data", 3]]
 
 
 def test_data_of_two_kinds_have_no_verdict_together():
@@ -318,7 +325,7 @@ def test_data_of_two_kinds_have_no_verdict_together():
         ),
     )
     names = [row["dataset"] for row in lamo.against(w, "a", "b")]
-    assert names == ["x 1%", "x 10%", "x 100%", f"{lamo.EVERY}, little data"]
+    assert names == ["x 1%", "x 10%", "x 100%", "2 datasets, little data"]
 
 
 def test_words_are_corrected_for_all_comparisons_of_a_table(tmp_home):
@@ -360,9 +367,15 @@ def answered(tmp_home):
 
 def test_answers_follow_the_data(answered):
     first, second, third, fourth, *_ = lamo.pretraining_verdict(answered).split("\n")
-    gain = "'LaMo' minus 'LaMo without pre-training' over 5 datasets: better, +3.0 [3.0, 3.0], n = 3"
-    assert first.startswith(f"Did pre-training on text help? Yes: {gain}")
-    assert "Not resolved" in second and "No, the opposite" in third and "Yes" in fourth
+    over = "5 datasets, little data (hopper medium 1%, 10%; walker2d medium 1%, 10%; reacher2d medium 10%)"
+    gain = f"'LaMo' minus 'LaMo without pre-training' over {over}: yes, +3.0 [3.0, 3.0], n = 3."
+    assert first == f"Did pre-training on text help? {gain}"
+    assert "not resolved" in second and "no, the opposite" in third and "yes" in fourth
+
+
+def test_questions_are_corrected_together(answered):
+    last = lamo.pretraining_verdict(answered).split("\n")[-1]
+    assert f"Holm's correction over {len(lamo.QUESTIONS)} comparisons" in last
 
 
 def test_what_the_language_loss_keeps(answered):

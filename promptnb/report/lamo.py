@@ -13,7 +13,7 @@ import pandas as pd
 
 from .. import recipes as rc
 from ..core import PromptnbError, read_json, results_dir
-from .stats import BETTER, UNRESOLVED, UNTESTED, WORSE, compare, judged, summary
+from .stats import BETTER, LEAST, WORSE, compare, judged, summary
 from .style import PALETTE, axes_for, in_order, legend, nothing, style
 from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
 from .tables import in_words as gain_in_words
@@ -22,7 +22,6 @@ from .view import exhibit
 
 # %% auto #0
 __all__ = [
-    "EVERY",
     "MAIN",
     "COLUMNS",
     "ELSEWHERE",
@@ -37,6 +36,7 @@ __all__ = [
     "VERDICT",
     "QUESTIONS",
     "ANSWERS",
+    "LONGER",
     "KEEPS",
     "RUNGS",
     "LADDER",
@@ -52,6 +52,7 @@ __all__ = [
     "named",
     "kind_of_data",
     "kinds",
+    "several",
     "lacking",
     "parts_left_out",
     "frame",
@@ -59,6 +60,7 @@ __all__ = [
     "grid_of",
     "metric_of",
     "published",
+    "published_values",
     "ours",
     "row_of",
     "shared",
@@ -90,12 +92,14 @@ __all__ = [
     "domains",
     "targets",
     "against",
+    "groups_of",
     "verdicts",
     "say",
     "where_compared",
     "answer",
     "answers",
     "pretraining_verdict",
+    "longer_verdict",
     "language_verdict",
     "rungs",
     "climb",
@@ -139,9 +143,6 @@ def named(datasets) -> str:
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000021
-EVERY = "all datasets"
-
-
 def kind_of_data(dataset) -> str:
     "'all data' or 'little data' of a data set that names its share, else ''."
     share = dataset.split()[-1]
@@ -151,13 +152,18 @@ def kind_of_data(dataset) -> str:
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000022
-def kinds(datasets, name=EVERY) -> dict:
-    "{name of a group of data sets: those of one kind}, of the kinds with more than one; `name` begins each."
+def kinds(datasets) -> dict:
+    "{kind of data: its data sets}: results on a part of the data and on all of it answer different questions."
     found = {}
     for dataset in datasets:
         found.setdefault(kind_of_data(dataset), []).append(dataset)
-    several = {kind: own for kind, own in found.items() if len(own) > 1}
-    return {name if len(found) == 1 else f"{name}, {kind}": own for kind, own in several.items()}
+    return found
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000038
+def several(kind, datasets) -> str:
+    "'3 datasets, little data': the name of a group of data sets of one kind."
+    return counted(len(datasets), "dataset") + (f", {kind}" if kind else "")
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #3d32eb97
@@ -239,6 +245,15 @@ def published(rep, e, method, dataset):
     return d[:0]
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lm000035
+def published_values(view, begins="") -> pd.DataFrame:
+    "The published values of an exhibit, data sets down, methods across; without those whose source is suspect."
+    d = view.published
+    d = d[d.family.str.startswith(begins) & ~d.source.str.contains("suspect")]
+    t = d.pivot(index="family", columns="method", values="value")
+    return t.loc[d.family.unique(), in_order(t)]
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #8114eade
 # other ways to score the same runs: column of the table, metric of the record
 OTHERWISE = dict(best="score_best", own="own_score", worst="score_worst_target")
@@ -287,15 +302,15 @@ def averages(w, t, metric) -> list:
     "Rows of means over the data sets of one kind that the methods share."
     grids = {m: grid_of(w, m, metric) for m in t.method.unique()}
     rows = []
-    for name, group in kinds(t.dataset.unique(), MEAN).items():
+    for kind, group in kinds(t.dataset.unique()).items():
         methods, datasets = shared({m: [c for c in grid if c in group] for m, grid in grids.items()}, group)
         for m in methods if len(datasets) > 1 else ():
             x = grids[m][datasets].dropna()
             d = t[(t.method == m) & t.dataset.isin(datasets)]
             if len(x):
-                what = name.replace(MEAN, f"{MEAN} of {len(datasets)} datasets", 1)
-                row = dict(dataset=what, method=m, note="", source=f"over {named(datasets)}")
-                rows.append(row | summary(x) | dict(d[["best", "own", "worst"]].mean()) | _mean_beside(d))
+                row = dict(dataset=f"{MEAN} of {several(kind, datasets)}", method=m, note="")
+                row |= dict(source=f"over {named(datasets)}") | summary(x) | dict(d[["best", "own", "worst"]].mean())
+                rows.append(row | _mean_beside(d))
     return rows
 
 
@@ -706,14 +721,11 @@ def domain_groups(e, scale) -> dict:
     groups = {}
     for dataset in datasets_of(e):
         groups.setdefault(domain(dataset), []).append(dataset)
-    here = datasets_of(e, scale)
-    found = {}
+    here, found = datasets_of(e, scale), {}
     for name, datasets in groups.items():
-        by_kind = {}
-        for dataset in (c for c in datasets if c in here):
-            by_kind.setdefault(kind_of_data(dataset), []).append(dataset)
         papers = [c for c in datasets if "expert" not in c]  # our script's kitchen data are none of theirs
-        found[name] = papers, max(by_kind.values(), key=len, default=[])
+        mine = kinds(c for c in datasets if c in here).values()
+        found[name] = papers, max(mine, key=len, default=[])
     return found
 
 
@@ -729,7 +741,7 @@ def domains(view):
         scores, both = _domain_scores(w, methods, mine)
         means = {m: x.mean() for m, x in scores.items()}
         known = {m: pub.get((f"average {name.lower()}", m), np.nan) for m in methods}
-        over = f"{counted(len(both), 'dataset')}, {kind_of_data(both[0])}" if both else "no run"
+        over = several(kind_of_data(both[0]), both) if both else "no run"
         _bar_panel(above, methods, means, f"{name}, ours:\n{over}", color="own", alpha=0.6)
         for i, m in enumerate(methods):
             above.plot(scores[m], [i] * len(scores[m]), "k.", ms=4)
@@ -776,7 +788,7 @@ def targets(view):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #1637d82c
-VERDICT = ["dataset", "method", "against", "datasets"]  # of a row, before what `compare` returns
+VERDICT = ["dataset", "method", "against", "datasets", "over"]  # of a row, before what `compare` returns
 
 
 def against(w, a, b, metric="score"):
@@ -785,19 +797,33 @@ def against(w, a, b, metric="score"):
     both = [c for c in x if c in y]
     seeds = x.index.intersection(y.index)
     d = x.loc[seeds, both] - y.loc[seeds, both] if both else pd.DataFrame()
-    for name, datasets in ({c: [c] for c in d} | kinds(d)).items():
+    for name, datasets in ({c: [c] for c in d} | groups_of(d)).items():
         found = d[datasets].dropna()
         if len(found):
-            row = dict(dataset=name, method=a, against=b, datasets=len(datasets))
+            row = dict(dataset=name, method=a, against=b, datasets=len(datasets), over=named(datasets))
             yield row | compare(found, np.zeros_like(found))
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lm000039
+def groups_of(d) -> dict:
+    "{name: data sets of one kind, more than one} of differences d (seeds, data sets), without those of too few seeds."
+    n, groups = d.notna().sum(), {}
+    for kind, own in kinds(d).items():
+        enough = [c for c in own if n[c] >= min(LEAST, n[own].max())]
+        if len(enough) > 1:
+            groups[several(kind, enough)] = enough
+    return groups
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #d8242ba3
-def verdicts(view, base="DT", metric="score") -> pd.DataFrame:
-    "Every arm against `base`, on each data set and over all of them: one table, judged together."
+def verdicts(view, base="DT", each=True, arms=None) -> pd.DataFrame:
+    """Every arm (or `arms`) against `base`, on `each` data set and over all of one kind: one table, judged together.
+
+    Without `each`, only over all."""
     e, w = view.exhibit, last(frame(view))
-    arms = [label for label in labels_of(e, view.scale) if label != base]
-    v = judged([row for arm in arms for row in against(w, arm, base, metric)], VERDICT)
+    arms = [label for label in arms or labels_of(e, view.scale) if label != base]
+    rows = [row for arm in arms for row in against(w, arm, base)]
+    v = judged([row for row in rows if each or row["datasets"] > 1], VERDICT)
     rank = {c: i for i, c in enumerate(datasets_of(e))}
     return v.sort_values("dataset", key=lambda c: c.map(rank).fillna(len(rank)), kind="stable", ignore_index=True)
 
@@ -821,40 +847,36 @@ QUESTIONS = (  # question, arm, against
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #107e5521
-def where_compared(v) -> str:
-    "What the last row of a comparison is over."
-    r = v.iloc[-1]
-    if r.dataset.startswith(EVERY):
-        return f"over {r.datasets} datasets" + r.dataset.removeprefix(EVERY)
-    return f"on {r.dataset}" + (" (datasets have no seed in common)" if len(v) > 1 else "")
+def where_compared(r) -> str:
+    "What a row of a comparison is over."
+    return f"over {r['dataset']} ({r['over']})" if r["datasets"] > 1 else f"on {r['dataset']}"
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000012
-ANSWERS = {BETTER: "Yes", WORSE: "No, the opposite", UNRESOLVED: "Not resolved", UNTESTED: "Not tested"}
+ANSWERS = {BETTER: "yes", WORSE: "no, the opposite"}
 
 
 def answer(question, v) -> str:
     "Judged rows of one comparison as a sentence."
     if not len(v):
         return f"{question} No runs yet."
-    r, each = v.iloc[-1], v[~v.dataset.str.startswith(EVERY)]
-    gain = f"'{r.method}' minus '{r.against}' {where_compared(v)}: {gain_in_words(r)}"
-    said = [f"{question} {ANSWERS[r.verdict]}: {gain}"]
-    if len(each) > 1:
-        said += [
-            f"{word} on {named(d.dataset)}"
-            for word, d in each.groupby("verdict", sort=False)
-            if word in (BETTER, WORSE)
-        ]
-    return "; ".join(said) + "."
+    found = []
+    for _, r in v.iterrows():
+        words = gain_in_words(dict(r, verdict=ANSWERS.get(r.verdict, r.verdict)))
+        found.append(f"{where_compared(r)}: {words}")
+    return f"{question} '{r.method}' minus '{r.against}' {'; '.join(found)}."
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #f0221e3a
 def answers(w, questions, metric="score") -> str:
-    "One computed sentence per (question, arm, against), judged together, and what the words rest on."
-    rows = [dict(row, question=q) for q, a, b in questions for row in against(w, a, b, metric)]
+    "A sentence per (question, arm, against) over all data sets, judged together, and what the words rest on."
+    rows = []
+    for question, a, b in questions:
+        each = list(against(w, a, b, metric))
+        over_all = [row for row in each if row["datasets"] > 1]
+        rows += [dict(row, question=question) for row in over_all or each]
     v = judged(rows, ["question", *VERDICT])
-    said = [answer(q, v[(v.question == q) & (v.method == a) & (v.against == b)]) for q, a, b in questions]
+    said = [answer(question, v[v.question == question]) for question, _, _ in questions]
     return "\n".join([*said, basis(v)] if len(v) else said)
 
 
@@ -862,6 +884,23 @@ def answers(w, questions, metric="score") -> str:
 def pretraining_verdict(view) -> str:
     "Did pre-training help? One computed sentence per question."
     return answers(last(frame(view)), QUESTIONS)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lm000037
+LONGER = (  # question, arm, against
+    (
+        "With four times the updates, did pre-training help?",
+        "LaMo, 4 x updates",
+        "LaMo without pre-training, 4 x updates",
+    ),
+    ("Is LaMo then better than DT?", "LaMo, 4 x updates", "DT, 4 x updates"),
+    ("And than the fair DT?", "LaMo, 4 x updates", "DT, shared projection, long positions, 4 x updates"),
+)
+
+
+def longer_verdict(view) -> str:
+    "Is the verdict one of too few updates? One computed sentence per question."
+    return answers(last(frame(view)), LONGER)
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #5d7b3999
@@ -875,7 +914,7 @@ def language_verdict(view, kept="LaMo", lost="LaMo without language loss") -> st
     df = frame(view)
     df = df[df.metric == "lm_loss"]
     w, said = last(df), []
-    v = judged([row for row in against(w, lost, kept, "lm_loss") if not row["dataset"].startswith(EVERY)], VERDICT)
+    v = judged([row for row in against(w, lost, kept, "lm_loss") if row["datasets"] == 1], VERDICT)
     if not len(v):
         return "no runs yet"
     for _, r in v.iterrows():
@@ -921,15 +960,10 @@ def climb(x, dataset) -> list:
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000026
-def whole_gain(view) -> dict:
-    "LaMo minus DT over all data sets of one kind that both have, those without a ladder too: a row, and their names."
+def whole_gain(view) -> list:
+    "Rows of LaMo minus DT over all data sets of a kind that both have, those without a ladder too."
     w = last(frame(replace(view, exhibit=exhibit(view.exhibit.paper, "arms"), partial=True)))
-    over_all = [row for row in against(w, "LaMo", "DT") if row["dataset"].startswith(EVERY)]
-    if not over_all:
-        return {}
-    x, y = grid_of(w, "LaMo"), grid_of(w, "DT")
-    over = next(iter(kinds([c for c in x if c in y]).values()))
-    return {k: v for k, v in over_all[0].items() if k not in ("method", "against")} | dict(step=WHOLE, over=named(over))
+    return [dict(row, step=WHOLE) for row in against(w, "LaMo", "DT") if row["datasets"] > 1]
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #d66750cc
@@ -943,15 +977,14 @@ def gains(view) -> pd.DataFrame:
     groups = {LADDER_MEAN: full} if len(full) > 1 and len(rungs(w, full)) else {}
     groups |= {c: [c] for c in full}
     rows = [row | dict(over=named(own)) for name, own in groups.items() for row in climb(rungs(w, own), name)]
-    whole = whole_gain(view)
-    t = judged([whole, *rows] if whole else rows, GAINS)
-    return t.assign(share=shares(t))
+    t = judged([*whole_gain(view), *rows], GAINS)
+    return t.assign(share=shares(t)).drop(columns=["method", "against"], errors="ignore")
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000027
 def shares(t) -> np.ndarray:
     "Percent of its ladder's whole gain that each step brings, where whole and step are resolved; else NaN."
-    whole = t[(t.step == WHOLE) & (t.verdict == BETTER)].set_index("dataset").difference
+    whole = t[(t.step == WHOLE) & (t.verdict == BETTER) & t.start.notna()].set_index("dataset").difference
     resolved = t.verdict.isin([BETTER, WORSE])
     return np.where(resolved, 100 * t.difference / t.dataset.map(whole), np.nan)
 
@@ -1019,7 +1052,7 @@ def share(view):
         axes[0].set_ylim(len(names) - 0.4, -0.6)
     else:
         nothing(axes[0], "no dataset has all rungs yet")
-    for whole in t[t.dataset.str.startswith(EVERY)].to_dict("records"):
+    for whole in t[t.start.isna()].to_dict("records"):
         said = f"{WHOLE} over the {whole['datasets']} datasets that both have ({whole['over']}): {gain_in_words(whole)}"
         fig.supxlabel(textwrap.fill(said, 105), fontsize=7, x=0.01, ha="left")
     return fig, t
