@@ -179,6 +179,14 @@ def test_missing_runs_are_refused_unless_partial(tmp_home):
             drawn(e, partial=False)
 
 
+@pytest.mark.parametrize("id", ["adaptation", "range", "length"])
+def test_a_panel_names_methods_without_runs(tmp_home, id):
+    absent = {"adaptation": BOUND, "range": NULL, "length": "Random frozen prompt"}[id]
+    fabricate(id, keep=lambda r, seed: not r.method.startswith(absent))
+    shown, _ = exhibits.page_of(exhibit(id)).DRAW[id](seen(id))
+    assert f"no run: {absent}" in text_of(shown).replace("\n", " ")
+
+
 def text_of(shown):
     "All the text of a table or a figure."
     if isinstance(shown, pd.DataFrame):

@@ -16,7 +16,7 @@ from .. import recipes as rc
 from . import lamo
 from .lamo import grid_of, label_of
 from .stats import VERDICTS, compare, judged, summary
-from .style import axes_for, in_order, legend, nothing, style
+from .style import axes_for, in_order, legend, nothing, style, wrap
 from .tables import basis, counted, entry, in_words, plus_minus
 from .view import paired
 
@@ -66,6 +66,7 @@ __all__ = [
     "place",
     "over_seeds",
     "method_lines",
+    "without_runs",
     "levels_beside",
     "curves_and_levels",
     "adaptation",
@@ -186,6 +187,17 @@ def method_lines(ax, g, x, ms=4):
         ax.fill_between(d[x].astype(float), low, high, color=s["color"], alpha=0.15, lw=0)
 
 
+# %% ../../nbs/11f_report.cmt.ipynb #cm000121
+def without_runs(ax, wanted, drawn):
+    "Name below a panel the labels that are not drawn in it; if none is, say that there are no runs yet."
+    lack = [label for label in in_order(wanted) if label not in set(drawn)]
+    if len(lack) == len(set(wanted)):
+        nothing(ax)
+    elif lack:
+        lines = [wrap(f"no run: {label}", 24) for label in lack]
+        ax.set_xlabel("\n".join([ax.get_xlabel(), *lines]))
+
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000008
 def levels_beside(ax, g, last):
     "Draw each label of `over_seeds` right of episode `last`: mean (marker), range over seeds (bar), a thin line."
@@ -224,8 +236,7 @@ def adaptation(view):
         ax.set(title=place(family), xlabel="episode")
         ax.set_xticks(sorted(curve.step.unique()))
         ax.grid(axis="x", visible=False)
-        if not len(curve) + len(level):
-            nothing(ax)
+        without_runs(ax, view.labels, [*curve.label, *level.label])
     axes[0].set_ylabel("return")
     legend(fig, axes, 3)
     return fig, pd.concat(numbers, ignore_index=True).reindex(columns=ADAPTATION)
@@ -505,8 +516,7 @@ def _range_panel(ax, g, known, title, labels):
         ax.axvline(goal, color="k", lw=0.8, ls=":", label="test task, trained on by none" if i == 0 else None)
     method_lines(ax, g, "goal", ms=2)
     ax.set(title=title, xlabel="goal velocity")
-    if not len(g):
-        nothing(ax)
+    without_runs(ax, labels, g.label)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #b24aeb8f
@@ -572,7 +582,7 @@ def lengths(view) -> pd.DataFrame:
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000034
-def _length_panel(ax, dataset, d):
+def _length_panel(ax, dataset, d, wanted):
     # one data set: mean over seeds (line), lowest to highest seed (bar), each seed (dot); methods side by side
     at = sorted(d.L.unique())
     labels = in_order(d.label)
@@ -587,17 +597,18 @@ def _length_panel(ax, dataset, d):
     ax.set(title=dataset, xlabel="context vectors L", ylabel=d.metric.iloc[0] if len(d) else "")
     ax.set_xticks(range(len(at)), at)
     ax.grid(axis="x", visible=False)
-    if not len(d):
-        nothing(ax)
+    without_runs(ax, wanted, d.label)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #61826de7
 def length(view):
     "Score or return against the number of context vectors, one panel per data set."
-    t, datasets = lengths(view), lamo.datasets_of(view.exhibit)
-    fig, axes = axes_for(datasets)
-    for ax, dataset in zip(axes, datasets):
-        _length_panel(ax, dataset, t[t.dataset == dataset])
+    t, wanted = lengths(view), {}
+    for run in view.runs:
+        wanted.setdefault(run.recipe.dataset, []).append(without_length(run.label))
+    fig, axes = axes_for(wanted)
+    for ax, (dataset, labels) in zip(axes, wanted.items()):
+        _length_panel(ax, dataset, t[t.dataset == dataset], labels)
     legend(fig, axes, 3)
     return fig, t
 
@@ -1006,7 +1017,7 @@ def resolved(views) -> str:
 # %% ../../nbs/11f_report.cmt.ipynb #d8c53624
 DRAW = dict(adaptation=adaptation, embedding=embedding, range=along, length=length, scores=scores, wins=wins)
 BAND = dict(
-    adaptation="bands and bars: lowest to highest seed; right of the last episode: other prompts",
+    adaptation="bands and bars: lowest to highest seed",
     embedding="dots: contexts and (large) the mean of a task, first seed",
     range="bands: lowest to highest seed",
     length="dots: seeds; bars: lowest to highest seed",
@@ -1014,7 +1025,7 @@ BAND = dict(
 _DIR = "The test tasks of Cheetah-dir are its train tasks: nothing is unseen there. "
 _ENTRY = "An entry: mean ± std over seeds; n seeds and Student's 95 % interval of the mean. "
 READ = dict(
-    adaptation=f"Mean over test tasks; right of the last episode: the levels of other prompts. {_DIR}",
+    adaptation=f"Mean over test tasks; right of the last episode: levels of other prompts. {_DIR}",
     embedding=f"Small: a context; large: the mean of a task. {_DIR}",
     range="Dotted: the test tasks, which no policy was trained on. ",
     length="Lines: means over seeds. ",
