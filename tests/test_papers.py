@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -29,9 +30,10 @@ from promptnb import cli as command
 from promptnb import recipes, tasks
 from promptnb.core import PromptnbError, Row, read_json, results_dir
 from promptnb.experiments import job, plan, run
-from promptnb.report import lamo, stats, tables
+from promptnb.report import lamo, prompts, stats, tables
 from promptnb.report.view import View, exhibit, recipe_file, reported
 
+DIFFUSER, LAPTOP = "prompt_diffuser", "laptop"
 SAMPLE = dict(scale="smoke", task=FAMILY, seed=0)  # what every row of the finished home says
 
 
@@ -234,6 +236,60 @@ def test_the_change_of_a_prompt_names_its_task_and_seed():
     assert set(pd.read_csv(folder / "prompt_change.csv")) == {"entry", "step", "before", "after"}
 
 
+@pytest.fixture
+def laptop_view(tmp_home):
+    "laptop_view(id, keep): an exhibit over made-up runs of three seeds, those of recipes for which `keep` is true."
+
+    def view(id, keep, seeds=(0, 1, 2), paper=PAPER):
+        e = exhibit(paper, id)
+        kept = replace(e, recipes=tuple(r.id for r in recipes.recipes_of(e) if keep(r)))
+        fabricate(tmp_home, kept, LAPTOP, seeds, value=lambda r, seed, i: 7.0 * seed**2 + i + 5 * (r.key == "ranking"))
+        return View(e, LAPTOP, partial=True)
+
+    return view
+
+
+def test_a_variant_without_a_run_is_named_and_has_no_number(laptop_view):
+    fig, t = prompts.bars(laptop_view("ablation_m", lambda r: r.key == "ranking"))
+    assert [text.get_text() for ax in fig.axes for text in ax.texts] == ["no run"] * 3
+    assert t["mean"].notna().sum() == 1
+
+
+def test_a_family_without_a_run_has_no_panel_but_a_line(laptop_view):
+    view = laptop_view("controls", lambda r: r.family == "ant-dir")
+    fig, axes = prompts.family_axes(view, view.rows)
+    assert list(axes) == ["ant-dir"] and "no run of cheetah-dir, cheetah-vel" in fig.get_supxlabel()
+
+
+def test_an_interval_is_students_over_seed_means(laptop_view):
+    fig, t = prompts.bars(laptop_view("ablation_m", lambda r: True))
+    row = t[t.method == "PTDT-offline, expert prompt"].iloc[0]
+    ends = [line.get_xdata() for line in fig.axes[0].lines if len(line.get_xdata()) == 2]
+    assert any(np.allclose(x, [row.lo, row.hi]) for x in ends)
+
+
+def test_all_questions_to_an_exhibit_are_corrected_together(laptop_view):
+    view = laptop_view("controls", lambda r: True)
+    asked = [("PTDT-offline, expert prompt", label) for label in view.labels[2:]]
+    v = prompts.answers(view, asked)
+    assert len(v) == 3 * len(asked) and set(v.verdict) == {"better"}
+    assert f"over {len(v)} comparisons" in prompts.told(v)
+    assert "better on cheetah-dir (+5.0 ± 0.0), cheetah-vel (+5.0 ± 0.0)" in prompts.told(v)
+
+
+def test_no_line_is_drawn_for_rewards_of_another_version(tmp_home):
+    view = View(exhibit(PAPER, "pdt_fig2_mw"), LAPTOP, partial=True)
+    said = prompts.left_out(view)
+    assert not len(prompts.same_protocol(view.published[view.published.family == "ml1-reach"]))
+    assert "MT-ORL on ml1-reach: 2363, Prompt-DT Fig 2, digitised (rewards of Meta-World v2" in said
+
+
+@pytest.mark.parametrize("paper", ["prompt_tuning_dt", "prompt_diffuser"])
+def test_published_returns_of_meta_world_stand_apart(paper):
+    rep = reported(paper)
+    assert rep[rep.family.str.startswith("ml1")].other_protocol.str.contains("rewards of Meta-World v2").all()
+
+
 # ---- the papers' pages
 
 
@@ -258,7 +314,6 @@ def test_a_paper_renders_without_any_result(paper, published, tmp_home):
     assert "no runs yet" in said_by(tmp_home, paper)
 
 
-DIFFUSER, LAPTOP = "prompt_diffuser", "laptop"
 DRAWABLE = [e for e in recipes.exhibits(DIFFUSER) if not e.unknown]
 
 

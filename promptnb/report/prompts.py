@@ -12,7 +12,7 @@ import seaborn as sns
 
 from .stats import VERDICTS, compare, judged, student, summary
 from .style import COLUMN, SIZES, axes_for, legend, lines, note, nothing, style
-from .tables import basis, printed, short, tidy_table
+from .tables import basis, printed, save_figure, short, tidy_table
 from .view import matrix, paired, seeds_of
 
 # %% auto #0
@@ -61,6 +61,7 @@ __all__ = [
     "cost",
     "prompt_entries",
     "prompt_change",
+    "show_change",
     "left_out",
     "not_drawn",
 ]
@@ -72,6 +73,7 @@ def origin(source) -> str:
     return source.split(" (")[0]
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs008a0
 def table(view):
     "(printed, tidy) table of methods and families; under each published number the place where it stands."
     t = tidy_table(view)
@@ -102,6 +104,7 @@ def briefly(r, digits, n) -> str:
     return f"{r['family']} ({r['difference']:+.{digits}f}{half}{seeds})"
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs003aq
 def told(v, digits=1) -> str:
     "Judged answers as text: a line per question, its families by verdict; then what the words rest on."
     if not len(v):
@@ -172,6 +175,7 @@ def same_protocol(pub) -> pd.DataFrame:
     return pub[pub.other_protocol.isna()]
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs010a0
 def pretraining(view):
     "Return on the test tasks along pre-training; dotted: the published end point."
     df = view.rows[view.rows.metric == "return"]
@@ -224,6 +228,7 @@ def interval(ax, y, label, seeds):
     ax.plot(seeds, [y] * len(seeds), "o", color="k", mec="w", mew=0.4, ms=3.5)
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs014a0
 def rows_of_labels(ax, labels, named):
     "One row per label from top to bottom; `named`: with its name."
     ax.set_ylim(len(labels) - 0.5, -0.5)
@@ -249,6 +254,7 @@ def bars(view):
 QUALITIES = ["expert", "medium", "random"]
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs015a0
 def _cell(r, column):
     # the words in a cell: mean, std over seeds, number of seeds
     if pd.isna(r[column]):
@@ -259,6 +265,7 @@ def _cell(r, column):
     return f"{r['mean']:.0f}{spread}\nn = {r['n']:.0f}"
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs015b0
 def heat(ax, t, column, norm):
     "Draw the return by quality of the data (rows) and of the prompt (columns)."
     rows = [d for d in ("no", *QUALITIES) if d in set(t["data"])]
@@ -310,6 +317,7 @@ def cell_ranges(view) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs002av
 def closer(view, method="Prompt Diffuser", against="Prompt-Tuning DT") -> pd.DataFrame:
     "Do the cells of one method lie closer together than another's? Judged; better: a smaller range."
     ranges = cell_ranges(view)[[method, against]].dropna()
@@ -324,6 +332,7 @@ def seed_differences(view, label, base, family) -> np.ndarray:
     return (a - b).mean(1) if a.size else np.empty(0)
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs018a0
 def relative(view, base="DM only"):
     "Paired difference of the return to `base`: mean, its interval, one dot per seed; and the verdicts."
     labels = [label for label in view.labels if label != base]
@@ -411,6 +420,7 @@ def _chain_prompts(fig, c):
     fig.colorbar(scale, ax=axes, label="entry, in the policy's units", fraction=0.04)
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs025a0
 def _chain_curves(fig, c):
     # how near a demonstration the chain comes, and the policy's error along it
     axes = fig.subplots(1, 2)
@@ -633,6 +643,7 @@ def prompt_entries(prompt) -> np.ndarray:
     return np.concatenate([np.array(prompt[name]).T for name in ("rtg", "s", "a")])
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs036a0
 def _entry_rows(ax, S, A):
     # what the rows of a drawn prompt are
     names = ["return-to-go", f"state ({S})", f"action ({A})"]
@@ -670,6 +681,21 @@ def prompt_change(view, key="ranking", seed=0):
         for k in range(before.shape[1])
     ]
     return fig, pd.DataFrame(numbers), text
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #prx00001
+def show_change(view):
+    "In a notebook: what tuning changed in a prompt, saved among the exhibit's figures; a line without a record."
+    from IPython.display import Markdown, display
+
+    change = prompt_change(view)
+    if change is None:
+        print("no run of PTDT-offline yet")
+        return
+    fig, numbers, text = change
+    save_figure(fig, numbers, view.folder, "prompt_change", text)
+    display(fig, Markdown(f"{text}."))
+    plt.close(fig)
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000039
@@ -725,6 +751,7 @@ BAND = dict(
 )
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs040a0
 def left_out(view, numbers=None) -> str:
     "What a table without a published number, or a figure without its line, leaves out."
     if view.exhibit.kind == "pretraining":
@@ -735,6 +762,7 @@ def left_out(view, numbers=None) -> str:
     return "Without 'published': not known." if known.any() and not known.all() else ""
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #prs040b0
 def not_drawn(view) -> str:
     "Published end points that no line shows, as they measure something else."
     pub = view.published[view.published.family.isin(view.families)].dropna(subset="other_protocol")
