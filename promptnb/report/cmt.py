@@ -988,7 +988,7 @@ def sentence(question, v, digits=1) -> str:
 # %% ../../nbs/11f_report.cmt.ipynb #cm000105
 def verdict(view) -> str:
     "The questions of an exhibit with their answers, one line each, and what the words rest on."
-    v, digits = answers(view), 2 if view.exhibit.kind == "embedding" else 1
+    v, digits = answers(view), 3 if view.exhibit.kind == "embedding" else 1
     said = [sentence(q.text, v, digits) for q in questions_of(view)]
     return "\n".join([*said, basis(v)] if len(v) else said)
 
@@ -1008,7 +1008,7 @@ def resolved(views) -> str:
     "The comparisons of exhibits that are resolved, one line each."
     said = []
     for view in views:
-        v, digits = answers(view), 2 if view.exhibit.kind == "embedding" else 1
+        v, digits = answers(view), 3 if view.exhibit.kind == "embedding" else 1
         for _, r in v[v.verdict.isin(["better", "worse"])].iterrows():
             said.append(f"{view.exhibit.id}: '{r.method}' against '{r.against}', {r['where']}: {in_words(r, digits)}.")
     return "\n".join(said) or "No comparison is resolved."
