@@ -425,13 +425,16 @@ def test_figure_1_keeps_the_published_means_apart(tmp_home):
     assert "ours" in ours.get_title() and "published:\n15 datasets" in theirs.get_title()
     assert sorted(bar.get_width() for bar in theirs.patches) == [37, 39, 46, 48, 52]
     assert numbers.datasets[0] == "reacher2d medium 10%, 30%; walker2d medium 1%"  # of one kind of data
+    assert "MuJoCo, ours: over reacher2d medium 10%, 30%; walker2d medium 1%." in lamo.left_out(
+        partial("fig1"), numbers
+    )
 
 
 def test_a_missing_mean_is_no_bar_of_0(tmp_home):
     fabricate("fig1", lambda r, seed: 20.0 + seed)
     fig, _ = drawing("fig1")
     kitchen = fig.axes[1]
-    assert [text.get_text() for text in kitchen.texts] == ["not run on all"]  # Wiki-RL
+    assert [text.get_text() for text in kitchen.texts] == ["not run here"]  # Wiki-RL
     assert len(kitchen.patches) == 4 and all(bar.get_width() > 0 for bar in kitchen.patches)
 
 

@@ -705,7 +705,7 @@ def _bar_panel(ax, methods, values, title, **look):
     # a bar for each method; one without a value says so
     for i, method in enumerate(methods):
         if np.isnan(values[method]):
-            ax.text(0.02, i, "not run on all", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color="0.4")
+            ax.text(0.02, i, "not run here", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color="0.4")
         else:
             color = style(method)["color"]
             ax.barh(i, values[method], 0.6, **{k: color if v == "own" else v for k, v in look.items()})
@@ -1119,5 +1119,8 @@ def left_out(view, numbers=None):
     if numbers is not None and "dataset" in numbers and "source" in numbers:
         means = numbers[numbers.dataset.str.startswith(f"{MEAN} of")].drop_duplicates("dataset")
         over = "".join(f"{r.dataset[0].upper()}{r.dataset[1:]}: {r.source}. " for r in means.itertuples())
+    if numbers is not None and "domain" in numbers:
+        found = numbers[numbers.datasets != ""].drop_duplicates("domain")
+        over = "".join(f"{r.domain}, ours: over {r.datasets}. " for r in found.itertuples())
     updates = "" if view.exhibit.kind in ("params", "texts") else budgets(view.exhibit, view.scale)
     return over + updates + parts_left_out(view.exhibit, view.scale)
