@@ -23,6 +23,7 @@ from promptnb.core import read_json
 RESOLVED = re.compile(
     r"\b(better|worse|yes|the opposite|more often|less often|rises|falls|lowers|raises|keeps (more|less))\b", re.I
 )
+FLOOR = dict(random=0.0, behaviour=0.0)  # percent of games won by others
 PROMPTS = ("prompt_tuning_dt", "prompt_diffuser")
 
 
@@ -59,7 +60,7 @@ def made(home, paper, seeds, method):
             of_run |= dict(
                 score=lambda r, seed: method(r.method) + luck(seed), episode=lambda k, seed, i: luck(seed, i)
             )
-            test_contexts.fabricate(e.id, seeds, **of_run, looks=disordered)
+            test_contexts.fabricate(e.id, seeds, **of_run, looks=disordered, floor=FLOOR)
         else:
             of_run = dict(score=lambda label, seed: 50 + method(label) + luck(seed), sft=lambda seed: (2.0, 2.0))
             of_run |= dict(behave=lambda label, seed: (40 + luck(seed), 100), comprehend=lambda label, seed, part: 0.3)
