@@ -371,7 +371,7 @@ def test_two_goals_have_no_order():
 
 def test_the_order_in_words(tmp_home):
     lines = said("embedding")
-    assert "cheetah-vel: better, +0.69" in lines[0]
+    assert "cheetah-vel: better, +0.875" in lines[0]
     assert not any("cheetah-dir" in line for line in lines)  # two goals have no order
 
 

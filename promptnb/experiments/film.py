@@ -107,14 +107,14 @@ def beside(shots) -> list:
 def film(recipe, scale="laptop", seed=0, task=None, every=25) -> Path:
     """Render a finished run of a prompt tuner; returns the path of the strip.
 
-    Writes figures/<paper>/<scale>/film.png and film.gif."""
+    Writes film.png and film.gif to figures/yours/<paper>/<scale>."""
     import imageio
     import matplotlib.pyplot as plt
 
     run = Run(rc.resolve(rc.RECIPES[recipe], scale), scale, seed)
     check_film(run)
     made = shoot(run, task)
-    folder = figures_dir(run.recipe.paper) / scale
+    folder = figures_dir("yours") / run.recipe.paper / scale
     folder.mkdir(parents=True, exist_ok=True)
     fig, _ = made.strip(every)
     fig.savefig(folder / "film.png", dpi=100)

@@ -376,7 +376,7 @@ PAPER.exhibit(
 # %% ../../nbs/09e_recipes.cmt.ipynb #d44f827a
 PAPER.exhibit(
     "meta",
-    "Unseen tasks",
+    "Test tasks",
     "context among tasks generalises to unseen tasks",
     "table",
     [r for f in META for r in (*_meta[f], *frozen_backbone(f), *others(f))],

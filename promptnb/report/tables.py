@@ -201,9 +201,11 @@ def say(v: pd.DataFrame, by="family") -> str:
 def basis(v) -> str:
     "What the words of a table of verdicts rest on."
     n = sorted(set(v.n.astype(int)))
-    span = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
-    tested = counted(v.p_holm.notna().sum(), "comparison")
-    return f"(n = {span} seeds, paired; Student's test, Holm's correction over {tested})"
+    span = counted(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]} seeds"
+    tested = v.p_holm.notna().sum()
+    if not tested:
+        return f"(n = {span}; a test takes three)"
+    return f"(n = {span}, paired; Student's test, Holm's correction over {counted(tested, 'comparison')})"
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000024
