@@ -601,36 +601,22 @@ def test_iqm():
     assert stats.iqm(x) == trim_mean(x, 0.25, axis=None)
 
 
-def test_interval_by_hand():
-    """2 seeds x 2 tasks: 16 equally likely draws.
-
-    So the ends (mass 1/16 each) are the means of the tasks' least and greatest."""
-    x = np.array([[1.0, 40.0], [3.0, 20.0]])
-    assert stats.interval(x, np.mean) == (10.5, 21.5)
-    assert stats.interval(x, np.mean, reps=10_000, level=0.56) == (
-        11.5,
-        20.5,
-    )  # in 16ths: 10.5, 11 (2), 11.5, 15.5 (2), 16 (4), 16.5 (2), 20.5, 21 (2), 21.5
-
-
-def test_interval_is_stratified():
-    "Seeds are drawn within each task: equality with the loop on the same draws, and no interval where seeds agree."
-    g = np.random.default_rng(1)
-    x = g.normal(size=(3, 4)) + 100 * np.arange(4)
-    draw, boot = np.random.default_rng(5).integers(3, size=(200, 3, 4)), []
-    for d in draw:
-        boot.append(trim_mean(np.array([[x[d[i, j], j] for j in range(4)] for i in range(3)]), 0.25, axis=None))
-    assert stats.interval(x, reps=200, seed=5) == tuple(np.quantile(boot, [0.025, 0.975]))
-    assert stats.interval(np.tile([[1.0, 50.0, 7.0]], (3, 1)), np.mean) == pytest.approx((58 / 3, 58 / 3))
+def test_the_interval_of_the_iqm_redraws_seeds():
+    "Equality with a loop over the same draws; no interval where seeds agree."
+    x = np.random.default_rng(1).normal(size=(10, 4)) + 100 * np.arange(4)
+    draw = np.random.default_rng(5).integers(10, size=(200, 10))
+    boot = [trim_mean(x[seeds], 0.25, axis=None) for seeds in draw]
+    assert stats.iqm_interval(x, reps=200, seed=5) == pytest.approx(np.quantile(boot, [0.025, 0.975]))
+    same = np.tile([[1.0, 50.0, 7.0, 7.0]], (10, 1))
+    assert stats.iqm_interval(same) == (7.0, 7.0)
 
 
 def test_summary_and_verdict():
     x = np.array([[1.0, 3.0], [3.0, 5.0], [5.0, 7.0]])
     s = stats.summary(x)
-    assert (s["mean"], s["std"], s["n"], s["iqm"]) == (4.0, 2.0, 3, stats.iqm(x)) and s["lo"] <= s["iqm"] <= s["hi"]
+    assert (s["mean"], s["std"], s["n"], s["iqm"]) == (4.0, 2.0, 3, stats.iqm(x)) and s["lo"] < 4 < s["hi"]
     assert np.isnan(stats.summary(x[:1])["std"])
     c = stats.compare(x + 1, x)
-    assert (c["difference"], c["lo"], c["hi"], c["verdict"]) == (1.0, 1.0, 1.0, "better")
-    assert (
-        stats.compare(x, x + 1)["verdict"] == "worse" and stats.compare(x, x[::-1])["verdict"] == "no clear difference"
-    )
+    assert (c["difference"], c["lo"], c["hi"]) == (1.0, 1.0, 1.0)
+    words = stats.judged([c, stats.compare(x, x + 1), stats.compare(x, x[::-1])]).verdict
+    assert [*words] == ["better", "worse", "not resolved"]

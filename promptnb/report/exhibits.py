@@ -65,7 +65,13 @@ def caption(view, numbers=None) -> str:
     e = view.exhibit
     page = page_of(e)
     size = "; ".join(part for part in (f"{view.scale} scale", seeds_shown(view), lacks(view)) if part)
-    parts = [f"{e.title}.", f"{size}.".capitalize(), e.protocol, of_kind(e, "READ"), page.left_out(view, numbers)]
+    parts = [
+        f"{e.title}.",
+        f"{size[0].upper()}{size[1:]}.",
+        e.protocol,
+        of_kind(e, "READ"),
+        page.left_out(view, numbers),
+    ]
     parts += [other_protocols(numbers), makers(view)]
     return " ".join(p.strip() for p in parts if p.strip())
 
