@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 
 from ..core import PromptnbError
-from .stats import LEAST, UNRESOLVED, compare, judged
+from .stats import LEAST, UNRESOLVED, compare, judged, summary
 from .tables import between, counted, plus_minus
 from .view import View
 
@@ -72,12 +72,9 @@ def rows_of(exhibit_id, yours, shipped):
     for (where, method), d in both.groupby(["where", "method"], sort=False):
         a, b = d.value.to_numpy(), d.value_shipped.to_numpy()
         known = dict(exhibit=exhibit_id, where=where, method=method, equal=(a == b).all())
-        sides = dict(yours=a.mean(), yours_std=_std(a), shipped=b.mean(), shipped_std=_std(b))
+        ours, theirs = summary(a), summary(b)
+        sides = dict(yours=ours["mean"], yours_std=ours["std"], shipped=theirs["mean"], shipped_std=theirs["std"])
         yield known | sides | compare(a, b)
-
-
-def _std(x) -> float:
-    return x.std(ddof=1) if len(x) > 1 else float("nan")
 
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000012
