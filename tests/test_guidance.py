@@ -752,11 +752,10 @@ def test_failed_runs_are_said(tmp_home):
 
 def test_deviations_name_the_code():
     t = exhibits.deviations("rladapter", "laptop").set_index("field")
-    steps = t.loc["steps", ["paper_scale", "this_scale", "source"]].tolist()
-    assert steps == ["5000000", str(STEPS), "AdaRefiner's code"]
-    assert set(t.part) <= {"guided training", "evaluation of agents", "seeds"}
+    steps = t.loc["online.steps", ["paper_scale", "this_scale"]].tolist()
+    assert steps == ["5000000", str(STEPS)]
 
 
 def test_what_only_measures_is_no_deviation():
     t = exhibits.deviations("rladapter", "laptop").set_index("field")
-    assert not {"last", "points"} & set(t.index)
+    assert not {"online.last", "online.points"} & set(t.index)

@@ -9,24 +9,25 @@ from dataclasses import dataclass
 
 from promptnb.recipes.core import (
     CORPORA,
-    SOURCES,
     Context,
     Exhibit,
     Offline,
     Online,
     Paper,
     Pretrain,
+    Published,
     Recipe,
     Text,
     Tune,
     digest,
     unique,
+    value_of,
 )
 from .scales import LAPTOP, SCALES, SINGLE, SKIRMISHES, SMALL, SMOKE, resolve, scaled
 
 _all_ = [  # these names are read from here
     "CORPORA",
-    "SOURCES",
+    "Published",
     "Context",
     "Exhibit",
     "Offline",
@@ -38,6 +39,7 @@ _all_ = [  # these names are read from here
     "Tune",
     "digest",
     "unique",
+    "value_of",
     "LAPTOP",
     "SCALES",
     "SINGLE",
@@ -52,6 +54,7 @@ from . import cmt, lamo, prompt_diffuser, prompt_tuning_dt, rladapter
 
 # %% auto #0
 __all__ = [
+    "PAPER_OF",
     "PAPERS",
     "RECIPES",
     "EXHIBITS",
@@ -63,7 +66,7 @@ __all__ = [
     "owners",
     "jobs",
     "CORPORA",
-    "SOURCES",
+    "Published",
     "Context",
     "Exhibit",
     "Offline",
@@ -75,6 +78,7 @@ __all__ = [
     "Tune",
     "digest",
     "unique",
+    "value_of",
     "LAPTOP",
     "SCALES",
     "SINGLE",
@@ -87,6 +91,7 @@ __all__ = [
 
 # %% ../../nbs/09g_recipes.ipynb #1f680bb2
 _PAPERS = [m.PAPER for m in (prompt_tuning_dt, prompt_diffuser, lamo, cmt, rladapter)]
+PAPER_OF = {p.slug: p for p in _PAPERS}
 PAPERS = {p.slug: p.title for p in _PAPERS}
 RECIPES = {i: r for p in _PAPERS for i, r in p.recipes.items()}
 EXHIBITS = {(p.slug, i): e for p in _PAPERS for i, e in p.exhibits.items()}

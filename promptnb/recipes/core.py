@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 
 # %% auto #0
 __all__ = [
     "CORPORA",
     "LATER",
-    "SOURCES",
     "Context",
     "Pretrain",
     "Tune",
@@ -22,8 +22,11 @@ __all__ = [
     "Online",
     "Recipe",
     "digest",
+    "Published",
+    "value_of",
     "Exhibit",
     "unique",
+    "Standing",
     "Paper",
 ]
 
@@ -286,54 +289,36 @@ def digest(x) -> str:
     return hashlib.sha256(json.dumps(known(asdict(x)), sort_keys=True).encode()).hexdigest()[:10]
 
 
-# %% ../../nbs/09_recipes.core.ipynb #9654c214
-SOURCES = {
-    "K": "paper T2 = code",
-    "J": "paper T3 = code",
-    "H": "paper T3 = code",
-    "per_task": "code (paper T2: 8)",
-    "position": "code (paper: random segments)",
-    "normalise": "code",
-    "loss_on_prompt": "code (paper 4.4: True)",
-    "prompt_norm": "code",
-    "shared_embed": "code",
-    "layers": "paper T2 = code",
-    "heads": "paper T2 = code",
-    "width": "paper T2 = code",
-    "dropout": "code",
-    "steps": "code: 5000 x 10",
-    "tuning.steps": "assumed",
-    "lr": "paper T2 = code",
-    "weight_decay": "paper T2 = code",
-    "warmup": "code",
-    "clip": "code",
-    "episodes": "paper: last 20,000 steps",
-    "ratio": "ours",
-    "ratio_seed": "ours",
-    "eval_episodes": "code (paper T2: 20)",
-    "seeds": "paper",
-    "demos": "assumed",
-    "demo_batch": "code",
-    "demo_K": "assumed (code: K*)",
-    "score_episodes": "code",
-    "m": "code",
-    "k": "code: m",
-    "mu": "assumed (code default 1.0)",
-    "eta": "assumed (code default 1e-4)",
-    "momentum": "code",
-    "batches": "code",
-    "size": "assumed",
-    "r": "assumed",
-    "alpha": "assumed",
-    "precision": "ours",
-    "curve_points": "code",
-    "prompt_from": "ours",
-    "prepare_steps": "assumed",
-    "N": "assumed ('relatively small')",
-    "schedule": "assumed",
-    "lam": "paper: 1",
-    "guidance": "paper: orthogonal part",
-}
+# %% ../../nbs/09_recipes.core.ipynb #rcppub01
+@dataclass(frozen=True)
+class Published:
+    "What a paper and its released code give for one field of its recipes; None where they do not say."
+
+    field: str  # as `value_of` finds it: 'pretrain.K', 'tune.m', 'offline.text.steps', 'eval_episodes'
+    paper: object = None
+    code: object = None
+    source: str = ""  # table, section, file
+    on: tuple = ("*",)  # patterns of 'family/key': the recipes that this holds for
+    why: str = ""  # why ours differs, where it does
+
+    def covers(self, recipe) -> bool:
+        "Does this hold for a recipe?"
+        return any(fnmatchcase(f"{recipe.family}/{recipe.key}", pattern) for pattern in self.on)
+
+
+# %% ../../nbs/09_recipes.core.ipynb #rcppub02
+def value_of(recipe, path):
+    "The value of a recipe's field, given by its path; pairs are looked into. A KeyError where there is none."
+    now = recipe
+    for name in path.split("."):
+        pairs = dict(getattr(now, "hyper", ())) | dict(getattr(now, "model", ()))
+        if name in pairs:
+            now = pairs[name]
+        elif hasattr(now, name):
+            now = getattr(now, name)
+        else:
+            raise KeyError(path)
+    return now
 
 
 # %% ../../nbs/09_recipes.core.ipynb #fee410cf
@@ -363,6 +348,17 @@ def unique(recipes) -> list:
     return list({r.id: r for r in recipes}.values())
 
 
+# %% ../../nbs/09_recipes.core.ipynb #rcppub04
+@dataclass(frozen=True)
+class Standing:
+    "A difference between our work and a paper's that no field of a recipe holds: data, worlds, weights."
+
+    what: str
+    ours: str
+    theirs: str
+    source: str = ""
+
+
 # %% ../../nbs/09_recipes.core.ipynb #bd89b4cd
 @dataclass
 class Paper:
@@ -372,6 +368,8 @@ class Paper:
     title: str
     exhibits: dict = field(default_factory=dict)
     recipes: dict = field(default_factory=dict)
+    published: list = field(default_factory=list)  # Published: what recipes are compared with, field by field
+    standing: list = field(default_factory=list)  # Standing: what no field says
 
     def add(self, recipe):
         "Register a recipe; two different ones of one name are a ValueError."
@@ -390,3 +388,12 @@ class Paper:
     def unknown(self, id, title, why):
         "Register a table or figure that cannot be made, with the reason."
         self.exhibits[id] = Exhibit(self.slug, id, title, "-", "none", unknown=why)
+
+    def publish(self, field, paper=None, code=None, source="", on="*", why=""):
+        "Note what paper and code give for a field, of the recipes whose 'family/key' fits one of the patterns `on`."
+        on = (on,) if isinstance(on, str) else tuple(on)
+        self.published.append(Published(field, paper, code, source, on, why))
+
+    def stand(self, what, ours, theirs, source=""):
+        "Note a difference that stands at every scale and that no field of a recipe holds."
+        self.standing.append(Standing(what, ours, theirs, source))

@@ -21,8 +21,6 @@ _all_ = ["exhibit", "reported"]  # a paper's page needs no other import
 # %% auto #0
 __all__ = [
     "PAGES",
-    "OFFLINE",
-    "OWN_FIELDS",
     "WHERE",
     "page_of",
     "caption",
@@ -35,9 +33,11 @@ __all__ = [
     "status_line",
     "Page",
     "parts_of",
-    "source_of",
+    "sources",
     "changed",
     "deviations",
+    "apart",
+    "differences",
     "provenance",
     "exhibit",
     "reported",
@@ -202,68 +202,48 @@ class Page:
         return overview(self.paper, self.scale, self.whose)
 
     def deviations(self) -> pd.DataFrame:
-        "What this scale changes."
+        "What this scale changes against paper scale."
         return deviations(self.paper, self.scale)
+
+    def differences(self) -> pd.DataFrame:
+        "What paper scale does otherwise than the paper or its code."
+        return differences(self.paper)
 
     def provenance(self) -> pd.DataFrame:
         "Where the numbers come from."
         return provenance(self.paper, self.scale, self.whose)
 
 
-# %% ../../nbs/11h_report.exhibits.ipynb #ex000019
-OFFLINE = dict(
-    offline=("training of policies", "LaMo's code"),
-    pixels=("training of policies, pictures", "LaMo's code"),
-    value=("training of baselines", "CORL (Atari: d3rlpy)"),
-    text=("pre-training on text", "synthetic pre-training's code"),
-)
-
-
-def _offline_kind(learner):
-    if "pixel" in learner:
-        return "pixels"
-    return "offline" if "lamo" in learner else "value"
-
-
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000020
-def parts_of(r) -> list:
-    "(part, its fields, their source where recipes name none) of a recipe."
-    if x := r.online:
-        source = "AdaRefiner's code"
-        evaluation = ("evaluation of agents", dict(eval_episodes=r.eval_episodes), source)
-        return [("guided training", asdict(x), source), evaluation, ("seeds", dict(seeds=r.seeds), "not known")]
-    evaluation = dict(eval_episodes=r.eval_episodes, seeds=r.seeds)
+def parts_of(r) -> dict:
+    "The fields of a recipe by the path of what holds them: {'pretrain': {field: value}, …}; '' holds the recipe's own."
+    parts = {"": dict(eval_episodes=r.eval_episodes, target=r.target, seeds=r.seeds)}
+    if r.online:
+        return parts | {"online": asdict(r.online)}
     if x := r.offline:
         own = {k: v for k, v in asdict(x).items() if k not in ("text", "model")}
-        name, source = OFFLINE[_offline_kind(x.learner)]
-        parts = [(name, {**dict(x.model), **own}, source)]
-        if x.text:
-            name, source = OFFLINE["text"]
-            parts.append((name, asdict(x.text), source))
-        return [*parts, ("evaluation of policies", evaluation, "LaMo's code")]
-    tuning = {**asdict(r.tune), **dict(r.tune.hyper)}
-    return [("pre-training", asdict(r.pretrain), ""), ("tuning", tuning, ""), ("evaluation", evaluation, "")]
+        parts["offline"] = {**dict(x.model), **own}
+        return parts | ({"offline.text": asdict(x.text)} if x.text else {})
+    tune = {k: v for k, v in asdict(r.tune).items() if k != "hyper"}
+    return {"pretrain": asdict(r.pretrain), "tune": {**tune, **dict(r.tune.hyper)}} | parts
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000021
-OWN_FIELDS = ("episodes", "limit", "precision", "vocab", "files", "preset", "points", "last", "encoder")
-
-
-def source_of(part, field, given) -> str:
-    "Where the paper-scale value of a field comes from."
-    if given:
-        return "ours" if field in OWN_FIELDS else given
-    return rc.SOURCES.get(f"{part}.{field}", rc.SOURCES.get(field, "ours"))
+def sources(paper, field, recipes) -> str:
+    "Where the paper-scale value of a field comes from, for some recipes of a paper; 'ours' where nobody has it."
+    of = rc.PAPER_OF[paper].published
+    found = [p.source for p in of if p.field == field and any(p.covers(r) for r in recipes)]
+    return "; ".join(dict.fromkeys(x for x in found if x)) or "ours"
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000022
 def changed(r, scale):
-    "(part, field, source, paper-scale value, value at the scale) of each field of a recipe that a scale changes."
+    "(field, paper-scale value, value at the scale) of each field of a recipe that a scale changes."
     there, here = (parts_of(rc.resolve(r, s)) for s in ("paper", scale))
-    for (part, a, given), (_, b, _) in zip(there, here):
-        for field in a:
-            if field != "hyper" and a[field] != b[field]:
-                yield part, field, given, a[field], b[field]
+    for part, fields in there.items():
+        for field, value in fields.items():
+            if value != here[part][field]:
+                yield f"{part}.{field}".lstrip("."), value, here[part][field]
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000023
@@ -278,15 +258,57 @@ def deviations(paper, scale) -> pd.DataFrame:
     found = {}
     for e in rc.exhibits(paper):
         for r in rc.recipes_of(e, scale):
-            for part, field, given, there, here in changed(r, scale):
-                a, b = found.setdefault((part, field, given), (set(), set()))
+            for field, there, here in changed(r, scale):
+                a, b, recipes = found.setdefault(field, (set(), set(), []))
                 a.add(there)
                 b.add(here)
+                recipes.append(r)
     rows = [
-        dict(part=p, field=f, paper_scale=_values(a), this_scale=_values(b), source=source_of(p, f, given))
-        for (p, f, given), (a, b) in found.items()
+        dict(field=f, paper_scale=_values(a), this_scale=_values(b), source=sources(paper, f, recipes))
+        for f, (a, b, recipes) in found.items()
     ]
     return pd.DataFrame(rows)
+
+
+# %% ../../nbs/11h_report.exhibits.ipynb #ex000036
+def apart(r, p: rc.Published):
+    "(a recipe's value,) of a published field that is not the paper's or the code's, or that neither gives; else None."
+    try:
+        ours = rc.value_of(r, p.field)
+    except KeyError:
+        return None
+    said = [x for x in (p.paper, p.code) if x is not None]
+    return None if said and all(x == ours for x in said) else (ours,)
+
+
+# %% ../../nbs/11h_report.exhibits.ipynb #ex000037
+def differences(paper) -> pd.DataFrame:
+    "Where paper scale is not the paper, or not its code: fields with both values, then what no field holds."
+    of, found = rc.PAPER_OF[paper], {}
+    recipes = [rc.resolve(r, "paper") for r in of.recipes.values() if rc.run_at(r, "paper")]
+    for p in of.published:
+        for r in recipes:
+            if p.covers(r) and (ours := apart(r, p)):
+                found.setdefault((p, *ours), []).append(r)
+    rows = [
+        dict(
+            what=p.field,
+            ours=_said(ours),
+            paper=_said(p.paper),
+            code=_said(p.code),
+            recipes=str(len(rs)),
+            why=p.why,
+            source=p.source,
+        )
+        for (p, ours), rs in found.items()
+    ]
+    rows += [dict(what=s.what, ours=s.ours, paper=s.theirs, source=s.source) for s in of.standing]
+    columns = ["what", "ours", "paper", "code", "recipes", "why", "source"]
+    return pd.DataFrame(rows, columns=columns).fillna("")
+
+
+def _said(value) -> str:
+    return "not said" if value is None else _values([value])
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000026
