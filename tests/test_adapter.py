@@ -1,5 +1,6 @@
 "The language adapter: which rows it is tuned on, what tuning changes and what not; neither kills nor networks matter."
 
+import copy
 import os
 import random
 import signal
@@ -31,7 +32,7 @@ from promptnb.llm.adapter import (
     tiny,
     tune,
 )
-from promptnb.llm.backends import Local
+from promptnb.llm.backends import Local, as_text
 
 SMALL = dict(rows=300, steps=40, warm=10, held=8)
 TOY = SFT(r=8, alpha=16, lr=5e-3, whole_text=False)
@@ -208,6 +209,47 @@ def test_the_loss_is_on_the_reply(tokenizer):
 def test_the_loss_is_on_the_whole_text(tokenizer):
     x = encoded(tokenizer, rows(1))[0]
     assert encoded(tokenizer, rows(1), whole_text=True)[0]["labels"] == x["input_ids"]
+
+
+LLAMA_2 = (  # the markup of Llama-2's chat models, as their card describes it
+    "{% set n = namespace(system='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{% set n.system = '<<SYS>>\\n' + m['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% elif m['role'] == 'user' %}{{ bos_token + '[INST] ' + n.system + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def llama_2(tokenizer):
+    "The tiny tokenizer with the markup of Llama-2, which begins a text with a token of its own."
+    tok = copy.deepcopy(tokenizer)
+    tok.chat_template, tok.bos_token = LLAMA_2, "<s>"
+    return tok
+
+
+def test_the_released_text_holds_the_markup_twice(llama_2):
+    """PKU-RL/AdaRefiner: `llm_template` (utils.py) puts system line and facts into the markup, and the log keeps that;
+    sft.py writes '[INST] <<SYS>>', the system line, '<</SYS>>', the logged prompt, '[/INST]' and the response."""
+    (row,) = rows(1)
+    system, user = (m["content"] for m in row["prompt"])
+    head = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n"
+    (x,) = encoded(llama_2, [row], whole_text=True, markup_twice=True)
+    text = llama_2.decode(x["input_ids"]).removesuffix(f" {llama_2.eos_token}")
+    assert text == f"<s>{head}{head}{user} [/INST] [/INST] {row['response']}"
+
+
+def test_our_text_holds_the_markup_once_as_inference_does(llama_2):
+    (row,) = rows(1)
+    text = llama_2.decode(encoded(llama_2, [row])[0]["input_ids"])
+    assert text == f"{as_text(llama_2, row['prompt'])} {row['response']} {llama_2.eos_token}"
+    assert text.count("[INST]") == text.count("[/INST]") == 1
+
+
+def test_the_loss_on_a_reply_is_the_same_part_of_both_texts(tokenizer):
+    once, twice = (encoded(tokenizer, rows(3), markup_twice=how) for how in (False, True))
+    labelled = [[[i for i in x["labels"] if i >= 0] for x in xs] for xs in (once, twice)]
+    assert labelled[0] == labelled[1]
+    assert all(len(a["input_ids"]) < len(b["input_ids"]) < 1024 for a, b in zip(once, twice))
 
 
 def test_rows_are_cut(tokenizer):

@@ -652,6 +652,23 @@ def test_cumulative_rows_are_of_all_stages_before(steps_of_rows):
     assert sorted(first + second) == sorted(both)
 
 
+@pytest.mark.parametrize("arm, twice", [("adapter", False), ("no-score", False), ("released", True)])
+def test_the_released_arm_alone_is_tuned_on_markup_in_markup(unbroken, tmp_path, monkeypatch, arm, twice):
+    "PKU-RL/AdaRefiner, sft.py: the logged prompt, which holds the markup, is put into the markup again."
+    seen = []
+    done = dict(eval_before=1, eval_after=1, steps=1, seconds=1)
+    monkeypatch.setattr(adapter, "tune", lambda base, rows, out, config, device: seen.append(config) or done)
+    guided.tuned(at(arm).online, 1, "base", unbroken.folder / "exchanges.jsonl", [0, 256, 512], tmp_path, 0)
+    assert [config.markup_twice for config in seen] == [twice]
+
+
+def test_the_field_of_the_markup_leaves_older_digests_as_they_were():
+    "Results of the other arms were made before the field was there."
+    x = R.ARMS["adapter"].online
+    assert "markup_twice" in rc.core.LATER
+    assert rc.digest(replace(x, markup_twice=True)) != rc.digest(x)
+
+
 # ---- kills
 
 

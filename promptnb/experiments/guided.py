@@ -165,7 +165,8 @@ def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed, device="cpu"):
     if len(rows) < FEWEST:
         return adapter, dict(facts, steps=0, note="too few rows")
     out = Path(folder) / f"adapter-{k}"
-    config = SFT(**{"seed": seed_for(seed, "sft", k) % 2**31, **dict(x.sft)})
+    own = dict(seed=seed_for(seed, "sft", k) % 2**31, markup_twice=x.markup_twice)
+    config = SFT(**{**own, **dict(x.sft)})
     did = tune(adapter, rows, out, config, str(device))
     losses = dict(loss_before=did["eval_before"], loss_after=did["eval_after"])
     return out, dict(facts, steps=did["steps"], **losses, seconds=did["seconds"])

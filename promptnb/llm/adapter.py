@@ -68,6 +68,7 @@ __all__ = [
     "Teacher",
     "teach",
     "token_ids",
+    "in_markup_again",
     "encoded",
     "goal_splitter",
     "tiny_tokenizer",
@@ -268,9 +269,19 @@ def token_ids(tok, chats, **template) -> list:
     return tok(texts, add_special_tokens=False)["input_ids"]
 
 
+# %% ../../nbs/07b_llm.adapter.ipynb #a1twic01
+def in_markup_again(tok, row):
+    "A row whose user message is the whole prompt in chat markup, system line included, as released."
+    asked = tok.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    asked = asked.removeprefix(tok.bos_token or "")  # a text begins once
+    system = [m for m in row["prompt"] if m["role"] == "system"]
+    return dict(row, prompt=[*system, dict(role="user", content=asked)])
+
+
 # %% ../../nbs/07b_llm.adapter.ipynb #3fa754d7
-def encoded(tok, rows, whole_text=False, longest=1024) -> list:
+def encoded(tok, rows, whole_text=False, longest=1024, markup_twice=False) -> list:
     "Rows -> dicts of input_ids and labels of at most `longest` tokens; loss on the reply, or with `whole_text` on all."
+    rows = [in_markup_again(tok, r) for r in rows] if markup_twice else rows
     full = token_ids(tok, [[*r["prompt"], dict(role="assistant", content=r["response"])] for r in rows])
     asked = token_ids(tok, [r["prompt"] for r in rows], add_generation_prompt=True)
     out = []
@@ -588,7 +599,9 @@ def split(rows):
 # %% ../../nbs/07b_llm.adapter.ipynb #838aa23b
 @dataclass(frozen=True)
 class SFT:
-    "How an adapter is tuned. Defaults: PKU-RL/AdaRefiner, sft.py, but for `quantise`, which is 'nf4' there."
+    """How an adapter is tuned. Defaults: PKU-RL/AdaRefiner, sft.py.
+
+    But for `quantise`, which is 'nf4' there, and `markup_twice`, which is True."""
 
     r: int = 64  # rank of LoRA, on peft's default modules (of a Llama: q_proj, v_proj)
     alpha: int = 16
@@ -600,6 +613,7 @@ class SFT:
     weight_decay: float = 0.001
     grad_norm: float = 0.3  # gradients are clipped to it
     whole_text: bool = True  # loss over prompt and reply; False: the reply only
+    markup_twice: bool = False  # code: True, the prompt stands in the chat markup twice
     quantise: str = ""  # 'nf4': the base in 4 bits while tuning
     longest: int = 1024  # tokens of a row
     seed: int = 0
@@ -705,7 +719,7 @@ def fit_lora(base, rows, c, new, device) -> dict:
     start = time.perf_counter()
     tok = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     tok.save_pretrained(new)
-    train, held = (encoded(tok, part, c.whole_text, c.longest) for part in split(rows))
+    train, held = (encoded(tok, part, c.whole_text, c.longest, c.markup_twice) for part in split(rows))
     with own_random(seed_for("sft", c.seed)), warnings.catch_warnings(action="ignore", category=FutureWarning):
         t = trainer(load_lm(base, c.quantise, device), tok, train, held, c, new / "scratch", device)
         before = t.evaluate()["eval_loss"]

@@ -215,6 +215,7 @@ class Online:
     text_after_step: bool = False  # code: True, a step is stored with the text that came after it
     empty_each_rollout: bool = False  # code: True
     raw_replies: bool = False  # code: True, the reply itself is the text
+    markup_twice: bool = False  # code: True, the adapter is tuned on prompts that stand in the chat markup twice
     preset: str = "paper"  # which sizes a scale overrides: SCALES
 
 
@@ -277,6 +278,7 @@ LATER = dict(
     play="test",
     per_agent=False,
     online=None,
+    markup_twice=False,
 )
 
 

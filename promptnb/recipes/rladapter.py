@@ -40,6 +40,7 @@ SWITCHES = {  # of the last arm
             empty_each_rollout=True,
             ask_on_reset=False,
             raw_replies=True,
+            markup_twice=True,
         ),
     ),
     "K10": ("K = 10", dict(interval=10, preset="often")),
