@@ -364,6 +364,7 @@ class PPOSettings:
     threads: int = 1
     every: float = 0.02  # of the steps, between snapshots
     until: float | None = None  # stop at the first snapshot whose mean return reaches it
+    shaping: float = 0.0  # times the kind's SHAPING of the body, added to the reward that it learns from
 
 
 # %% ../nbs/02a_experts.ipynb #expgoal1
@@ -376,6 +377,8 @@ class GoalEpisodes:
         self.rng = rng_for(settings.seed, "expert", fam.name)
         self.vec = tasks.lock_step(fam, self.draw_tasks(), threads=settings.threads)
         self.size = fam.state_dim + goal_features(fam, [0]).shape[1]
+        self.hint = tasks.kind_module(fam).SHAPING[fam.body] if settings.shaping else None
+        self.weight = settings.shaping
 
     def draw_tasks(self):
         "A task id for every row."
@@ -392,6 +395,8 @@ class GoalEpisodes:
     def step(self, actions):
         "One step of all rows: (seen, rewards, done, infos), as stable-baselines3 defines them."
         obs, r, terminated, truncated, _ = self.vec.step(actions)
+        if self.hint:
+            r = r + self.weight * self.hint(obs)
         done, seen, infos = terminated | truncated, self.see(obs), [{} for _ in range(self.n)]
         if done.any():
             for i in np.flatnonzero(done):

@@ -279,9 +279,9 @@ add(
         target_return=76.0,
         references=(0.0, 100.0),
         **{**_D4RL, "horizon": 100, "rtg_scale": 10.0, "episodes": (4, 50, 50), "medium": 0.8},
-        note="LaMo's 12-dimensional sparse reacher, our own model: link lengths, damping and gear are assumed. "
-        "LaMo's medium agent scores 36, ours is the snapshot near it; LaMo keeps only its episodes above 20, "
-        "ours are all kept",
+        note="LaMo's sparse reacher, written from the constants of its model file; the target's place is part of the "
+        "state. LaMo's medium agent scores 36 and only its episodes above 20 are kept: ours is the snapshot nearest "
+        "to 36, its episodes are kept likewise",
     )
 )
 

@@ -11,7 +11,7 @@ from . import control
 from .control import Body, ant_fell, blown_up, finite, see_ant, squared
 
 # %% auto #0
-__all__ = ["REACHER", "REACHER_SKIP", "REACHER_DT", "BODIES", "LockStep", "make", "fingertip"]
+__all__ = ["REACHER", "REACHER_SKIP", "REACHER_DT", "SHAPING", "BODIES", "LockStep", "make", "fingertip"]
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #5baf62e6
@@ -55,50 +55,57 @@ def _walker_fell(q, v):
 # %% ../../nbs/01b_tasks.locomotion.ipynb #9d4321c4
 REACHER = """<mujoco model="reacher2d">
   <compiler angle="radian"/>
-  <option timestep="0.002" gravity="0 0 0" integrator="implicitfast"/>
+  <option timestep="0.01" gravity="0 0 0" integrator="RK4"/>
   <default>
-    <joint armature="0.1" damping="0.4"/>
-    <geom contype="0" conaffinity="0" density="300" rgba="0.3 0.45 0.69 1"/>
+    <joint axis="0 0 1" armature="0.05" damping="1"/>
+    <geom density="1000" condim="1" friction="1 0.1 0.1" contype="1" conaffinity="1" rgba="0.3 0.45 0.69 1"/>
+    <motor gear="1" ctrllimited="true" ctrlrange="-1 1"/>
   </default>
+  <asset>
+    <texture name="squares" type="2d" builtin="checker" width="100" height="100" rgb1=".95 .95 .95" rgb2=".9 .9 .9"/>
+    <material name="squares" texture="squares" texrepeat="2 2" texuniform="true"/>
+  </asset>
   <worldbody>
     <light pos="0 0 4"/>
-    <camera name="track" pos="0 0 2.6"/>
-    <geom type="plane" size="1.4 1.4 0.1" pos="0 0 -0.1" rgba="0.93 0.93 0.93 1"/>
-    <body name="upper">
-      <joint name="shoulder" axis="0 0 1"/><geom type="capsule" fromto="0 0 0 0.5 0 0" size="0.04"/>
-      <body name="lower" pos="0.5 0 0">
-        <joint name="elbow" axis="0 0 1"/><geom type="capsule" fromto="0 0 0 0.5 0 0" size="0.03"/>
-        <geom type="sphere" pos="0.5 0 0" size="0.05" rgba="0.87 0.56 0.02 1"/>
+    <camera name="track" pos="0 0 2.9"/>
+    <geom name="floor" type="plane" pos="0 0 -0.15" size="3 3 0.1" rgba="1 1 1 1" material="squares"/>
+    <geom name="root" type="capsule" fromto="0 0 -0.1 0 0 0.1" size="0.1" rgba="0.4 0.4 0.4 1"/>
+    <body name="upper" pos="0 0 -0.075" euler="0 0 0.785">
+      <joint name="shoulder"/>
+      <geom type="capsule" fromto="0 0 0 0.6 0 0" size="0.05"/>
+      <body name="lower" pos="0.6 0 0" euler="0 0 -0.785">
+        <joint name="elbow" limited="true" range="-2.0 3.5"/>
+        <geom type="capsule" fromto="0 0 0 0.4 0 0" size="0.05"/>
+        <site name="fingertip" pos="0.45 0 0" size="0.03" rgba="0.87 0.56 0.02 1"/>
       </body>
     </body>
     <body name="target">
       <joint name="target_x" type="slide" axis="1 0 0" armature="0" damping="0"/>
       <joint name="target_y" type="slide" axis="0 1 0" armature="0" damping="0"/>
-      <geom type="sphere" size="0.06" rgba="0.01 0.62 0.45 1"/>
+      <geom type="sphere" size="0.06" contype="0" conaffinity="0" rgba="0.01 0.62 0.45 1"/>
     </body>
   </worldbody>
   <actuator>
-    <motor joint="shoulder" gear="3" ctrlrange="-1 1" ctrllimited="true"/>
-    <motor joint="elbow" gear="1.5" ctrlrange="-1 1" ctrllimited="true"/>
+    <motor joint="shoulder"/>
+    <motor joint="elbow"/>
   </actuator>
 </mujoco>"""
 REACHER_SKIP = 15  # physics steps a step
-REACHER_DT = REACHER_SKIP * 0.002
+REACHER_DT = REACHER_SKIP * 0.01  # seconds a step
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #d44c709e
 def fingertip(q):
-    "Where the fingertip is: q (N, 4) -> (N, 2) in metres. Both links are 0.5 m."
-    a, b = q[:, 0], q[:, 0] + q[:, 1]
-    return 0.5 * np.stack([np.cos(a) + np.cos(b), np.sin(a) + np.sin(b)], -1)
+    "Where the fingertip is: q (N, 4) -> (N, 2) in metres, from links of 0.6 and 0.45 m."
+    upper = q[:, 0] + 0.785  # the shoulder's frame is turned by 0.785 rad, the elbow's back again
+    lower = q[:, 0] + q[:, 1]
+    return np.stack([0.6 * np.cos(upper) + 0.45 * np.cos(lower), 0.6 * np.sin(upper) + 0.45 * np.sin(lower)], -1)
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #1163cade
 def _see_reacher(q, v):
-    tip = fingertip(q)
-    return np.concatenate(
-        [np.sin(q[:, :2]), np.cos(q[:, :2]), REACHER_DT * v[:, :2], tip, q[:, 2:], tip - q[:, 2:]], -1
-    )
+    tip, target = fingertip(q), q[:, 2:]
+    return np.concatenate([np.sin(q[:, :2]), np.cos(q[:, :2]), REACHER_DT * v[:, :2], tip, target, tip - target], -1)
 
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #c6ae65e0
@@ -108,10 +115,21 @@ def _pay_reacher(fam, goal, dt, q0, q1, a, ended):
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #89db3444
 def _start_reacher(q0, nv, rng):
-    radius, angle = rng.uniform(0.5, 1.0), rng.uniform(-np.pi, np.pi)
     arm = rng.uniform(-2, 2, 2)
-    return np.array([*arm, radius * np.cos(angle), radius * np.sin(angle)]), np.zeros(nv)
+    target = np.zeros(2)
+    while not 0.5 <= np.linalg.norm(target) <= 1.0:
+        target = rng.uniform(-1.5, 1.5, 2)
+    return np.concatenate([arm, target]), np.zeros(nv)
 
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #rea18c02
+def _nearness(obs):
+    "Minus the L1 distance of fingertip and target in metres: Reacher2d's observations (N, 12) -> (N,)."
+    return -np.abs(obs[:, -2:]).sum(-1)
+
+
+# %% ../../nbs/01b_tasks.locomotion.ipynb #rea18c03
+SHAPING = dict(reacher2d=_nearness)  # body -> what PPOSettings.shaping adds to the reward of a behaviour policy
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #1cca0849
 _upright = dict(frame_skip=4, dt=0.008, start=_small_start)
