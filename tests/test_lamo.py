@@ -168,7 +168,7 @@ FROM_LAMO = {  # arm: what differs from the arm `lamo` of the same cell: of the 
     "full": ({"train"}, set(), set()),
     "frozen": ({"train"}, set(), set()),
     "gpt2": (set(), {"kind"}, set()),
-    "shuffled": (set(), {"kind"}, set()),
+    "shuffled": (set(), {"kind", "block"}, set()),
     "wiki": ({"train", "embed", "norm_before_time", "dropout", "lam"} | SHARED, set(), {"weight_decay"}),
     "drop-best": (set(), set(), {"drop_best"}),
     "early": (set(), {"part"}, set()),
@@ -319,10 +319,35 @@ def test_the_factor_reaches_the_optimiser(home, monkeypatch):
 
 
 def test_part_of_the_text():
-    "Early-stopped: a share of the scale's steps, and nothing else; 'part' is used up."
-    for scale, steps in (("paper", 2000), ("laptop", 100), ("smoke", 1)):
+    """Early-stopped: a share of the scale's steps after the warm-up, and nothing else; 'part' is used up.
+
+    LaMo's Fig. 7 stops a training that goes on at its full rate (its legend: WikiText, 100K steps). 0.1 of all 20,000
+    steps would end within the warm-up of 10,000."""
+    for scale, steps in (("paper", 11_000), ("laptop", 190), ("smoke", 3)):
         a, b = (at(x, scale=scale).offline.text for x in ("early", "lamo"))
         assert a.steps == steps and differing(a, b) == {"steps"} and a.part == 1, scale
+
+
+@pytest.mark.parametrize("scale", rc.SCALES)
+def test_early_stopped_pretraining_reaches_its_rate(scale, monkeypatch):
+    "It takes steps after the warm-up, and fewer than the whole training: the settings that `train.fit` is given."
+    given = []
+    monkeypatch.setattr(L, "pretrain_lm", lambda kind, fit, config, **kw: given.append(config))
+    for arm in ("early", "lamo"):
+        offline.trunk_of(at(arm, scale=scale).offline.text)
+    early, whole = given
+    assert early.warmup < early.steps < whole.steps
+    assert (early.warmup, early.lr) == (whole.warmup, whole.lr)
+
+
+def test_shuffled_text_keeps_its_blocks():
+    """The released control lets tokens change places within blocks of 1,024, at every scale.
+
+    SOURCE: code/get_nlp_datasets.py of srzer/LaMo-2023 at a48e09c, `shuffle_words` and `block_size`."""
+    for scale in rc.SCALES:
+        text = at("shuffled", scale=scale).offline.text
+        assert offline.corpus_options(text)["block"] == text.block == 1024, scale
+        assert "block" not in offline.corpus_options(replace(text, kind="english"))
 
 
 def test_digests_of_older_papers_stay():

@@ -504,6 +504,20 @@ def test_corpora():
     one_line(lambda: corpus("chian"), "did you mean 'chain'?")
 
 
+@pytest.mark.parametrize("block", [1024, 0])
+def test_shuffled_text(block):
+    "Each block of 1,024 tokens holds the tokens that it held, in another order; 0: the whole text is one block."
+    (e, s) = (corpus(kind, files=25, vocab=400, block=b) for kind, b in (("english", 0), ("shuffled", block)))
+    for plain, shuffled in ((e.train[0], s.train[0]), (e.held[0], s.held[0])):
+        size = block or len(plain)
+        assert len(plain) > 1024
+        for i in range(0, len(plain), size):
+            a, b = plain[i : i + size], shuffled[i : i + size]
+            assert torch.equal(a.sort().values, b.sort().values) and not torch.equal(a, b)
+    kept = torch.equal(e.train[0, :1024].sort().values, s.train[0, :1024].sort().values)
+    assert kept == bool(block)
+
+
 TINY = dict(layers=1, width=16, seqs=4, length=16, n=64, tau=0.1)
 FIT = FitConfig(steps=12, lr=1e-2, warmup=2, clip=1e9, checkpoint_every=4, log_every=2)
 

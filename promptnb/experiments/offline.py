@@ -98,8 +98,11 @@ def trunk_of(t: rc.Text, device="cpu"):
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offcor01
 def corpus_options(t: rc.Text) -> dict:
-    "Options of `models.lm.corpus`: how many sequences of a synthetic text, which words and files of English."
-    return dict(n=t.n) if t.kind in ("chain", "iid") else dict(vocab=t.vocab, files=t.files or None)
+    "Options of `models.lm.corpus`: how many sequences of a synthetic text, which words, files and order of English."
+    if t.kind in ("chain", "iid"):
+        return dict(n=t.n)
+    own = dict(vocab=t.vocab, files=t.files or None)
+    return own | dict(block=t.block) if t.kind == "shuffled" else own
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #7f5af860
@@ -123,7 +126,7 @@ def own_tokens(t: rc.Text):
     from promptnb.models.lm import corpus
 
     kind = "english" if t.kind == "shuffled" else t.kind
-    options = corpus_options(t)
+    options = corpus_options(replace(t, kind=kind))
     of_what = fingerprint([kind, options, platform.python_version(), code_fingerprint("models/lm")])
     path = runs_dir() / "lm" / f"tokens-{kind}-{of_what}.safetensors"
     found = kept_tokens(path, of_what)

@@ -68,6 +68,7 @@ __all__ = [
     "chain",
     "entropy",
     "walk",
+    "permuted",
     "Corpus",
     "library_files",
     "docstrings_in",
@@ -531,6 +532,13 @@ def walk(matrix, first, n, length, rng):
     return out
 
 
+# %% ../../nbs/03a_models.lm.ipynb #lmshuf01
+def permuted(tokens, block, rng):
+    "Tokens (N,) in random order within each block of so many; with block=0 over all of them."
+    size = block or len(tokens)
+    return np.concatenate([rng.permutation(tokens[i : i + size]) for i in range(0, len(tokens), size)])
+
+
 # %% ../../nbs/03a_models.lm.ipynb #d0d1f0c0
 @dataclass
 class Corpus:
@@ -594,10 +602,10 @@ def train_bpe(texts, vocab):
 
 
 # %% ../../nbs/03a_models.lm.ipynb #761e8fdf
-def english(vocab=2048, files=None, shuffle=False):
+def english(vocab=2048, files=None, shuffle=False, block=0):
     """The docstrings as tokens, each begun by <|endoftext|>: to train on (1, N), held out (1, M), and the tokenizer.
 
-    With `shuffle` the tokens of each are in random order."""
+    With `shuffle` the tokens of each stream are in random order within blocks of `block` tokens (0: over all)."""
     train, held = [], []
     for text in docstrings(files):
         one_in_twenty = hashlib.sha256(text.encode()).digest()[0] % 20 == 0
@@ -606,20 +614,20 @@ def english(vocab=2048, files=None, shuffle=False):
     streams = []
     for i, texts in enumerate((train, held)):
         stream = np.array([token for e in tok.encode_batch(texts) for token in (0, *e.ids)], np.int16)
-        streams.append(rng_for("shuffled", i).permutation(stream) if shuffle else stream)
+        streams.append(permuted(stream, block, rng_for("shuffled", i)) if shuffle else stream)
     train, held = (torch.from_numpy(x)[None] for x in streams)
     return train, held, tok
 
 
 # %% ../../nbs/03a_models.lm.ipynb #67738428
-def corpus(kind, n=128_000, length=1024, states=100, tau=1.0, seed=666, vocab=2048, files=None) -> Corpus:
+def corpus(kind, n=128_000, length=1024, states=100, tau=1.0, seed=666, vocab=2048, files=None, block=0) -> Corpus:
     """Text of one of KINDS.
 
     Synthetic: n sequences of `length`, a sixteenth held out (the published recipe's 8,000 of 128,000).
-    English: `files` limits the library's files."""
+    English: `files` limits the library's files. Shuffled: within blocks of `block` tokens (0: over all the text)."""
     check_choice(kind, KINDS, "corpus")
     if kind in ("english", "shuffled"):
-        train, held, tok = english(vocab, files, kind == "shuffled")
+        train, held, tok = english(vocab, files, kind == "shuffled", block)
         return Corpus(kind, train, held, tok.get_vocab_size(), tokenizer=tok)
     if kind == "chain":
         matrix, first = chain(states, tau, seed)

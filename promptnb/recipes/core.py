@@ -124,7 +124,8 @@ class Text:
     heads: int = 12
     width: int = 768
     activation: str = "relu"  # code (synthetic pre-training)
-    part: float = 1.0  # of `steps`: below 1 for early-stopped pre-training
+    # of the steps after the warm-up: below 1 for early-stopped pre-training, which so takes steps at the full rate
+    part: float = 1.0
     steps: int = 20_000  # code: its best checkpoint
     lr: float = 3e-4  # code
     weight_decay: float = 1e-2  # code
@@ -134,6 +135,7 @@ class Text:
     n: int = 128_000  # code: sequences of the chain; English has what the library holds
     vocab: int = 8192  # of English; assumed
     files: int = 0  # of the library (0: all)
+    block: int = 0  # 'shuffled': tokens change places within blocks of so many (0: over all the text); code: 1024
     precision: str = "auto"
 
 
@@ -279,6 +281,7 @@ LATER = dict(
     per_agent=False,
     online=None,
     markup_twice=False,
+    block=0,
 )
 
 

@@ -73,7 +73,7 @@ ARMS = {  # label, what the trunk reads before, LMConfig's fields, Offline's fie
     "linear": ("LaMo with linear embeddings", Text(), dict(embed="linear"), {}),
     "full": ("LaMo fully fine-tuned", Text(), dict(train="full"), {}),
     "frozen": ("LaMo frozen without LoRA", Text(), dict(train="frozen"), {}),
-    "shuffled": ("LaMo on shuffled text", Text("shuffled"), {}, {}),
+    "shuffled": ("LaMo on shuffled text", Text("shuffled", block=1024), {}, {}),  # code
     "early": ("LaMo on early-stopped text", Text(part=0.1), {}, {}),
     "large": ("LaMo with GPT-2 medium", Text(size="medium", layers=24, heads=16, width=1024), {}, {}),
     "wiki": (

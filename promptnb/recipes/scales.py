@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .core import Offline, Recipe, Tune
+from .core import Offline, Recipe, Text, Tune
 
 # %% auto #0
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "SMOKE",
     "SCALES",
     "scaled",
+    "stopped_at",
     "resolve_offline",
     "resolve_online",
     "resolve_hyper",
@@ -155,6 +156,12 @@ def scaled(now, want):
     return round(now * want) if is_share else want
 
 
+# %% ../../nbs/09a_recipes.scales.ipynb #rstop002
+def stopped_at(t: Text) -> int:
+    "The last step of a text's pre-training: its `part` of the steps after the warm-up."
+    return t.steps if t.part == 1 else t.warmup + max(1, round(t.part * (t.steps - t.warmup)))
+
+
 # %% ../../nbs/09a_recipes.scales.ipynb #610da678
 def resolve_offline(x: Offline, family, o) -> Offline:
     "The offline part of a recipe at a scale: its learner's overrides, then the family's."
@@ -165,8 +172,7 @@ def resolve_offline(x: Offline, family, o) -> Offline:
         **o.get("Offline", {}).get((group, family), {}),
     }
     text = x.text and replace(x.text, **o.get("Text", {}), **o.get("sizes", {}).get(x.text.size, {}))
-    if text:
-        text = replace(text, steps=max(1, round(text.part * text.steps)), part=1.0)
+    text = text and replace(text, steps=stopped_at(text), part=1.0)
     x = replace(x, text=text, **own)
     return replace(x, steps=round(x.steps * x.steps_times), steps_times=1.0)
 
