@@ -281,7 +281,8 @@ def test_no_line_is_drawn_for_rewards_of_another_version(tmp_home):
     view = View(exhibit(PAPER, "pdt_fig2_mw"), LAPTOP, partial=True)
     said = prompts.left_out(view)
     assert not len(prompts.same_protocol(view.published[view.published.family == "ml1-reach"]))
-    assert "MT-ORL on ml1-reach: 2363, Prompt-DT Fig 2, digitised (rewards of Meta-World v2" in said
+    assert "MT-ORL on ml1-reach: 2363, Prompt-DT Fig 2, digitised; Prompt-MT-BC on ml1-reach: 4384" in said
+    assert "MACAW on ml1-reach: 3459, Prompt-DT Fig 2, digitised (rewards of Meta-World v2" in said
 
 
 @pytest.mark.parametrize("paper", ["prompt_tuning_dt", "prompt_diffuser"])

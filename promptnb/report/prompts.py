@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from .. import recipes as rc
+from ..core import data_dir
 from .stats import VERDICTS, compare, judged, student, summary
 from .style import COLUMN, SIZES, axes_for, legend, lines, note, nothing, style
 from .tables import basis, printed, save_figure, short, tidy_table
@@ -21,6 +23,7 @@ __all__ = [
     "APART",
     "COSINES",
     "COSTS",
+    "MAIN",
     "DRAW",
     "READ",
     "BAND",
@@ -34,6 +37,7 @@ __all__ = [
     "family_axes",
     "curves",
     "same_protocol",
+    "unaided",
     "pretraining",
     "process",
     "interval",
@@ -62,6 +66,12 @@ __all__ = [
     "prompt_entries",
     "prompt_change",
     "show_change",
+    "as_printed",
+    "setting_of",
+    "ours_of",
+    "settings",
+    "ranges",
+    "splits",
     "left_out",
     "not_drawn",
 ]
@@ -175,6 +185,13 @@ def same_protocol(pub) -> pd.DataFrame:
     return pub[pub.other_protocol.isna()]
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #pdxr0002
+def unaided(ax, pub):
+    "Draw published end points of methods that have no curve of ours, with their names in the legend."
+    for _, r in pub.iterrows():
+        ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls="-.", label=f"{r.method} (published only)")
+
+
 # %% ../../nbs/11d_report.prompts.ipynb #prs010a0
 def pretraining(view):
     "Return on the test tasks along pre-training; dotted: the published end point."
@@ -188,12 +205,14 @@ def pretraining(view):
         ax.set(xlabel="updates")
         if not len(d):
             nothing(ax)
+            continue
         for _, r in pub[(pub.family == family) & pub.method.isin(d.label)].iterrows():
             ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls=":")
+        unaided(ax, pub[(pub.family == family) & ~pub.method.isin(view.labels)])
     first = next(iter(axes.values()))
     dotted = pub.family.isin(axes) & pub.method.isin(df.label)
     first.set_ylabel("return (dotted: published end)" if dotted.any() else "return")
-    legend(fig, [first])
+    legend(fig, axes.values())
     return fig, pd.concat(numbers)
 
 
@@ -698,6 +717,73 @@ def show_change(view):
     plt.close(fig)
 
 
+# %% ../../nbs/11d_report.prompts.ipynb #pdxr0004
+def as_printed(id) -> pd.DataFrame:
+    "The rows of one of Prompt-DT's tables without results: setting, family, field, paper, code, source."
+    rows = pd.read_csv(data_dir() / "reported" / "prompt_dt_settings.csv", dtype=str).fillna("")
+    return rows[rows.exhibit == id].drop(columns="exhibit")
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #pdxr0007
+def setting_of(r, field):
+    "The value of a printed setting in a recipe."
+    from promptnb import tasks
+
+    if field == "K*":
+        return r.pretrain.J * r.pretrain.H
+    if field == "target" and r.target is None:
+        return tasks.family(r.family).target_return
+    return rc.value_of(r, field)
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #pdxr0008
+def ours_of(field, families, scale) -> str:
+    "The values that the recipes of Prompt-DT have of a field, at a scale, in one text; '' without such a recipe."
+    own = rc.PAPER_OF["prompt_tuning_dt"].recipes.values()
+    found = [r for r in own if r.key == "pdt" and r.family in families and rc.run_at(r, scale)]
+    values = {setting_of(rc.resolve(r, scale), field) for r in found} if field else set()
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in sorted(values, key=str))
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #pdxr0010
+MAIN = ("cheetah-dir", "cheetah-vel", "ant-dir", "ml1-reach")  # Prompt-DT's families, but for Dial
+
+
+def settings(view):
+    "(printed, tidy) a table of settings: the paper's, the released code's, ours at paper scale and at the view's."
+    t = as_printed(view.exhibit.id)
+    for column, scale in dict(ours_at_paper_scale="paper", ours_at_this_scale=view.scale).items():
+        t[column] = [ours_of(r.field, [r.family] if r.family else MAIN, scale) for r in t.itertuples()]
+    by = ["setting", "family"] if (t.family != "").any() else ["setting"]
+    named = dict(paper="paper", code="released code", ours_at_paper_scale="ours, paper scale")
+    p = t.set_index(by)[[*named, "ours_at_this_scale"]]
+    p = p.rename(columns=named | dict(ours_at_this_scale=f"ours, {view.scale} scale"))
+    return p.loc[:, (p != "").any()], t
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #pdxr0012
+def ranges(ids) -> str:
+    "Indices in ascending order as text: '0-5,7,9-10'."
+    runs = []
+    for i in sorted(ids):
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+# %% ../../nbs/11d_report.prompts.ipynb #pdxr0014
+def splits(view):
+    "(printed, tidy) a table of task indices: the paper's and ours; ours are blank where we have no such family."
+    from promptnb import tasks
+
+    t = as_printed(view.exhibit.id).drop(columns=["field", "code"]).rename(columns=dict(setting="split"))
+    own = {name: dict(train=fam.train, test=fam.test) for name, fam in tasks.FAMILIES.items()}
+    t["ours"] = [ranges(own[r.family][r.split]) if r.family in own else "" for r in t.itertuples()]
+    return t.set_index(["family", "split"])[["paper", "ours"]], t
+
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000039
 DRAW = dict(
     table=table,
@@ -713,6 +799,8 @@ DRAW = dict(
     diversity=diversity,
     conflict=conflict,
     cost=cost,
+    settings=settings,
+    splits=splits,
 )
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000040
@@ -733,6 +821,8 @@ READ = dict(
     conflict="Mean over seeds.",
     cost="Seconds of preparation and tuning (0.1: that, or less), mean over seeds, against the return; in brackets the"
     " number of tuned parameters.",
+    settings="Blank: not said, or not part of it. Several values: one for each family.",
+    splits="Blank: no such family here.",
 )
 READ["grid"] = READ["quality"]
 BAND = dict(

@@ -11,6 +11,7 @@ import re
 import numpy as np
 import pandas as pd
 
+from .. import recipes as rc
 from ..core import write_atomic
 from .stats import UNRESOLVED, UNTESTED, VERDICTS, compare, judged, summary
 from .view import matrix, paired
@@ -29,8 +30,10 @@ __all__ = [
     "without_blank",
     "tidy_row",
     "beside",
+    "published_rows",
     "tidy_table",
     "entry",
+    "digits_of",
     "printed",
     "shown",
     "verdicts",
@@ -133,11 +136,26 @@ def beside(pub, mean=None) -> dict:
     return known | dict(reported=first["value"], difference=difference)
 
 
+# %% ../../nbs/11c_report.tables.ipynb #tb000p02
+def published_rows(view, made) -> list:
+    "Rows of what was published beside an exhibit, on its families, and is not among the rows `made` of its runs."
+    e, known = view.exhibit, {(row["method"], row["family"]) for row in made}
+    ours = {(e.labels.get(i, rc.RECIPES[i].method), rc.RECIPES[i].family) for i in e.recipes}
+    rows = []
+    for (method, family), pub in view.published.groupby(["method", "family"], sort=False):
+        if (method, family) in known or (e.families and family not in e.families):
+            continue
+        note = "not run at this scale" if (method, family) in ours else "published only"
+        rows.append(dict(method=method, family=family, note=note, **beside(pub)))
+    return rows
+
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000015
 def tidy_table(view) -> pd.DataFrame:
     "One row per method and family: ours (mean, std, IQM, interval, n), reported, difference, trainable, env steps."
-    rows = [tidy_row(view, label, family) for label in view.labels for family in view.families]
-    t = pd.DataFrame([row for row in rows if row]).reindex(columns=TIDY)
+    made = [tidy_row(view, label, family) for label in view.labels for family in view.families]
+    made = [row for row in made if row]
+    t = pd.DataFrame(made + published_rows(view, made)).reindex(columns=TIDY)
     return without_blank(t, view.reported)
 
 
@@ -155,12 +173,19 @@ def entry(r, digits=1) -> str:
     return "\n".join(line for line in lines if line)
 
 
+# %% ../../nbs/11c_report.tables.ipynb #tb000p04
+def digits_of(t: pd.DataFrame) -> int:
+    "Decimals of a column of a tidy table: two where all its values are fractions, else one."
+    values = t.reindex(columns=["mean", "reported", "elsewhere"]).abs().max(axis=None)
+    return 2 if values <= 1 else 1
+
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000017
 def printed(t: pd.DataFrame) -> pd.DataFrame:
     "A tidy table for readers: methods down, families across."
-    lines = {}
+    lines, digits = {}, {family: digits_of(column) for family, column in t.groupby("family")}
     for _, r in t.iterrows():
-        lines.setdefault(r.method, {})[r.family] = entry(r)
+        lines.setdefault(r.method, {})[r.family] = entry(r, digits[r.family])
     out = pd.DataFrame.from_dict(lines, orient="index").fillna("")
     out.index.name = "method"
     return out

@@ -224,6 +224,8 @@ def exhibit(paper, id) -> rc.Exhibit:
 # %% ../../nbs/11a_report.view.ipynb #vw000027
 def seeds_shown(view) -> str:
     "'n = 3 seeds', 'n = 1 to 3 seeds': how many seeds the rows of an exhibit have."
+    if not view.exhibit.recipes:
+        return "needs no run of its own"
     seeds = {}
     for run in view.good:
         seeds.setdefault((run.label, run.recipe.id), set()).add(run.seed)
