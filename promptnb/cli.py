@@ -141,7 +141,8 @@ def cmd_collect(a):
         check_choice(quality, (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
     of_scale = dict(zip(("smoke", "laptop", "paper"), fam.episodes, strict=True))
     episodes = of_scale[a.scale] if a.episodes is None else a.episodes
-    known = {q: collect.collect(fam, q, episodes, a.seed) for q in (a.quality or fam.qualities)}
+    qualities = a.quality or fam.qualities or [quality for quality, _ in fam.remote[:1]]
+    known = {q: collect.collect(fam, q, episodes, a.seed) for q in qualities}
     for quality, datasets in known.items():
         print_collected(fam.name, quality, datasets)
     if a.page:
@@ -524,8 +525,11 @@ def family_line(fam) -> str:
 
     if not tasks.installed(fam):
         return f"{fam.name}: pip install 'promptnb[{fam.extra}]'"
+    datasets = f"{len(collect.manifest(fam))} datasets"
+    if not fam.qualities:
+        return f"{fam.name}: no policy of ours, {datasets}"
     expert = experts.load_card(fam)["expert_mean_return"]
-    return f"{fam.name}: expert {expert:,.1f}, {len(collect.manifest(fam))} datasets"
+    return f"{fam.name}: expert {expert:,.1f}, {datasets}"
 
 
 # %% ../nbs/12_cli.ipynb #e2a99250

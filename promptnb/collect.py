@@ -38,6 +38,7 @@ from promptnb.core import (
 
 # %% auto #0
 __all__ = [
+    "HEIGHT",
     "dataset_id",
     "trajectories",
     "start_seed",
@@ -66,6 +67,7 @@ __all__ = [
     "strip",
     "ridges",
     "draw_page",
+    "save_strip",
     "page_cell",
     "markdown_table",
     "page_facts",
@@ -349,7 +351,8 @@ def fill(order, task_ids, say):
 def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None, threads=None, say=print):
     "Write the datasets of a family and quality (default: its best) that are missing; returns the manifest's entries."
     fam = tasks.family(name)
-    quality = check_choice(quality or fam.qualities[0], (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
+    known = (*fam.qualities, *dict(fam.remote))
+    quality = check_choice(quality or known[0], known, f"quality of {fam.name}")
     episodes = fam.episodes[1] if episodes is None else episodes
     root = Path(root or minari_dir())
     if episodes < 1:
@@ -362,12 +365,14 @@ def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None,
 
 # %% ../nbs/02b_collect.ipynb #f83ab53d
 def remote_trajectories(fam, quality, episodes):
-    """Trajectories of a remote Minari dataset, at most `episodes`, downloaded if need be.
+    """Trajectories that others made, at most `episodes`: a Minari dataset, downloaded if need be, or DQN-replay files.
 
     A kind may have a reading of its own: kitchen's goals lie elsewhere, Atari's pictures are of another size.
     """
     id_ = dict(fam.remote)[quality]
     kind = tasks.kind_module(fam)
+    if id_.startswith(tasks.REPLAY):
+        return kind.replayed(fam, id_, episodes)
     dataset = minari_dataset(id_, download=True)
     try:
         if hasattr(kind, "imported"):
@@ -513,6 +518,24 @@ def draw_page(fam, qualities, path):
     plt.close(fig)
 
 
+# %% ../nbs/02b_collect.ipynb #colstr01
+HEIGHT = 128  # pixels of a picture in a strip
+
+
+def save_strip(fam, quality, path, n=3):
+    "Save n moments of a dataset's first episode side by side, as a small PNG; nothing where nothing renders here."
+    from PIL import Image
+
+    found = strip(fam, fam.test[0], quality, n + 1)  # the last one is often a fall
+    if found is None:
+        return
+    frames = [Image.fromarray(frame) for frame in found[0][:n]]
+    small = [im.resize((round(im.width * HEIGHT / im.height), HEIGHT), Image.Resampling.LANCZOS) for im in frames]
+    out = Image.fromarray(np.concatenate([np.asarray(im) for im in small], axis=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out.quantize(128).save(path, optimize=True)
+
+
 # %% ../nbs/02b_collect.ipynb #colcell1
 def page_cell(value):
     "A value as text: thousands with commas, None as nothing."
@@ -534,16 +557,17 @@ def markdown_table(rows):
 # %% ../nbs/02b_collect.ipynb #colfacts
 def page_facts(fam):
     "What a page says of a family, one line each."
-    card = experts.load_card(fam)
     several = "s" if fam.n_tasks > 1 else ""
     observations = "x".join(map(str, fam.frames)) or fam.state_dim
     actions = "discrete actions" if fam.discrete else "action dimensions"
     facts = [
         f"{fam.n_tasks} task{several} ({len(fam.train)} to train on, {len(fam.test)} to test), "
-        f"observations {observations}, {fam.act_dim} {actions}, at most {fam.horizon:,} steps an episode",
-        f"behaviour: {card['command']}; measured: "
-        f"random {card['random_mean_return']:.1f}, best {card['expert_mean_return']:.1f}",
+        f"observations {observations}, {fam.act_dim} {actions}, at most {fam.horizon:,} steps an episode"
     ]
+    if fam.qualities:
+        card = experts.load_card(fam)
+        random, best = card["random_mean_return"], card["expert_mean_return"]
+        facts.append(f"behaviour: {card['command']}; measured: random {random:.1f}, best {best:.1f}")
     if fam.references:
         random, expert = fam.references
         facts.append(f"published references of the score: {random:,} (random), {expert:,} (expert)")
@@ -554,7 +578,7 @@ def page_facts(fam):
 
 # %% ../nbs/02b_collect.ipynb #fe347b04
 def page(name):
-    "Write figures/datasets/<family>.md and .png from what has been collected; returns the Markdown's path."
+    "Write figures/datasets/<family>.md, .png and .strip.png from what has been collected; returns the Markdown's path."
     fam = tasks.family(name)
     rows = [row for row in listed([fam.name]) if row["quality"] != "-"]
     if not rows:
@@ -562,6 +586,7 @@ def page(name):
     facts = page_facts(fam)
     folder = figures_dir("datasets")
     draw_page(fam, [row["quality"] for row in rows], folder / f"{fam.name}.png")
+    save_strip(fam, rows[0]["quality"], folder / f"{fam.name}.strip.png")
     for row in rows:
         del row["family"]
     parts = [

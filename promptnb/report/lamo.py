@@ -8,11 +8,12 @@ from __future__ import annotations
 import textwrap
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import PromptnbError, read_json, results_dir
+from ..core import PromptnbError, figures_dir, read_json, results_dir
 from .stats import BETTER, LEAST, WORSE, compare, judged, summary
 from .style import PALETTE, axes_for, in_order, legend, nothing, style
 from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
@@ -28,7 +29,10 @@ __all__ = [
     "OTHERWISE",
     "MEAN",
     "PRINTED",
+    "LENDERS",
     "COUNTED",
+    "SETTINGS",
+    "TASK_OF",
     "HOLLOW",
     "TRUNKS",
     "PUBLISHED",
@@ -69,9 +73,18 @@ __all__ = [
     "in_words",
     "printed",
     "table",
+    "lender",
+    "quoted",
     "params",
     "found_references",
     "references",
+    "as_printed",
+    "setting_row",
+    "settings_table",
+    "at_paper_scale",
+    "task_settings",
+    "value_or_default",
+    "settings",
     "name_at",
     "names_of",
     "arm_lines",
@@ -109,6 +122,7 @@ __all__ = [
     "say_share",
     "waterfall",
     "share",
+    "pictures",
     "budgets",
     "left_out",
 ]
@@ -379,6 +393,32 @@ def table(view):
     return printed(t), t
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lmq00001
+LENDERS = dict(table4="table2", table12="table3")  # exhibits without runs of their own: whose runs stand in them
+
+
+def lender(view):
+    "The view whose runs stand in a quoted table, however many of them there are."
+    e = view.exhibit
+    return replace(view, exhibit=exhibit(e.paper, LENDERS[e.id]) if e.id in LENDERS else e, partial=True)
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lmq00002
+def quoted(view):
+    "(printed, tidy) a published table row by row, ours beside it where there are runs."
+    theirs = lender(view)
+    w, here = last(frame(theirs)), {}
+    for run in theirs.good:
+        here.setdefault((run.recipe.dataset, run.label), []).append(run)
+    rows = []
+    for i, known in view.published.iterrows():
+        dataset, method = known.family, known.method
+        pub = view.published.loc[[i]]
+        rows.append(row_of(w, view.exhibit, dataset, method, here.get((dataset, method), []), pub))
+    t = pd.DataFrame(rows, columns=COLUMNS)
+    return printed(t), t
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #71240043
 COUNTED = dict(
     lora="LoRA", share="trainable share", reported_total="published total", reported_trainable="published trainable"
@@ -433,6 +473,78 @@ def references(view):
     flat = t.copy()
     flat.columns = [f"{end}, {whose}" for whose, end in t.columns]
     return t.map(lambda v: "" if pd.isna(v) else f"{v:.1f}"), flat.reset_index()
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lms00001
+def as_printed(value) -> str:
+    "A setting in the tables' way: '1e-4', '100K', '1800, 3600'."
+    if isinstance(value, tuple):
+        return ", ".join(map(as_printed, value))
+    if isinstance(value, int) and value >= 10_000:
+        return f"{value / 1000:g}K"
+    small = isinstance(value, float) and 0 < value < 0.1
+    return f"{value:.0e}".replace("e-0", "e-") if small else f"{value:g}"
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lms00003
+def setting_row(row, column, published, ours, why="") -> dict:
+    "One setting: published, ours at paper scale, whether they differ and why."
+    return dict(row=row, column=column, published=published, ours=ours, differs=published != ours, why=why)
+
+
+def settings_table(rows, index):
+    "(printed, tidy) settings: the published value, and ours below it where it is another."
+    printed = {}
+    for r in rows:
+        why = f" ({r['why']})" if r["why"] else ""
+        other = f"\nours: {as_printed(r['ours'])}{why}" if r["differs"] else ""
+        printed.setdefault(r["row"], {})[r["column"]] = as_printed(r["published"]) + other
+    p = pd.DataFrame.from_dict(printed, orient="index").fillna("")
+    p.index.name = index
+    t = pd.DataFrame(rows).rename(columns=dict(row=index, column="setting" if index == "task" else "domain"))
+    return p, t.assign(published=t.published.map(as_printed), ours=t.ours.map(as_printed))
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lms00004
+SETTINGS = dict(lr="learning rate", weight_decay="weight decay", K="K", targets="return targets", steps="updates")
+
+
+def at_paper_scale(arm, task):
+    "The recipe of an arm on a task, at paper scale."
+    return rc.resolve(rc.lamo.offline_recipe(arm, task), "paper")
+
+
+def task_settings(view):
+    "(printed, tidy) Table 6: tasks down, settings across."
+    rows = []
+    for task, fields in rc.lamo.TABLE6.items():
+        r = at_paper_scale("lamo", task)
+        for field, value in fields.items():
+            ours, why = rc.value_of(r, f"offline.{field}"), rc.lamo.WHY_OTHER.get((task, field), "")
+            rows.append(setting_row(task, SETTINGS[field], value, ours, why))
+    return settings_table(rows, "task")
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #lms00005
+TASK_OF = {"Kitchen and MuJoCo": ("control", "walker2d"), "Atari": ("atari", "breakout")}  # field of Setting, a task
+
+
+def value_or_default(x, task):
+    "Our value of a row of Table 7 on a task: its recipe's, or the models' default where no recipe gives it."
+    try:
+        return rc.value_of(at_paper_scale(x.arm, task), x.field) if x.field else x.default
+    except KeyError:
+        return x.default
+
+
+def settings(view):
+    "(printed, tidy) Table 7: settings down, Kitchen and MuJoCo beside Atari."
+    rows = []
+    for x in rc.lamo.TABLE7:
+        for domain_name, (field, task) in TASK_OF.items():
+            if (published := getattr(x, field)) is not None:
+                rows.append(setting_row(x.name, domain_name, published, value_or_default(x, task), x.why))
+    return settings_table(rows, "setting")
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000028
@@ -1058,6 +1170,24 @@ def share(view):
     return fig, t
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lmp00001
+def pictures(view):
+    "A strip of three moments per task of the main tables; where there is none, the command that makes it."
+    tables = [exhibit(view.exhibit.paper, id) for id in MAIN[:3]]
+    families = list(dict.fromkeys(family for e in tables for family in e.families))
+    fig, axes = axes_for(families, height=1.2, most=2)
+    for ax, family in zip(axes, families):
+        path = figures_dir("datasets") / f"{family}.strip.png"
+        ax.set(title=family)
+        ax.grid(visible=False)
+        if path.exists():
+            ax.imshow(plt.imread(path))
+            ax.set(xticks=[], yticks=[])
+        else:
+            nothing(ax, f"promptnb collect\n--family {family} --page")
+    return fig, None
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #aab804e1
 DRAW = dict(
     scores=table,
@@ -1070,6 +1200,10 @@ DRAW = dict(
     domains=domains,
     targets=targets,
     share=share,
+    quoted=quoted,
+    task_settings=task_settings,
+    settings=settings,
+    pictures=pictures,
 )
 READ = dict(
     scores="Ours: mean ± std over seeds, with Student's 95 % interval of the mean; '-': not at this scale. ",
@@ -1082,6 +1216,7 @@ READ = dict(
     targets="",
     share="A share of the whole is printed where the whole and the step are resolved. ",
     references="Atari: the expert is a human. ",
+    quoted="Ours: mean ± std over seeds; '-': no run. ",
 )
 _RANGE = "lowest to highest seed"
 BAND = dict(

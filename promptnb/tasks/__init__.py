@@ -20,6 +20,7 @@ __all__ = [
     "FAMILIES",
     "ANT_ANGLES",
     "ML10",
+    "REPLAY",
     "Family",
     "add",
     "family",
@@ -431,6 +432,39 @@ add(
         references=(-20.7, 9.3),
         remote=(("minari-expert", "atari/pong/expert-v0"),),
         **_ATARI,
+    )
+)
+
+# %% ../../nbs/01_tasks.ipynb #d7t10001
+REPLAY = "dqn-replay/"  # how the name of DQN-replay data begins: 'dqn-replay/<Game>/<run>/<part>'
+
+
+def _theirs(game):
+    "Where the data of a game that no policy of ours plays come from."
+    minari = ("minari-expert", f"atari/{game.lower()}/expert-v0")
+    return dict(qualities=(), remote=(("medium", f"{REPLAY}{game}/1/10"), minari))
+
+
+add(
+    Family(
+        "freeway",
+        body="freeway",
+        act_dim=3,
+        target_return=30.0,
+        references=(0.0, 29.6),
+        **_ATARI | _theirs("Freeway"),
+        note="no policy of ours plays it: its data are the DQN-replay files or the Minari dataset that you have",
+    )
+)
+add(
+    Family(
+        "asterix",
+        body="asterix",
+        act_dim=9,
+        target_return=8500.0,
+        references=(210.0, 8503.3),
+        **_ATARI | _theirs("Asterix"),
+        note="no policy of ours plays it: its data are the DQN-replay files or the Minari dataset that you have",
     )
 )
 

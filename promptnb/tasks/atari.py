@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -86,6 +87,8 @@ __all__ = [
     "parts_of",
     "split_at_ends",
     "from_dqn_replay",
+    "replay_root",
+    "replayed",
 ]
 
 # %% ../../nbs/01f_tasks.atari.ipynb #a7e83782
@@ -850,3 +853,30 @@ def from_dqn_replay(folder, parts=None, steps=None):
             )
         out += split_at_ends(*(x for x, _ in stores))
     return out
+
+
+# %% ../../nbs/01f_tasks.atari.ipynb #aft10001
+def replay_root() -> Path:
+    "DQN-replay data, a folder per game: $PROMPTNB_DQN_REPLAY, else data/dqn-replay."
+    return Path(os.environ.get("PROMPTNB_DQN_REPLAY") or data_dir() / "dqn-replay")
+
+
+# %% ../../nbs/01f_tasks.atari.ipynb #aft10002
+def replayed(fam, id_, episodes=None):
+    """The trajectories (at most `episodes`) that 'dqn-replay/<Game>/<run>/<part>' names.
+
+    A PromptnbError says which files to copy where, or that the actions are not the family's.
+    """
+    _, game, run, part = id_.split("/")
+    folder = replay_root() / game / run / "replay_logs"
+    if not folder.is_dir():
+        raise PromptnbError(
+            f"no {folder}: {fam.name} has no policy of ours, so copy the four files $store$_*_ckpt.{part}.gz of "
+            f"gs://atari-replay-datasets/dqn/{game}/{run}/replay_logs there, "
+            f"or set PROMPTNB_DQN_REPLAY to the folder that holds {game}"
+        )
+    trajectories = from_dqn_replay(folder, [int(part)])[:episodes]
+    most = max(int(d["actions"].max()) for d in trajectories)
+    if most >= fam.act_dim:
+        raise PromptnbError(f"{folder} has action {most}, but {fam.name} has {fam.act_dim} actions")
+    return trajectories
