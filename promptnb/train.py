@@ -53,6 +53,7 @@ class FitConfig:
     precision: str = "fp32"  # or 'bf16': autocast, weights stay float32
     checkpoint_every: int = 1000
     log_every: int = 100
+    eps: float = 1e-8  # of AdamW; LaMo's code: 1e-6 for a pre-trained trunk
 
 
 # %% ../nbs/04_train.ipynb #a3b3efff
@@ -113,9 +114,8 @@ def where(device="cpu"):
 def optimiser(params, c: FitConfig):
     "AdamW over those of `params` that train."
     params = [p for p in params if p.requires_grad]
-    return torch.optim.AdamW(
-        params, lr=c.lr, weight_decay=c.weight_decay, fused=all(p.is_floating_point() for p in params)
-    )
+    fused = all(p.is_floating_point() for p in params)
+    return torch.optim.AdamW(params, lr=c.lr, eps=c.eps, weight_decay=c.weight_decay, fused=fused)
 
 
 # %% ../nbs/04_train.ipynb #d3ffea50

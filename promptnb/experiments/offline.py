@@ -391,6 +391,7 @@ def fit_config(run: Run) -> FitConfig:
         precision_of(x, run.device),
         checkpoint_every=max(1, x.steps // max(x.points, 1)),
         log_every=max(1, x.steps // 20),
+        eps=x.eps,
     )
 
 

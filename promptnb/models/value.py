@@ -165,8 +165,6 @@ class Learner(nn.Module, SafeHub, tags=["promptnb", "offline-rl"]):
     discrete = False  # True: `choose` gives scores of actions
     every = 1  # steps per move of the targets
     copies = ()  # parts that have a target copy
-    FIT = dict(lr=3e-4, weight_decay=0.0, warmup=1, clip=1e9)  # for FitConfig: CORL. It has Adam and clips nothing
-    BATCH = 256  # for Transitions: CORL
     hidden: int = 256  # CORL; LaMo Fig. 12 has IQL with 256, 512, 1024
     depth: int = 2  # CORL: hidden layers
 
@@ -512,8 +510,6 @@ class Discrete(Learner):
     LaMo does not say how it set d3rlpy up: the defaults are those of d3rlpy's Atari scripts (assumed)."""
 
     discrete = True
-    # there Adam's eps is 1e-2 / 32 for CQL and BCQ; `train.fit` has 1e-8
-    FIT, BATCH = dict(lr=5e-5, weight_decay=0.0, warmup=1, clip=1e9), 32
     features: int = 512  # d3rlpy: after the convolutions
 
     def encode(self):
@@ -531,7 +527,6 @@ def imitation(logits, a, beta):
 class DiscreteBC(Discrete):
     "Behaviour cloning: d3rlpy's DiscreteBC, which has no Atari script."
 
-    FIT, BATCH = dict(Discrete.FIT, lr=1e-3), 100  # d3rlpy's defaults
     beta: float = 0.5  # d3rlpy
 
     def build(self):

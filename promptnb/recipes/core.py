@@ -161,6 +161,7 @@ class Offline:
     weight_decay: float = 1e-5
     warmup: int = 2500
     clip: float = 0.25
+    eps: float = 1e-8  # of AdamW
     precision: str = "fp32"
     points: int = 40  # evaluations, evenly spaced
     last: float = 0.2  # the score is the mean of the evaluations in this last part of training
@@ -282,6 +283,7 @@ LATER = dict(
     online=None,
     markup_twice=False,
     block=0,
+    eps=1e-8,
 )
 
 

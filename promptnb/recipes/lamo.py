@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .core import Offline, Paper, Recipe, Text
 
@@ -14,12 +14,22 @@ from .core import Offline, Paper, Recipe, Text
 __all__ = [
     "LAMO",
     "DT",
+    "DT_FIT",
+    "MEDIUM",
     "ARMS",
+    "ATARI_DT",
+    "ATARI_FIT",
+    "ATARI_ARMS",
     "VALUE",
+    "DISCRETE",
+    "MILLION",
     "BASELINES",
     "ATARI_NET",
+    "ATARI_TASK",
     "TASKS",
     "PICTURES",
+    "MEDIUM_CELLS",
+    "PROTOCOL",
     "MAIN",
     "SMALL",
     "MLP",
@@ -38,6 +48,10 @@ __all__ = [
     "TABLE7",
     "CODE6",
     "ALIKE",
+    "known_or_similar",
+    "eps_of",
+    "arm_on",
+    "baseline_on",
     "offline_recipe",
     "grid",
     "Setting",
@@ -46,23 +60,17 @@ __all__ = [
 # %% ../../nbs/09d_recipes.lamo.ipynb #30dd2d33
 LAMO = "lamo"
 DT = dict(
-    layers=3,
-    heads=1,
-    width=128,
-    vocab=1,
-    activation="relu",
-    train="full",
-    embed="linear",
-    norm_before_time=False,
-    lam=0.0,
+    layers=3, heads=1, width=128, vocab=1, activation="relu", train="full", embed="linear", lam=0.0
 )  # no token table: the published 7.3M parameters are mostly one that is not used
+DT_FIT = dict(weight_decay=1e-4, warmup=10_000)  # Fig. 11, and the defaults of the released code
+MEDIUM = dict(size="medium", layers=24, heads=16, width=1024)
 ARMS = {  # label, what the trunk reads before, LMConfig's fields, Offline's fields
-    "dt": ("DT", None, DT, dict(weight_decay=1e-4)),
+    "dt": ("DT", None, DT, DT_FIT),
     "dt-fair": (
         "DT, shared projection, long positions",
         None,
         dict(DT, share_projection=True, extend_positions=True),
-        dict(weight_decay=1e-4),
+        DT_FIT,
     ),
     "frozen-random": (
         "Random frozen trunk, linear",
@@ -83,36 +91,41 @@ ARMS = {  # label, what the trunk reads before, LMConfig's fields, Offline's fie
     "frozen": ("LaMo frozen without LoRA", Text(), dict(train="frozen"), {}),
     "shuffled": ("LaMo on shuffled text", Text("shuffled", block=1024), {}, {}),  # code
     "early": ("LaMo on early-stopped text", Text(part=0.1), {}, {}),
-    "large": ("LaMo with GPT-2 medium", Text(size="medium", layers=24, heads=16, width=1024), {}, {}),
+    "small": ("LaMo with GPT-2 small", Text(), {}, {}),
+    "large": ("LaMo with GPT-2 medium", Text(**MEDIUM), {}, {}),
     "wiki": (
         "Wiki-RL",
         Text(),
-        dict(
-            train="full",
-            embed="linear",
-            norm_before_time=False,
-            share_projection=True,
-            extend_positions=True,
-            dropout=0.2,
-            lam=0.0,
-        ),
-        dict(weight_decay=1e-4),
+        dict(train="full", embed="linear", share_projection=True, extend_positions=True, dropout=0.2, lam=0.0),
+        DT_FIT,
     ),  # without its k-means loss
     "gpt2": ("LaMo, GPT-2's own weights", Text("gpt2"), {}, {}),
     "drop-best": ("LaMo, best trajectory dropped", Text(), {}, dict(drop_best=True)),
-    "dt-lr-10": ("DT, lr 1e-3, wd 1e-4", None, DT, dict(weight_decay=1e-4, lr_times=10.0)),
-    "dt-wd-10": ("DT, lr 1e-4, wd 1e-3", None, DT, dict(weight_decay=1e-3)),
-    "dt-wd-0.1": ("DT, lr 1e-4, wd 1e-5", None, DT, {}),
+    "dt-lr-10": ("DT, lr 1e-3, wd 1e-4", None, DT, dict(DT_FIT, lr_times=10.0)),
+    "dt-wd-10": ("DT, lr 1e-4, wd 1e-3", None, DT, dict(DT_FIT, weight_decay=1e-3)),
+    "dt-wd-0.1": ("DT, lr 1e-4, wd 1e-5", None, DT, dict(DT_FIT, weight_decay=1e-5)),
+    "dt-time-first": ("DT, timestep before the LayerNorm", None, dict(DT, norm_before_time=False), DT_FIT),
 }
 ARMS |= {
     f"{a}-long": (f"{ARMS[a][0]}, 4 x updates", *ARMS[a][1:3], dict(ARMS[a][3], steps_times=4.0))
     for a in ("dt", "dt-fair", "random", "lamo")
 }  # is a laptop's verdict one of too few updates?
 
+# %% ../../nbs/09d_recipes.lamo.ipynb #lamatar1
+ATARI_DT = dict(DT, width=768, activation="gelu_new")  # config: 3 layers, 1 head, and GPT-2's defaults
+ATARI_FIT = dict(lr=3e-4, weight_decay=0.1)  # config; Fig. 11 for the rate on Qbert
+ATARI_ARMS = {  # arms that are otherwise on Atari, or only there: as in ARMS
+    "dt": ("DT", None, ATARI_DT, ATARI_FIT),
+    "dt-128": ("DT, width 128", None, dict(ATARI_DT, width=128), ATARI_FIT),
+    "dt-lr-3e-3": ("DT, lr 3e-3", None, ATARI_DT, dict(ATARI_FIT, lr_times=10.0)),
+    "dt-lr-3e-5": ("DT, lr 3e-5", None, ATARI_DT, dict(ATARI_FIT, lr_times=0.1)),
+    "wiki": (*ARMS["wiki"][:3], ATARI_FIT),
+}
+
 # %% ../../nbs/09d_recipes.lamo.ipynb #820c583d
-VALUE = dict(
-    batch=256, K=1, steps=1_000_000, lr=3e-4, weight_decay=0.0, warmup=0, clip=1e9, points=200, last=0.02
-)  # CORL: a million updates, evaluated every 5,000; the last 20,000 as in LaMo's protocol
+VALUE = dict(batch=256, K=1, lr=3e-4, weight_decay=0.0, warmup=0, clip=1e9)  # CORL: Adam, nothing is clipped
+DISCRETE = dict(batch=32, lr=6.25e-5)  # d3rlpy's defaults; Fig. 11 for CQL's rate
+MILLION = dict(steps=1_000_000, points=200, last=0.02)  # CORL: evaluated every 5,000; the last 20,000 as in LaMo
 BASELINES = {  # label, learner, its fields, Offline's fields
     "bc": ("BC", "bc", {}, {}),
     "cql": ("CQL", "cql", {}, {}),
@@ -122,14 +135,21 @@ BASELINES = {  # label, learner, its fields, Offline's fields
     "cql-lr-0.1": ("CQL, lr 3e-5", "cql", {}, dict(lr_times=0.1)),
     "iql-512": ("IQL, width 512", "iql", dict(hidden=512), {}),
     "iql-1024": ("IQL, width 1024", "iql", dict(hidden=1024), {}),
-    "discrete-bc": ("BC", "discrete-bc", {}, {}),
-    "discrete-cql": ("CQL", "discrete-cql", {}, dict(lr=6.25e-5)),
-    "bcq": ("BCQ", "bcq", {}, dict(lr=6.25e-5)),
-    "nfq": ("NFQ", "nfq", {}, dict(lr=6.25e-5)),
+    "discrete-bc": ("BC", "discrete-bc", {}, dict(batch=100, lr=1e-3)),  # d3rlpy's defaults
+    "discrete-cql": ("CQL", "discrete-cql", {}, DISCRETE),
+    "discrete-cql-lr-10": ("CQL, lr 6.25e-4", "discrete-cql", {}, dict(DISCRETE, lr_times=10.0)),
+    "discrete-cql-lr-0.1": ("CQL, lr 6.25e-6", "discrete-cql", {}, dict(DISCRETE, lr_times=0.1)),
+    "bcq": ("BCQ", "bcq", {}, DISCRETE),
+    "nfq": ("NFQ", "nfq", {}, DISCRETE),
+}
+BASELINES |= {
+    f"{a}-1m": (f"{BASELINES[a][0]}, 1,000,000 updates", BASELINES[a][1], {}, MILLION)
+    for a in ("bc", "cql", "iql", "td3bc")
 }
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #0208697f
 ATARI_NET = dict(r=32, split=False)
+ATARI_TASK = dict(K=30, batch=128, clip=1.0, warmup=500, episodes=100, limit=4096)
 TASKS = {  # Offline's fields, LMConfig's fields, episodes a target
     "hopper": (dict(targets=(1800.0, 3600.0)), dict(embed="linear"), 20),
     "halfcheetah": (dict(targets=(8000.0, 12000.0)), {}, 20),
@@ -138,62 +158,67 @@ TASKS = {  # Offline's fields, LMConfig's fields, episodes a target
     "reacher2d": (dict(targets=(40.0, 76.0), K=5, episodes=50, steps=37_500, points=15, last=1 / 3), {}, 20),
     "kitchen": (dict(targets=(4.0, 5.0), episodes=100), {}, 20),
     "breakout": (
-        dict(
-            targets=(90.0, 120.0),
-            K=30,
-            batch=128,
-            lr=1e-3,
-            weight_decay=1e-2,
-            steps=50_000,
-            points=20,
-            episodes=100,
-            limit=4096,
-        ),
+        dict(ATARI_TASK, targets=(90.0, 120.0), lr=1e-3, weight_decay=1e-2, steps=50_000, points=20),
         ATARI_NET,
         5,
     ),
-    "qbert": (
-        dict(targets=(14000.0,), K=30, batch=128, lr=1e-3, weight_decay=1e-5, episodes=100, limit=4096),
-        ATARI_NET,
-        5,
-    ),
-    "pong": (
-        dict(targets=(10.0, 20.0), K=30, batch=128, lr=3e-4, weight_decay=1e-1, episodes=100, limit=4096),
-        ATARI_NET,
-        5,
-    ),
+    "qbert": (dict(ATARI_TASK, targets=(14000.0,), lr=1e-3, weight_decay=1e-5), ATARI_NET, 5),
+    "pong": (dict(ATARI_TASK, targets=(10.0, 20.0), lr=3e-4, weight_decay=1e-1), ATARI_NET, 5),
 }
 PICTURES = ("breakout", "qbert", "pong")
+MEDIUM_CELLS = (("kitchen", "partial", 1.0), ("kitchen", "complete", 0.3))  # Table 7: LaMo has GPT-2 medium there
+PROTOCOL = ("episodes", "limit", "steps", "points", "last")  # what the baselines share with LaMo on a task
 
 
-def offline_recipe(arm, family, quality="medium", ratio=1.0, **kw):
-    "One arm or baseline on one dataset."
-    for name, known in ((arm, (*ARMS, *BASELINES)), (family, TASKS)):
-        if name not in known:
-            raise ValueError(
-                f"unknown '{name}': did you mean '{next(iter(difflib.get_close_matches(name, known, 1, 0)))}'?"
-            )
-    task, net, n = TASKS[family]
-    key = f"{arm}-{quality}-{ratio:g}"
-    cell = dict(quality=quality, ratio=ratio)
-    if arm in ARMS:
-        label, text, model, own = ARMS[arm]
-        if family in PICTURES and "layers" in model:
-            net = {}
-        x = Offline(
-            "pixel-lamo" if family in PICTURES else "lamo",
-            tuple({**net, **model}.items()),
-            text,
-            **{**task, **own, **cell},
-        )
+# %% ../../nbs/09d_recipes.lamo.ipynb #lamknow1
+def known_or_similar(name, known):
+    "Nothing for a known name; else a ValueError with the most similar one."
+    if name not in known:
+        similar = difflib.get_close_matches(name, known, 1, 0)[0]
+        raise ValueError(f"unknown '{name}': did you mean '{similar}'?")
+
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lameps01
+def eps_of(text, model) -> float:
+    "AdamW's eps in LaMo's released code for MuJoCo and Kitchen: 1e-6 where a pre-trained trunk is read."
+    return 1e-6 if text and model.get("init") != "random" else 1e-8
+
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lamarms1
+def arm_on(arm, family, cell) -> tuple:
+    "(label, Offline) of one arm on a dataset; `cell` has its quality and ratio."
+    task, net, _ = TASKS[family]
+    if family in PICTURES:
+        label, text, model, own = (ARMS | ATARI_ARMS)[arm]
+        net = {} if "layers" in model else net
+        learner, own = "pixel-lamo", dict(own)
     else:
-        label, learner, model, own = BASELINES[arm]
-        x = Offline(
-            learner,
-            tuple(model.items()),
-            **{**{k: v for k, v in task.items() if k in ("episodes", "limit")}, **VALUE, **own, **cell},
-        )
-    return Recipe(LAMO, family, label, key, None, eval_episodes=n, offline=x, **kw)
+        label, text, model, own = ARMS[arm]
+        learner, own = "lamo", dict(own, eps=eps_of(text, model))
+    if arm in ("lamo", "text") and (family, cell["quality"], cell["ratio"]) in MEDIUM_CELLS:
+        text = replace(text, **MEDIUM)
+    return label, Offline(learner, tuple({**net, **model}.items()), text, **{**task, **own, **cell})
+
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lambase1
+def baseline_on(arm, family, cell) -> tuple:
+    "(label, Offline) of one baseline on a dataset; `cell` has its quality and ratio."
+    label, learner, model, own = BASELINES[arm]
+    task = {k: v for k, v in TASKS[family][0].items() if k in PROTOCOL}
+    return label, Offline(learner, tuple(model.items()), **{**task, **VALUE, **own, **cell})
+
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lamrcp01
+def offline_recipe(arm, family, quality="medium", ratio=1.0, **kw):
+    "One arm or baseline on one dataset; an unknown name is a ValueError."
+    known_or_similar(family, tuple(TASKS))
+    arms = ARMS | (ATARI_ARMS if family in PICTURES else {})
+    known_or_similar(arm, (*arms, *BASELINES))
+    build = arm_on if arm in arms else baseline_on
+    label, x = build(arm, family, dict(quality=quality, ratio=ratio))
+    return Recipe(
+        LAMO, family, label, f"{arm}-{quality}-{ratio:g}", None, eval_episodes=TASKS[family][2], offline=x, **kw
+    )
 
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #b59a7bac
@@ -221,7 +246,7 @@ LAPTOP = {  # arms -> cells (family, ratio[, quality])
     ("iql",): (("hopper", 1.0),),
     ("dt-long", "dt-fair-long", "random-long", "lamo-long"): (("hopper", 0.01), ("walker2d", 0.01)),
     ("mlp",): (("hopper", 0.01), ("hopper", 0.1)),
-    ("drop-best", "lam-1"): (("hopper", 0.01),),
+    ("drop-best", "lam-1", "dt-time-first"): (("hopper", 0.01),),
     ("lamo", "dt", "discrete-bc", "discrete-cql"): (("breakout", 1.0),),
 }
 _laptop = {
@@ -254,11 +279,7 @@ ABLATED = [
 # %% ../../nbs/09d_recipes.lamo.ipynb #lmt10001
 MORE_GAMES = {"freeway": 30.0, "asterix": 8500.0}  # name: return target, about a human's as Qbert's is: assumed
 TASKS |= {
-    game: (
-        dict(targets=(target,), K=30, batch=128, lr=3e-4, weight_decay=1e-1, episodes=10_000, limit=4096),
-        ATARI_NET,
-        5,
-    )
+    game: (dict(ATARI_TASK, targets=(target,), lr=3e-4, weight_decay=1e-1, episodes=10_000), ATARI_NET, 5)
     for game, target in MORE_GAMES.items()
 }  # episodes: more than a part of the DQN-replay data has, so all of it
 PICTURES += tuple(MORE_GAMES)
@@ -456,17 +477,19 @@ PAPER.exhibit(
     "Mean score of the three best evaluations along training. " + _D,
     reported="table13",
 )
+_SIZED = OWN_KITCHEN + [("kitchen", 0.5, "complete")]  # where LaMo itself is small
+_MEDIUM = [("kitchen", ratio, quality) for _, quality, ratio in MEDIUM_CELLS]  # where it is medium
+_SMALL = grid(("lamo",), _SIZED) + grid(("small",), _MEDIUM)
+_LARGE = grid(("large",), _SIZED) + grid(("lamo",), _MEDIUM)
 PAPER.exhibit(
     "fig10",
     "Figure 10. Size of the language model",
     "the larger model is better on some Kitchen sets",
     "progress",
-    grid(
-        ("lamo", "large"),
-        OWN_KITCHEN + [("kitchen", 1.0, "partial"), ("kitchen", 0.3, "complete"), ("kitchen", 0.5, "complete")],
-    ),
+    _SMALL + _LARGE,
     _P + _D,
     reported="fig10",
+    labels={r.id: "LaMo with GPT-2 small" for r in _SMALL} | {r.id: "LaMo with GPT-2 medium" for r in _LARGE},
 )
 PAPER.exhibit(
     "fig11",
@@ -476,6 +499,10 @@ PAPER.exhibit(
     grid(
         ("dt", "dt-lr-10", "dt-wd-10", "dt-wd-0.1", "cql", "cql-lr-10", "cql-lr-0.1"),
         [("hopper", 0.01), ("walker2d", 0.01), ("kitchen", 0.3, "complete")],
+    )
+    + grid(
+        ("dt", "dt-lr-3e-3", "dt-lr-3e-5", "discrete-cql", "discrete-cql-lr-10", "discrete-cql-lr-0.1"),
+        [("qbert", 0.1)],
     ),
     _P + _D,
     reported="fig11",
@@ -539,9 +566,10 @@ PAPER.exhibit(
 PAPER.exhibit(
     "switches",
     "Defects of the released code, as switches",
-    "ours: dropping the best trajectory, lambda = 1",
+    "ours: dropping the best trajectory, lambda = 1, the timestep before the LayerNorm, DT's width on Atari",
     "scores",
-    grid(("lamo", "drop-best", "lam-1"), [("hopper", 0.01)]),
+    grid(("lamo", "drop-best", "lam-1", "dt", "dt-time-first"), [("hopper", 0.01)])
+    + grid(("dt", "dt-128"), [("breakout", 0.1), ("qbert", 0.1)]),
     _P + _D,
     reported="table3",
 )
@@ -556,6 +584,19 @@ PAPER.exhibit(
     ),
     _P + _D,
     reported="table3",
+)
+PAPER.exhibit(
+    "million",
+    "Ten times the baselines' updates",
+    "ours: are the baselines of a million updates, CORL's number, others?",
+    "scores",
+    grid(
+        ("bc", "bc-1m", "cql", "cql-1m", "iql", "iql-1m", "td3bc", "td3bc-1m"),
+        [("hopper", 0.01), ("hopper", 1.0), ("kitchen", 1.0, "partial")],
+    ),
+    _P + _D,
+    reported="table3",
+    only=("paper",),
 )
 PAPER.exhibit(
     "gpt2",

@@ -87,6 +87,7 @@ LAPTOP = dict(
         "cql": dict(steps=1050, batch=32, points=3, last=0.5),  # its step costs ten times the others'
         **{k: dict(steps=600, batch=32, points=3, last=0.5) for k in ("discrete-bc", "discrete-cql", "bcq", "nfq")},
     },
+    nets={"pixel-lamo": dict(width=128)},  # of a net that names its width: DT's on Atari is as wide as GPT-2 small
     Offline={
         ("lamo", "reacher2d"): dict(batch=32),
         "kitchen": dict(episodes=20),
@@ -122,6 +123,7 @@ SMOKE = dict(
         k: dict(steps=4, batch=2, lr=1e-3, warmup=2, points=2, last=0.5, tokens=16, episodes=4, limit=20)
         for k in ("lamo", "pixel-lamo", "value")
     },
+    nets={"pixel-lamo": dict(width=128)},
     Offline={f: dict(episodes=n, limit=20) for f, n in (("kitchen", 2), ("breakout", 1), ("qbert", 1), ("pong", 1))},
     offline=dict(eval_episodes=1),
     Online={
@@ -173,7 +175,9 @@ def resolve_offline(x: Offline, family, o) -> Offline:
     }
     text = x.text and replace(x.text, **o.get("Text", {}), **o.get("sizes", {}).get(x.text.size, {}))
     text = text and replace(text, steps=stopped_at(text), part=1.0)
-    x = replace(x, text=text, **own)
+    net = o.get("nets", {}).get(x.learner, {})
+    model = tuple((k, net.get(k, v)) for k, v in x.model)
+    x = replace(x, text=text, model=model, **own)
     return replace(x, steps=round(x.steps * x.steps_times), steps_times=1.0)
 
 
