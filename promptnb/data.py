@@ -35,6 +35,7 @@ from promptnb.core import (
 __all__ = [
     "COLUMNS",
     "KINDS",
+    "RANKED",
     "Store",
     "sizes",
     "arrays_of",
@@ -62,6 +63,10 @@ __all__ = [
     "subset",
     "of_tasks",
     "subsample",
+    "keep_of_each",
+    "drop_lowest",
+    "rank_span",
+    "pool",
     "in_order",
     "chunks_of",
     "mean_of",
@@ -500,6 +505,51 @@ def subsample(store, ratio, seed=0):
     return subset(store, chosen), chosen
 
 
+# %% ../nbs/02_data.ipynb #datapo02
+def keep_of_each(store, choose) -> Store:
+    "Of each task the trajectories that `choose` keeps. choose: indices (n,) in the order of play -> indices to keep."
+    kept = [choose((store.task == i).nonzero()[:, 0]).sort().values for i in store.task_ids]
+    return subset(store, torch.cat(kept))
+
+
+# %% ../nbs/02_data.ipynb #datapo03
+def drop_lowest(store) -> Store:
+    "Without each task's trajectory of lowest return; a task's only one stays."
+
+    def choose(own):
+        return own[store.returns[own].argsort(stable=True)][1:] if len(own) > 1 else own
+
+    return keep_of_each(store, choose)
+
+
+# %% ../nbs/02_data.ipynb #datapo04
+RANKED = 55  # trajectories that a task needs for its ranks to be counted one by one
+
+
+def rank_span(n, first, count) -> slice:
+    """Which of n trajectories in order of return (lowest first) a pool holds: `count` from rank `first` on.
+
+    A negative `first` counts from the end. Of fewer than 55, ranks are read as percentages, and one is held at least.
+    """
+    if n < RANKED:
+        first, count = round(first * n / 100), max(1, round(count * n / 100))
+        first = min(first, -count) if first < 0 else min(first, n - count)
+    begin = first % n
+    return slice(begin, min(begin + count, n))
+
+
+# %% ../nbs/02_data.ipynb #datapo05
+def pool(store, first, count, ranked=True) -> Store:
+    "Of each task, `count` trajectories from rank `first` on (`rank_span`); not `ranked`: from there on as played."
+
+    def choose(own):
+        if not ranked:
+            return own[first : first + count]
+        return own[store.returns[own].argsort(stable=True)][rank_span(len(own), first, count)]
+
+    return keep_of_each(store, choose)
+
+
 # %% ../nbs/02_data.ipynb #294a67bc
 def in_order(store, task) -> Store:
     "The same trajectories as those of other tasks (one id per trajectory), in order of these."
@@ -635,18 +685,13 @@ def prompt_steps(tab, traj, H, position="tail", gen=None, gap=False) -> Steps:
 
 
 # %% ../nbs/02_data.ipynb #61039b1c
-def pick(store, task_ids, n, gen, which="any", pool=5, least=1):
-    """Trajectories (len(task_ids), n) of at least `least` steps drawn per task.
-
-    Of 'any', or of the `pool` of the 'best' or 'worst' by return.
-    """
+def pick(store, task_ids, n, gen, least=1):
+    "Trajectories (len(task_ids), n) of at least `least` steps drawn per task, with replacement."
     out = []
     for i in task_ids:
         own = ((store.task == i) & (store.length >= least)).nonzero()[:, 0]
         if not len(own):
             raise PromptnbError(f"there is no trajectory of task {i} with {least} steps")
-        if which != "any":
-            own = own[store.returns[own].argsort(descending=which == "best")[:pool]]
         out.append(own[torch.randint(len(own), (n,), generator=gen)])
     return torch.stack(out)
 
@@ -696,9 +741,11 @@ class Sampler:
     gap: bool = False  # an empty step after each segment, which tells where trajectories meet
     seed: int = 0
     device: str = "cpu"
+    windows: str = "any"  # where histories begin; 'tail': steps T-K-1 ... T-2 of a trajectory (released fine-tuning)
 
     def __post_init__(self):
         check_choice(self.position, ("tail", "random"), "prompt position")
+        check_choice(self.windows, ("any", "tail"), "windows")
         self.store = self.store.to(self.device)
         self.prompts = self.store if self.prompts is None else self.prompts.to(self.device)
         mean, std = torch.as_tensor(self.mean).to(self.device), torch.as_tensor(self.std).to(self.device)
@@ -713,13 +760,20 @@ class Sampler:
         G = len(self.ids)
         return torch.randperm(G, generator=gen)[:n] if n < G else torch.arange(G)
 
+    def starts(self, g, gen):
+        "Rows (n * per_task,) at which windows of tasks g (n,) begin."
+        rows = self.rows.draw(g, (len(g), self.per_task), gen).flatten().to(self.device)
+        if self.windows == "any":
+            return rows
+        traj = torch.searchsorted(self.store.first, rows, right=True) - 1
+        return prompt_rows(self.table, traj, self.K, "tail")
+
     def batch(self, t) -> Batch:
         "Batch t: `per_task` rows of each task drawn; `task` says which of the sampler's tasks a row is of."
         gen = torch.Generator().manual_seed(seed_for(self.seed, "batch", t))
         n = min(self.tasks_per_batch or len(self.ids), len(self.ids))
         g = self.draw_tasks(n, gen)
-        rows = self.rows.draw(g, (n, self.per_task), gen).flatten().to(self.device)
-        history = self.table.windows(rows, self.K)
+        history = self.table.windows(self.starts(g, gen), self.K)
         task = g.repeat_interleave(self.per_task).to(self.device)
         if not self.H:
             return Batch(history, None, task)
@@ -774,7 +828,7 @@ def draw(self: Demos, t, m, tasks=None, seed=0):
     gen = torch.Generator().manual_seed(seed_for(s.seed, "draw", seed, t))
     n = min(tasks or self.G, self.G)
     g = s.draw_tasks(n, gen)
-    rows = s.rows.draw(g, (n, s.per_task), gen).flatten().to(s.device)
+    rows = s.starts(g, gen)
     traj = s.trajs.draw(g, (n, m, self.J), gen).flatten(0, 1).to(s.device)
     at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten()
 
@@ -791,28 +845,28 @@ def draw(self: Demos, t, m, tasks=None, seed=0):
 @patch
 def best(self: Demos, share=0.1):
     "The same of the best trajectories by return only: this share of each task's, at least one."
-    store, kept = self.sampler.store, []
-    for i in self.task_ids:
-        own = (store.task == i).nonzero()[:, 0]
-        n = max(1, round(share * len(own)))
-        kept.append(own[store.returns[own].argsort(descending=True, stable=True)[:n]].sort().values)
-    return replace(self, sampler=replace(self.sampler, store=subset(store, torch.cat(kept)), prompts=None))
+    store = self.sampler.store
+
+    def choose(own):
+        return own[store.returns[own].argsort(descending=True, stable=True)[: max(1, round(share * len(own)))]]
+
+    return replace(self, sampler=replace(self.sampler, store=keep_of_each(store, choose), prompts=None))
 
 
 # %% ../nbs/02_data.ipynb #4866e07c
 def demos(
-    store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", which="any", seed=0, gap=False
+    store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", windows="any", seed=0, gap=False
 ) -> Demos:
     """Draw `n` demonstrations (0: all) and one prompt per task; everything follows from the seed.
 
-    `prompt_store`: where prompts come from. `policy`: has the normaliser (mean, std, rtg_scale). `which`: see `pick`.
+    `prompt_store`: where prompts come from. `policy`: has the normaliser (mean, std, rtg_scale).
+    `windows`: see `Sampler`.
     """
     gen = torch.Generator().manual_seed(seed_for(seed, "demos"))
     mean, std, scale = policy.mean.cpu(), policy.std.cpu(), policy.rtg_scale
     chosen = pick(store, store.task_ids, n, gen).unique().tolist() if n else list(range(len(store)))
-    traj = pick(prompt_store, store.task_ids, J, gen, which)
+    traj = pick(prompt_store, store.task_ids, J, gen)
     prompt = prompt_steps(Table(prompt_store, mean, std, scale), traj, H, position, gen, gap)
-    sampler = Sampler(
-        subset(store, chosen), mean, std, scale, K=K, per_task=batch, H=0, seed=seed_for(seed, "demo-batches")
-    )
+    how = dict(K=K, per_task=batch, H=0, windows=windows, seed=seed_for(seed, "demo-batches"))
+    sampler = Sampler(subset(store, chosen), mean, std, scale, **how)
     return Demos(sampler, prompt, J, H, position, gap)

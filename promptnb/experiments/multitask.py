@@ -37,16 +37,19 @@ from .run import Rows, Run, TrainData, relative, stored
 __all__ = [
     "train_tasks",
     "train_data",
+    "histories",
     "context_store",
     "policy_class",
     "context_settings",
     "new_policy",
     "played_tasks",
+    "prompt_store",
     "borrowed",
     "of_others",
     "zero_prompt",
     "by_agent",
     "cut_as",
+    "windows_as",
     "prompts_for",
     "on_device",
     "evaluate_policy",
@@ -98,6 +101,14 @@ def train_data(p: rc.Pretrain) -> TrainData:
         normalising.append(stored(p.family, p.quality, others, p.episodes))
     hashes = tuple(h for s in normalising for h in s.hashes)
     return TrainData(store, data.state_stats(normalising), hashes, drawn if p.ratio < 1 else None)
+
+
+# %% ../../nbs/10a_experiments.multitask.ipynb #mthist01
+def histories(store, p: rc.Pretrain):
+    "The trajectories of a `data.Store` that windows of history are cut from."
+    from promptnb import data
+
+    return data.drop_lowest(store) if p.drop_lowest else store
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #ce64c5f8
@@ -161,8 +172,17 @@ def played_tasks(fam, t: rc.Tune) -> tuple:
     return fam.test if check_choice(t.play, ("test", "all"), "play") == "test" else fam.task_ids
 
 
+# %% ../../nbs/10a_experiments.multitask.ipynb #mtpool01
+def prompt_store(fam, t: rc.Tune, task_ids, episodes):
+    "The trajectories of tasks that prompts are cut from (`data.Store`)."
+    from promptnb import data
+
+    store, named = stored(fam.name, t.prompt_data, task_ids, episodes), rc.POOLS.get(t.prompt_quality)
+    return data.pool(store, named.first, named.count, named.ranked) if named else store
+
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #04aea7d8
-def borrowed(fam, quality, episodes, seed):
+def borrowed(fam, t: rc.Tune, episodes, seed):
     """Each test task gets the trajectories of a train task that the seed draws.
 
     For prompts without any data of the test tasks."""
@@ -171,7 +191,7 @@ def borrowed(fam, quality, episodes, seed):
 
     from promptnb import data
 
-    store = stored(fam.name, quality, fam.train, episodes)
+    store = prompt_store(fam, t, fam.train, episodes)
     draw = np.random.default_rng(seed_for(seed, "borrowed"))
     lenders = [data.of_tasks(store, [i]) for i in draw.choice(fam.train, len(fam.test))]
     lent = [replace(s, task=torch.full_like(s.task, i)) for s, i in zip(lenders, fam.test, strict=True)]
@@ -213,6 +233,12 @@ def cut_as(policy, p: rc.Pretrain, seed) -> dict:
     return dict(policy=policy, J=p.J, H=p.H or 1, position=p.position, seed=seed, gap=bool(p.context))
 
 
+# %% ../../nbs/10a_experiments.multitask.ipynb #mtcut002
+def windows_as(t: rc.Tune) -> dict:
+    "How windows of demonstrations are cut and drawn."
+    return dict(n=t.demos, K=t.demo_K, batch=t.demo_batch, windows=t.demo_position)
+
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #b4ddbb2d
 def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
     """Demonstrations and initial prompts (`data.Demos`) of the tasks that are played.
@@ -227,12 +253,12 @@ def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
     if t.per_agent:
         demo = by_agent(demo, fam)
     if t.prompt_from == "train":
-        source = borrowed(fam, t.prompt_quality, p.episodes, seed)
+        source = borrowed(fam, t, p.episodes, seed)
     elif t.prompt_quality == t.demo_quality:
         source = demo
     else:
-        source = stored(fam.name, t.prompt_quality, ids, p.episodes)
-    out = data.demos(demo, source, n=t.demos, K=t.demo_K, batch=t.demo_batch, **cut_as(policy, p, seed))
+        source = prompt_store(fam, t, ids, p.episodes)
+    out = data.demos(histories(demo, p), source, **windows_as(t), **cut_as(policy, p, seed))
     if t.prompt_from == "other":
         return replace(out, prompt=of_others(out.prompt))
     if t.prompt_from == "none":
@@ -322,7 +348,7 @@ def sampler(self: Pretraining):
 
     p, seed = self.run.recipe.pretrain, seed_for(self.run.seed, "batches")
     return Sampler(
-        self.data.store,
+        histories(self.data.store, p),
         *self.data.stats,
         self.policy.rtg_scale,
         p.K,
@@ -331,7 +357,7 @@ def sampler(self: Pretraining):
         p.J,
         p.H,
         p.position,
-        self.contexts,
+        self.data.store if self.contexts is None else self.contexts,
         bool(p.context),
         seed=seed,
         device=self.run.device,
@@ -493,8 +519,8 @@ def train_demos(run: Run, policy):
 
     p, t = run.recipe.pretrain, run.recipe.tune
     store = train_data(p).store
-    windows = dict(n=0, K=t.demo_K, batch=max(1, t.demo_batch // 2))
-    return on_device(data.demos(store, store, **windows, **cut_as(policy, p, run.seed)), run.device)
+    windows = windows_as(replace(t, demos=0, demo_batch=max(1, t.demo_batch // 2)))
+    return on_device(data.demos(histories(store, p), store, **windows, **cut_as(policy, p, run.seed)), run.device)
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtprp001
@@ -503,8 +529,7 @@ def prepared_folder(run: Run, tuner) -> Path:
     r = run.recipe
     depends = [
         rc.digest(r.pretrain),
-        r.tune.demo_K,
-        r.tune.demo_batch,
+        windows_as(replace(r.tune, demos=0)),
         train_data(r.pretrain).hashes,
         {k: getattr(tuner, k) for k in tuner.PREPARES},
         run.code["fingerprint"],

@@ -169,7 +169,7 @@ def data_needs(r: rc.Recipe) -> set:
         return {(r.offline.quality, r.offline.episodes)}
     p, t = r.pretrain, r.tune
     contexts = p.context.qualities if p.context and p.H else ()
-    return {(quality, p.episodes) for quality in (p.quality, t.demo_quality, t.prompt_quality, *contexts)}
+    return {(quality, p.episodes) for quality in (p.quality, t.demo_quality, t.prompt_data, *contexts)}
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #7d1b331d

@@ -59,6 +59,14 @@ class DTConfig:
     activation: str = "relu"  # of the MLPs; MADT: gelu
     mlp_ratio: int = 4  # width of the MLPs over that of the tokens; MADT: 2
     tanh: bool = False  # after the embeddings of returns, states and actions; MADT: True
+    # standard deviation 0.02 / sqrt(2 layers) of the weights that write to the residual stream, as in GPT-2;
+    # code: 0.02, as its transformers 4.5.1 does not scale them
+    scaled_init: bool = False
+
+    @property
+    def residual_std(self):
+        "Initial standard deviation of the weights that write to the residual stream."
+        return 0.02 / math.sqrt(2 * self.layers) if self.scaled_init else 0.02
 
 
 # %% ../../nbs/03_models.dt.ipynb #63ddda1c
@@ -115,7 +123,7 @@ ACTIVATIONS = dict(relu=F.relu_, gelu=F.gelu)
 class Block(nn.Module):
     "Pre-LayerNorm transformer block. q and kv are separate so that the last block can query at few positions."
 
-    def __init__(self, width, heads, dropout, depth, adapter=0, activation="relu", mlp_ratio=4):
+    def __init__(self, width, heads, dropout, adapter=0, activation="relu", mlp_ratio=4, residual_std=0.02):
         super().__init__()
         self.activation = ACTIVATIONS[check_choice(activation, ACTIVATIONS, "activation")]
         self.heads = heads
@@ -125,10 +133,8 @@ class Block(nn.Module):
         self.fc, self.out = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
         self.drop = Dropout(dropout)
         for m in (self.q, self.kv, self.proj, self.fc, self.out):
-            nn.init.normal_(m.weight, std=0.02)
+            nn.init.normal_(m.weight, std=residual_std if m in (self.proj, self.out) else 0.02)
             nn.init.zeros_(m.bias)
-        for m in (self.proj, self.out):
-            nn.init.normal_(m.weight, std=0.02 / math.sqrt(2 * depth))  # GPT-2's residual scaling
 
     def split(self, x):
         "Tokens (B, T, d) as heads (B, h, T, d/h)."
@@ -219,7 +225,8 @@ class PromptDT(nn.Module):
         self.embed_prompt = None if not c.prompt or c.shared_embed else Embed(c)
         self.ln_in, self.ln_out, self.drop = nn.LayerNorm(c.width), nn.LayerNorm(c.width), Dropout(c.dropout)
         self.blocks = nn.ModuleList(
-            Block(c.width, c.heads, c.dropout, c.layers, c.adapter, c.activation, c.mlp_ratio) for _ in range(c.layers)
+            Block(c.width, c.heads, c.dropout, c.adapter, c.activation, c.mlp_ratio, c.residual_std)
+            for _ in range(c.layers)
         )
         self.head = nn.Linear(c.width, c.act_dim)
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from promptnb.recipes.core import (
     CORPORA,
+    POOLS,
     Context,
     Exhibit,
     Offline,
     Online,
     Paper,
+    Pool,
     Pretrain,
     Published,
     Recipe,
@@ -27,6 +29,8 @@ from .scales import LAPTOP, SCALES, SINGLE, SKIRMISHES, SMALL, SMOKE, resolve, s
 
 _all_ = [  # these names are read from here
     "CORPORA",
+    "POOLS",
+    "Pool",
     "Published",
     "Context",
     "Exhibit",
@@ -66,6 +70,8 @@ __all__ = [
     "owners",
     "jobs",
     "CORPORA",
+    "POOLS",
+    "Pool",
     "Published",
     "Context",
     "Exhibit",

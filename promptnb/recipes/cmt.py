@@ -17,6 +17,7 @@ __all__ = [
     "CMT",
     "META",
     "EXPERT",
+    "DEMOS",
     "EVERY",
     "MIDDLE",
     "SWITCHES",
@@ -54,7 +55,12 @@ def context_policy(family, name="cmt", J=4, H=6, **kw):
 
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #1cd795c6
-def cmt_recipe(family, key, method, tune=NO_TUNING, policy=None, **kw):
+DEMOS = dict(demos=10, demo_K=20, demo_position="any")  # whole windows of a few trajectories, for all tuners alike
+
+
+def cmt_recipe(family, key, method, tune=NO_TUNING, policy=None, on=(), **kw):
+    "A recipe of this paper; `on` are fields of Tune that replace DEMOS, `kw` fields of Recipe."
+    tune = replace(tune, **{**DEMOS, **dict(on)})
     return Recipe(CMT, family, method, key, policy or context_policy(family), tune, **kw)
 
 
@@ -137,7 +143,7 @@ def goal_range(family="cheetah-vel"):
         return replace(p, name=f"{p.name}-middle", train=MIDDLE)
 
     def R(key, method, tune, policy):
-        return cmt_recipe(family, f"{key}-all", method, replace(tune, play="all", demos=1, demo_batch=1), policy)
+        return cmt_recipe(family, f"{key}-all", method, tune, policy, dict(play="all", demos=1, demo_batch=1))
 
     p, pdt = context_policy(family), pretrains(family)["prompt-dt"]
     return [
@@ -221,7 +227,7 @@ def single(family, quality):
     on = dict(demos=0, demo_batch=64, demo_quality=quality, prompt_quality=quality)
 
     def R(key, method, tune):
-        return cmt_recipe(family, f"{key}-{quality}", method, replace(tune, **on), p)
+        return cmt_recipe(family, f"{key}-{quality}", method, tune, p, on)
 
     return [
         R("none", "No prompt", Tune()),
@@ -284,6 +290,7 @@ def team_backbone(family, quality):
         weight_decay=0.1,
         warmup=0,
         clip=0.5,
+        drop_lowest=False,
         context=Context(encoder="none", qualities=()),
     )
 
@@ -295,7 +302,7 @@ def team(family, quality):
     on = dict(demos=0, demo_batch=128, demo_quality=quality, prompt_quality=quality)
 
     def R(key, method, tune):
-        return cmt_recipe(family, f"{key}-{quality}", method, replace(tune, **on), p, eval_episodes=32)
+        return cmt_recipe(family, f"{key}-{quality}", method, tune, p, on, eval_episodes=32)
 
     return [
         R("none", "No prompt", Tune()),

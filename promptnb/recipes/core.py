@@ -12,10 +12,12 @@ from fnmatch import fnmatchcase
 
 # %% auto #0
 __all__ = [
+    "POOLS",
     "CORPORA",
     "LATER",
     "Context",
     "Pretrain",
+    "Pool",
     "Tune",
     "Text",
     "Offline",
@@ -87,6 +89,30 @@ class Pretrain:
     activation: str = "relu"
     mlp_ratio: int = 4
     tanh: bool = False  # after the embeddings
+    scaled_init: bool = False  # residual projections begin at GPT-2's scaled standard deviation; code: at 0.02
+    # histories are never cut from a task's trajectory of lowest return: code, whose sampling leaves it out (prompts and
+    # the states' mean and standard deviation are of all)
+    drop_lowest: bool = True
+
+
+# %% ../../nbs/09_recipes.core.ipynb #rcppool1
+@dataclass(frozen=True)
+class Pool:
+    "Trajectories of a task that prompts are cut from: `count` from rank `first` on."
+
+    quality: str  # of the data
+    first: int  # by return, the lowest first; from the end where negative
+    count: int
+    ranked: bool = True  # False: in the order of play
+
+
+# %% ../../nbs/09_recipes.core.ipynb #rcppool2
+POOLS = dict(
+    lowest=Pool("expert", 0, 5),
+    middle=Pool("expert", 50, 5),
+    highest=Pool("expert", -5, 5),
+    buffer=Pool("random", 0, 500, ranked=False),
+)
 
 
 # %% ../../nbs/09_recipes.core.ipynb #915c3f66
@@ -96,17 +122,23 @@ class Tune:
 
     tuner: str = "none"
     hyper: tuple = ()
-    demos: int = 10  # trajectories a task; assumed: papers do not say (the released file draws 256 with replacement)
+    demos: int = 256  # trajectories a task, drawn with replacement (code of PTDT's first author); 0: all, once each
     demo_quality: str = "expert"
     demo_batch: int = 256  # released code
-    demo_K: int = 20  # released code: K*, taken from the tail; whole windows use the data better: assumed
-    prompt_quality: str = "expert"
+    demo_K: int = 5  # steps of a window: K* of the prompt (released code)
+    demo_position: str = "tail"  # steps T-K-1 ... T-2 of a trajectory (released code); 'any': from anywhere
+    prompt_quality: str = "expert"  # of the policy that played it, or one of POOLS
     # whose trajectories the prompt is cut from: 'test'; 'train': of a train task, for zero-shot; 'other': of another
     # test task; 'none': an empty prompt
     prompt_from: str = "test"
     play: str = "test"  # tasks that are tuned on and played; 'all': train and test
     per_agent: bool = False  # a prompt for each agent of a game, not one for all
     score_episodes: int = 2  # online: episodes a query (released code)
+
+    @property
+    def prompt_data(self) -> str:
+        "The quality of the data that prompts are cut from."
+        return POOLS[self.prompt_quality].quality if self.prompt_quality in POOLS else self.prompt_quality
 
 
 # %% ../../nbs/09_recipes.core.ipynb #e0023c06

@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .core import Paper, Pretrain, Recipe, Tune
-from .prompt_tuning_dt import NO_TUNING, PROTOCOL, TABLE_FAMILIES, gradient, search
+from .core import Paper, Recipe, Tune
+from promptnb.recipes.prompt_tuning_dt import (
+    NO_TUNING,
+    PROTOCOL,
+    TABLE_FAMILIES,
+    UNIFORM,
+    as_authors,
+    gradient,
+    parted,
+    pretraining,
+    search,
+)
 
 # %% auto #0
 __all__ = [
     "PD",
     "QUALITIES",
+    "DIFFUSER",
+    "WINDOWS",
     "PAPER",
     "pd_recipe",
     "diffuse",
@@ -36,14 +48,22 @@ QUALITIES = ("expert", "medium", "random")
 
 
 def pd_recipe(family, key, method, tune=NO_TUNING, **kw):
-    return Recipe(PD, family, method, key, Pretrain(family, layers=4, width=512, **kw), tune)
+    "A recipe on this paper's policy with the first author's prompts; `kw` are fields of Pretrain."
+    return Recipe(PD, family, method, key, pretraining(family, layers=4, width=512, **kw), as_authors(tune, family))
 
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #7def7f48
+DIFFUSER = dict(
+    **dict(steps=400, lr=1e-3, prepare_steps=4000, prepare_lr=1e-3, N=10, schedule="vp", lam=1.0, guidance="always"),
+    **dict(clip=3.0, condition="prompt", candidates=1, prompts=32, tasks=4, width=256, depth=3),
+)
+
+
+# %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #pdr00001
 def diffuse(tuner="diffuser", **kw):
     "Tune by a diffuser; `kw` are fields of the tuner or of Tune."
-    own = {k: kw.pop(k) for k in list(kw) if k in Tune.__dataclass_fields__}
-    return Tune(tuner, tuple(dict(dict(steps=400, prepare_steps=4000), **kw).items()), **own)
+    hyper, own = parted(kw)
+    return Tune(tuner, tuple({**DIFFUSER, **hyper}.items()), **own)
 
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #49b9eb20
@@ -53,6 +73,7 @@ def pd_table1(family):
     def R(key, method, tune=NO_TUNING):
         return pd_recipe(family, key, method, tune)
 
+    full = R("full-data", "Full data (upper bound)", gradient("full", 1000, demos=0))
     return [
         R("pdt", "Prompt-DT"),
         R("full", "Prompt-DT-FT", gradient("full")),
@@ -60,7 +81,7 @@ def pd_table1(family):
         R("adapter", "Adaptor", gradient("adapter")),
         R("ranking", "Prompt-Tuning DT", search("ranking")),
         R("diffuser", "Prompt Diffuser", diffuse()),
-        R("full-data", "Full data (upper bound)", gradient("full", 1000, demos=0)),
+        replace(full, tune=replace(full.tune, demo_K=20, demo_position="any")),
     ]
 
 
@@ -111,16 +132,20 @@ def pd_table3(family="ant-dir-ood"):
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #0ab101f2
 def pd_init(family="cheetah-vel"):
-    "Every tuner from every initial prompt."
+    "Every tuner from every initial prompt, the control's among them."
 
-    return [r for r in pd_table2(family) if "no data" in r.method or "expert data" in r.method] + [
-        pd_recipe(
-            family,
-            "soft" if q == "expert" else f"soft-{q}",
-            f"Soft Prompt, expert data, {q} prompt",
-            gradient("soft", prompt_quality=q),
-        )
-        for q in QUALITIES
+    def R(key, method, q, tune):
+        return pd_recipe(family, f"{key}-{q}", method, replace(tune, prompt_quality=q))
+
+    soft = pd_recipe(family, "soft", "Soft Prompt, expert data, expert prompt", gradient("soft"))
+    return [
+        *(r for r in pd_table2(family) if "no data" in r.method or "expert data" in r.method),
+        R("pdt", f"Prompt-DT, no data, {UNIFORM}", "uniform", NO_TUNING),
+        R("ranking", f"Prompt-Tuning DT, expert data, {UNIFORM}", "uniform", search("ranking")),
+        R("diffuser", f"Prompt Diffuser, expert data, {UNIFORM}", "uniform", diffuse()),
+        soft,
+        *(R("soft", f"Soft Prompt, expert data, {q} prompt", q, gradient("soft")) for q in ("medium", "random")),
+        R("soft", f"Soft Prompt, expert data, {UNIFORM}", "uniform", gradient("soft")),
     ]
 
 
@@ -151,25 +176,39 @@ def pd_lengths(family="cheetah-vel", lengths=(2, 5, 10)):
     def own(key, H):
         return key if H == 5 else f"{key}-H{H}"
 
+    def R(key, H, name, tune):
+        r = pd_recipe(family, own(key, H), name, tune, H=H)
+        return replace(r, tune=replace(r.tune, demo_K=H))
+
     return {
-        f"{name}, K* = {H}": pd_recipe(family, own(key, H), name, tune, **({} if H == 5 else dict(H=H)))
+        f"{name}, K* = {H}": R(key, H, name, tune)
         for key, name, tune in (("pdt", "Prompt-DT", Tune()), ("diffuser", "Prompt Diffuser", diffuse()))
         for H in lengths
     }
 
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #8dc61b1e
-def pd_windows(family, lengths=(5, 20)):
-    "Both tuners that follow the action error, by length of the demonstrations' windows (released code of PTDT: 5)."
+WINDOWS = {  # label: fields of Tune; the first is the first author's code
+    "the last 5 steps": {},
+    "5 steps from anywhere": dict(demo_position="any"),
+    "20 steps from anywhere": dict(demo_position="any", demo_K=20),
+}
+
+
+def pd_windows(family):
+    "Both tuners that follow the action error, by the windows of demonstrations: {label: recipe}."
+
+    def R(key, name, tune, label):
+        r = pd_recipe(family, "-".join([key, *label.split()]) if WINDOWS[label] else key, name, tune)
+        return replace(r, tune=replace(r.tune, **WINDOWS[label]))
+
     return {
-        f"{name}, windows of {K} steps": pd_recipe(
-            family, key if K == Tune().demo_K else f"{key}-window-{K}", name, replace(tune, demo_K=K)
-        )
+        f"{name}, {label}": R(key, name, tune, label)
         for key, name, tune in (
             ("ranking", "Prompt-Tuning DT", search("ranking")),
             ("diffuser", "Prompt Diffuser", diffuse()),
         )
-        for K in lengths
+        for label in WINDOWS
     }
 
 

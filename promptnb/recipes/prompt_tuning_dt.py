@@ -13,18 +13,30 @@ from .core import Paper, Pretrain, Recipe, Tune
 __all__ = [
     "PTDT",
     "TABLE_FAMILIES",
+    "META_WORLD",
     "NO_TUNING",
+    "FAMILIES",
+    "SEARCH",
+    "STEPPING",
+    "GRADIENT",
+    "PROMPTS",
+    "UNIFORM",
     "LENGTHS",
     "LONGEST",
     "PAPER",
     "PROTOCOL",
+    "pretraining",
     "pretrains",
+    "parted",
     "search",
     "gradient",
+    "as_authors",
     "table1_recipes",
     "control_recipes",
     "ablation",
+    "initial_recipes",
     "pdt",
+    "prompt_dt_recipes",
     "length_label",
     "quantity_recipes",
     "quality_recipes",
@@ -36,52 +48,103 @@ __all__ = [
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #9c34369c
 PTDT = "prompt_tuning_dt"
 TABLE_FAMILIES = ("cheetah-dir", "cheetah-vel", "ant-dir")
+META_WORLD = ("ml1-pick-place", "ml1-reach")  # Prompt-DT's released code has the first, its text the second
 NO_TUNING = Tune()
+# what a family has otherwise: prompt length (Prompt-DT Table 3), 3,000 iterations of 10 updates (Fig. 2), 200 scripted
+# episodes a task (section 5.1)
+FAMILIES = {"ml1-reach": dict(H=2, steps=30_000, episodes=200)}
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00003
+def pretraining(family, name="prompt-dt", **kw):
+    "Pre-training of a policy on a family, as Prompt-DT has it; `kw` are fields of Pretrain."
+    return Pretrain(family, name, **{**FAMILIES.get(family, {}), **kw})
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #433b7202
 def pretrains(family, **kw):
     "The three policies that the table's methods start from."
     return {
-        "prompt-dt": Pretrain(family, "prompt-dt", **kw),
-        "mt-orl": Pretrain(family, "mt-orl", prompt=False, H=0, **kw),
-        "mt-bc": Pretrain(family, "mt-bc", prompt=False, use_rtg=False, H=0, **kw),
+        "prompt-dt": pretraining(family, **kw),
+        "mt-orl": pretraining(family, "mt-orl", **{"prompt": False, "H": 0, **kw}),
+        "mt-bc": pretraining(family, "mt-bc", **{"prompt": False, "use_rtg": False, "H": 0, **kw}),
     }
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00004
+SEARCH = dict(steps=100, m=15, mu=0.1, batches=2, distribution="gaussian", seven=False, noisy=False)
+STEPPING = {
+    "ranking": dict(k=None, eta=0.5, momentum=0.5, linesearch=False, author_weights=False),
+    "es": dict(eta=0.5, momentum=0.5),
+}
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00005
+def parted(kw) -> tuple:
+    "Keyword arguments as (fields of the tuner, fields of Tune)."
+    own = {k: v for k, v in kw.items() if k in Tune.__dataclass_fields__}
+    return {k: v for k, v in kw.items() if k not in own}, own
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #25000f04
 def search(tuner, **kw):
     "Tune by a search over the prompt, all with the same budget; `kw` are fields of the tuner or of Tune."
-    own = {k: kw.pop(k) for k in list(kw) if k in Tune.__dataclass_fields__}
-    return Tune(tuner, tuple(dict(dict(steps=100, m=15, batches=2), **kw).items()), **own)
+    hyper, own = parted(kw)
+    return Tune(tuner, tuple({**SEARCH, **STEPPING.get(tuner, {}), **hyper}.items()), **own)
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00006
+GRADIENT = {
+    "full": dict(lr=1e-4, weight_decay=1e-4, clip=0.25),
+    "soft": dict(lr=1e-2),
+    "adapter": dict(lr=1e-3, size=16),
+    "lora": dict(lr=1e-3, r=8, alpha=16),
+    "gradient": dict(lr=1e-2),
+}
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00002
 def gradient(tuner, steps=100, **kw):
-    "Tune by gradient; `kw` are fields of Tune."
-    return Tune(tuner, (("steps", steps),), **kw)
+    "Tune by gradient; `kw` are fields of the tuner or of Tune."
+    hyper, own = parted(kw)
+    return Tune(tuner, tuple(dict(steps=steps, **{**GRADIENT[tuner], **hyper}).items()), **own)
 
 
-# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #985e0d17
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00008
+PROMPTS = dict(expert="highest", medium="middle", random="lowest", uniform="random")  # word: prompt_quality
+UNIFORM = "uniform-action prompt (control)"
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00009
+def as_authors(tune, family):
+    "Tuning with the first author's pool of its prompt's word, on windows as long as the family's prompt."
+    quality = PROMPTS.get(tune.prompt_quality, tune.prompt_quality)
+    return replace(tune, prompt_quality=quality, demo_K=pretraining(family).H)
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00010
 def table1_recipes(family):
     "Rows of Prompt-Tuning DT's Table 1, on one family."
     p = pretrains(family)
 
-    def R(key, method, policy="prompt-dt", tune=NO_TUNING):
-        return Recipe(PTDT, family, method, key, p[policy], tune)
+    def R(key, method, tune=NO_TUNING, policy="prompt-dt"):
+        return Recipe(PTDT, family, method, key, p[policy], as_authors(tune, family))
 
     return [
-        R("mt-orl", "MT-ORL", "mt-orl"),
-        R("mt-bc-ft", "MT-BC-FT", "mt-bc", gradient("full")),
+        R("mt-orl", "MT-ORL", policy="mt-orl"),
+        R("mt-bc-ft", "MT-BC-FT", gradient("full", 10, demos=0), "mt-bc"),
+        R("mt-bc-ft-100", "MT-BC-FT, 100 updates", gradient("full", demos=0, demo_batch=1280), "mt-bc"),
         R("pdt", "Prompt-DT, expert prompt"),
-        R("pdt-random", "Prompt-DT, random prompt", tune=Tune(prompt_quality="random")),
-        R("full", "Prompt-DT-FT", tune=gradient("full")),
-        R("soft", "Soft Prompt", tune=gradient("soft")),
-        R("adapter", "Adaptor", tune=gradient("adapter")),
-        R("lora", "LoRA", tune=gradient("lora")),
-        R("ranking", "PTDT-offline, expert prompt", tune=search("ranking")),
-        R("ranking-random", "PTDT-offline, random prompt", tune=search("ranking", prompt_quality="random")),
-        R("online", "PTDT-online, expert prompt", tune=search("ranking", online=True)),
+        R("pdt-random", "Prompt-DT, random prompt", Tune(prompt_quality="random")),
+        R("pdt-uniform", f"Prompt-DT, {UNIFORM}", Tune(prompt_quality="uniform")),
+        R("full", "Prompt-DT-FT", gradient("full")),
+        R("soft", "Soft Prompt", gradient("soft")),
+        R("adapter", "Adaptor", gradient("adapter")),
+        R("lora", "LoRA (control)", gradient("lora")),
+        R("ranking", "PTDT-offline, expert prompt", search("ranking")),
+        R("ranking-random", "PTDT-offline, random prompt", search("ranking", prompt_quality="random")),
+        R("ranking-uniform", f"PTDT-offline, {UNIFORM}", search("ranking", prompt_quality="uniform")),
+        R("online", "PTDT-online, expert prompt", search("ranking", online=True)),
     ]
 
 
@@ -91,7 +154,7 @@ def control_recipes(family):
     p = pretrains(family)["prompt-dt"]
 
     def R(key, method, tune):
-        return Recipe(PTDT, family, method, key, p, tune)
+        return Recipe(PTDT, family, method, key, p, as_authors(tune, family))
 
     return [
         R("hill", "Hill climbing (control)", search("hill")),
@@ -105,17 +168,43 @@ def control_recipes(family):
 def ablation(family, name, values):
     "PTDT-offline with one hyper-parameter varied."
     p = pretrains(family)["prompt-dt"]
-    return [
-        Recipe(PTDT, family, f"{name} = {v}", f"ranking-{name}-{v}", p, search("ranking", **{name: v})) for v in values
+
+    def R(value):
+        tune = as_authors(search("ranking", **{name: value}), family)
+        return Recipe(PTDT, family, f"{name} = {value}", f"ranking-{name}-{value}", p, tune)
+
+    return [R(v) for v in values]
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00011
+def initial_recipes(family="cheetah-vel"):
+    "Prompt-DT and PTDT-offline from each initial prompt."
+    p = pretrains(family)["prompt-dt"]
+
+    def R(key, method, tune):
+        return Recipe(PTDT, family, f"{method}, medium prompt", key, p, as_authors(tune, family))
+
+    keys = ("pdt", "pdt-random", "pdt-uniform", "ranking", "ranking-random", "ranking-uniform")
+    return [r for r in table1_recipes(family) if r.key in keys] + [
+        R("pdt-medium", "Prompt-DT", Tune(prompt_quality="medium")),
+        R("ranking-medium", "PTDT-offline", search("ranking", prompt_quality="medium")),
     ]
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #83ed5747
-def pdt(family, key, method, **kw):
-    "Prompt-DT without tuning; the plain one is the main table's."
-    tune = Tune(prompt_quality=kw.pop("prompt_quality", "expert"))
-    same = [r for r in table1_recipes(family) if r.pretrain == Pretrain(family, **kw) and r.tune == tune]
-    return same[0] if same else Recipe(PTDT, family, method, key, Pretrain(family, **kw), tune)
+def pdt(family, key="prompt-dt", method="Prompt-DT", prompt_quality="expert", **kw):
+    "Prompt-DT without tuning; `kw` are fields of Pretrain. One without fields of its own is the plain one."
+    plain, own = pretraining(family), pretraining(family, **kw)
+    if own == plain and prompt_quality == "expert":
+        key, method = "prompt-dt", "Prompt-DT"
+    return Recipe(PTDT, family, method, key, own, Tune(prompt_quality=prompt_quality))
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00012
+def prompt_dt_recipes(family):
+    "Prompt-DT and its baselines without a prompt, on one family."
+    baselines = {r.key: r for r in table1_recipes(family)}
+    return [pdt(family), baselines["mt-orl"], baselines["mt-bc-ft"]]
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pdx00006
@@ -138,13 +227,16 @@ def quantity_recipes(family):
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #f2b6caf0
 def quality_recipes(family="cheetah-vel", qualities=("expert", "medium", "random")):
-    "Prompt-DT's Figure 3, quality of the training data x quality of the prompt: {label: recipe}."
+    """Prompt-DT's Figure 3, quality of the training data x quality of the prompt: {label: recipe}.
+
+    500 trajectories a quality, two seeds. The text has the last, middle and first 500 of a replay buffer; ours are of
+    three policies, of which the random one takes uniform actions."""
     base = replace(pretrains(family)["prompt-dt"], episodes=500)
     made = {}
     for d in qualities:
         for q in qualities:
             method, key = f"Prompt-DT, {d} data, {q} prompt", f"pdt-{d}-data-{q}-prompt"
-            tune = Tune(prompt_quality=q)
+            tune = Tune(prompt_quality="buffer" if q == "random" else q)
             made[f"{d} data, {q} prompt"] = Recipe(
                 PTDT, family, method, key, replace(base, quality=d), tune, seeds=(0, 1)
             )
@@ -177,28 +269,10 @@ def bc_lengths(family):
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #cf5f9a5d
 _main = {f: table1_recipes(f) for f in TABLE_FAMILIES}
-_mw = {
-    "ml1-pick-place": [r for r in table1_recipes("ml1-pick-place") if r.key != "online"],
-    "ml1-reach": [r for r in table1_recipes("ml1-reach") if r.key in ("pdt", "mt-orl", "mt-bc-ft")],
-}
+_mw = [r for r in table1_recipes("ml1-pick-place") if r.key != "online"]
+_base = {f: prompt_dt_recipes(f) for f in (*TABLE_FAMILIES, *META_WORLD, "ant-dir-ood")}
 _controls = {f: control_recipes(f) for f in TABLE_FAMILIES}
-_ood = [r for r in table1_recipes("ant-dir-ood") if r.key in ("mt-orl", "mt-bc-ft", "pdt")]
-_m, _mu, _init = (
-    ablation("cheetah-vel", "m", (5, 10, 30)),
-    ablation("cheetah-vel", "mu", (0.01, 0.03, 0.3, 1.0)),
-    [r for r in _main["cheetah-vel"] if r.key in ("pdt", "pdt-random", "ranking", "ranking-random")],
-)
-_init += [
-    pdt("cheetah-vel", "pdt-medium", "Prompt-DT, medium prompt", prompt_quality="medium"),
-    Recipe(
-        PTDT,
-        "cheetah-vel",
-        "PTDT-offline, medium prompt",
-        "ranking-medium",
-        Pretrain("cheetah-vel"),
-        search("ranking", prompt_quality="medium"),
-    ),
-]
+_m, _mu = ablation("cheetah-vel", "m", (5, 10, 30)), ablation("cheetah-vel", "mu", (0.01, 0.03, 0.3, 1.0))
 _quantity = {f: quantity_recipes(f) for f in TABLE_FAMILIES}
 _quality = quality_recipes()
 
@@ -208,12 +282,15 @@ PAPER = Paper(
 )
 _all = [r for f in TABLE_FAMILIES for r in _main[f]]
 _own = [r for r in _main["cheetah-vel"] if r.key == "ranking"]
-_curves = ("pdt", "mt-orl", "mt-bc-ft")
 _bc = {f: prompt_mt_bc(f) for f in TABLE_FAMILIES}
 _UNSEEN = "the paper's full text could not be had; its subject is not known"
 PROTOCOL = (
     "Return of the last policy on the test tasks, mean over tasks, then over seeds; one prompt a task, drawn once, kept"
     " for all evaluation episodes; return-to-go starts at the family's target. "
+)
+_POOLS = (
+    "Expert, medium and random prompts: the five highest, ranks 50 to 54, the five lowest trajectories by return of "
+    "the test task's expert data, as in the first author's code; the paper's text could not be had. "
 )
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #94c4eb20
@@ -227,6 +304,7 @@ PAPER.exhibit(
     "table",
     _all,
     protocol=PROTOCOL
+    + _POOLS
     + "The published Meta-World column is an exhibit of its own, table1_mw, as it needs the metaworld extra.",
     reported="table1",
 )
@@ -265,7 +343,12 @@ PAPER.exhibit(
     "ablation_mu", "Ablation: perturbation mu", "not in the public text", "bars", _mu + _own, protocol=PROTOCOL
 )
 PAPER.exhibit(
-    "ablation_init", "Ablation: initial prompt", "tuning repairs a bad initial prompt", "bars", _init, protocol=PROTOCOL
+    "ablation_init",
+    "Ablation: initial prompt",
+    "tuning repairs a bad initial prompt",
+    "bars",
+    initial_recipes(),
+    protocol=PROTOCOL + _POOLS,
 )
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #04fe81a4
@@ -284,7 +367,7 @@ PAPER.exhibit(
     "Prompt-DT Figure 2. Return against training",
     "Prompt-DT beats the baselines without a prompt",
     "pretraining",
-    [r for r in _all if r.key in _curves] + list(_bc.values()),
+    [r for f in TABLE_FAMILIES for r in _base[f]] + list(_bc.values()),
     protocol="Return on the test tasks along pre-training.",
     reported="pdt_fig2",
 )
@@ -293,7 +376,7 @@ PAPER.exhibit(
     "Prompt-DT Figure 2, Meta-World",
     "Prompt-DT beats the baselines without a prompt",
     "pretraining",
-    [r for f in _mw for r in _mw[f] if r.key in _curves] + [prompt_mt_bc(f, only=("paper",)) for f in _mw],
+    [r for f in META_WORLD for r in (*_base[f], prompt_mt_bc(f, only=("paper",)))],
     protocol=(
         "Return on the test tasks along pre-training. The paper's panel is reach; its released data and code are "
         "of pick-place."
@@ -305,7 +388,7 @@ PAPER.exhibit(
     "Table 1, Meta-World column",
     "PTDT-offline beats Prompt-DT and the other tuners",
     "table",
-    _mw["ml1-pick-place"],
+    _mw,
     protocol=PROTOCOL
     + (
         "The column is headed reach-v2, but its returns, its split of 45 tasks and the released scripts are "
@@ -319,7 +402,8 @@ PAPER.exhibit(
     "good data with a medium prompt still works; a random prompt does not",
     "quality",
     _quality.values(),
-    protocol=PROTOCOL,
+    protocol=PROTOCOL
+    + "Random prompts: the first 500 trajectories of a replay buffer in the paper's text, of uniform actions here. ",
     labels={r.id: k for k, r in _quality.items()},
     reported="pdt_fig3",
 )
@@ -328,7 +412,7 @@ PAPER.exhibit(
     "Prompt-DT Figure 4. Ant-dir-OOD",
     "prompts help out of the training range too (in the shipped goals only one of three test tasks is out of it)",
     "table",
-    [*_ood, prompt_mt_bc("ant-dir-ood")],
+    [*_base["ant-dir-ood"], prompt_mt_bc("ant-dir-ood")],
     protocol=PROTOCOL,
     reported="pdt_fig4",
 )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from functools import cache
 
@@ -25,11 +26,13 @@ from .wrapped import Wrapped
 # %% auto #0
 __all__ = [
     "N_GOALS",
+    "SEED",
     "UPSIDE_DOWN",
     "POLICIES",
     "STD",
     "STRETCH",
     "NOISE",
+    "places",
     "goals",
     "tool_of",
     "model_of",
@@ -44,12 +47,36 @@ __all__ = [
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #79fc4728
 N_GOALS = 50
+SEED = 1  # code (mxu34/prompt-dt): ML1(task, seed=1)
 
 
+# %% ../../nbs/01d_tasks.metaworld.ipynb #mwgoal01
+def places(tool, seed=SEED):
+    """Where a tool's things and goals lie (50, .), in metres: those of `metaworld.ML1(tool, seed)` of version 2.
+
+    One draw per reset, as the package had it when Prompt-DT used it; version 3 keeps every second draw.
+    """
+    kept, env = np.random.get_state(), ALL_V3_ENVIRONMENTS[tool]()
+    env._freeze_rand_vec, env._set_task_called = False, True
+
+    def place():
+        env.reset_model()
+        return env._last_rand_vec
+
+    try:
+        np.random.seed(seed)
+        return np.stack([place() for _ in range(N_GOALS)])
+    finally:
+        np.random.set_state(kept)
+        env.close()
+
+
+# %% ../../nbs/01d_tasks.metaworld.ipynb #mwgoal02
 @cache
 def goals(tool):
-    "The tool's 50 goals, as tasks of the package that show the goal: those of `metaworld.ML1(tool, seed=0)`."
-    return tuple(metaworld.MT1(tool, seed=0).train_tasks)
+    "The tool's 50 goals, as tasks of the package that show the goal."
+    shown = dict(env_cls=ALL_V3_ENVIRONMENTS[tool], partially_observable=False)
+    return tuple(metaworld.Task(tool, pickle.dumps(dict(shown, rand_vec=place))) for place in places(tool))
 
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #5aca0208
