@@ -73,7 +73,8 @@ LAPTOP = dict(
         **{f: dict(episodes=100, per_task=64, width=32) for f in SKIRMISHES},
     },
     papers={"prompt_diffuser": dict(width=128, layers=3)},
-    Tune=dict(demo_batch=16, score_episodes=1),
+    Tune=dict(demo_batch=64, score_episodes=1),
+    tune_papers={"cmt": dict(demo_batch=16)},  # its windows are four times as long
     Recipe=dict(eval_episodes=6),
     eval_families={f: dict(eval_episodes=32) for f in SKIRMISHES},  # games are won or lost: more of them
     hyper=dict(steps=0.25, prepare_steps=0.075, batches=1),
@@ -207,7 +208,8 @@ def resolve_hyper(t: Tune, o) -> tuple:
 def resolve_tuned(r: Recipe, o) -> Recipe:
     "A recipe of pre-training and tuning at a scale."
     p = {**o.get("Pretrain", {}), **o.get("papers", {}).get(r.paper, {}), **o.get("families", {}).get(r.family, {})}
-    t = {k: scaled(getattr(r.tune, k), v) for k, v in o.get("Tune", {}).items()}
+    wanted = {**o.get("Tune", {}), **o.get("tune_papers", {}).get(r.paper, {})}
+    t = {k: scaled(getattr(r.tune, k), v) for k, v in wanted.items()}
     return replace(
         r,
         pretrain=replace(r.pretrain, **p),
