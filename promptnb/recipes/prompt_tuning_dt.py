@@ -52,7 +52,7 @@ META_WORLD = ("ml1-pick-place", "ml1-reach")  # Prompt-DT's released code has th
 NO_TUNING = Tune()
 # what a family has otherwise: prompt length (Prompt-DT Table 3), 3,000 iterations of 10 updates (Fig. 2), 200 scripted
 # episodes a task (section 5.1)
-FAMILIES = {"ml1-reach": dict(H=2, steps=30_000, episodes=200)}
+FAMILIES = {"ml1-reach": dict(H=2, steps=30_000, episodes=200, curve_points=30)}
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00003
@@ -74,7 +74,7 @@ def pretrains(family, **kw):
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00004
 SEARCH = dict(steps=100, m=15, mu=0.1, batches=2, distribution="gaussian", seven=False, noisy=False)
 STEPPING = {
-    "ranking": dict(k=None, eta=0.5, momentum=0.5, linesearch=False, author_weights=False),
+    "ranking": dict(k=0, eta=0.5, momentum=0.5, linesearch=False, author_weights=False),
     "es": dict(eta=0.5, momentum=0.5),
 }
 
