@@ -74,8 +74,12 @@ LAPTOP = dict(
     },
     papers={"prompt_diffuser": dict(width=128, layers=3)},
     Tune=dict(demo_batch=64, score_episodes=1),
-    tune_papers={"cmt": dict(demo_batch=16)},  # its windows are four times as long
+    tune_papers={
+        "cmt": dict(demo_batch=16),  # its windows are four times as long
+        "prompt_tuning_dt": dict(demo_batch=0.25),  # it compares batches: of the usual 256, 64 as well
+    },
     Recipe=dict(eval_episodes=6),
+    tuned_seeds=(0, 1, 2),  # where a paper has two: a test takes three
     eval_families={f: dict(eval_episodes=32) for f in SKIRMISHES},  # games are won or lost: more of them
     hyper=dict(steps=0.25, prepare_steps=0.075, batches=1),
     online=dict(steps=2),
@@ -210,11 +214,12 @@ def resolve_tuned(r: Recipe, o) -> Recipe:
     p = {**o.get("Pretrain", {}), **o.get("papers", {}).get(r.paper, {}), **o.get("families", {}).get(r.family, {})}
     wanted = {**o.get("Tune", {}), **o.get("tune_papers", {}).get(r.paper, {})}
     t = {k: scaled(getattr(r.tune, k), v) for k, v in wanted.items()}
+    seeds = dict(seeds=o.get("tuned_seeds", r.seeds))
     return replace(
         r,
         pretrain=replace(r.pretrain, **p),
         tune=replace(r.tune, hyper=resolve_hyper(r.tune, o), **t),
-        **{**o.get("Recipe", {}), **o.get("eval_families", {}).get(r.family, {})},
+        **{**seeds, **o.get("Recipe", {}), **o.get("eval_families", {}).get(r.family, {})},
     )
 
 

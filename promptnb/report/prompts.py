@@ -189,7 +189,7 @@ def same_protocol(pub) -> pd.DataFrame:
 def unaided(ax, pub):
     "Draw published end points of methods that have no curve of ours, with their names in the legend."
     for _, r in pub.iterrows():
-        ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls="-.", label=f"{r.method} (published only)")
+        ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls="-.", label=f"{r.method} (published)")
 
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs010a0
@@ -206,9 +206,10 @@ def pretraining(view):
         if not len(d):
             nothing(ax)
             continue
+        unaided(ax, pub[(pub.family == family) & ~pub.method.isin(view.labels)])
         for _, r in pub[(pub.family == family) & pub.method.isin(d.label)].iterrows():
             ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls=":")
-        unaided(ax, pub[(pub.family == family) & ~pub.method.isin(view.labels)])
+        ax.margins(y=0.08)
     first = next(iter(axes.values()))
     dotted = pub.family.isin(axes) & pub.method.isin(df.label)
     first.set_ylabel("return (dotted: published end)" if dotted.any() else "return")
@@ -809,7 +810,7 @@ READ = dict(
     table="Entries: mean ± std over seed means; number of seeds and " + _INTERVAL + "; what was published, and where.",
     curves="Mean over tasks, then over seeds. The error is taken on one batch, the same for all tuners: those that"
     " start from one prompt start at one point.",
-    pretraining="Mean over tasks, then over seeds.",
+    pretraining="Mean over tasks, then over seeds. Lines across: published end points.",
     process="Mean over seeds.",
     bars="Marker: mean over tasks, then over seeds; line: " + _INTERVAL + "; dots: seeds.",
     quality="Cells: mean over tasks, then over seeds; std over seed means; number of seeds.",

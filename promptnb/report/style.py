@@ -277,10 +277,14 @@ def wrap(text, width=22) -> str:
 
 # %% ../../nbs/11b_report.style.ipynb #sy000017
 def legend(fig, axes, ncols=3, loc="outside lower center"):
-    "One legend for all panels, below them."
+    "One legend for all panels, below them; a remark that stands there already becomes its title."
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     if found:
-        fig.legend(found.values(), [wrap(label, 40) for label in found], loc=loc, ncols=ncols, frameon=False)
+        remark = fig.get_supxlabel()
+        if remark:
+            fig.supxlabel("")
+        names = [wrap(label, 40) for label in found]
+        fig.legend(found.values(), names, loc=loc, ncols=ncols, frameon=False, title=remark or None)
 
 
 # %% ../../nbs/11b_report.style.ipynb #sy000019
