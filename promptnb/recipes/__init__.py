@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from promptnb.recipes.core import (
     CORPORA,
+    PACKAGES,
     POOLS,
     Context,
     Exhibit,
@@ -31,6 +32,7 @@ _all_ = [  # these names are read from here
     "CORPORA",
     "POOLS",
     "Pool",
+    "PACKAGES",
     "Published",
     "Context",
     "Exhibit",
@@ -72,6 +74,7 @@ __all__ = [
     "CORPORA",
     "POOLS",
     "Pool",
+    "PACKAGES",
     "Published",
     "Context",
     "Exhibit",

