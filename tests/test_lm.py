@@ -424,8 +424,16 @@ def test_llama_as_trunk(llama, tmp_path):
 
 def small_model(kind):
     "A folder's worth of a model of another kind, with random weights: two layers of width 16, four heads."
-    from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
-    from transformers import RobertaConfig, RobertaForMaskedLM
+    from transformers import (
+        BertConfig,
+        BertModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+        RobertaConfig,
+        RobertaForMaskedLM,
+    )
 
     of = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
     inner, sizes = dict(intermediate_size=32), dict(ffn_dim=32, word_embed_proj_dim=16)
