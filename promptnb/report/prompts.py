@@ -741,7 +741,7 @@ def setting_of(r, field):
 def ours_of(field, families, scale) -> str:
     "The values that the recipes of Prompt-DT have of a field, at a scale, in one text; '' without such a recipe."
     own = rc.PAPER_OF["prompt_tuning_dt"].recipes.values()
-    found = [r for r in own if r.key == "pdt" and r.family in families and rc.run_at(r, scale)]
+    found = [r for r in own if r.key == "prompt-dt" and r.family in families and rc.run_at(r, scale)]
     values = {setting_of(rc.resolve(r, scale), field) for r in found} if field else set()
     return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in sorted(values, key=str))
 
