@@ -1,6 +1,8 @@
 "Exhibits of guided agents, against numbers worked out by hand on made-up records."
 
 import json
+import re
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ from promptnb.report.view import View, recipe_file, reported
 
 EXHIBITS = [e for e in rc.exhibits("rladapter") if not e.unknown]
 HERE = [e for e in EXHIBITS if rc.recipes_of(e, "laptop")]
-TABLES = ("scoreboard", "grid", "examples", "behaviour", "cost")
+TABLES = ("scoreboard", "grid", "examples", "behaviour", "cost", "contrast", "benchmark", "prompts", "settings")
 GUIDE = dict(
     step=4096,
     env=0,
@@ -759,3 +761,222 @@ def test_deviations_name_the_code():
 def test_what_only_measures_is_no_deviation():
     t = exhibits.deviations("rladapter", "laptop").set_index("field")
     assert not {"online.last", "online.points"} & set(t.index)
+
+
+# ---- what is known of the paper's other pages
+
+
+def test_what_cannot_be_made_points_to_what_is_shown():
+    "Figures and tables whose content is not known; numbers/rladapter_tables_figures_index.csv."
+    reasons = {e.id: e.unknown for e in rc.exhibits("rladapter") if e.unknown}
+    assert set(reasons) == {"table_main", "table_ablation", "fig_success", "fig_guidance", "v1"}
+    shown = {id: re.findall(r"(?<!\w)'(\w+)'", reason) for id, reason in reasons.items()}
+    assert all(not exhibit(name).unknown for names in shown.values() for name in names)
+    assert shown["table_ablation"] == ["decision_size"] and shown["fig_guidance"] == ["guidance", "behaviour"]
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_all_that_is_known_of_adarefiner_stands_beside_the_full_method(tmp_home, scale):
+    "DLLM (2406.07381) Table 2: 28.2 and 12.9, 23.4 and 11.8 after 5M steps, 15.8 and 12.3 after 1M."
+    _, t = rladapter.contrast(View(exhibit("decision_size"), scale, partial=True))
+    dllm = t[(t.kind == "published") & t.source.str.startswith("DLLM", na=False)]
+    known = dllm.set_index(["method", "env_steps", "metric"])["mean"].to_dict()
+    reward = rladapter.PUBLISHED["scoreboard_reward"]
+    four, less = "AdaRefiner (GPT-4)", "AdaRefiner (GPT-3.5)"
+    assert known == {
+        (four, "5M", "score"): 28.2,
+        (four, "5M", reward): 12.9,
+        (less, "5M", "score"): 23.4,
+        (less, "5M", reward): 11.8,
+        (four, "1M", "score"): 15.8,
+        (four, "1M", reward): 12.3,
+    }
+    arms = [ADAPTER] + ["GPT-3.5 as decision LM"] * (scale == "paper")
+    assert list(dict.fromkeys(t[t.kind == "ours"].method)) == arms
+
+
+def test_the_benchmark_s_rewards_are_of_single_episodes(tmp_home):
+    "numbers/crafter_score_recomputed.csv: 2.10 and 14.30 of one episode a run, 1.377 and 12.959 of all."
+    fabricate("benchmark", score=lambda label, seed: (1, 2, 6)[seed])
+    printed, t = drawn("benchmark")
+    known = t.set_index(["agent", "whose", "measure"])["mean"].to_dict()
+    for agent, single, whole in (("Random", 2.10, 1.377), ("Human experts", 14.30, 12.959)):
+        assert known[agent, "recomputed", rladapter.SINGLE] == known[agent, "published", rladapter.SINGLE] == single
+        assert known[agent, "recomputed", "mean return"] == whole
+    assert known[RANDOM, "ours, laptop scale", "score"] == 3
+    assert printed.loc[(RANDOM, "ours, laptop scale"), "mean return"].startswith("1.50 ± 1.32")
+
+
+SCENE = dict(seen=("tree", "cow"), status=dict(wood=3), actions=("move_left", "do"), env=0, step=0)
+
+
+@pytest.mark.parametrize("who", ["adapter", "decision LM"])
+def test_the_table_of_prompts_says_what_ours_hold(tmp_home, who):
+    from promptnb.llm import GOALS, adapter_prompt, decision_prompt
+
+    table, _ = rladapter.prompts(View(exhibit("prompts"), "laptop"))
+    if who == "adapter":
+        prompt = adapter_prompt(SCENE, ("sleep",), 0.12345)
+    else:
+        prompt = decision_prompt(SCENE, ("sleep",), "Wood first.")
+    text = "\n".join(m["content"] for m in prompt)
+    holds = {
+        "kinds of things in view": '"tree, cow"' in text,
+        "status: counts above zero": '"wood 3"' in text,
+        "last action": '"do"' in text and "move_left" not in text,
+        "sub-goals before": 'goals: "sleep"' in text,
+        "comprehension score l": "score: 0.123" in text,
+        "the adapter's analysis": 'analysis: "Wood first."' in text,
+        "list of 31 sub-goals": ", ".join(GOALS) in text,
+    }
+    said = {part: entry.startswith(("yes", "three")) for part, entry in table[f"{who}, ours"].items()}
+    assert {part: said[part] for part in holds} == holds
+    released = table[f"{who}, released"]
+    assert all((released[part] in ("no", "-")) == (table[f"{who}, ours"][part] in ("no", "-")) for part in holds)
+
+
+def test_arrows_of_the_framework_end_at_boxes(tmp_home):
+    shown, arrows = drawn("framework")
+    assert {*arrows["from"], *arrows["to"]} == {*rladapter.BOXES}
+    names = [text.get_text().split("\n")[0] for text in shown.axes[0].texts]
+    assert set(rladapter.BOXES) <= set(names)
+
+
+# ---- paper scale is the released code
+
+PAPER = rc.PAPER_OF["rladapter"]
+RELEASED = dict(  # numbers/adarefiner_hyperparameters.csv, PKU-RL/AdaRefiner @2365033
+    rollout=4096,
+    envs=1,
+    batch=128,
+    epochs=4,
+    gamma=0.95,
+    lam=0.65,
+    clip=0.2,
+    entropy=0.0,
+    value=0.5,
+    max_grad=0.5,
+    lr=1e-4,
+    steps=5_000_000,
+    stages=5,
+    length=10_000,
+    net="spcnn",
+    interval=100,
+    decision="gpt-4",
+    temperature=1.0,
+    adapter="meta-llama/Llama-2-7b-chat-hf",
+    tokens=100,
+    history="actions",
+    use_score=True,
+    targets="own",
+    tune=True,
+)
+HABITS = dict(  # specs/rladapter.md section 3, and sft.py's text: the released code's, and of the arm 'as released'
+    reinit_encoder=True,
+    restart_policy=True,
+    cumulative=True,
+    text_after_step=True,
+    empty_each_rollout=True,
+    ask_on_reset=False,
+    raw_replies=True,
+    markup_twice=True,
+)
+
+
+def at_paper_scale(key):
+    "The online part of a recipe at paper scale."
+    return rc.resolve(rc.RECIPES[f"rladapter/crafter/{key}"], "paper").online
+
+
+@pytest.mark.parametrize("field", RELEASED)
+def test_a_field_of_the_full_method_is_the_released_one(field):
+    assert getattr(at_paper_scale("adapter"), field) == getattr(at_paper_scale("released"), field) == RELEASED[field]
+
+
+@pytest.mark.parametrize("field", HABITS)
+def test_a_habit_of_the_released_code_is_the_arm_as_released(field):
+    assert getattr(at_paper_scale("released"), field) == HABITS[field] != getattr(at_paper_scale("adapter"), field)
+
+
+def test_published_values_are_those_of_the_released_code():
+    encoder = dict(encoder="sentence-transformers/paraphrase-MiniLM-L6-v2", url="https://api.openai.com/v1")
+    code = {p.field.removeprefix("online."): p.code for p in PAPER.published if p.covers(rc.rladapter.ARMS["adapter"])}
+    assert {k: v for k, v in code.items() if v is not None} == RELEASED | HABITS | encoder | dict(eval_episodes=20)
+
+
+def test_every_field_has_a_released_value_or_is_ours():
+    "A new field of Online must be looked up, or be named here."
+    ours = {"guide", "learner", "precision", "last", "points", "budget", "sft", "preset"}
+    known = {p.field.removeprefix("online.") for p in PAPER.published if p.covers(rc.rladapter.ARMS["adapter"])}
+    assert {f.name for f in fields(rc.Online)} == ours | known - {"eval_episodes", "seeds"}
+
+
+def shown_differences():
+    "{field or matter: our value} of the table of differences."
+    t = exhibits.differences("rladapter")
+    return {what: t[t.what == what].ours.tolist() for what in t.what}
+
+
+def test_differences_to_the_released_code_are_these():
+    fields_ = {what for what in shown_differences() if "." in what and " " not in what}
+    medium = {"online.steps"}  # 1,024,000 steps in Achievement Distillation's code
+    assert fields_ == {f"online.{k}" for k in HABITS} | {"online.encoder", "online.decision"} | medium
+
+
+@pytest.mark.parametrize("field", [*RELEASED, *HABITS])
+def test_a_wrong_value_at_paper_scale_shows_in_the_differences(field, monkeypatch):
+    r = rc.rladapter.ARMS["released"]
+    now = getattr(r.online, field)
+    wrong = f"not {now}" if isinstance(now, str) else now / 2 or 0.5
+    monkeypatch.setitem(PAPER.recipes, r.id, replace(r, online=replace(r.online, **{field: wrong})))
+    assert str(wrong) in shown_differences()[f"online.{field}"]
+
+
+@pytest.mark.parametrize("field", ["net", "envs", "rollout", "batch", "epochs", "lr", "entropy", "gamma", "lam"])
+def test_medium_has_achievement_distillation_s_settings(field):
+    "snu-mllab/Achievement-Distillation, configs/ppo.yaml."
+    known = dict(net="impala", envs=8, rollout=512, batch=4096 // 8, epochs=3, lr=3e-4)
+    known |= dict(entropy=0.01, gamma=0.95, lam=0.65)
+    assert getattr(at_paper_scale("medium-ppo"), field) == known[field]
+
+
+def test_the_tuning_s_defaults_are_those_of_the_released_script():
+    "PKU-RL/AdaRefiner, sft.py; numbers/adarefiner_hyperparameters.csv, group SFT."
+    from promptnb.llm.adapter import SFT
+
+    known = dict(r=64, alpha=16, dropout=0.1, lr=2e-4, batch=4, epochs=1, weight_decay=0.001, grad_norm=0.3)
+    known |= dict(whole_text=True, quantise="nf4")
+    assert {k: code for k, (code, _) in rc.rladapter.TUNING.items()} == known
+    assert {k: getattr(SFT(), k) for k in known} == {k: ours for k, (_, ours) in rc.rladapter.TUNING.items()}
+
+
+STANDING = (
+    "wording of the prompts",
+    "vector of the empty sentence",
+    "precision of the adapter",
+    "temperature of the adapter",
+    "evaluation",
+    "the game",
+)
+
+
+@pytest.mark.parametrize("what", STANDING)
+def test_what_no_field_holds_stands_in_the_differences(what):
+    assert what in shown_differences()
+
+
+def test_standing_differences_are_true_of_the_code():
+    from promptnb.llm import Guidance, encoder
+    from promptnb.llm.backends import Rules
+
+    guidance = Guidance(decision=Rules())
+    assert (guidance.adapter_temperature, guidance.max_tokens) == (0.6, 100)
+    assert not encoder("hash")([""]).any()
+
+
+def test_the_table_of_settings_is_of_three_columns_and_a_place(tmp_home):
+    table, _ = rladapter.settings(View(exhibit("settings"), "laptop"))
+    assert list(table.columns) == ["released code", "ours, paper scale", "ours, laptop scale", "read in"]
+    assert list(table.loc["lr"])[:3] == ["0.0001", "0.0001", "0.0003"]
+    assert list(table.loc["tuning: lr"])[:3] == ["0.0002", "0.0002", "0.002"]
+    assert set(RELEASED) | set(HABITS) <= set(table.index)

@@ -33,6 +33,9 @@ __all__ = [
     "SCORES",
     "NUMBERS",
     "PUBLISHED",
+    "SINGLE",
+    "AGAIN",
+    "AGENTS",
     "RATE_COLUMNS",
     "TICKS",
     "REFERENCES",
@@ -53,6 +56,9 @@ __all__ = [
     "ANSWERS",
     "ASKED",
     "QUESTIONS",
+    "BOXES",
+    "ARROWS",
+    "PROMPTS",
     "DRAW",
     "READ",
     "BAND",
@@ -75,7 +81,11 @@ __all__ = [
     "all_of",
     "our_lines",
     "published_lines",
+    "board",
     "scoreboard",
+    "contrast",
+    "benchmark_numbers",
+    "benchmark",
     "rates",
     "easiest_first",
     "published_rates",
@@ -114,6 +124,10 @@ __all__ = [
     "enough",
     "comprehension_verdict",
     "behaviour_verdict",
+    "framework",
+    "prompts",
+    "tuning_settings",
+    "settings",
     "left_out",
 ]
 
@@ -315,14 +329,65 @@ def published_lines(t) -> dict:
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #89d40b00
-def scoreboard(view):
-    "(printed, tidy) scoreboard: our arms, then the published methods."
-    a, b = ours(view), published(view.reported)
+def board(view, rep):
+    "(printed, tidy) scores of our arms, then of the reported rows `rep`."
+    a, b = ours(view), published(rep)
     lines = our_lines(a, view.scale) | published_lines(b)
     p = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=[*COLUMNS.values()])
     p = p.astype(object).fillna("")
     p.index = pd.MultiIndex.from_tuples(p.index, names=["", "method"])
     return p, pd.concat([a.astype(object), b.astype(object)], ignore_index=True).infer_objects()
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlbord01
+def scoreboard(view):
+    "(printed, tidy) scoreboard: our arms, then all published methods."
+    return board(view, view.reported)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlcont01
+def contrast(view):
+    "(printed, tidy) the full method with the decision LMs of a scale, then what is published of AdaRefiner."
+    return board(view, view.reported[view.reported.method.str.startswith("AdaRefiner")])
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlbenc01
+SINGLE = "reward, one episode a run"
+AGAIN = {  # exhibit of the reported numbers: what it measures, and whose number it is
+    "scoreboard": ("score", "published"),
+    "scoreboard_reward": (SINGLE, "published"),
+    "recomputed_score": ("score", "recomputed"),
+    "recomputed_reward_single": (SINGLE, "recomputed"),
+    "recomputed_reward": ("mean return", "recomputed"),
+}
+AGENTS = ("Random", "Human experts")
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlbenc02
+def benchmark_numbers(rep) -> pd.DataFrame:
+    "One row per agent of the benchmark, measure, and whose number it is: published there, or computed again."
+    mine = rep.method.isin(AGENTS) & rep.source.str.contains("@e04542a") & rep.exhibit.isin(AGAIN)
+    t = rep[mine].rename(columns=dict(value="mean", method="agent"))
+    measure, whose = zip(*t.exhibit.map(AGAIN))
+    known = t[["agent", "mean", "std", "source", "other_protocol"]]
+    return known.assign(measure=measure, whose=whose)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlbenc04
+def benchmark(view):
+    "(printed, tidy) the benchmark's own agents, as published and computed again, and our random actions."
+    theirs = benchmark_numbers(view.reported)
+    mine = ours(view).rename(columns=dict(method="agent"))
+    mine = mine[mine.metric.isin(["score", "return"])]
+    mine = mine.assign(measure=mine.metric.replace("return", "mean return"), whose=f"ours, {view.scale} scale")
+    lines = {}
+    for _, r in theirs.sort_values("agent", ascending=False, kind="stable").iterrows():
+        lines.setdefault((r.agent, r.whose), {})[r.measure] = plus_minus(r["mean"], r["std"], 2)
+    for _, r in mine.iterrows():
+        lines.setdefault((r.agent, r.whose), {})[r.measure] = entry(r, 2)
+    p = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=["score", SINGLE, "mean return"])
+    p.index = pd.MultiIndex.from_tuples(p.index, names=["", "number"])
+    return p.astype(object).fillna(""), pd.concat([mine.drop(columns=["kind", "metric"]), theirs], ignore_index=True)
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #94f220ed
@@ -952,9 +1017,117 @@ def behaviour_verdict(view, base=PPO) -> str:
     return "\n".join([*lines, basis(v)]) if lines else "no runs yet"
 
 
+# %% ../../nbs/11g_report.rladapter.ipynb #rlknow01
+BOXES = {  # box: place (x, y), second line
+    "Crafter": ((0.1, 0.5), "tasks.crafter"),
+    "agent": ((0.5, 0.1), "PPO: online"),
+    "adaptive feedback": ((0.5, 0.5), "score l, buffer B: llm"),
+    "adapter LM": ((0.5, 0.9), "tuned: llm.adapter"),
+    "decision LM": ((0.88, 0.5), "never tuned: llm.backends"),
+}
+ARROWS = (  # from, to, what goes there
+    ("agent", "Crafter", "actions"),
+    ("Crafter", "agent", "pictures, rewards"),
+    ("Crafter", "adapter LM", "what is seen, status"),
+    ("adapter LM", "decision LM", "analysis, scene"),
+    ("decision LM", "agent", "sub-goals"),
+    ("agent", "adaptive feedback", "recent actions, sub-goals"),
+    ("adaptive feedback", "adapter LM", "score l; between stages: rows to tune on"),
+)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlknow02
+def _arrow(ax, boxes, begin, end, what, bend):
+    # an arrow from box to box, named in the middle; texts are boxes by name
+    (x0, y0), (x1, y1) = (boxes[name].get_position() for name in (begin, end))
+    ends = dict(patchA=boxes[begin].get_bbox_patch(), patchB=boxes[end].get_bbox_patch())
+    style = dict(arrowstyle="->", color="0.3", shrinkA=1, shrinkB=1, connectionstyle=f"arc3,rad={bend}")
+    ax.annotate("", (x1, y1), (x0, y0), arrowprops=style | ends)
+    # a bent arrow runs to the right of the straight line, seen along it
+    middle = (x0 + x1 + bend * (y1 - y0)) / 2, (y0 + y1 - bend * (x1 - x0)) / 2
+    ax.text(*middle, wrap(what, 18), ha="center", va="center", fontsize=6, bbox=dict(fc="white", ec="none", pad=0.5))
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlknow03
+def framework(view):
+    "(figure, its arrows) of the method: who tells whom what."
+    fig, (ax,) = axes_for(["framework"], height=3)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.axis("off")
+    box = dict(boxstyle="round", fc="0.93", ec="0.3")
+    boxes = {}
+    for name, ((x, y), part) in BOXES.items():
+        boxes[name] = ax.text(x, y, f"{name}\n{part}", ha="center", va="center", fontsize=7, bbox=box)
+    fig.canvas.draw()  # arrows end at boxes, whose sizes are known once they are drawn
+    ways = {(begin, end) for begin, end, _ in ARROWS}
+    for begin, end, what in ARROWS:
+        _arrow(ax, boxes, begin, end, what, 0.3 if (end, begin) in ways else 0.0)
+    return fig, pd.DataFrame(ARROWS, columns=["from", "to", "what"])
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlknow06
+PROMPTS = (  # what a prompt tells: the adapter's and the decision LM's as released (AdaRefiner, utils.py), and ours
+    ("who it is", *2 * ["a game analyst; a 2D game like Minecraft"], *2 * ["an analyst of a game like 2D Minecraft"]),
+    ("kinds of things in view", *4 * ["yes"]),
+    ("status: counts above zero", *4 * ["yes"]),
+    ("last action", *4 * ["yes"]),
+    ("sub-goals before", *4 * ["yes"]),
+    ("comprehension score l", "three decimals", "no", "three decimals", "no"),
+    ("the adapter's analysis", "-", "yes", "-", "yes, at most 600 characters"),
+    ("list of 31 sub-goals", "no", "yes", "no", "yes"),
+    (
+        "what it is asked for",
+        "concise summaries and suggestions",
+        "3 of the sub-goals in one sentence, without other words",
+        "what matters now and what to do, in one or two short sentences",
+        "the 3 best next ones of the list in one line, nothing else",
+    ),
+    ("recipes, positions, achievements, reward", *4 * ["no"]),
+    ("text of the game", *2 * ["as it is, in angle brackets"], *2 * ["cleaned, in quotes"]),
+    (
+        "markup",
+        "Llama-2's, one system and one user part",
+        "system and user message",
+        *2 * ["the model's own, one system and one user part"],
+    ),
+)
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlknow07
+def prompts(view):
+    "(printed, tidy) what the two prompts tell, as released and here."
+    columns = [f"{who}, {whose}" for whose in ("released", "ours") for who in ("adapter", "decision LM")]
+    t = pd.DataFrame(PROMPTS, columns=["part", *columns])
+    return t.set_index("part"), t
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlknow10
+def tuning_settings(*scales) -> list:
+    "[(setting, released value, value at each scale)] of the adapter's tuning."
+    full = rc.RECIPES["rladapter/crafter/adapter"]
+    own = [dict(rc.resolve(full, scale).online.sft) for scale in scales]
+    rows = rc.rladapter.TUNING.items()
+    return [(f"tuning: {k}", code, *(x.get(k, default) for x in own)) for k, (code, default) in rows]
+
+
+# %% ../../nbs/11g_report.rladapter.ipynb #rlknow11
+def settings(view):
+    "(printed, tidy) settings of the full method: released, ours at paper scale, ours at the view's scale."
+    full, scales = rc.RECIPES["rladapter/crafter/adapter"], tuple(dict.fromkeys(("paper", view.scale)))
+    at = [rc.resolve(full, scale) for scale in scales]
+    known = [p for p in rc.PAPER_OF["rladapter"].published if p.covers(full) and p.code is not None]
+    rows = [(p.field.removeprefix("online."), p.code, *(rc.value_of(r, p.field) for r in at), p.source) for p in known]
+    rows += [(*row, "AdaRefiner, sft.py") for row in tuning_settings(*scales)]
+    columns = ["setting", "released code", *(f"ours, {scale} scale" for scale in scales), "read in"]
+    t = pd.DataFrame(rows, columns=columns).map(str)
+    return t.set_index("setting"), t
+
+
 # %% ../../nbs/11g_report.rladapter.ipynb #600a9e2d
 DRAW = dict(
     scoreboard=scoreboard,
+    contrast=contrast,
+    benchmark=benchmark,
     success=success,
     along=along,
     grid=grid,
@@ -962,6 +1135,9 @@ DRAW = dict(
     comprehension=comprehension,
     behaviour=behaviour,
     cost=cost,
+    framework=framework,
+    prompts=prompts,
+    settings=settings,
 )
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000017
@@ -969,6 +1145,14 @@ READ = dict(
     scoreboard=(
         "Ours: mean ± std over seeds, n seeds and Student's 95 % interval of the mean; final policy: with its live "
         "guidance. Published: as printed there; letters name sources. Published rows are not compared with ours. "
+    ),
+    contrast=(
+        "Ours: mean ± std over seeds, n seeds and Student's 95 % interval of the mean. Published: as printed there;"
+        " letters name sources. Published rows are not compared with ours. "
+    ),
+    benchmark=(
+        "Mean ± std over runs or seeds; human experts: five runs of 20 episodes. Mean return: of all episodes, where"
+        " the benchmark's own counts achievements and a death. Ours: of the training episodes of random actions. "
     ),
     success=(
         "Percent of a run's training episodes, mean over seeds; hollow: the benchmark's own runs, recomputed. The axis"
@@ -999,6 +1183,9 @@ READ = dict(
         " it. Replies: invalid has no goal; rejected names one that is not in the list; failed is an error of the call;"
         " kept: the last goals stay. Per 1M steps: extrapolated from these runs. "
     ),
+    framework="An arrow: what goes from one part to another; under a name: the module. ",
+    prompts="Yes, no: is it told? ",
+    settings="Tuning: of the adapter, after a stage; a scale may change any of them. ",
 )
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000021
@@ -1006,6 +1193,7 @@ BAND = dict(
     success="dot: mean over seeds; bar: lowest to highest seed",
     along="band: lowest to highest seed",
     comprehension="band: lowest to highest seed; dots: seeds",
+    framework="",
 )
 
 
