@@ -17,6 +17,7 @@ __all__ = [
     "DT_FIT",
     "MEDIUM",
     "ARMS",
+    "MINILM",
     "ATARI_DT",
     "ATARI_FIT",
     "ATARI_ARMS",
@@ -43,6 +44,7 @@ __all__ = [
     "ABLATED",
     "MORE_GAMES",
     "PAPER",
+    "REAL",
     "TABLE6",
     "WHY_OTHER",
     "TABLE7",
@@ -110,6 +112,13 @@ ARMS |= {
     f"{a}-long": (f"{ARMS[a][0]}, 4 x updates", *ARMS[a][1:3], dict(ARMS[a][3], steps_times=4.0))
     for a in ("dt", "dt-fair", "random", "lamo")
 }  # is a laptop's verdict one of too few updates?
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lmreal02
+MINILM = Text("minilm", size="minilm", layers=6, heads=12, width=384, activation="gelu", vocab=30_522)
+ARMS |= {
+    "minilm": ("LaMo on MiniLM's weights", MINILM, dict(lam=0.0), {}),
+    "minilm-random": ("LaMo on MiniLM's shape, new weights", MINILM, dict(init="random", lam=0.0), {}),
+}
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #lamatar1
 ATARI_DT = dict(DT, width=768, activation="gelu_new")  # config: 3 layers, 1 head, and GPT-2's defaults
@@ -230,6 +239,7 @@ LAPTOP = {  # arms -> cells (family, ratio[, quality])
     ("frozen-random", "lora-random"): MLP,
     ("full", "frozen", "shuffled", "early", "wiki"): SMALL,
     ("linear",): (("walker2d", 0.01), ("reacher2d", 0.1)),
+    ("minilm", "minilm-random"): SMALL,
     ("lamo", "dt", "random", "wiki", "bc", "cql", "iql", "td3bc"): (("reacher2d", 0.3), ("reacher2d", 1.0)),
     ("lamo", "dt", "cql"): (
         ("hopper", 0.005),
@@ -607,6 +617,29 @@ PAPER.exhibit(
     _P + _D,
     reported="table3",
     only=("paper",),
+)
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lmreal03
+REAL = ("dt", "random", "text", "minilm-random", "minilm")
+PAPER.exhibit(
+    "real_weights",
+    "Real language weights",
+    "ours: does a trunk that has read English at scale act better than our small one, and than its own shape unread?",
+    "scores",
+    grid(REAL, SMALL),
+    _P + "MiniLM is all-MiniLM-L6-v2, an encoder of texts (6 layers, width 384), pre-trained and distilled on English; "
+    "here it reads with a causal mask, without its positions. It is not GPT-2. It has no head that says words, "
+    "so no arm of this table has a language loss. " + _D,
+    reported="table3",
+)
+PAPER.exhibit(
+    "real_sizes",
+    "Real language weights: parameters",
+    "ours: what is trained of each trunk",
+    "params",
+    grid(REAL, [("walker2d", 0.01)]),
+    "Counted in the policies that were trained. The table of words counts, though no word is read.",
+    reported="table14",
 )
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #821fda6d
