@@ -39,6 +39,7 @@ from promptnb.core import (
 # %% auto #0
 __all__ = [
     "HEIGHT",
+    "GAP",
     "dataset_id",
     "trajectories",
     "start_seed",
@@ -67,6 +68,7 @@ __all__ = [
     "strip",
     "ridges",
     "draw_page",
+    "side_by_side",
     "save_strip",
     "page_cell",
     "markdown_table",
@@ -448,8 +450,8 @@ def listed(names=None, root=None):
 
 
 # %% ../nbs/02b_collect.ipynb #21b4496d
-def strip(fam, task, quality, n=6):
-    """(n pictures, their timesteps) of the first episode of a dataset.
+def strip(fam, task, quality, n=6, steps=None):
+    """(n pictures, their timesteps) of the first episode of a dataset, or of its first `steps`.
 
     It is played again from its seed and actions. None where nothing renders on this machine.
     """
@@ -457,7 +459,7 @@ def strip(fam, task, quality, n=6):
 
     store = load(fam, quality, [task], 1)
     T = int(store.length[0])
-    at = np.linspace(0, T - 1, n).astype(int)
+    at = np.linspace(0, min(T, steps or T) - 1, n).astype(int)
     if fam.frames:
         return store.s[at].numpy(), at
     if fam.renders_with_gl and not tasks.gl_backend():
@@ -519,21 +521,28 @@ def draw_page(fam, qualities, path):
 
 
 # %% ../nbs/02b_collect.ipynb #colstr01
-HEIGHT = 128  # pixels of a picture in a strip
+HEIGHT, GAP = 192, 6  # pixels of a picture in a strip, and between two
 
 
-def save_strip(fam, quality, path, n=3):
-    "Save n moments of a dataset's first episode side by side, as a small PNG; nothing where nothing renders here."
+def side_by_side(frames):
+    "Pictures (n, H, W) or (n, H, W, 3) uint8 in a row, as one small image."
     from PIL import Image
 
-    found = strip(fam, fam.test[0], quality, n + 1)  # the last one is often a fall
-    if found is None:
-        return
-    frames = [Image.fromarray(frame) for frame in found[0][:n]]
-    small = [im.resize((round(im.width * HEIGHT / im.height), HEIGHT), Image.Resampling.LANCZOS) for im in frames]
-    out = Image.fromarray(np.concatenate([np.asarray(im) for im in small], axis=1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    out.quantize(128).save(path, optimize=True)
+    images = [Image.fromarray(frame).convert("RGB") for frame in frames]
+    width = round(images[0].width * HEIGHT / images[0].height)
+    out = Image.new("RGB", (len(images) * (width + GAP) - GAP, HEIGHT), "white")
+    for i, image in enumerate(images):
+        out.paste(image.resize((width, HEIGHT), Image.Resampling.LANCZOS), (i * (width + GAP), 0))
+    return out.quantize(256)
+
+
+# %% ../nbs/02b_collect.ipynb #colstr03
+def save_strip(fam, quality, path, n=3, steps=120):
+    "Save n moments of a dataset's first steps side by side, as a PNG; nothing where nothing renders here."
+    found = strip(fam, fam.test[0], quality, n, steps)
+    if found is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        side_by_side(found[0]).save(path, optimize=True)
 
 
 # %% ../nbs/02b_collect.ipynb #colcell1

@@ -787,6 +787,6 @@ PAPER.exhibit(
     "Figure 8. Pictures of the tasks",
     "-",
     "pictures",
-    protocol="Three moments of an episode of our best policy, in each task of Tables 1 to 3. "
+    protocol="Three moments of the first 120 steps of our best policy, in each task of Tables 1 to 3. "
     "Games as the agents see them.",
 )
