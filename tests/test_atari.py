@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("ale_py")
 
-from promptnb import tasks
+from promptnb import collect, data, tasks
 from promptnb.core import PromptnbError
 from promptnb.tasks import atari
 
-GAMES = ("breakout", "qbert", "pong")
+GAMES = ("breakout", "qbert", "pong")  # that policies of ours play
 
 
 def rows(name, n, **kw):
@@ -35,7 +35,7 @@ def follow(vec, row, seed, others, steps=25):
     return np.stack([o for o, _ in out]), np.array([r for _, r in out])
 
 
-@pytest.mark.parametrize("name", GAMES)
+@pytest.mark.parametrize("name", (*GAMES, "freeway", "asterix"))
 def test_family_and_emulator_agree(name):
     vec, fam = rows(name, 1), tasks.family(name)
     obs, _ = vec.reset(seed=0)
@@ -282,3 +282,45 @@ def test_pickled_replay_files_are_refused(replay):
         np.save(f, np.array([{}] * 10), allow_pickle=True)
     with pytest.raises(PromptnbError, match="not a plain array"):
         atari.from_dqn_replay(replay)
+
+
+REPLAYED = dict(tasks.family("freeway").remote)["medium"]  # d4rl-atari's medium: part 10 of the first run
+
+
+@pytest.fixture
+def freeway(tmp_path, monkeypatch):
+    "The folder of Freeway's first run, below $PROMPTNB_DQN_REPLAY, with part 10 of 10 steps."
+    monkeypatch.setenv("PROMPTNB_DQN_REPLAY", str(tmp_path))
+    folder = tmp_path / "Freeway" / "1" / "replay_logs"
+    folder.mkdir(parents=True)
+    write_part(folder, 10, action=np.arange(10, dtype=np.int32) % 3)
+    write_part(folder, 11, terminal=())
+    return folder
+
+
+def test_a_game_of_the_users_files(freeway):
+    "Part 10 alone is read, at most as many trajectories as were asked for."
+    assert REPLAYED == "dqn-replay/Freeway/1/10"
+    assert [len(e["actions"]) for e in atari.replayed(tasks.family("freeway"), REPLAYED)] == [4, 4, 2]
+    assert len(atari.replayed(tasks.family("freeway"), REPLAYED, episodes=2)) == 2
+
+
+def test_the_users_files_are_collected_like_other_data(freeway, tmp_home):
+    quiet = dict(threads=1, say=lambda *_: None)
+    entry = collect.collect("freeway", episodes=10_000, **quiet)["promptnb/freeway-00/medium-v0"]
+    assert (entry["episodes"], entry["steps"], entry["asked"]) == (3, 10, 10_000)
+    store = data.load("freeway", "medium")
+    assert store.s.shape == (10, 84, 84)
+    assert store.a.argmax(-1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+
+
+def test_the_users_files_have_the_games_actions(freeway):
+    write_part(freeway, 10)
+    with pytest.raises(PromptnbError, match="action 9, but freeway has 3 actions"):
+        atari.replayed(tasks.family("freeway"), REPLAYED)
+
+
+def test_absent_files_of_the_user_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTNB_DQN_REPLAY", str(tmp_path))
+    with pytest.raises(PromptnbError, match="_ckpt.10.gz of gs://atari-replay-datasets/dqn/Freeway/1/replay_logs"):
+        atari.replayed(tasks.family("freeway"), REPLAYED)

@@ -501,7 +501,7 @@ def settings_table(rows, index):
         printed.setdefault(r["row"], {})[r["column"]] = as_printed(r["published"]) + other
     p = pd.DataFrame.from_dict(printed, orient="index").fillna("")
     p.index.name = index
-    t = pd.DataFrame(rows).rename(columns=dict(row=index, column="setting" if index == "task" else "domain"))
+    t = pd.DataFrame(rows).rename(columns=dict(row=index, column="setting" if index == "task" else "tasks"))
     return p, t.assign(published=t.published.map(as_printed), ours=t.ours.map(as_printed))
 
 
