@@ -51,6 +51,12 @@ __all__ = [
     "TABLE7",
     "CODE6",
     "ALIKE",
+    "CONTROL",
+    "READS",
+    "TRUNKED",
+    "GAMES",
+    "BASIC",
+    "DISCRETES",
     "known_or_similar",
     "eps_of",
     "arm_on",
@@ -58,6 +64,7 @@ __all__ = [
     "offline_recipe",
     "grid",
     "Setting",
+    "cells",
 ]
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #30dd2d33
@@ -792,3 +799,264 @@ PAPER.exhibit(
     protocol="Three moments of the first 120 steps of our best policy, in each task of Tables 1 to 3. "
     "Games as the agents see them.",
 )
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub01
+CONTROL = ("hopper", "halfcheetah", "walker2d", "reacher2d", "kitchen")
+READS = ("lamo", "text", "linear", "full", "frozen", "shuffled", "early", "small", "large")  # a pre-trained trunk
+TRUNKED = (*READS, "random")
+GAMES = ("breakout", "qbert", "pong")
+BASIC = ("bc", "cql", "iql", "td3bc")
+DISCRETES = ("discrete-cql", "bcq", "nfq", "discrete-bc")
+
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub02
+def cells(families, arms) -> list:
+    "Patterns of 'family/key' for arms on families, at any quality and share; '-long', '-1m' and sweeps do not fit."
+    return [f"{family}/{arm}-[cemp]*" for family in families for arm in arms]
+
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub04
+_LAMO = "srzer/LaMo-2023, experiment-d4rl"
+_WIKI = "machelreid/can-wikipedia-help-offline-rl"
+_AS_DT = "LaMo, baselines: Wiki-RL with DT's settings"
+_DEFECT = "a defect: trajectories are sorted by the negated return; arm drop-best"
+for _field, _paper, _code, _source, _arms, _why in (
+    ("batch", 64, 64, f"LaMo, Table 7; {_LAMO}/experiment.py", TRUNKED, ""),
+    ("batch", None, 64, f"{_LAMO}/experiment.py", ("dt", "wiki"), ""),
+    ("warmup", None, 2500, f"{_LAMO}/run.sh", TRUNKED, ""),
+    ("warmup", None, 10_000, f"{_LAMO}/experiment.py, default", ("dt", "wiki"), ""),
+    ("clip", None, 0.25, f"{_LAMO}/decision_transformer/training", (*TRUNKED, "dt", "wiki"), ""),
+    ("eps", None, 1e-6, f"{_LAMO}/utils.py", (*READS, "wiki"), ""),
+    ("eps", None, 1e-8, f"{_LAMO}/utils.py: AdamW's own, without a pre-trained trunk", ("random", "dt"), ""),
+    ("drop_best", None, True, f"{_LAMO}/experiment.py", (*TRUNKED, "dt", "wiki"), _DEFECT),
+    ("seqs", None, 2, f"{_LAMO}, language batch", READS, ""),
+    ("tokens", None, 1024, f"{_LAMO}, language batch", READS, ""),
+    ("lr", 1e-4, 1e-4, f"LaMo, Fig. 11; {_LAMO}/experiment.py", ("dt",), ""),
+    ("lr", 1e-4, 1e-4, f"{_AS_DT}; {_WIKI}", ("wiki",), ""),
+    ("weight_decay", 1e-4, 1e-4, f"LaMo, Fig. 11; {_LAMO}/experiment.py, default", ("dt",), ""),
+    ("weight_decay", 1e-4, 1e-4, f"{_AS_DT}; {_WIKI}", ("wiki",), ""),
+    ("dropout", 0.1, 0.2, f"{_AS_DT}; {_WIKI}", ("wiki",), "Wiki-RL's own code"),
+):
+    PAPER.publish(f"offline.{_field}", _paper, _code, _source, cells(CONTROL, _arms), _why)
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub05
+_STEP = f"{_LAMO}/experiment.py, default"
+for _field, _paper, _code, _why in (
+    ("layers", None, 3, ""),
+    ("heads", None, 1, ""),
+    ("width", None, 128, ""),
+    ("activation", None, "relu", ""),
+    ("vocab", None, 50257, "DT's table of words is never read: 6.4M of its published 7.3M parameters"),
+    ("embed", None, "linear", ""),
+):
+    PAPER.publish(f"offline.{_field}", _paper, _code, _STEP, cells(CONTROL, ("dt",)), _why)
+for _task, _told in TABLE6.items():
+    for _field in {"K", "targets", "steps"} & set(_told):
+        PAPER.publish(
+            f"offline.{_field}",
+            _told[_field],
+            CODE6.get(_task, {}).get(_field),
+            "LaMo, Table 6; srzer/LaMo-2023",
+            cells((_task,), ("dt", "wiki")),
+            WHY_OTHER.get((_task, _field), ""),
+        )
+PAPER.publish("offline.embed", "linear", "linear", f"LaMo, App. B; {_LAMO}/run_hopper.sh", cells(("hopper",), READS))
+PAPER.publish(
+    "offline.targets",
+    source="Table 6 has no Ant, nor has the released code",
+    on=cells(("ant",), ("lamo", "dt", "wiki")),
+    why="targets 1 to 2, as Hopper's and Walker2d's; all else as theirs",
+)
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub07
+_GPT2 = "LaMo, App. B and Table 7; srzer/LaMo-2023"
+_OWN = "GPT-2's weights are on the hub only; arm gpt2"
+_SIZES = {"layers": (12, 24), "heads": (12, 16), "width": (768, 1024)}
+_MEDIUM_ON = ["kitchen/lamo-partial-1", "kitchen/lamo-complete-0.3"]
+_SMALL_ON = ["kitchen/lamo-partial-0.*", "kitchen/lamo-complete-0.5", "kitchen/lamo-complete-1"]
+_SMALL_ON += [f"{family}/lamo-m*" for family in (*CONTROL, *GAMES)]
+PAPER.publish("offline.text.kind", "gpt2", "gpt2", _GPT2, cells((*CONTROL, *GAMES), ("lamo", "text", "wiki")), _OWN)
+PAPER.publish(
+    "offline.text.activation",
+    code="gelu_new",
+    source="GPT-2's configuration",
+    on=cells((*CONTROL, *GAMES), ("lamo", "text", "wiki")),
+    why="ReLU, as in synthetic pre-training's code",
+)
+PAPER.publish(
+    "offline.text.vocab",
+    code=50257,
+    source="GPT-2's configuration",
+    on=cells((*CONTROL, *GAMES), ("lamo", "text", "wiki")),
+    why="as many words as our text can teach",
+)
+for _field, (_small, _large) in _SIZES.items():
+    PAPER.publish(f"offline.text.{_field}", _small, _small, _GPT2, _SMALL_ON)
+    PAPER.publish(f"offline.text.{_field}", _large, _large, _GPT2, _MEDIUM_ON)
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub08
+_SYNTHETIC = "synthetic pre-training: Victor-wang-902/synthetic-pretrain-rl"
+_TEXTS = cells(
+    (*CONTROL, "ant", *GAMES), ("lamo", "text", "iid", "chain", "lam-1", "large", "full", "frozen", "linear")
+)
+for _field, _code in (("steps", 20_000), ("lr", 3e-4), ("weight_decay", 1e-2), ("warmup", 10_000), ("seqs", 64)):
+    PAPER.publish(f"offline.text.{_field}", code=_code, source=_SYNTHETIC, on=_TEXTS)
+PAPER.publish("offline.text.length", code=1024, source=_SYNTHETIC, on=_TEXTS)
+PAPER.publish("offline.text.n", code=128_000, source=_SYNTHETIC, on=cells(CONTROL, ("iid", "chain")))
+PAPER.publish(
+    "offline.text.steps",
+    paper=100_000,
+    source="LaMo, Fig. 7",
+    on=cells((*CONTROL, *GAMES), ("early",)),
+    why="early-stopped, of a pre-training of 20,000 steps",
+)
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub10
+_CURVES = "LaMo, Figs. 9, 11, 12: the curves of CQL and IQL end at 95,000 to 100,000 updates; CORL"
+_CORL = "CORL, algorithms/offline"
+_MORE = "CORL trains ten times as long; arms -1m"
+_LONG = [p for p in cells(CONTROL, BASIC) if "reacher2d" not in p]
+PAPER.publish("offline.steps", 100_000, 1_000_000, _CURVES, _LONG, _MORE)
+PAPER.publish(
+    "offline.steps", 37_500, 1_000_000, "LaMo, App. D; CORL", cells(("reacher2d",), BASIC), "App. D's, as LaMo's row"
+)
+PAPER.publish("offline.batch", None, 256, _CORL, cells(CONTROL, BASIC))
+PAPER.publish("offline.lr", 3e-4, 3e-4, f"LaMo, Fig. 11; {_CORL}", cells(CONTROL, ("cql",)))
+PAPER.publish("offline.lr", None, 3e-4, _CORL, cells(CONTROL, ("bc", "iql", "td3bc")))
+PAPER.publish("offline.weight_decay", None, 0.0, f"{_CORL}: Adam", cells(CONTROL, BASIC))
+PAPER.publish("offline.warmup", None, 0, _CORL, cells(CONTROL, BASIC))
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub12
+_ATARI = "srzer/LaMo-2023, experiment-atari"
+_CONFIG = f"{_ATARI}/cfgs/config.yaml"
+_DT_WIKI = ("dt", "wiki")
+for _field, _paper, _code, _source, _arms, _why in (
+    ("batch", 128, 128, f"LaMo, Table 7; {_CONFIG}", (*TRUNKED, *_DT_WIKI), ""),
+    ("clip", None, 1.0, f"{_ATARI}/core.py", (*TRUNKED, *_DT_WIKI), ""),
+    ("eps", None, 1e-8, f"{_ATARI}/core.py: AdamW's own", (*TRUNKED, *_DT_WIKI), ""),
+    ("warmup", None, 500, f"{_CONFIG}: 375M tokens, counted twice, are about 500 updates", (*TRUNKED, *_DT_WIKI), ""),
+    ("weight_decay", None, 0.1, _CONFIG, _DT_WIKI, ""),
+    ("layers", None, 3, f"{_ATARI}/model.py", ("dt",), ""),
+    ("heads", None, 1, f"{_ATARI}/model.py", ("dt",), ""),
+    ("width", None, 768, f"{_ATARI}/model.py: 128 was meant, but the name is misspelt", ("dt",), "arm dt-128"),
+    ("activation", None, "gelu_new", f"{_ATARI}/model.py: GPT-2's default", ("dt",), ""),
+    ("vocab", None, 1, f"{_ATARI}/model.py", ("dt",), ""),
+    ("r", 32, 32, f"LaMo, Table 7; {_CONFIG}", ("lamo",), ""),
+    ("split", None, False, f"{_ATARI}/model.py: peft on c_attn", ("lamo",), ""),
+    ("limit", None, 4096, f"{_ATARI}/cfgs/env/breakout.yaml: max_timestep", (*TRUNKED, *_DT_WIKI), ""),
+):
+    PAPER.publish(f"offline.{_field}", _paper, _code, _source, cells(GAMES, _arms), _why)
+PAPER.publish("offline.lr", 3e-4, 3e-4, f"LaMo, Fig. 11; {_CONFIG}", cells(("qbert",), ("dt",)))
+PAPER.publish("offline.lr", None, 3e-4, _CONFIG, cells(("breakout", "pong"), ("dt",)) + cells(GAMES, ("wiki",)))
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub13
+_D3RLPY = "d3rlpy, defaults"
+PAPER.publish("offline.lr", 6.25e-5, 6.25e-5, f"LaMo, Fig. 11; {_D3RLPY}", cells(GAMES, ("discrete-cql",)))
+PAPER.publish("offline.lr", None, 6.25e-5, _D3RLPY, cells(GAMES, ("bcq", "nfq")))
+PAPER.publish("offline.lr", None, 1e-3, _D3RLPY, cells(GAMES, ("discrete-bc",)))
+PAPER.publish("offline.batch", None, 32, _D3RLPY, cells(GAMES, ("discrete-cql", "bcq", "nfq")))
+PAPER.publish("offline.batch", None, 100, _D3RLPY, cells(GAMES, ("discrete-bc",)))
+PAPER.publish(
+    "offline.steps", 100_000, None, "LaMo, Fig. 11: CQL's curve on Qbert", cells(("qbert", "pong"), DISCRETES)
+)
+PAPER.publish("offline.steps", 50_000, None, "LaMo, App. D", cells(("breakout",), DISCRETES))
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub15
+_ALL = (*TRUNKED, "dt", "wiki", *BASIC, *DISCRETES)
+_TAIL = "LaMo, sec. 5.1 and App. D: every 2,500 updates, the last 20,000 count"
+_LATE = "LaMo, App. D: the last 12,500 of 37,500"
+_EVERY = f"LaMo, sec. 5.1; {_CONFIG}: every 200 updates"
+_MOST = [f for f in CONTROL if f != "reacher2d"]
+PAPER.publish(
+    "offline.episodes",
+    2186,
+    source="D4RL, hopper-medium-v2",
+    on=[f"hopper/{arm}-medium-[01]*" for arm in (*TRUNKED, "dt", "wiki", *BASIC)],
+    why="a million steps in D4RL; ours are 1,000 episodes of up to 1,000 steps",
+)
+PAPER.publish("offline.episodes", 50, source="LaMo, Reacher2d's data", on=cells(("reacher2d",), _ALL))
+PAPER.publish("seeds", (0, 1, 2), source="LaMo, sec. 5.1", on=cells((*CONTROL, *GAMES), _ALL))
+PAPER.publish("eval_episodes", None, 20, f"{_LAMO}/run.sh, each target", cells(CONTROL, (*TRUNKED, "dt", "wiki")))
+PAPER.publish("eval_episodes", None, 5, f"{_CONFIG}, each target", cells(GAMES, (*TRUNKED, "dt", "wiki")))
+PAPER.publish("offline.points", 40, 40, f"{_TAIL}; {_LAMO}/run.sh", cells(_MOST, (*TRUNKED, "dt", "wiki")))
+PAPER.publish("offline.points", 40, None, _TAIL, cells(_MOST, BASIC) + cells(("qbert", "pong"), DISCRETES))
+PAPER.publish("offline.points", 15, None, _LATE, cells(("reacher2d",), _ALL))
+PAPER.publish("offline.points", 20, None, "LaMo, App. D: 50,000 updates", cells(("breakout",), DISCRETES))
+PAPER.publish("offline.points", 40, 500, _EVERY, cells(("qbert", "pong"), (*TRUNKED, "dt", "wiki")))
+PAPER.publish("offline.points", 20, 500, _EVERY, cells(("breakout",), (*TRUNKED, "dt", "wiki")))
+PAPER.publish("offline.last", 0.2, None, _TAIL, cells((*_MOST, *GAMES), _ALL))
+PAPER.publish("offline.last", 1 / 3, None, _LATE, cells(("reacher2d",), _ALL))
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub17
+for _what, _ours, _theirs, _source in (
+    (
+        "data",
+        "collected from our own policies: PPO on the MuJoCo bodies, a script in Kitchen, small networks on Atari",
+        "D4RL's v2 and Kitchen v0, d4rl-atari's medium sets (DQN's replay), own PPO data of Reacher2d",
+        "LaMo, datasets; d4rl-atari",
+    ),
+    ("bodies", "gymnasium's v5, MuJoCo 3", "D4RL's v2, mujoco-py 2.1", "srzer/LaMo-2023, requirements"),
+    (
+        "share of the data",
+        "whole trajectories by a seed; the record lists them",
+        "whole trajectories, without a seed on MuJoCo and Kitchen: another draw each time",
+        "srzer/LaMo-2023, data/mujoco/ratio_dataset.py",
+    ),
+    (
+        "text of the language loss",
+        "Python's documentation strings, those that the trunk has read",
+        "WikiText-103, raw",
+        "LaMo, sec. 4.2; srzer/LaMo-2023",
+    ),
+    (
+        "weight of the language loss, lambda",
+        "0.1 on every dataset",
+        "0, 0.1 or 1 by task, which is not said; the code's default is 0.1",
+        "LaMo, eq. 5; srzer/LaMo-2023",
+    ),
+    (
+        "action loss",
+        "mean over steps and action dimensions, as in the code",
+        "the paper prints the sum over steps, so lambda = 0.1 would weigh less",
+        "LaMo, eq. 3; srzer/LaMo-2023",
+    ),
+    (
+        "rate of LoRA",
+        "1e-4 with weight decay, as it works out in the code",
+        "scripts ask for 1e-5 without decay, but no parameter is in that group",
+        "srzer/LaMo-2023, experiment-d4rl/utils.py",
+    ),
+    ("Wiki-RL's k-means loss", "none", "weight 0.1, falling", _WIKI),
+):
+    PAPER.stand(_what, _ours, _theirs, _source)
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lampub18
+for _what, _ours, _theirs, _source in (
+    (
+        "Atari: learning rate after the warm-up",
+        "constant",
+        "a cosine between 1 and 0.1 of the rate that swings ever faster, as tokens are counted twice",
+        "srzer/LaMo-2023, experiment-atari/core.py",
+    ),
+    ("Atari: head", "scores as they are; tanh=True is the switch", "Tanh on the scores", f"{_ATARI}/model.py"),
+    (
+        "Atari: windows",
+        "begin at any step; those near an episode's end are short, padded on the left",
+        "are whole, so that they begin 30 steps before an episode's end at the latest",
+        "srzer/LaMo-2023, experiment-atari/buffer.py",
+    ),
+    (
+        "baselines of MuJoCo and Kitchen",
+        "CORL's algorithms with one constant rate, rewards as they are",
+        "not said; CORL has 3e-5 for CQL's actor, a cosine for IQL's, and scales some rewards",
+        "CORL, algorithms/offline",
+    ),
+    (
+        "baselines of Atari",
+        "d3rlpy's algorithms with the mean of the return, rewards as they are",
+        "not said; d3rlpy's Atari scripts learn quantiles, clip rewards to 1 and have Adam's eps at 1e-2 / 32",
+        "d3rlpy, reproductions/offline",
+    ),
+    ("Tables 4 and 12: ImageGPT, Diffusion-QL", "not built; published values alone", "run", "LaMo, Tables 4, 12"),
+):
+    PAPER.stand(_what, _ours, _theirs, _source)
