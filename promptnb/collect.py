@@ -38,11 +38,13 @@ from promptnb.core import (
 
 # %% auto #0
 __all__ = [
+    "COLOURS",
     "HEIGHT",
     "GAP",
     "dataset_id",
     "trajectories",
     "start_seed",
+    "play_chunk",
     "play_chunks",
     "spaces_of",
     "env_spec",
@@ -65,6 +67,7 @@ __all__ = [
     "listed_row",
     "absent_row",
     "listed",
+    "moments",
     "strip",
     "ridges",
     "draw_page",
@@ -73,6 +76,7 @@ __all__ = [
     "page_cell",
     "markdown_table",
     "page_facts",
+    "target_fact",
     "page",
 ]
 
@@ -111,17 +115,36 @@ def start_seed(fam, task, quality, seed, game):
 
 
 # %% ../nbs/02b_collect.ipynb #b562d8e0
+def play_chunk(fam, task, quality, games, seed, vec):
+    "Play these games of one task, a range within a chunk; yields trajectories, `fam.agents` a game, with its number."
+    vec.set_tasks([task] * (len(games) * fam.agents))
+    act = experts.acting(vec, quality, rng_for(seed, "collect", fam.name, task, quality, games.start))
+    starts = [start_seed(fam, task, quality, seed, game) for game in games for _ in range(fam.agents)]
+    for i, trajectory in enumerate(trajectories(experts.play(vec, act, starts))):
+        yield dict(trajectory, game=games[i // fam.agents])
+
+
+# %% ../nbs/02b_collect.ipynb #rea18c12
 def play_chunks(fam, task, quality, episodes, seed, threads=None, vec=None):
-    "Play `episodes` games of one task; yields trajectories, `fam.agents` a game."
-    for start in range(0, episodes, fam.chunk):
-        games = range(start, min(start + fam.chunk, episodes))
-        ids = [task] * (len(games) * fam.agents)
-        if vec is None:
-            vec = tasks.lock_step(fam, ids, threads=threads)
-        vec.set_tasks(ids)
-        act = experts.acting(vec, quality, rng_for(seed, "collect", fam.name, task, quality, start))
-        starts = [start_seed(fam, task, quality, seed, game) for game in games for _ in range(fam.agents)]
-        yield from trajectories(experts.play(vec, act, starts))
+    """Trajectories of `episodes` games of one task, `fam.agents` a game; played in `vec`, or an environment of its own.
+
+    Only games with a return above `experts.KEPT_ABOVE` count; error if the first ten chunks have none.
+    """
+    if vec is None:
+        vec = tasks.lock_step(fam, [task] * (min(episodes, fam.chunk) * fam.agents), threads=threads)
+    bar = experts.KEPT_ABOVE.get((fam.name, quality))
+    if bar is None:
+        for start in range(0, episodes, fam.chunk):
+            yield from play_chunk(fam, task, quality, range(start, min(start + fam.chunk, episodes)), seed, vec)
+        return
+    start, left = 0, episodes
+    while left:
+        chunk = play_chunk(fam, task, quality, range(start, start + fam.chunk), seed, vec)
+        kept = [trajectory for trajectory in chunk if trajectory["rewards"].sum() > bar][:left]
+        yield from kept
+        start, left = start + fam.chunk, left - len(kept)
+        if left == episodes and start >= 10 * fam.chunk:
+            raise PromptnbError(f"{fam.name} {quality}: none of {start:,} episodes had a return above {bar:g}")
 
 
 # %% ../nbs/02b_collect.ipynb #2394bfd8
@@ -285,7 +308,9 @@ def policy_of(fam, quality):
         return f"script {code_fingerprint(f'tasks/{fam.kind}')} {experts.load_card(fam).get('sha256', '')}".strip()
     if quality == "random":
         return "uniform"
-    return f"{experts.load_card(fam)['sha256']} medium {fam.medium:.3g} noise {experts.NOISE[quality]}"
+    bar = experts.KEPT_ABOVE.get((fam.name, quality))
+    kept = "" if bar is None else f" above {bar:g}"
+    return f"{experts.load_card(fam)['sha256']} medium {fam.medium:.3g} noise {experts.NOISE[quality]}{kept}"
 
 
 # %% ../nbs/02b_collect.ipynb #colorde1
@@ -326,6 +351,7 @@ def collect_task(order, task, vec=None):
     id_ = dataset_id(fam, task, quality)
     description = f"{fam.name}, goal {fam.goals[task]}, {quality}"
     entry = write_dataset(id_, trajs, fam, task, order.root, description, minari=vec is not None)
+    entry |= dict(first_game=trajs[0].get("game", 0))  # a film of the dataset's first episode starts as this game did
     entry |= dict(seed=order.seed, policy=order.policy, seconds=round(time.time() - start, 2), asked=order.episodes)
     write_json(manifest_path(fam, order.root), dict(manifest(fam, order.root), **{id_: entry}))
 
@@ -449,9 +475,17 @@ def listed(names=None, root=None):
     return rows
 
 
+# %% ../nbs/02b_collect.ipynb #rea18c22
+def moments(states, n):
+    "At most n timesteps of observations (T, S), first and last among them, with as much motion between any two."
+    steps = np.abs(np.diff(states, axis=0) / (states.std(0) + 1e-6)).sum(-1)
+    way = np.append(0, np.cumsum(steps / max(steps.sum(), 1e-6) + 0.1 / len(steps)))  # rises even where nothing moves
+    return np.unique(np.searchsorted(way, np.linspace(0, way[-1], n) - 1e-9))
+
+
 # %% ../nbs/02b_collect.ipynb #21b4496d
 def strip(fam, task, quality, n=6, steps=None):
-    """(n pictures, their timesteps) of the first episode of a dataset, or of its first `steps`.
+    """(At most n pictures, their timesteps) of the first episode of a dataset, or of its first `steps`.
 
     It is played again from its seed and actions. None where nothing renders on this machine.
     """
@@ -459,54 +493,74 @@ def strip(fam, task, quality, n=6, steps=None):
 
     store = load(fam, quality, [task], 1)
     T = int(store.length[0])
-    at = np.linspace(0, min(T, steps or T) - 1, n).astype(int)
+    shown = min(T, steps or T)
+    at = np.linspace(0, shown - 1, n).astype(int)
     if fam.frames:
         return store.s[at].numpy(), at
     if fam.renders_with_gl and not tasks.gl_backend():
         return None
     actions = store.a[: T * fam.agents].numpy()
-    seed = start_seed(fam, task, quality, manifest(fam)[dataset_id(fam, task, quality)]["seed"], 0)
+    entry = manifest(fam)[dataset_id(fam, task, quality)]
+    seed = start_seed(fam, task, quality, entry["seed"], entry.get("first_game", 0))
     if fam.agents > 1:
         joint = actions.argmax(-1).reshape(fam.agents, T).T
-        shots = tasks.kind_module(fam).frames(fam, joint, seed, every=1)[at]
-    else:
-        actions = actions.argmax(-1) if fam.discrete else actions
-        shots = tasks.film(fam, task, actions, seed, every=1, at=set(at.tolist()))
+        return tasks.kind_module(fam).frames(fam, joint, seed, every=1)[at], at
+    at = moments(store.s[:shown].numpy(), n)
+    actions = actions.argmax(-1) if fam.discrete else actions
+    shots = tasks.film(fam, task, actions, seed, every=1, at=set(at.tolist()))
     return shots, at[: len(shots)]
+
+
+# %% ../nbs/02b_collect.ipynb #rea18c24
+COLOURS = {  # quality -> its place in the colour-blind palette, the same in every family
+    "expert": 0,
+    "good": 0,
+    "medium": 1,
+    "random": 2,
+    "poor": 2,
+    "replay": 3,
+    "medium-replay": 3,
+    "medium-expert": 4,
+}
 
 
 # %% ../nbs/02b_collect.ipynb #88201d01
 def ridges(ax, returns):
-    "One histogram per row: {quality: returns}, each scaled to its own highest bar."
+    """One histogram per row: {quality: returns}.
+
+    Each is scaled to its own highest bar, whose share of the episodes stands at the right.
+    """
     import seaborn as sns
 
     every = np.concatenate(list(returns.values()))
     bins = np.linspace(every.min(), every.max() + 1e-6, 61)
-    for k, (values, color) in enumerate(zip(returns.values(), sns.color_palette("colorblind"))):
+    palette = sns.color_palette("colorblind")
+    for k, (quality, values) in enumerate(returns.items()):
         counts, _ = np.histogram(values, bins)
         heights = -k + 0.85 * np.append(counts, counts[-1]) / counts.max()
-        ax.fill_between(bins, -k, heights, step="post", color=color, lw=0)
+        ax.fill_between(bins, -k, heights, step="post", color=palette[COLOURS.get(quality, 5 + k % 5)], lw=0)
         ax.plot(values.mean(), -k - 0.06, "^", color="black", ms=4, clip_on=False)
+        share = f"{counts.max() / len(values):.0%}"
+        ax.text(1.01, -k + 0.4, share, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     ax.set(yticks=-np.arange(len(returns)), ylim=(-len(returns) + 0.85, 1))
-    ax.set_xlabel("return of an episode (triangle: mean)")
+    ax.set_xlabel("return of an episode (triangle: mean; right: share of the episodes in the highest bar)")
     ax.set_yticklabels([f"{quality} (n = {len(values)})" for quality, values in returns.items()])
     sns.despine(ax=ax, left=True)
 
 
 # %% ../nbs/02b_collect.ipynb #e2eb83a8
-def draw_page(fam, qualities, path):
-    "Histograms of returns by quality, and a strip of frames of the best; saved at `path`."
+def draw_page(fam, returns, path):
+    "Histograms of {quality: returns}, and a strip of frames of the first, the best; saved at `path`."
     import matplotlib.pyplot as plt
 
-    from promptnb.data import load
-
-    frames, times = strip(fam, fam.test[0], qualities[0]) or ((), ())
+    best = next(iter(returns))
+    frames, times = strip(fam, fam.test[0], best) or ((), ())
     rows = 2 if len(frames) else 1
-    tall = 0.45 * len(qualities) + 0.7
+    tall = 0.45 * len(returns) + 0.7
     fig = plt.figure(figsize=(9, tall + (1.9 if rows == 2 else 0)), constrained_layout=True)
     grid = fig.add_gridspec(rows, max(len(frames), 1), height_ratios=[tall, 1.7][:rows])
     ax = fig.add_subplot(grid[0, :])
-    ridges(ax, {q: load(fam, q).returns[:: fam.agents].numpy() for q in qualities})
+    ridges(ax, returns)
     ax.set_title(f"{fam.name}: returns by quality")
     for k, (frame, t) in enumerate(zip(frames, times)):
         ax = fig.add_subplot(grid[1, k])
@@ -514,7 +568,7 @@ def draw_page(fam, qualities, path):
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"t = {t}", fontsize=9)
         if k == 0:
-            ax.set_ylabel(qualities[0])
+            ax.set_ylabel(best)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=80)
     plt.close(fig)
@@ -585,16 +639,30 @@ def page_facts(fam):
     return facts
 
 
+# %% ../nbs/02b_collect.ipynb #rea18c25
+def target_fact(fam, returns):
+    "Whether an episode of the data, {quality: returns}, reaches the family's target return, in words."
+    best = {quality: float(values.max()) for quality, values in returns.items()}
+    reached = [f"{quality} (highest {value:,.1f})" for quality, value in best.items() if value >= fam.target_return]
+    if reached:
+        return f"target return {fam.target_return:,g}: reached by episodes of {', '.join(reached)}"
+    quality = max(best, key=best.get)
+    return f"target return {fam.target_return:,g}: above every episode here, up to {best[quality]:,.1f} ({quality})"
+
+
 # %% ../nbs/02b_collect.ipynb #fe347b04
 def page(name):
     "Write figures/datasets/<family>.md, .png and .strip.png from what has been collected; returns the Markdown's path."
+    from promptnb.data import load
+
     fam = tasks.family(name)
     rows = [row for row in listed([fam.name]) if row["quality"] != "-"]
     if not rows:
         raise PromptnbError(f"no dataset of {fam.name} is here: promptnb collect --family {fam.name}")
-    facts = page_facts(fam)
+    returns = {row["quality"]: load(fam, row["quality"]).returns[:: fam.agents].numpy() for row in rows}
+    facts = [*page_facts(fam), target_fact(fam, returns)]
     folder = figures_dir("datasets")
-    draw_page(fam, [row["quality"] for row in rows], folder / f"{fam.name}.png")
+    draw_page(fam, returns, folder / f"{fam.name}.png")
     save_strip(fam, rows[0]["quality"], folder / f"{fam.name}.strip.png")
     for row in rows:
         del row["family"]

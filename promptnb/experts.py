@@ -18,6 +18,7 @@ from .core import PromptnbError, data_dir, read_json, rng_for, sha256_file, writ
 # %% auto #0
 __all__ = [
     "NOISE",
+    "KEPT_ABOVE",
     "LADDER",
     "goal_features",
     "Behaviour",
@@ -264,6 +265,9 @@ NOISE = {  # standard deviation of the action noise
     "replay": 0.3,
     "medium-replay": 0.3,
 }
+
+# %% ../nbs/02a_experts.ipynb #rea18c11
+KEPT_ABOVE = {("reacher2d", "medium"): 20.0}  # (family, quality) -> an episode is kept if its return is higher
 
 
 # %% ../nbs/02a_experts.ipynb #expsnaps

@@ -272,6 +272,48 @@ def test_a_killed_collection_ends_as_an_unbroken_one(broken_off, tmp_path):
         assert (done[id_]["columns"], done[id_]["sha256"]) == (entry["columns"], entry["sha256"])
 
 
+# ---- pictures
+
+
+@pytest.mark.skipif(not tasks.gl_backend(), reason="needs EGL or OSMesa")
+def test_a_runner_keeps_its_floor():
+    "200 m on, where Gymnasium's floor has ended, the lower half of a film's picture still shows squares."
+    fam = tasks.family("halfcheetah")
+    spread = []
+    for endless in (False, True):
+        env = gym.make(fam.env_id, render_mode="rgb_array", **tasks._camera(fam, 64))
+        env.reset(seed=0)
+        body = env.unwrapped
+        body.set_state(body.data.qpos + 200 * (np.arange(body.model.nq) == 0), body.data.qvel)
+        if endless:
+            tasks._endless_floor(body.model)
+        spread.append(env.render()[48:].astype(float).std())
+        env.close()
+    assert spread[1] > 2 * spread[0]
+
+
+def test_moments_follow_the_motion():
+    "Of an arm that rests after 50 of 500 steps most pictures are of its motion; of even motion they are evenly spaced."
+    resting = np.append(np.linspace(0, 1, 50), np.ones(450))[:, None]
+    assert (collect.moments(resting, 6) < 60).sum() >= 5
+    assert collect.moments(np.arange(101.0)[:, None], 6).tolist() == [0, 20, 40, 60, 80, 100]
+    assert collect.moments(np.zeros((9, 2)), 3).tolist() == [0, 4, 8]  # nothing moves
+
+
+def test_rows_of_a_histogram_say_their_scale():
+    "The share of episodes in the highest bar stands beside each row; a quality has one colour in every family."
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2)
+    half = np.repeat([0.0, 1.0, 2.0, 3.0], [5, 2, 2, 1])
+    collect.ridges(axes[0], {"expert": np.full(4, 3.0), "random": half})
+    collect.ridges(axes[1], {"expert": half, "medium": half, "random": half})
+    assert [t.get_text() for t in axes[0].texts] == ["100%", "50%"]
+    shades = [[tuple(c.get_facecolor()[0]) for c in ax.collections] for ax in axes]
+    plt.close(fig)
+    assert shades[0] == [shades[1][0], shades[1][2]] and len(set(shades[1])) == 3
+
+
 # ---- what is not there
 
 

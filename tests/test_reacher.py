@@ -4,13 +4,15 @@ Source: LaMo-2023 repository @3e4fcc8, experiment-d4rl/decision_transformer/envs
 reacher_2d.xml."""
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
 
-from promptnb import tasks
+from promptnb import collect, data, experts, tasks
+from promptnb.core import PromptnbError
 from promptnb.tasks.locomotion import BODIES, REACHER, fingertip
 
 FAMILY = tasks.family("reacher2d")
@@ -207,3 +209,76 @@ def test_it_never_ends_early_and_pays_no_effort():
 def test_its_score_is_its_return():
     "Return / 100 in the code: random 0, expert 100 in the paper's Table 5."
     assert FAMILY.references == (0.0, 100.0) and tasks.normalised(36.0, FAMILY.references) == 36.0
+
+
+# ---- the data
+
+
+def test_the_card():
+    "Medium near the 36.0 of LaMo's agent (App. D); the expert clearly above it, at random nothing is earned."
+    card, policy = experts.load_card(FAMILY), experts.load_expert(FAMILY)
+    medium = policy.snapshots[policy.snapshot("medium")]["mean_return"]
+    assert medium == pytest.approx(36.0, abs=5)
+    assert card["expert_mean_return"] > 60 and card["expert_mean_return"] > 1.5 * medium
+    assert card["random_mean_return"] < 2
+    assert "shaping" in card["command"] and card["settings"]["shaping"] > 0  # how it was made
+
+
+def test_shaping_reaches_the_learner_alone():
+    "The learner's reward is the environment's minus the distance times the weight; the environment's stays sparse."
+    settings = experts.PPOSettings(envs=5, shaping=2.0, threads=1)
+    shaped, plain = (experts.GoalEpisodes(FAMILY, s) for s in (settings, replace(settings, shaping=0.0)))
+    shaped.reset(), plain.reset()
+    for action in np.random.default_rng(0).uniform(-1, 1, (20, 5, 2)):
+        seen, learnt, _, _ = shaped.step(action)
+        _, paid, _, _ = plain.step(action)
+        assert set(paid) <= {0.0, 1.0}
+        np.testing.assert_allclose(learnt, paid - 2 * np.abs(seen[:, -2:]).sum(-1), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory):
+    "(the Store of 50 episodes, the manifest's entry): LaMo's dataset."
+    root = tmp_path_factory.mktemp("medium")
+    (entry,) = collect.collect(FAMILY, "medium", 50, root=root, threads=1, say=lambda *_: None).values()
+    return data.load(FAMILY, "medium", root=root), entry
+
+
+def test_only_episodes_above_20_are_kept(medium):
+    "As LaMo's collector does (App. D); rewards are 0 and 1."
+    store, entry = medium
+    assert len(store) == entry["episodes"] == 50 and entry["policy"].endswith("above 20")
+    assert store.returns.min() > 20 and set(store.r.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_target_is_within_the_datas_reach(medium):
+    "76, LaMo's higher target (Table 6), is earned by some medium episode."
+    best = medium[0].returns.numpy()
+    assert best.max() >= FAMILY.target_return == 76
+    assert collect.target_fact(FAMILY, dict(medium=best)).startswith("target return 76: reached by episodes of medium")
+    assert "above every episode here, up to 40.0 (medium)" in collect.target_fact(FAMILY, dict(medium=np.full(3, 40.0)))
+
+
+def test_which_are_kept_does_not_depend_on_how_many_are_wanted(medium, tmp_path):
+    collect.collect(FAMILY, "medium", 7, root=tmp_path, threads=2, say=lambda *_: None)
+    few = data.load(FAMILY, "medium", root=tmp_path)
+    np.testing.assert_array_equal(few.s, medium[0].s[: len(few.s)])
+
+
+def test_the_first_kept_game_can_be_played_again(medium):
+    "From the start that the manifest names, by its actions: what a film of the dataset shows."
+    store, entry = medium
+    env = gym.make(FAMILY.env_id, disable_env_checker=True)
+    obs, _ = env.reset(seed=collect.start_seed(FAMILY, 0, "medium", entry["seed"], entry["first_game"]))
+    for t in range(STEPS):
+        np.testing.assert_array_equal(obs, store.s[t])
+        obs, *_ = env.step(store.a[t].numpy())
+    env.close()
+
+
+def test_a_policy_that_never_passes_is_refused(monkeypatch):
+    "After ten chunks, in one line."
+    monkeypatch.setitem(experts.KEPT_ABOVE, ("reacher2d", "random"), 100.0)
+    short = replace(FAMILY, horizon=2, chunk=3)
+    with pytest.raises(PromptnbError, match="reacher2d random: none of 30 episodes had a return above 100"):
+        list(collect.play_chunks(short, 0, "random", 2, seed=0, threads=1))

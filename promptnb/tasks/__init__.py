@@ -565,6 +565,20 @@ def _camera(fam, size):
     return dict(width=size, height=size, camera_name="track")
 
 
+# %% ../../nbs/01_tasks.ipynb #rea18c21
+def _endless_floor(model):
+    """Draw the planes of an MjModel without end, in squares of 1 m; a texture that is in metres already stays.
+
+    In the physics a plane has no end anyway.
+    """
+    floors = (model.geom_type == 0) & (model.geom_matid >= 0)  # 0: mjGEOM_PLANE
+    floors &= ~model.mat_texuniform[model.geom_matid].astype(bool)
+    model.geom_size[floors, :2] = 0  # 0: without end
+    materials = model.geom_matid[floors]
+    model.mat_texuniform[materials] = True
+    model.mat_texrepeat[materials] = 0.5  # of a texture of 2 x 2 squares, per metre
+
+
 # %% ../../nbs/01_tasks.ipynb #ac04a396
 def film(fam, task, actions, seed, every=20, size=240, at=None):
     """Frames (F, H, W, 3) uint8 of a lock-step episode that began with `seed`, by replaying its actions (T, A).
@@ -577,6 +591,8 @@ def film(fam, task, actions, seed, every=20, size=240, at=None):
     env = gym.make(fam.env_id, task=task, render_mode="rgb_array", **_camera(fam, size))
     wanted = range(0, len(actions) + 1, every) if at is None else at
     env.reset(seed=seed)
+    if fam.kind in ("control", "locomotion"):
+        _endless_floor(env.unwrapped.model)
     frames = [env.render()] if 0 in wanted else []
     for t, action in enumerate(actions, 1):
         _, _, terminated, truncated, _ = env.step(action)

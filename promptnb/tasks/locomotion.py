@@ -62,11 +62,11 @@ REACHER = """<mujoco model="reacher2d">
     <motor gear="1" ctrllimited="true" ctrlrange="-1 1"/>
   </default>
   <asset>
-    <texture name="squares" type="2d" builtin="checker" width="100" height="100" rgb1=".95 .95 .95" rgb2=".9 .9 .9"/>
-    <material name="squares" texture="squares" texrepeat="2 2" texuniform="true"/>
+    <texture name="squares" type="2d" builtin="checker" width="100" height="100" rgb1=".9 .9 .9" rgb2=".8 .8 .8"/>
+    <material name="squares" texture="squares" texrepeat="1 1" texuniform="true"/>
   </asset>
   <worldbody>
-    <light pos="0 0 4"/>
+    <light directional="true" pos="0 0 4" diffuse="0.5 0.5 0.5" specular="0 0 0"/>
     <camera name="track" pos="0 0 2.9"/>
     <geom name="floor" type="plane" pos="0 0 -0.15" size="3 3 0.1" rgba="1 1 1 1" material="squares"/>
     <geom name="root" type="capsule" fromto="0 0 -0.1 0 0 0.1" size="0.1" rgba="0.4 0.4 0.4 1"/>
