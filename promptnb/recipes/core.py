@@ -437,6 +437,12 @@ class Paper:
         on = (on,) if isinstance(on, str) else tuple(on)
         self.published.append(Published(field, paper, code, source, on, why))
 
+    def publish_all(self, table, recipes):
+        "`publish` for each line of a table, {field: (paper, code, source) or (paper, code, source, why)}, and recipes."
+        on = tuple(f"{r.family}/{r.key}" for r in recipes)
+        for name, (paper, code, source, *why) in table.items():
+            self.publish(name, paper, code, source, on, *why)
+
     def stand(self, what, ours, theirs, source=""):
         "Note a difference that stands at every scale and that no field of a recipe holds."
         self.standing.append(Standing(what, ours, theirs, source))

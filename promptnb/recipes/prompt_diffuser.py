@@ -10,13 +10,17 @@ from dataclasses import replace
 from .core import Paper, Recipe, Tune
 from promptnb.recipes.prompt_tuning_dt import (
     NO_TUNING,
+    POOLS_TEXT,
     PROTOCOL,
     TABLE_FAMILIES,
     UNIFORM,
+    WORLD,
     as_authors,
     gradient,
     parted,
     pretraining,
+    publish_policies,
+    publish_tuning,
     search,
 )
 
@@ -27,6 +31,7 @@ __all__ = [
     "DIFFUSER",
     "WINDOWS",
     "PAPER",
+    "SETTINGS",
     "pd_recipe",
     "diffuse",
     "pd_table1",
@@ -265,6 +270,7 @@ PAPER.exhibit(
     "table",
     [r for r in _main if r.family in TABLE_FAMILIES],
     protocol=PROTOCOL
+    + POOLS_TEXT
     + (
         "Full data: all collected trajectories of the test tasks, ten times the updates (assumed: the paper's "
         "upper bound is not described)."
@@ -286,7 +292,9 @@ PAPER.exhibit(
     "Prompt Diffuser hardly depends on either",
     "grid",
     shared(_table2),
-    protocol=PROTOCOL + "Data: the few-shot demonstrations (assumed); the policy is pre-trained on expert data.",
+    protocol=PROTOCOL
+    + POOLS_TEXT
+    + "Data: the few-shot demonstrations (assumed); the policy is pre-trained on expert data.",
     labels=named(_table2),
     reported="table2",
 )
@@ -313,7 +321,7 @@ PAPER.exhibit(
     "tuned prompts depend on where they start, generated ones do not",
     "bars",
     shared(_init),
-    protocol=PROTOCOL,
+    protocol=PROTOCOL + POOLS_TEXT,
     labels=named(_init),
 )
 PAPER.exhibit(
@@ -424,6 +432,57 @@ PAPER.exhibit(
     "cost",
     [r for r in _main if r.family in TABLE_FAMILIES],
     protocol="Wall-clock seconds of one process, one thread; preparation on the train tasks is paid once a family.",
+)
+
+# %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #pub10002
+_INFERRED = "inferred: the only size at which 0.17M and 0.24K tunable numbers are the printed 1.24 % and 0.0018 %"
+_QUOTED = "quoted by a machine-written review"
+_UNSAID = "not public"
+SETTINGS = {  # field: (paper, code, source, why)
+    "tune.lam": (1.0, None, _QUOTED),
+    "tune.clip": (0.0, None, f"the formula has no limit, {_QUOTED}", "keeps what an untrained net predicts in range"),
+    "tune.N": (None, None, f"'relatively small', {_QUOTED}"),
+    "tune.guidance": (None, None, f"a projection off the other loss's gradient, {_QUOTED}; whether always is not said"),
+    "tune.condition": (None, None, "a trajectory of the test task; which is not said"),
+    "tune.width": (None, None, "inferred from 0.17M: 3 layers of 256 on one transition"),
+    "tune.depth": (None, None, "inferred from 0.17M: 3 layers of 256 on one transition"),
+    **{f"tune.{k}": (None, None, _UNSAID) for k in ("steps", "lr", "prepare_steps", "prepare_lr", "schedule")},
+    **{f"tune.{k}": (None, None, _UNSAID) for k in ("candidates", "prompts", "tasks")},
+}
+
+# %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #pub10003
+_printed = [r for r in PAPER.recipes.values() if "(control)" not in r.method]
+_tables = [
+    r
+    for r in _printed
+    if r.id in {i for e in ("table1", "table1_mw", "table2", "table3") for i in PAPER.exhibits[e].recipes}
+]
+publish_policies(PAPER, _printed, {f"pretrain.{k}": (None, None, _INFERRED) for k in ("layers", "width")})
+publish_tuning(PAPER, _tables)
+PAPER.publish_all(SETTINGS, [r for r in _main if r.key == "diffuser"])
+PAPER.publish_all({"seeds": ((0, 1, 2), None, f"three, {_QUOTED}; which is not said")}, _printed)
+PAPER.publish_all({"eval_episodes": (None, None, _UNSAID, "as in Prompt-DT's code")}, _printed)
+_zero = [r for r in _printed if r.key in ("pdt-zero", "diffuser-zero")]
+PAPER.publish_all(
+    {"tune.prompt_from": (None, None, "what stands for the test task in zero-shot is not described")}, _zero
+)
+_grid = [r for r in _printed if "-data-" in r.key]
+PAPER.publish_all({"tune.demo_quality": (None, None, "Table 2: 'dataset', which may be that of pre-training")}, _grid)
+_full = [r for r in _printed if r.key == "full-data"]
+PAPER.publish_all({f"tune.{k}": (None, None, "the upper bound is not described") for k in ("demos", "steps")}, _full)
+for _line in WORLD:
+    PAPER.stand(*_line)
+PAPER.stand(
+    "what is denoised",
+    "single transitions (s, a, r)",
+    "the prompt; whether whole or step by step is not said",
+    "inferred from 0.17M: a net of 3 x 256 on five transitions at once would have 0.25M",
+)
+PAPER.stand(
+    "where the diffuser learns",
+    "first on the train tasks, then on the demonstrations of each test task",
+    "one review says all train tasks",
+    _QUOTED,
 )
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #a01127c1

@@ -5,6 +5,7 @@
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #7126aa8d
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from .core import Paper, Pretrain, Recipe, Tune
@@ -22,9 +23,25 @@ __all__ = [
     "PROMPTS",
     "UNIFORM",
     "LENGTHS",
+    "VARIED",
     "LONGEST",
     "PAPER",
     "PROTOCOL",
+    "POOLS_TEXT",
+    "POLICY",
+    "SIZE",
+    "PROMPTED",
+    "LENGTH",
+    "USUAL",
+    "OTHERWISE",
+    "FEW_SHOT",
+    "RANKING",
+    "FULL",
+    "TUNERS",
+    "MT_BC_FT",
+    "RELEASED",
+    "TABLE7",
+    "WORLD",
     "pretraining",
     "pretrains",
     "parted",
@@ -44,6 +61,8 @@ __all__ = [
     "longest_recipe",
     "bc_lengths",
     "batch_recipes",
+    "publish_policies",
+    "publish_tuning",
 ]
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #9c34369c
@@ -210,6 +229,7 @@ def prompt_dt_recipes(family):
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pdx00006
 LENGTHS = ((1, 2), (1, 5), (1, 10), (2, 20))  # J, H of Table 1
+VARIED = re.compile(r"-(\d+x|H)\d+$")  # keys of recipes with a prompt of another length
 LONGEST = (5, 20)  # Figures 5 and 6 have it too
 
 
@@ -297,7 +317,7 @@ PROTOCOL = (
     "Return of the last policy on the test tasks, mean over tasks, then over seeds; one prompt a task, drawn once, kept"
     " for all evaluation episodes; return-to-go starts at the family's target. "
 )
-_POOLS = (
+POOLS_TEXT = (
     "Expert, medium and random prompts: the five highest, ranks 50 to 54, the five lowest trajectories by return of "
     "the test task's expert data, as in the first author's code; the paper's text could not be had. "
 )
@@ -313,7 +333,7 @@ PAPER.exhibit(
     "table",
     _all,
     protocol=PROTOCOL
-    + _POOLS
+    + POOLS_TEXT
     + "The published Meta-World column is an exhibit of its own, table1_mw, as it needs the metaworld extra.",
     reported="table1",
 )
@@ -357,7 +377,7 @@ PAPER.exhibit(
     "tuning repairs a bad initial prompt",
     "bars",
     initial_recipes(),
-    protocol=PROTOCOL + _POOLS,
+    protocol=PROTOCOL + POOLS_TEXT,
 )
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #04fe81a4
@@ -528,6 +548,229 @@ PAPER.exhibit(
     [r for f in TABLE_FAMILIES for r in _main[f] if r.key == "mt-bc-ft-100"],
     protocol=PROTOCOL + "At laptop scale a quarter of the updates, with a quarter of the batch. ",
     reported="pdt_table7",
+)
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00002
+_T2 = "Prompt-DT Table 2; pdt_main.py of mxu34/prompt-dt"
+_T3 = "Prompt-DT Table 3; pdt_main.py of mxu34/prompt-dt"
+_MAIN, _NET = "pdt_main.py of mxu34/prompt-dt", "prompt_decision_transformer.py of mxu34/prompt-dt"
+_AS_CODE = "as in the code"
+POLICY = {  # field: (paper, code, source, why)
+    "pretrain.K": (20, 20, _T2),
+    "pretrain.per_task": (8, 16, _T2, _AS_CODE),
+    "pretrain.tasks_per_batch": (0, 0, "Prompt-DT Algorithm 1: all tasks"),
+    "pretrain.lr": (1e-4, 1e-4, _T2),
+    "pretrain.weight_decay": (1e-4, 1e-4, _T2),
+    "pretrain.heads": (1, 1, _T2),
+    "pretrain.activation": ("relu", "relu", _T2),
+    "pretrain.mlp_ratio": (None, 4, _MAIN),
+    "pretrain.dropout": (None, 0.1, _MAIN),
+    "pretrain.warmup": (None, 10_000, _MAIN),
+    "pretrain.clip": (None, 0.25, "prompt_seq_trainer.py of mxu34/prompt-dt"),
+    "pretrain.normalise": (None, "train+test", f"{_MAIN}: average_state_mean"),
+    "pretrain.scaled_init": (None, False, "transformers 4.5.1, on which mxu34/prompt-dt stands"),
+    "pretrain.drop_lowest": (None, True, "process_dataset in prompt_utils.py of mxu34/prompt-dt"),
+    "pretrain.curve_episodes": (20, 50, _T2, _AS_CODE),
+}
+SIZE = {"pretrain.layers": (3, 3, _T2), "pretrain.width": (128, 128, _T2)}
+PROMPTED = {
+    "pretrain.position": ("random", "tail", "Prompt-DT's text; get_prompt in prompt_utils.py", _AS_CODE),
+    "pretrain.loss_on_prompt": (True, False, "Prompt-DT section 4.4; prompt_seq_trainer.py", _AS_CODE),
+    "pretrain.prompt_norm": (None, False, _NET),
+    "pretrain.shared_embed": (None, False, _NET),
+}
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00003
+_D = "Prompt-DT's text: the last 20,000 steps of a replay buffer (100 episodes of 200 steps)"
+_POINTS = f"{_MAIN}: every 100 iterations of 10 updates"
+LENGTH = {"pretrain.J": (1, 1, _T3), "pretrain.H": (5, 5, _T3)}
+USUAL = {  # what a family is trained with
+    "pretrain.quality": ("expert", "expert", "Prompt-DT's text; pdt_main.py"),
+    "pretrain.episodes": (100, None, _D),
+    "pretrain.steps": (50_000, 50_000, "Prompt-DT Fig. 2: 5,000 iterations; pdt_main.py: of 10 updates"),
+    "pretrain.curve_points": (None, 50, _POINTS),
+}
+OTHERWISE = {  # families that differ from it
+    "cheetah-dir": {"pretrain.episodes": (100, 999, f"{_D}; the released files hold 999", "as in the text")},
+    "ml1-pick-place": {
+        "pretrain.episodes": (None, None, "how many the released files hold is not known"),
+        "pretrain.steps": (None, 50_000, f"{_MAIN}: 5,000 iterations of 10 updates"),
+    },
+    "ml1-reach": {
+        "pretrain.H": (2, None, "Prompt-DT Table 3"),
+        "pretrain.episodes": (200, None, "Prompt-DT's text: 200 episodes of the script"),
+        "pretrain.steps": (30_000, None, "Prompt-DT Fig. 2: 3,000 iterations; pdt_main.py: of 10 updates"),
+        "pretrain.curve_points": (None, 30, _POINTS),
+    },
+}
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00004
+def publish_policies(paper, recipes, size=SIZE):
+    "What Prompt-DT gives for the policies of recipes; lengths and data only where a recipe's key does not vary them."
+    prompted = [r for r in recipes if r.pretrain.prompt]
+    paper.publish_all(POLICY | size, recipes)
+    paper.publish_all(PROMPTED, prompted)
+    for family in dict.fromkeys(r.family for r in recipes):
+        usual, own = [r for r in recipes if r.family == family and "-data-" not in r.key], OTHERWISE.get(family, {})
+        paper.publish_all({k: own.get(k, v) for k, v in USUAL.items()}, usual)
+        fixed = [r for r in usual if r.pretrain.prompt and not VARIED.search(r.key)]
+        paper.publish_all({k: own.get(k, v) for k, v in LENGTH.items()}, fixed)
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00006
+_HU = "knight-fzq/mtdt by the first author: {}"
+_FEW = _HU.format("create_dataset.py, prompt_utils.py")
+FEW_SHOT = {  # demonstrations of a test task
+    "tune.demos": (None, 256, f"{_FEW} (drawn with replacement)"),
+    "tune.demo_quality": (None, "expert", _FEW),
+    "tune.demo_batch": (None, 256, _HU.format("finetune_batch_size")),
+    "tune.demo_K": (None, 5, f"{_FEW}: as many steps as a prompt"),
+    "tune.demo_position": (None, "tail", _FEW),
+}
+_TRAINER = _HU.format("taming_trainer.py")
+_READ = "noise on the mask hides steps of the prompt at random"
+RANKING = {
+    "tune.steps": (None, 10, f"{_TRAINER}, between two evaluations", "how often the ten are repeated is not known"),
+    "tune.m": (None, 15, _TRAINER),
+    "tune.k": (None, 0, f"{_TRAINER}: all m"),
+    "tune.mu": (None, 1.0, _TRAINER, "assumed; a sweep has others"),
+    "tune.eta": (None, 1e-4, f"{_TRAINER}: finetune_lr", "assumed; 1e-4 moves next to nothing"),
+    "tune.momentum": (None, 0.5, _TRAINER),
+    "tune.distribution": ("gaussian", "gaussian", f"abstract; {_TRAINER}"),
+    "tune.linesearch": (None, False, _TRAINER),
+    "tune.batches": (None, 2, _HU.format("num_finetune_episodes")),
+    "tune.seven": (True, True, f"tunable share of 0.03 %, which is 240 numbers; {_TRAINER}", _READ),
+    "tune.noisy": (
+        None,
+        True,
+        f"{_TRAINER}: dropout, and other windows for each query",
+        "queries share their windows, without dropout",
+    ),
+    "tune.author_weights": (None, True, f"{_TRAINER}: m - 2r", "m - 1 - 2r, which sums to 0"),
+    "tune.score_episodes": (None, 2, _HU.format("num_finetune_episodes")),
+}
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00007
+_FT = f"{_MAIN}: --finetune"
+_AS_MANY = "as many updates as the searches"
+FULL = {
+    "tune.lr": (None, 1e-4, _FT),
+    "tune.weight_decay": (None, 1e-4, "prompt_seq_trainer.py of mxu34/prompt-dt"),
+    "tune.clip": (None, 0.25, "prompt_seq_trainer.py of mxu34/prompt-dt"),
+}
+TUNERS = {  # by key: what is known of the rows that fine-tune
+    "full": FULL | {"tune.steps": (None, 10, _FT, _AS_MANY)},
+    "soft": {f"tune.{k}": (None, None, "not public") for k in ("steps", "lr")},
+    "adapter": {f"tune.{k}": (None, None, "not public") for k in ("steps", "lr", "size")},
+}
+MT_BC_FT = FULL | {
+    "tune.demos": (None, 0, f"{_FT}: all of the test task's file"),
+    "tune.demo_position": (None, "tail", "get_batch_finetune in prompt_utils.py"),
+}
+RELEASED = {"tune.steps": (10, 10, f"Prompt-DT appendix C.2; {_FT}"), "tune.demo_batch": (None, 256, _FT)}
+TABLE7 = {"tune.steps": (100, None, "Prompt-DT Table 7"), "tune.demo_batch": (1280, None, "Prompt-DT Table 7")}
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00008
+def publish_tuning(paper, recipes):
+    "What the first author's code gives for tuning, and for the prompts that it starts from."
+    for word, pool in PROMPTS.items():
+        started = [r for r in recipes if r.tune.prompt_quality == pool and word != "uniform"]
+        text = _HU.format(f"create_dataset.py, its {word} prompts")
+        paper.publish_all({"tune.prompt_quality": (None, pool, text)}, started)
+    tuned = [r for r in recipes if r.key.split("-")[0] in ("ranking", "online", "diffuser", *TUNERS)]
+    few = [r for r in tuned if "-data" not in r.key and "steps" not in r.key and not VARIED.search(r.key)]
+    paper.publish_all(FEW_SHOT, few)
+    for name, line in RANKING.items():
+        own = [r for r in tuned if r.tune.tuner == "ranking" and f"-{name[5:]}-" not in r.key]
+        online = [r for r in own if dict(r.tune.hyper).get("online")]
+        paper.publish_all({name: line}, online if name == "tune.score_episodes" else own)
+    for key, table in TUNERS.items():
+        paper.publish_all(table, [r for r in tuned if r.key.split("-")[0] == key and "full-data" not in r.key])
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00010
+_printed = [r for r in PAPER.recipes.values() if "(control)" not in r.method]
+_of_ptdt = [r for r in _printed if r.key.startswith(("pdt", "ranking", "online", "full", "soft", "adapter"))]
+_of_ptdt = [r for r in _of_ptdt if not VARIED.search(r.key) and "-data-" not in r.key]
+_of_pdt = [r for r in _printed if r not in _of_ptdt]
+publish_policies(PAPER, _printed)
+publish_tuning(PAPER, _of_ptdt)
+_EPISODES = "Prompt-DT Table 2; pdt_main.py of mxu34/prompt-dt"
+PAPER.publish_all({"eval_episodes": (20, 50, _EPISODES, _AS_CODE)}, _of_pdt)
+PAPER.publish_all({"eval_episodes": (None, 5, _HU.format("num_eval_episodes"), "as in Prompt-DT's code")}, _of_ptdt)
+_three = {"seeds": ((0, 1, 2), None, "three, in Prompt-DT and in reviews of Prompt-Tuning DT; which is not said")}
+PAPER.publish_all(_three, [r for r in _printed if "-data-" not in r.key])
+PAPER.publish_all({"seeds": ((0, 1), None, "Prompt-DT Fig. 3: two; which is not said")}, _quality.values())
+PAPER.publish_all({"pretrain.episodes": (500, None, "Prompt-DT Fig. 3: 500 trajectories")}, _quality.values())
+_random = [r for label, r in _quality.items() if label.endswith("random prompt")]
+PAPER.publish_all({"tune.prompt_quality": ("buffer", None, "Prompt-DT Fig. 3: the first 500 of the buffer")}, _random)
+_any = {"tune.prompt_quality": ("expert", "expert", "Prompt-DT's text; pdt_main.py")}
+PAPER.publish_all(_any, [pdt(family) for family in _base])
+_ft = {key: [r for r in _printed if r.key == key] for key in ("mt-bc-ft", "mt-bc-ft-100")}
+PAPER.publish_all(MT_BC_FT | RELEASED, _ft["mt-bc-ft"])
+PAPER.publish_all(MT_BC_FT | TABLE7, _ft["mt-bc-ft-100"])
+for _family in _base:
+    _star = {"tune.demo_K": (None, pretraining(_family).H, "get_batch_finetune in prompt_utils.py: prompt_length")}
+    PAPER.publish_all(_star, [r for x in _ft.values() for r in x if r.family == _family])
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00012
+WORLD = (  # what, ours, theirs, source: of all papers that start from Prompt-DT
+    (
+        "data of Cheetah and Ant",
+        "one goal-conditioned PPO policy per family, at three levels of skill; its returns differ from the old ones: "
+        "compare orders and gaps",
+        "the replay buffer of a SAC (Cheetah-dir, Ant-dir) or TD3 (Cheetah-vel) agent per task",
+        "Prompt-DT's text",
+    ),
+    ("bodies", "MuJoCo 3, the old rewards without Ant's contact cost", "MuJoCo 2.0, gym 0.18", "mxu34/prompt-dt"),
+    (
+        "initial return-to-go of Cheetah-dir",
+        "1,500, as in the code",
+        "1,000 in Table 3, 1,500 in the code",
+        "Prompt-DT Table 3; gen_env in prompt_utils.py",
+    ),
+    (
+        "rewards of Meta-World",
+        "version 3's, 10 at most a step; initial return-to-go 4,500 (pick-place) and 4,900 (reach)",
+        "version 2's; initial return-to-go 650 (pick-place) and 1,500 (reach)",
+        "gen_env in prompt_utils.py; Prompt-DT Table 3",
+    ),
+    (
+        "goals of ml1-pick-place",
+        "those of version 2's ML1(seed=1), drawn anew: today's package holds every second one",
+        "ML1('pick-place-v2', seed=1)",
+        "gen_env in prompt_utils.py",
+    ),
+    ("goals of ml1-reach", "the first 21 that version 2's ML1(seed=1) would draw", "not released", "Prompt-DT Table 5"),
+    ("padding of actions in training", "0", "-10", "get_batch in prompt_utils.py"),
+    (
+        "policies without return-to-go",
+        "it reads 0 in training, fine-tuning and evaluation",
+        "0 in pre-training only: fine-tuning reads the true one, evaluation the constant target",
+        "get_prompt_batch, get_batch_finetune in prompt_utils.py",
+    ),
+    (
+        "optimiser of fine-tuning",
+        "a new one for each test task",
+        "one for all test tasks: weights are set back between them, its moments are not",
+        "finetune_eval_iteration_multienv in prompt_seq_trainer.py",
+    ),
+    (
+        "the trajectory of a prompt",
+        "drawn from its pool by the seed",
+        "an index of another list's order, by default; the script writes the random pool into the medium file",
+        "knight-fzq/mtdt: prompt_utils.py, create_dataset.py",
+    ),
+)
+for _line in WORLD:
+    PAPER.stand(*_line)
+PAPER.stand(
+    "what Table 7 counts",
+    "1,280 windows of K* steps an update",
+    "an adaptation batch of 1,280; 256 windows of 5 steps, the released batch, have as many steps",
+    "Prompt-DT Table 7",
 )
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #decd3cb7
