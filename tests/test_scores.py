@@ -488,8 +488,15 @@ def test_a_saved_table_says_what_it_leaves_out(tmp_home):
 def test_colours_are_told_apart(e):
     arms = lamo.labels_of(e)
     assert set(arms) <= set(LOOKS)
-    if lamo.DRAW[e.kind] not in (lamo.table, lamo.params, lamo.references):
-        assert len({style.style(arm)["color"] for arm in arms}) == len(arms) <= 7
+    if lamo.DRAW[e.kind] in (lamo.table, lamo.params, lamo.references):
+        return
+    panels = {None: arms}
+    if e.kind == "progress":  # a panel for each dataset, and for DT and CQL apart
+        panels = {}
+        for r in (rc.RECIPES[i] for i in e.recipes):
+            panels.setdefault((r.dataset, r.offline.learner), []).append(lamo.label_of(e, r))
+    for panel, own in panels.items():
+        assert len({style.style(arm)["color"] for arm in own}) == len(own) <= 7, panel
 
 
 def test_deviations_name_what_a_scale_changes():

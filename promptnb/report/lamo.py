@@ -33,6 +33,7 @@ __all__ = [
     "COUNTED",
     "SETTINGS",
     "TASK_OF",
+    "SIZES",
     "HOLLOW",
     "TRUNKS",
     "PUBLISHED",
@@ -547,13 +548,17 @@ def settings(view):
     return settings_table(rows, "setting")
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lmsizes1
+SIZES = {"GPT-2 small": (12, 768), "GPT-2 medium": (24, 1024)}  # layers and width
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000028
 def name_at(r, label) -> str:
     "The label of a recipe, resolved at a scale, without the name of a trunk that it does not have there."
-    text = r.offline.text
-    if "GPT-2 medium" not in label or (text.layers, text.width) == (24, 1024):
-        return label
-    return label.replace("GPT-2 medium", f"a trunk of {text.layers} x {text.width}")
+    for name, size in SIZES.items():
+        if name in label and (r.offline.text.layers, r.offline.text.width) != size:
+            return label.replace(name, f"a trunk of {r.offline.text.layers} x {r.offline.text.width}")
+    return label
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000029
