@@ -464,7 +464,7 @@ def test_legends_fit_the_column(tmp_home, id):
 
 
 def test_every_figure_says_what_its_bands_are():
-    drawn = {e.kind for e in EXHIBITS} - {"scores", "params", "references"}
+    drawn = {e.kind for e in EXHIBITS} - {"scores", "params", "references", "quoted", "task_settings", "settings"}
     assert drawn == set(lamo.BAND)
 
 

@@ -804,7 +804,7 @@ PAPER.exhibit(
     "Figure 8. Pictures of the tasks",
     "-",
     "pictures",
-    protocol="Three moments of the first 120 steps of our best policy, in each task of Tables 1 to 3. "
+    protocol="Our best policy in each task of Tables 1 to 3: three moments of an episode's first 120 steps. "
     "Games as the agents see them.",
 )
 

@@ -1181,8 +1181,8 @@ def pictures(view):
     tables = [exhibit(view.exhibit.paper, id) for id in MAIN[:3]]
     families = list(dict.fromkeys(family for e in tables for family in e.families))
     fig, axes = axes_for(families, height=1.2, most=2)
-    for ax, family in zip(axes, families):
-        path = figures_dir("datasets") / f"{family}.strip.png"
+    paths = [figures_dir("datasets") / f"{family}.strip.png" for family in families]
+    for ax, family, path in zip(axes, families, paths):
         ax.set(title=family)
         ax.grid(visible=False)
         if path.exists():
@@ -1190,7 +1190,7 @@ def pictures(view):
             ax.set(xticks=[], yticks=[])
         else:
             nothing(ax, f"promptnb collect\n--family {family} --page")
-    return fig, None
+    return fig, pd.DataFrame(dict(task=families, shown=[path.exists() for path in paths]))
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #aab804e1
@@ -1231,6 +1231,7 @@ BAND = dict(
     ratio=f"marker: mean; bar: {_RANGE}, none: one seed",
     domains="bar: mean over datasets and seeds; dots: seeds",
     targets=f"marker: mean; bar: {_RANGE}",
+    pictures="three moments of an episode's first 120 steps",
     share="line: 95 % interval of the gain (Student, paired by seed); pale: not resolved in this figure (Holm)",
 )
 
