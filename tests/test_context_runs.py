@@ -20,6 +20,7 @@ from promptnb.core import read_json
 from promptnb.experiments import multitask, plan, run
 from promptnb.experiments.run import Run
 from promptnb.models.context import ContextDT
+from promptnb.report import exhibits
 from promptnb.tuners.checks import same
 from promptnb.tuners.core import make_tuner
 
@@ -249,6 +250,72 @@ def test_every_recipe_has_one_job():
     assert sorted(tuning) == sorted({i for e in EXHIBITS for i in e.recipes}) and len(tuning) == len(set(tuning))
     policies = [rc.RECIPES[i].pretrain for j in jobs if j.kind == "pretrain" for i in j.recipes]
     assert len(policies) == len(set(policies)) and set(policies) == {rc.RECIPES[i].pretrain for i in tuning}
+
+
+# ---- what is assumed
+
+PAPER = rc.PAPER_OF["cmt"]
+FIELDS = [f"pretrain.context.{name}" for name in rc.Context.__dataclass_fields__]
+FIELDS += ["pretrain.K", "pretrain.J", "pretrain.H", "pretrain.steps", "pretrain.lr", "pretrain.position"]
+
+
+def said_of(what):
+    "Our values and what the paper says, in the table of differences."
+    t = exhibits.differences("cmt")
+    t = t[t.what == what]
+    return t.ours.tolist(), set(t.paper)
+
+
+def test_the_abstract_gives_no_value():
+    "numbers/cmt_known_unknown.csv: full text and code are not known."
+    assert PAPER.published
+    assert not [p.field for p in PAPER.published if p.paper is not None]
+    assert {p.source for p in PAPER.published if p.code is not None} == {"MADT's released code"}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_of_the_main_recipe_is_listed_as_assumed(field):
+    ours, paper = said_of(field)
+    value = rc.value_of(rc.RECIPES[f"cmt/{VEL}/cmt"], field)
+    assert str(value) in ours and paper == {"not said"}
+
+
+@pytest.mark.parametrize("change", [dict(lr=0.5), dict(context=rc.Context(L=7))], ids=["lr", "L"])
+def test_another_value_at_paper_scale_shows(change, monkeypatch):
+    r = rc.RECIPES[f"cmt/{VEL}/cmt"]
+    monkeypatch.setitem(PAPER.recipes, r.id, replace(r, pretrain=replace(r.pretrain, **change)))
+    field, value = ("pretrain.lr", "0.5") if "lr" in change else ("pretrain.context.L", "7")
+    assert value in said_of(field)[0]
+
+
+MADT = dict(layers=2, heads=2, width=32, mlp_ratio=2, activation="gelu", tanh=True, dropout=0, lr=5e-4)
+MADT |= dict(weight_decay=0.1, per_task=128, clip=0.5)
+
+
+@pytest.mark.parametrize("field", MADT)
+def test_the_backbone_of_several_agents_is_madts(field):
+    "numbers/madt_config.csv: ReinholdM/Offline-Pre-trained-Multi-Agent-Decision-Transformer @c87a7ca."
+    r = rc.resolve(rc.RECIPES["cmt/smax-3m/map-good"], "paper")
+    (entry,) = [p for p in PAPER.published if p.field == f"pretrain.{field}" and p.covers(r) and p.code is not None]
+    assert getattr(r.pretrain, field) == entry.code == MADT[field]
+
+
+@pytest.mark.parametrize("field, madt", [("K", "1"), ("episodes", "200"), ("steps", "10 epochs")])
+def test_where_the_backbone_of_several_agents_is_not_madts_is_listed(field, madt):
+    t = exhibits.differences("cmt")
+    assert madt in t[t.what == f"pretrain.{field}"].code.tolist()
+
+
+def test_standing_differences_are_true_of_the_tuners():
+    from promptnb.tuners.context import Collect, ContextVectors
+
+    stands = {s.what: s.ours for s in PAPER.standing}
+    tuned, collect, given = ContextVectors(), Collect(), rc.RECIPES[f"cmt/{VEL}/cmt"].pretrain
+    assert f"rate {tuned.lr}; a random start has a deviation of {tuned.scale}" in stands["tuning of the vectors"]
+    assert f"{collect.replicas} replicas" in stands["the collected context"]
+    assert f"up to {collect.episodes} episodes" in stands["the collected context"]
+    assert f"{given.J * (given.H - 1)} transitions" in stands["the given context"]
+    assert {"data", "bodies", "several agents", "loss of pre-training"} <= stands.keys()
 
 
 # ---- the one thing that a control changes

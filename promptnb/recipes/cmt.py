@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .core import Context, Paper, Pretrain, Recipe, Tune
+from .core import Context, Paper, Pretrain, Published, Recipe, Tune
 from .prompt_diffuser import diffuse
 from .prompt_tuning_dt import NO_TUNING, TABLE_FAMILIES, gradient, pretrains, search
 from .scales import SINGLE, SKIRMISHES
@@ -25,6 +25,12 @@ __all__ = [
     "SETS",
     "TEAMS",
     "PAPER",
+    "MAIN",
+    "TUNED",
+    "BEST",
+    "TEAM",
+    "MADT",
+    "POLICY",
     "context_policy",
     "cmt_recipe",
     "vectors",
@@ -39,6 +45,7 @@ __all__ = [
     "single_lengths",
     "team_backbone",
     "team",
+    "assumed",
 ]
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #623bee41
@@ -407,6 +414,111 @@ PAPER.exhibit(
 )
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #7c3503a7
-_WHY = "the paper's full text could not be had; its tables and figures are not known"
+_WHY = "no full text or code could be had; which there are, and what they hold, is not known"
 PAPER.unknown("tables", "The paper's own tables", _WHY)
 PAPER.unknown("figures", "The paper's own figures", _WHY)
+
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #cmpub001
+def assumed(part, names, on, why=""):
+    "Note that nothing gives the values of these fields, of the recipes whose 'family/key' fits `on`."
+    for name in names:
+        PAPER.publish(f"{part}.{name}".lstrip("."), on=on, why=why)
+
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #cmpub003
+MAIN = ("*/cmt",)  # meta-RL: context given, in every family
+TUNED = tuple(f"{family}/tuned" for family in META)
+BEST = tuple(f"{body}/best-{quality}" for body in SINGLE for quality in SETS)  # single tasks
+TEAM = tuple(f"{m}/map-{quality}" for m in SKIRMISHES for quality in TEAMS)  # several agents
+assumed("pretrain.context", Context.__dataclass_fields__, MAIN)
+assumed("tune", ("tuner", "prompt_quality", "prompt_from"), MAIN)
+assumed("tune", ("steps", "L", "demos", "demo_batch", "demo_K"), (*TUNED, *BEST, *TEAM))
+assumed("tune", ("begin", "demo_quality"), TUNED)
+assumed("tune", ("towards",), (*BEST, *TEAM))
+assumed("tune", ("per_agent",), TEAM)
+assumed("", ("eval_episodes",), (*MAIN, *TUNED, *BEST))
+assumed("", ("seeds",), (*MAIN, *TUNED, *BEST, *TEAM))
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #cmpub007
+MADT = dict(  # field of Pretrain: value in ReinholdM/Offline-Pre-trained-Multi-Agent-Decision-Transformer @c87a7ca
+    layers=2,
+    heads=2,
+    width=32,
+    mlp_ratio=2,
+    activation="gelu",
+    tanh=True,
+    dropout=0.0,
+    lr=5e-4,
+    weight_decay=0.1,
+    per_task=128,
+    clip=0.5,
+    K=1,
+    episodes=200,
+    steps="10 epochs",
+)
+_MADT = "MADT's released code"
+_WHY_MADT = dict(K="one step has no history", episodes="data of our own", steps="batches are drawn anew")
+for _field, _value in MADT.items():
+    PAPER.publish(f"pretrain.{_field}", code=_value, source=_MADT, on=TEAM, why=_WHY_MADT.get(_field, ""))
+PAPER.publish("eval_episodes", code=32, source=_MADT, on=TEAM)
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #cmpub005
+_OURS = ("family", "name", "context", "train", "ratio", "ratio_seed", "precision", "curve_points", "curve_episodes")
+POLICY = tuple(name for name in Pretrain.__dataclass_fields__ if name not in _OURS)
+for _name in POLICY:
+    if _name in ("quality", "J", "H"):  # of the context, or the data set itself
+        _on = MAIN
+    else:
+        _on = (*MAIN, *BEST) if _name in MADT else (*MAIN, *BEST, *TEAM)
+    _noted = Published("", on=_on)
+    _values = {getattr(r.pretrain, _name) for r in PAPER.recipes.values() if _noted.covers(r)}
+    _usual = _values == {getattr(Pretrain(META[0]), _name)}
+    assumed("pretrain", (_name,), _on, "as Prompt-DT's released code" if _usual else "")
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #cmpub010
+_ABSTRACT = "abstracts of arXiv 2211.08016 and of the ICLR 2023 submission"
+PAPER.stand(
+    "loss of pre-training",
+    "the action's error, and those of the next state and of the next return-to-go; with an encoder also InfoNCE",
+    "a self-supervised loss (arXiv), a supervised one (ICLR 2023)",
+    _ABSTRACT,
+)
+PAPER.stand(
+    "the prompt",
+    "context vectors of the model's width before the first step",
+    "a sequence of context vectors, concatenated with the input",
+    _ABSTRACT,
+)
+PAPER.stand(
+    "desired actions",
+    "three readings: the best 10 % of trajectories, advantages, returns",
+    "a tuned prompt guides the policy towards desired actions",
+    _ABSTRACT,
+)
+PAPER.stand("data", "collected from our own policies", "D4RL; offline data of MuJoCo tasks; of SMAC", _ABSTRACT)
+PAPER.stand("bodies", "MuJoCo 3, the old rewards", "MuJoCo; which versions, tasks and splits is not said", _ABSTRACT)
+PAPER.stand("several agents", "SMAX, five maps", "SMAC; which maps is not said", _ABSTRACT)
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #cmpub012
+_UNSAID = "not said"
+PAPER.stand("a null prompt", "L vectors of zeros; part of the training rows has it", _UNSAID)
+PAPER.stand("the given context", "20 transitions of expert trajectories of the test task", _UNSAID)
+PAPER.stand(
+    "the collected context",
+    "all that 4 replicas, each by itself, have seen in up to 4 episodes; episode 0 has the null prompt",
+    _UNSAID,
+)
+PAPER.stand("the upper bound", "a learnt row per task, trained on train and test tasks", _UNSAID)
+PAPER.stand("tuning of the vectors", "AdamW, rate 0.01; a random start has a deviation of 0.02", _UNSAID)
+PAPER.stand(
+    "tokens of a step, several agents",
+    "return-to-go, observation, action; the action is read off at the observation",
+    "MADT: return-to-go, observation, previous action; read off at the third",
+    _MADT,
+)
+PAPER.stand(
+    "the other papers' policies and tuners",
+    "as on their own pages, with the differences that are listed there",
+    "which baselines there are is not said",
+)
