@@ -83,18 +83,34 @@ def test_the_goal_is_hidden():
     assert (full[..., 36:] != 0).any(-1).all()
 
 
-def test_goals_are_the_benchmarks():
+def test_places_are_those_of_prompt_dt():
+    """ML1('pick-place-v2', seed=1) of mxu34/prompt-dt: gen_env in prompt_utils.py.
+
+    Version 2 of the package draws (puck, goal) uniformly from these boxes, once a reset, anew while the two are less
+    than 0.15 m apart on the table: sawyer_pick_place_v2.py."""
+    low, high = (-0.1, 0.6, 0.02, -0.1, 0.8, 0.05), (0.1, 0.7, 0.02, 0.1, 0.9, 0.3)
+    numbers, plain = np.random.RandomState(1), []
+    while len(plain) < 50:
+        place = numbers.uniform(low, high)
+        if np.linalg.norm(place[:2] - place[3:5]) >= 0.15:
+            plain.append(place)
+    assert (mw.places("pick-place-v3") == plain).all()
+
+
+def test_version_3_of_the_package_holds_every_second_place():
     import pickle
 
     import metaworld
 
-    for ours, theirs in zip(mw.goals("reach-v3"), metaworld.ML1("reach-v3", seed=0).train_tasks):
-        assert (
-            pickle.loads(ours.data)["rand_vec"] == pickle.loads(theirs.data)["rand_vec"]
-        ).all()  # bytes made above, in this process
+    today = [pickle.loads(t.data)["rand_vec"] for t in metaworld.ML1("pick-place-v3", seed=1).train_tasks]
+    ours = mw.places("pick-place-v3")
+    assert (today[:25] == ours[1::2]).all() and not np.isclose(today, ours).all(1).any()
+
+
+def test_goals_show_where_the_places_are():
     vec = tasks.lock_step("ml1-reach", [1, 20])
     vec.reset(seed=0)
-    assert (vec.full_obs[:, 36:] == [pickle.loads(mw.goals("reach-v3")[i].data)["rand_vec"][3:] for i in (1, 20)]).all()
+    assert (vec.full_obs[:, 36:] == mw.places("reach-v3")[[1, 20], 3:]).all()
 
 
 def won_within(name, ids, quality, steps, seed=0):

@@ -207,13 +207,13 @@ def test_runs_that_lie_elsewhere_do_not_agree(packed):
 def test_one_row_that_does_not_agree_is_enough(packed):
     def change(record):
         row = record["rows"][0]
-        if (row["method"], row["task"]) == ("LoRA", FAMILY):
+        if (row["method"], row["task"]) == ("LoRA (control)", FAMILY):
             shifted([500.0, 500.001, 500.002])(record)
 
     own_again(packed, change)
     status, t = verified()
     (row,) = t[t.agrees != verify.EQUAL].itertuples()
-    assert status == 1 and (row.where, row.method, row.agrees) == (FAMILY, "LoRA", verify.DIFFERS)
+    assert status == 1 and (row.where, row.method, row.agrees) == (FAMILY, "LoRA (control)", verify.DIFFERS)
 
 
 def test_two_seeds_are_too_few(packed):

@@ -1,6 +1,6 @@
 """A tuner has three places: its notebook, a line of the registry, rows of recipes.
 
-Nothing else names one, and each default stands once."""
+Nothing else names one."""
 
 import ast
 import inspect
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from promptnb import recipes as rc
+from promptnb.recipes import Tune
 from promptnb.tuners.core import TUNERS, Tuner, make_tuner, tuner_class
 
 PACKAGE = Path(inspect.getfile(rc)).parent.parent
 SCALED = ("steps", "prepare_steps", "m", "batches")  # a scale changes what it sees, so recipes name them
-AXES = ("L",)  # a figure's axis: the report reads it from the recipe
 OWN_WORDS = ("ranking", "hill", "es", "resample", "diffuser", "direct", "gradient", "encode")  # they mean a tuner only
 TUNED = [r for r in rc.RECIPES.values() if r.pretrain]
 
@@ -42,12 +42,25 @@ def test_the_code_that_applies_tuners_names_none():
         assert not strings_of(file) & set(OWN_WORDS), file
 
 
-def test_a_recipe_repeats_no_default():
-    "What equals the tuner's own field is not named, unless scales change it or a figure reads it."
-    for r in TUNED:
-        default = make_tuner(r.tune.tuner)
-        repeated = {k for k, v in r.tune.hyper if k not in (*SCALED, *AXES) and getattr(default, k) == v}
-        assert not repeated, (r.id, repeated)
+def test_a_recipe_names_what_papers_name():
+    "Each published hyper-parameter stands in the recipes that it is of, so that it can be compared."
+    for paper in rc.PAPER_OF.values():
+        for p in paper.published:
+            part, _, name = p.field.partition(".")
+            of = [r for r in paper.recipes.values() if part == "tune" and r.pretrain and p.covers(r)]
+            for r in of:
+                assert name in dict(r.tune.hyper) or name in Tune.__dataclass_fields__, (r.id, name)
+
+
+def test_what_a_recipe_names_is_what_its_tuner_has():
+    "A main recipe's values are the tuner's own, so that an own recipe without any is the same method."
+    for key in ("ranking", "es", "hill", "resample", "full", "soft", "adapter", "lora", "gradient"):
+        r = rc.RECIPES[f"prompt_tuning_dt/cheetah-vel/{key}"]
+        own = make_tuner(r.tune.tuner)
+        other = {k for k, v in r.tune.hyper if getattr(own, k) != v and not (k == "k" and v == 0)}
+        assert not other, (key, other)
+    diffuser = make_tuner("diffuser")
+    assert all(getattr(diffuser, k) == v for k, v in rc.RECIPES["prompt_diffuser/cheetah-vel/diffuser"].tune.hyper)
 
 
 @pytest.mark.parametrize("scale", rc.SCALES)
@@ -64,7 +77,7 @@ def test_a_recipe_names_what_its_scale_changes(scale):
 def test_a_sweep_marks_the_main_recipe_with_the_value_of_its_tuner(name):
     "The label of the main table's run is the value that the tuner has."
     sweep = rc.EXHIBITS["prompt_diffuser", f"sweep_{name}"]
-    main = [label for i, label in sweep.labels.items() if not dict(rc.RECIPES[i].tune.hyper).keys() & {name}]
+    main = [label for i, label in sweep.labels.items() if rc.RECIPES[i].key == "diffuser"]
     assert main == [f"{name} = {getattr(make_tuner('diffuser'), name)}"]
 
 

@@ -193,10 +193,10 @@ def pd_lengths(family="cheetah-vel", lengths=(2, 5, 10)):
 
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #8dc61b1e
-WINDOWS = {  # label: fields of Tune; the first is the first author's code
-    "the last 5 steps": {},
-    "5 steps from anywhere": dict(demo_position="any"),
-    "20 steps from anywhere": dict(demo_position="any", demo_K=20),
+WINDOWS = {  # label: fields of Tune; the first, the last 5 steps of a trajectory, is the first author's code
+    "windows of 5 steps": {},
+    "windows of 5 steps, anywhere": dict(demo_position="any"),
+    "windows of 20 steps, anywhere": dict(demo_position="any", demo_K=20),
 }
 
 
@@ -204,8 +204,9 @@ def pd_windows(family):
     "Both tuners that follow the action error, by the windows of demonstrations: {label: recipe}."
 
     def R(key, name, tune, label):
-        r = pd_recipe(family, "-".join([key, *label.split()]) if WINDOWS[label] else key, name, tune)
-        return replace(r, tune=replace(r.tune, **WINDOWS[label]))
+        own = WINDOWS[label]
+        r = pd_recipe(family, f"{key}-any-{own.get('demo_K', 5)}" if own else key, name, tune)
+        return replace(r, tune=replace(r.tune, **own))
 
     return {
         f"{name}, {label}": R(key, name, tune, label)
@@ -403,7 +404,7 @@ PAPER.exhibit(
     "ours: does an error over shorter windows, which tell less of the task, guide better?",
     "bars",
     shared(_windows.values()),
-    protocol=PROTOCOL,
+    protocol=PROTOCOL + "Windows of 5 steps are the last of a trajectory, but for those cut from anywhere. ",
     labels={r.id: k for (_, k), r in _windows.items()},
 )
 

@@ -680,7 +680,7 @@ def publish_tuning(paper, recipes):
         text = _HU.format(f"create_dataset.py, its {word} prompts")
         paper.publish_all({"tune.prompt_quality": (None, pool, text)}, started)
     tuned = [r for r in recipes if r.key.split("-")[0] in ("ranking", "online", "diffuser", *TUNERS)]
-    few = [r for r in tuned if "-data" not in r.key and "steps" not in r.key and not VARIED.search(r.key)]
+    few = [r for r in tuned if "-data" not in r.key and "-any-" not in r.key and not VARIED.search(r.key)]
     paper.publish_all(FEW_SHOT, few)
     for name, line in RANKING.items():
         own = [r for r in tuned if r.tune.tuner == "ranking" and f"-{name[5:]}-" not in r.key]

@@ -201,13 +201,15 @@ LOOKS = {
 # other names of a row that the tables know under one name
 SAME = {
     "MT-BC (before fine-tuning)": "MT-BC-FT",
+    "Prompt-DT": "Prompt-DT, expert prompt",
+    "LoRA (control)": "LoRA",
     "projection": "Prompt Diffuser",
     "No diffusion (control)": "No diffusion, as many parameters (control)",
 }
 DIFFUSER_SWEEP = re.compile(r"(N|lam|schedule) = ")
 VARIANT = re.compile(
-    r", (few-shot|zero-shot|K\* = \d+|windows of \d+ steps|no data, \w+ prompt|L = \d+)$"
-    r"|(?<!Prompt-DT), \w+ data, \w+ prompt$"
+    r", (few-shot|zero-shot|K\* = \d+|windows of \d+ steps(, anywhere)?|no data, [\w-]+ prompt( \(control\))?|L = \d+)$"
+    r"|(?<!Prompt-DT), \w+ data, [\w-]+ prompt( \(control\))?$"
 )
 
 
