@@ -532,8 +532,8 @@ def rank_span(n, first, count) -> slice:
     A negative `first` counts from the end. Of fewer than 55, ranks are read as percentages, and one is held at least.
     """
     if n < RANKED:
-        first, count = round(first * n / 100), max(1, round(count * n / 100))
-        first = min(first, -count) if first < 0 else min(first, n - count)
+        count = max(1, round(count * n / 100))
+        first = -max(count, round(-first * n / 100)) if first < 0 else min(round(first * n / 100), n - count)
     begin = first % n
     return slice(begin, min(begin + count, n))
 
