@@ -507,7 +507,8 @@ def encoder(state_dim, frames, hidden, depth, features):
 class Discrete(Learner):
     """What the discrete learners share.
 
-    LaMo does not say how it set d3rlpy up: the defaults are those of d3rlpy's Atari scripts (assumed)."""
+    LaMo does not say how it set d3rlpy up: the defaults are those of d3rlpy's Atari scripts (assumed). Batch and rate
+    are a recipe's."""
 
     discrete = True
     features: int = 512  # d3rlpy: after the convolutions
