@@ -9,7 +9,15 @@ from dataclasses import replace
 
 from .core import Context, Paper, Pretrain, Published, Recipe, Tune
 from .prompt_diffuser import diffuse
-from .prompt_tuning_dt import NO_TUNING, TABLE_FAMILIES, gradient, pretrains, search
+from promptnb.recipes.prompt_tuning_dt import (
+    NO_TUNING,
+    TABLE_FAMILIES,
+    gradient,
+    pretrains,
+    publish_policies,
+    publish_tuning,
+    search,
+)
 from .scales import SINGLE, SKIRMISHES
 
 # %% auto #0
@@ -475,6 +483,10 @@ for _name in POLICY:
     _values = {getattr(r.pretrain, _name) for r in PAPER.recipes.values() if _noted.covers(r)}
     _usual = _values == {getattr(Pretrain(META[0]), _name)}
     assumed("pretrain", (_name,), _on, "as Prompt-DT's released code" if _usual else "")
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #cmpub014
+publish_policies(PAPER, [r for r in PAPER.recipes.values() if r.pretrain.context is None])
+publish_tuning(PAPER, [r for f in META for r in others(f) if r.key in ("ranking", "diffuser")])
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #cmpub010
 _ABSTRACT = "abstracts of arXiv 2211.08016 and of the ICLR 2023 submission"
