@@ -19,6 +19,7 @@ import numpy as np
 
 from . import experts, tasks
 from promptnb.core import (
+    DamagedError,
     PromptnbError,
     check_choice,
     code_fingerprint,
@@ -31,6 +32,7 @@ from promptnb.core import (
     rng_for,
     run_lock,
     seed_for,
+    set_aside,
     sha256_file,
     write_atomic,
     write_json,
@@ -61,6 +63,7 @@ __all__ = [
     "collect_task",
     "fill",
     "collect",
+    "repair",
     "remote_trajectories",
     "score",
     "own_references",
@@ -295,7 +298,11 @@ def manifest(fam, root=None) -> dict:
     columns and sha256 (hashes), episodes, asked, seed, steps, mean_return, success, policy, seconds, bytes.
     """
     path = manifest_path(fam, root)
-    return read_json(path) if path.exists() else {}
+    try:
+        return read_json(path) if path.exists() else {}
+    except DamagedError as e:
+        set_aside(path, e)
+        return {}
 
 
 # %% ../nbs/02b_collect.ipynb #d67afb8b
@@ -326,9 +333,14 @@ class Order:
     root: Path
     threads: int | None = None
 
-    def is_done(self, entry):
-        "Does an entry of the manifest fill the order: the same seed and policy, and as many episodes?"
-        if "columns" not in entry:
+    def is_whole(self, id_, entry):
+        "Is the dataset's file of columns the one of its entry?"
+        file = self.root / id_ / "columns.safetensors"
+        return file.exists() and sha256_file(file) == entry["columns"]
+
+    def is_done(self, id_, entry):
+        "Does an entry of the manifest fill the order: the same seed and policy, as many episodes, undamaged?"
+        if "columns" not in entry or not self.is_whole(id_, entry):
             return False
         asked = entry.get("asked", entry["episodes"])  # data from elsewhere may hold fewer than were asked for
         return asked >= self.episodes and (entry["seed"], entry["policy"]) == (self.seed, self.policy)
@@ -336,7 +348,8 @@ class Order:
     def missing(self, task_ids):
         "The tasks whose datasets are still to be written."
         known = manifest(self.fam, self.root)
-        return [i for i in task_ids if not self.is_done(known.get(dataset_id(self.fam, i, self.quality), {}))]
+        ids = {i: dataset_id(self.fam, i, self.quality) for i in task_ids}
+        return [i for i, id_ in ids.items() if not self.is_done(id_, known.get(id_, {}))]
 
 
 # %% ../nbs/02b_collect.ipynb #colonetk
@@ -389,6 +402,17 @@ def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None,
     with run_lock(root / "promptnb" / f".{fam.name}"):
         order = Order(fam, quality, episodes, seed, policy_of(fam, quality), root, threads)
         return fill(order, task_ids or fam.task_ids, say)
+
+
+# %% ../nbs/02b_collect.ipynb #colrep01
+def repair(name, quality, episodes, task_ids, root=None):
+    "Collect datasets again that are damaged: the same seed, and as many episodes as they had, at least `episodes`."
+    fam, root = tasks.family(name), Path(root or minari_dir())
+    with run_lock(root / "promptnb" / f".{fam.name}", wait=-1):
+        known = [manifest(fam, root).get(dataset_id(fam, i, quality), {}) for i in task_ids]
+        asked = max([episodes or 1, *(entry.get("asked", 0) for entry in known)])
+        seed = max(entry.get("seed", 0) for entry in known)
+        return fill(Order(fam, quality, asked, seed, policy_of(fam, quality), root), task_ids, print)
 
 
 # %% ../nbs/02b_collect.ipynb #f83ab53d

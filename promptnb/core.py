@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = [
+    "RECORD",
     "FORMAT",
     "PromptnbError",
     "check_choice",
@@ -46,7 +47,6 @@ __all__ = [
     "choice_loss",
     "over_steps",
     "Row",
-    "wilson",
     "plain",
     "fingerprint",
     "sha256_file",
@@ -56,7 +56,13 @@ __all__ = [
     "write_atomic",
     "disk_error",
     "write_json",
+    "DamagedError",
     "read_json",
+    "write_sealed",
+    "read_sealed",
+    "read_record",
+    "set_aside",
+    "kept",
     "append_jsonl",
     "read_jsonl",
     "save_tensors",
@@ -235,23 +241,6 @@ class Row:
     run_id: str
 
 
-# %% ../nbs/00_core.ipynb #b0c1d2e4
-def wilson(k, n, level=0.95):
-    """Wilson's score interval for k successes in n trials, in percent: (low, high), shaped like k and n broadcast.
-
-    Where n is 0 the interval is all of 0 to 100.
-    """
-    k, n = np.asarray(k, float), np.asarray(n, float)
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    p = np.divide(k, n, out=np.full(np.broadcast(k, n).shape, 0.5), where=n > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        half = z * np.sqrt(p * (1 - p) / n + (z / n) ** 2 / 4) / (1 + z * z / n)
-        mid = (p + z * z / n / 2) / (1 + z * z / n)
-    low = np.where(n > 0, np.clip(mid - half, 0, 1), 0)
-    high = np.where(n > 0, np.clip(mid + half, 0, 1), 1)
-    return (100 * low)[()], (100 * high)[()]
-
-
 # %% ../nbs/00_core.ipynb #f934d70e
 def plain(x):
     "Dataclasses, tuples, arrays and paths as JSON types; a NaN or infinity becomes a string, so files stay valid JSON."
@@ -395,13 +384,67 @@ def write_json(path, x):
     return write_atomic(path, (json.dumps(plain(x), indent=1, allow_nan=False) + "\n").encode())
 
 
+# %% ../nbs/00_core.ipynb #c0dedm01
+class DamagedError(PromptnbError):
+    "A file that is not what was written there."
+
+
 # %% ../nbs/00_core.ipynb #54996874
 def read_json(path):
     "Read a JSON file; a damaged one is refused by name."
     try:
         return json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise PromptnbError(f"{path} is damaged (not JSON: {e})") from None
+    except (ValueError, RecursionError) as e:
+        raise DamagedError(f"{path} is damaged (not JSON: {e})") from None
+
+
+# %% ../nbs/00_core.ipynb #c0dese01
+def write_sealed(path, x: dict):
+    "Write a dict as JSON with its own hash under 'hash', all or nothing; returns the path."
+    body = plain(x)
+    return write_json(path, dict(body, hash=fingerprint(body, 64)))
+
+
+# %% ../nbs/00_core.ipynb #c0dese02
+def read_sealed(path, needs=()) -> dict:
+    "Read what `write_sealed` wrote. DamagedError where it is not that, or lacks one of the keys that it `needs`."
+    x = read_json(path)
+    if not isinstance(x, dict) or not set(needs) <= set(x):
+        raise DamagedError(f"{path} is damaged (it does not hold what it should)")
+    if "hash" in x and fingerprint({k: v for k, v in x.items() if k != "hash"}, 64) != x["hash"]:
+        raise DamagedError(f"{path} is damaged (its hash is not that of its contents)")
+    return x
+
+
+# %% ../nbs/00_core.ipynb #c0dese03
+RECORD = ("run_id", "status", "why", "recipe_digest", "rows", "seconds")  # what every record of a run holds
+
+
+def read_record(path) -> dict:
+    "The record of a run. DamagedError where it is damaged."
+    return read_sealed(path, RECORD)
+
+
+# %% ../nbs/00_core.ipynb #c0dese04
+def set_aside(path, why) -> Path:
+    "Rename a damaged file or folder to a name that says so, and say it; returns the new path."
+    path = Path(path)
+    new = next(p for k in itertools.count(1) if not (p := path.with_name(f"{path.name}.damaged-{k}")).exists())
+    os.replace(path, new)
+    print(f"{why}: set aside as {new.name}, and made again", file=sys.stderr, flush=True)
+    return new
+
+
+# %% ../nbs/00_core.ipynb #c0dese05
+def kept(path, make) -> dict:
+    "What a sealed file holds; where it is not there, or damaged, `make()` writes it."
+    if Path(path).exists():
+        try:
+            return read_sealed(path)
+        except DamagedError as e:
+            set_aside(path, e)
+    write_sealed(path, make())
+    return read_sealed(path)
 
 
 # %% ../nbs/00_core.ipynb #c0dejl01

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from . import tasks
 from promptnb.core import (
     Batch,
+    DamagedError,
     PromptnbError,
     Steps,
     check_choice,
@@ -435,10 +436,7 @@ def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) ->
 def check_columns(file, sha256, manifest):
     "Is a file of columns the one that was written?"
     if not file.exists() or sha256_file(file) != sha256:
-        raise PromptnbError(
-            f"{file} is damaged (its hash is not the manifest's): "
-            f"delete the folder {file.parent} and its line in {manifest}, then collect again"
-        )
+        raise DamagedError(f"{file} is damaged (its hash is not that of {manifest}): collect it again")
 
 
 # %% ../nbs/02_data.ipynb #e4f971a9

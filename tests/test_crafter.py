@@ -13,7 +13,7 @@ pytest.importorskip("crafter")
 import gymnasium as gym
 from gymnasium.utils.env_checker import check_env
 
-from promptnb.core import PromptnbError, wilson
+from promptnb.core import PromptnbError
 from promptnb.tasks import crafter as C
 from promptnb.tasks.crafter import ACHIEVEMENTS, ACTIONS, BEHAVIOURS, KINDS, UPKEEP, Crafter, Vec
 
@@ -482,13 +482,3 @@ def test_rates_and_depth():
         C.success_rates([("wakeup",)])
     with one_line("at least one"):
         C.success_rates([])
-
-
-def test_wilson():
-    binomtest = pytest.importorskip("scipy.stats").binomtest
-    for k, n in ((0, 5), (1, 7), (3, 300), (20, 20), (150, 300)):
-        for level in (0.9, 0.95):
-            ci = binomtest(k, n).proportion_ci(level, method="wilson")
-            assert np.allclose(wilson(k, n, level), (100 * ci.low, 100 * ci.high), atol=1e-9)
-    assert wilson(0, 0) == (0, 100)
-    assert wilson(np.zeros(3), 4)[1].shape == (3,)

@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .. import recipes as rc
-from ..core import check_choice, read_json, seed_for, write_json
+from ..core import check_choice, kept, seed_for, write_json
 from .run import Rows, Run, relative
 
 # %% auto #0
@@ -287,10 +287,7 @@ def progress(run: Run, trainer, shown, every=15.0):
 # %% ../../nbs/10c_experiments.guided.ipynb #93278973
 def played(folder, f):
     "The final episodes: those in the folder, or played by `f` and kept there."
-    path = Path(folder) / "final.json"
-    if not path.exists():
-        write_json(path, f())
-    return read_json(path)
+    return kept(Path(folder) / "final.json", lambda: dict(episodes=f()))["episodes"]
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt005

@@ -33,8 +33,8 @@ def job_recipes(job: rc.Job, scale) -> list:
 # %% ../../nbs/10d_experiments.job.ipynb #3dc9b11a
 def runs_of(job: rc.Job, scale, seed, device="cpu", threads=1) -> list:
     "The runs of a job, in order."
-    policy = job.kind == "pretrain"
-    return [Run(r, scale, seed, device, threads, policy) for r in job_recipes(job, scale)]
+    runs = [Run(r, scale, seed, device, threads) for r in job_recipes(job, scale)]
+    return [run.pretraining() for run in runs] if job.kind == "pretrain" else runs
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbkind01

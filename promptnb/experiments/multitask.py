@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,17 +16,19 @@ from fastcore.basics import patch
 from .. import recipes as rc
 from promptnb.core import (
     Batch,
+    DamagedError,
     PromptnbError,
     Steps,
     append_jsonl,
     check_choice,
     fingerprint,
+    kept,
     plain,
-    read_json,
     read_jsonl,
     run_lock,
     runs_dir,
     seed_for,
+    set_aside,
     sha256_file,
     write_json,
 )
@@ -327,17 +328,16 @@ def begin_pretraining(run: Run) -> Pretraining:
 @patch
 def saved(self: Pretraining):
     "The policy where it is finished and whole; None where it is to be trained."
-    path, p = self.run.path, self.run.recipe.pretrain
-    if not (self.folder / "policy" / "config.json").exists() or not path.exists():
+    record = self.run.saved_record
+    if not self.run.finished or record["status"] != "ok" or not (self.folder / "policy").exists():
         return None
-    record = read_json(path)
-    if record["status"] != "ok":
+    try:
+        if not self.weights.exists() or sha256_file(self.weights) != record.get("weights"):
+            raise DamagedError(f"{self.weights} is damaged (its hash is not the record's)")
+        return load_policy(self.folder / "policy", self.run.recipe.pretrain).to(self.run.device).eval()
+    except DamagedError as e:
+        set_aside(self.folder / "policy", e)
         return None
-    if self.weights.exists() and sha256_file(self.weights) == record.get("weights"):
-        return load_policy(self.folder / "policy", p).to(self.run.device).eval()
-    damage = f"{self.weights} is damaged (its hash is not the record's)"
-    print(f"{damage}: made again from the last checkpoint", file=sys.stderr, flush=True)
-    return None
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre004
@@ -548,9 +548,7 @@ def prepare(run: Run, tuner, policy) -> float:
         start = time.time()
         families = (train_demos(run, policy) for _ in range(1))  # read only if there is something to do
         tuner.prepare(policy, families, run.seed, folder)
-        if not (folder / "seconds.json").exists():
-            write_json(folder / "seconds.json", round(time.time() - start, 1))
-    return read_json(folder / "seconds.json")
+        return kept(folder / "seconds.json", lambda: dict(seconds=round(time.time() - start, 1)))["seconds"]
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun001

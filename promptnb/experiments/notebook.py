@@ -17,7 +17,17 @@ import warnings
 from pathlib import Path
 
 from .. import recipes as rc
-from ..core import PromptnbError, check_choice, disk_error, read_json, root, run_lock, runs_dir, write_json
+from promptnb.core import (
+    PromptnbError,
+    check_choice,
+    disk_error,
+    read_json,
+    read_record,
+    root,
+    run_lock,
+    runs_dir,
+    write_json,
+)
 from .job import find_job, runs_of, stamp
 from .run import run_id
 
@@ -226,7 +236,7 @@ def unfinished(runs, trouble) -> list:
             continue
         if not run.failed_path.exists():
             run.record("failed", why=trouble)
-        out.append(f"{run.id} ({read_json(run.failed_path)['why']})")
+        out.append(f"{run.id} ({read_record(run.failed_path)['why']})")
     return out
 
 
@@ -246,7 +256,7 @@ def judged_job(job: rc.Job, given, notebook):
         trouble = str(e)
     if missing := unfinished(runs, trouble):
         raise PromptnbError(f"{len(missing)} of {len(runs)} runs of {job.id} failed: {missing[0]}")
-    write_json(stamp(job, seed, scale), {run.id: read_json(run.path)["status"] for run in runs})
+    write_json(stamp(job, seed, scale), {run.id: read_record(run.path)["status"] for run in runs})
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkown001

@@ -14,7 +14,16 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .. import recipes as rc
-from ..core import PromptnbError, check_choice, code_fingerprint, fingerprint, root, runs_dir, server_answers
+from promptnb.core import (
+    PromptnbError,
+    check_choice,
+    code_fingerprint,
+    fingerprint,
+    minari_dir,
+    root,
+    runs_dir,
+    server_answers,
+)
 from .job import job_recipes, module_of, runs_of, stamp
 
 # %% auto #0
@@ -213,6 +222,23 @@ class Collection:
         return relative_to_root(runs_dir() / "collect" / name)
 
 
+# %% ../../nbs/10f_experiments.plan.ipynb #plcol006
+@patch
+def is_there(self: Collection) -> bool:
+    "Are its datasets here, with enough episodes? Their hashes are checked by who reads them."
+    from promptnb import collect, tasks
+
+    fam = tasks.family(self.family)
+    known = collect.manifest(fam)
+    for quality, episodes in self.needs:
+        for i in fam.task_ids:
+            id_ = collect.dataset_id(fam, i, quality)
+            entry = known.get(id_, {})
+            if entry.get("asked", 0) < episodes or not (minari_dir() / id_ / "columns.safetensors").exists():
+                return False
+    return True
+
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol003
 PROGRAM = f"{sys.executable} -m promptnb.cli"  # what the rules call
 
@@ -276,7 +302,12 @@ def plan(request: Request, accelerator="auto") -> list:
 
 # %% ../../nbs/10f_experiments.plan.ipynb #413c9f89
 def drop_stale_stamps(request: Request):
-    "Remove the stamps of jobs whose records are not all good and current, so that Snakemake runs those jobs again."
+    """Remove the stamps of jobs whose records are not all good and current, and of data that are gone.
+
+    So Snakemake does those again."""
+    for collection in collections(request.jobs(), request.scale).values():
+        if not collection.is_there():
+            (root() / collection.stamp).unlink(missing_ok=True)
     for job, seed in request.work():
         path = stamp(job, seed, request.scale)
         if path.exists() and not all(run.finished for run in runs_of(job, request.scale, seed)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +16,18 @@ from fastcore.basics import patch
 
 from .. import recipes as rc
 from promptnb.core import (
+    DamagedError,
     Row,
     code_fingerprint,
     fingerprint,
     is_current,
     plain,
-    read_json,
+    read_record,
     results_dir,
     root,
     runs_dir,
-    write_json,
+    set_aside,
+    write_sealed,
 )
 
 # %% auto #0
@@ -39,6 +42,7 @@ __all__ = [
     "relative",
     "record_path",
     "provenance",
+    "damage",
     "stored",
     "TrainData",
 ]
@@ -77,20 +81,31 @@ def kind(self: Run) -> str:
     return "pretrain" if self.policy else "tune"
 
 
+# %% ../../nbs/10_experiments.run.ipynb #rundig01
+@patch(as_prop=True)
+def digest(self: Run) -> str:
+    "Fingerprint of what it computes: of the pre-training alone, where it trains a policy that recipes share."
+    return rc.digest(self.recipe.pretrain if self.policy else self.recipe)
+
+
 # %% ../../nbs/10_experiments.run.ipynb #runid001
 @patch(as_prop=True)
 def id(self: Run) -> str:
     "Its name, unique in a paper; files are called after it."
     r, p = self.recipe, self.recipe.pretrain
-    name = f"pretrain/{p.family}/{p.name}-{rc.digest(p)}" if self.policy else f"{r.family}/{r.key}"
+    name = f"pretrain/{p.family}/{p.name}-{self.digest}" if self.policy else f"{r.family}/{r.key}"
     return run_id(name, self.scale, self.seed)
 
 
 # %% ../../nbs/10_experiments.run.ipynb #runpol01
 @patch
 def pretraining(self: Run) -> Run:
-    "The run that trains the policy of this one."
-    return replace(self, policy=True)
+    """The run that trains the policy of this one: the same whichever recipe asks for it.
+
+    Of that recipe it keeps the paper and the pre-training."""
+    p = self.recipe.pretrain
+    bare = rc.Recipe(self.recipe.paper, p.family, p.name, p.name, p, seeds=())
+    return replace(self, recipe=bare, policy=True)
 
 
 # %% ../../nbs/10_experiments.run.ipynb #runcol01
@@ -198,7 +213,7 @@ def folder(self: Run, hashes=()) -> Path:
     "Where its checkpoints lie; `hashes` are those of the data that it reads."
     p = self.recipe.pretrain
     what, name = ("policies", f"{p.family}.{p.name}") if self.policy else (self.kind, self.id)
-    depends = [rc.digest(p if self.policy else self.recipe), hashes, self.code["fingerprint"], self.facts]
+    depends = [self.digest, hashes, self.code["fingerprint"], self.facts]
     return runs_dir() / what / f"{name}.{fingerprint(depends)}{f'.s{self.seed}' if self.policy else ''}"
 
 
@@ -245,19 +260,32 @@ def provenance(device="cpu") -> dict:
     )
 
 
+# %% ../../nbs/10_experiments.run.ipynb #runsav01
+def damage(path) -> str:
+    "What is wrong with the file of a record, in one line; '' if nothing is, or if there is none."
+    try:
+        if Path(path).exists():
+            read_record(path)
+    except DamagedError as e:
+        return str(e)
+    return ""
+
+
 # %% ../../nbs/10_experiments.run.ipynb #d027d1c5
 @patch
 def record(self: Run, status, rows=(), why="", seconds=0.0, **more) -> Path:
     "Write the run's record, with `more` of what there is to know; returns its path."
     path = self.failed_path if status == "failed" else self.path
-    write_json(
+    if trouble := damage(path):
+        set_aside(path, trouble)
+    write_sealed(
         path,
         dict(
             run_id=self.id,
             status=status,
             why=why,
             recipe=self.recipe,
-            recipe_digest=rc.digest(self.recipe),
+            recipe_digest=self.digest,
             code=self.code,
             facts=self.facts,
             rows=[plain(r) for r in rows],
@@ -271,23 +299,33 @@ def record(self: Run, status, rows=(), why="", seconds=0.0, **more) -> Path:
     return path
 
 
+# %% ../../nbs/10_experiments.run.ipynb #runsav02
+@patch(as_prop=True)
+def saved_record(self: Run):
+    "Its record; None where there is none or it is damaged: then the run is done again."
+    return read_record(self.path) if self.path.exists() and not damage(self.path) else None
+
+
 # %% ../../nbs/10_experiments.run.ipynb #4e4b92a9
 @patch(as_prop=True)
 def finished(self: Run) -> bool:
     "Is there a good record, of this very recipe, this code and these facts?"
-    if not self.path.exists():
-        return False
-    record = read_json(self.path)
-    return record["status"] in ("ok", "diverged") and is_current(record, rc.digest(self.recipe), self.facts)
+    record = self.saved_record
+    return bool(record) and record["status"] in ("ok", "diverged") and is_current(record, self.digest, self.facts)
 
 
 # %% ../../nbs/10_experiments.run.ipynb #363b9d27
 @functools.lru_cache(maxsize=4)
 def stored(family, quality, task_ids, episodes):
-    "Collected data as a `data.Store`, read once for all recipes of a job."
-    from promptnb import data
+    "Collected data as a `data.Store`, read once for all recipes of a job; what is damaged is collected again."
+    from promptnb import collect, data
 
-    return data.load(family, quality, task_ids, episodes)
+    try:
+        return data.load(family, quality, task_ids, episodes)
+    except DamagedError as e:
+        print(e, file=sys.stderr, flush=True)
+        collect.repair(family, quality, episodes, task_ids)
+        return data.load(family, quality, task_ids, episodes)
 
 
 # %% ../../nbs/10_experiments.run.ipynb #rundat01

@@ -8,18 +8,33 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import nn
 
-from ..core import Batch, PromptnbError, Steps, action_loss, check_choice, choice_loss
+from promptnb.core import (
+    Batch,
+    DamagedError,
+    PromptnbError,
+    Steps,
+    action_loss,
+    check_choice,
+    choice_loss,
+    read_sealed,
+    sha256_file,
+    write_sealed,
+)
 
 # %% auto #0
 __all__ = [
     "ACTIVATIONS",
+    "SAVED",
+    "HASHES",
     "DTConfig",
     "Dropout",
     "attend",
@@ -30,6 +45,7 @@ __all__ = [
     "Embed",
     "Prefix",
     "PromptDT",
+    "check_hashes",
     "SafeHub",
     "blank_prompt",
     "Policy",
@@ -319,14 +335,42 @@ def tunable(self: PromptDT):
     return list(self.parameters())
 
 
+# %% ../../nbs/03_models.dt.ipynb #hub00004h
+SAVED, HASHES = ("config.json", "model.safetensors"), "hashes.json"
+
+
+def check_hashes(folder):
+    "Refuse a folder with a saved model that is not what was written; one without hashes is taken as it is."
+    folder = Path(folder)
+    if not (folder / HASHES).exists():
+        return
+    known = read_sealed(folder / HASHES, SAVED)
+    for name in SAVED:
+        if not (folder / name).exists() or sha256_file(folder / name) != known[name]:
+            raise DamagedError(f"{folder / name} is damaged (its hash is not the one of {HASHES})")
+
+
 # %% ../../nbs/03_models.dt.ipynb #hub00002
 class SafeHub(PyTorchModelHubMixin):
-    "Hugging Face's saving and loading, strict and without pickles."
+    "Hugging Face's saving and loading: strict, with hashes, without pickles."
+
+    def save_pretrained(self, folder, **kw):
+        "Save into a folder; the hashes of what was saved, written last, lie in hashes.json."
+        (Path(folder) / HASHES).unlink(missing_ok=True)
+        url = super().save_pretrained(folder, **kw)
+        write_sealed(Path(folder) / HASHES, {name: sha256_file(Path(folder) / name) for name in SAVED})
+        return url
 
     @classmethod
     def from_pretrained(cls, folder, **kw):
-        "The model saved in a folder or on the hub. Weights that do not fit its configuration are refused."
-        return super().from_pretrained(folder, **{"strict": True, **kw})
+        """The model saved in a folder or on the hub.
+
+        A damaged file is a DamagedError; weights that do not fit their configuration are a PromptnbError."""
+        check_hashes(folder)
+        try:
+            return super().from_pretrained(folder, **{"strict": True, **kw})
+        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as e:
+            raise PromptnbError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(e).split())}") from None
 
     @classmethod
     def _load_as_pickle(cls, *_, **__):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import PromptnbError, figures_dir, read_json, results_dir
+from ..core import DamagedError, PromptnbError, figures_dir, read_json, read_record, results_dir
 from .stats import BETTER, LEAST, WORSE, compare, judged, summary
 from .style import PALETTE, axes_for, in_order, legend, nothing, style
 from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
@@ -451,7 +451,10 @@ def found_references(paper, scale) -> dict:
     "{family: returns behind a score of 0 and of 100}, from any record of a scale."
     found = {}
     for p in sorted(results_dir(paper).glob(f"{scale}.*.json")):
-        record = read_json(p)
+        try:
+            record = read_record(p)
+        except DamagedError:
+            continue  # the run is done again; `status` names it
         if record.get("references"):
             found[p.name.split(".")[1]] = record["references"]
     return found

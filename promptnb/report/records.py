@@ -10,7 +10,17 @@ import io
 import json
 from pathlib import Path
 
-from ..core import PromptnbError, Row, data_dir, read_json, results_dir, sha256_file, write_atomic, write_json
+from promptnb.core import (
+    PromptnbError,
+    Row,
+    data_dir,
+    read_json,
+    read_record,
+    results_dir,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 
 # %% auto #0
 __all__ = ["LIMIT", "folder", "shipped_file", "schema", "packed", "unpacked", "shipped", "pack", "write"]
@@ -88,7 +98,7 @@ def _read(path, changed):
 def pack(paper, scale) -> Path:
     "Add your good records of a paper and scale to the shipped ones; returns the file."
     names = sorted(results_dir(paper).glob(f"{scale}.*.json"))
-    own = {p.name: read_json(p) for p in names if not p.name.endswith(".failed.json")}
+    own = {p.name: read_record(p) for p in names if not p.name.endswith(".failed.json")}
     if not own:
         raise PromptnbError(
             f"{results_dir(paper)} has no record of {scale} scale: promptnb run {paper} --scale {scale}"

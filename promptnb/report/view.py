@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import PromptnbError, Row, data_dir, figures_dir, is_current, read_json, results_dir
+from ..core import DamagedError, PromptnbError, Row, data_dir, figures_dir, is_current, read_record, results_dir
 from . import records
 
 # %% auto #0
@@ -25,6 +25,7 @@ __all__ = [
     "state_of",
     "found_record",
     "shipped_state",
+    "your_run",
     "View",
     "reported",
     "exhibit",
@@ -54,7 +55,7 @@ def policy_file(r, scale, seed):
 # %% ../../nbs/11a_report.view.ipynb #vw000009
 @dataclass(frozen=True)
 class RunState:
-    "One run of an exhibit; `state` is 'ok', 'stale', 'failed', 'diverged' or 'missing'."
+    "One run of an exhibit; `state` is 'ok', 'stale', 'failed', 'diverged', 'damaged' or 'missing'."
 
     label: str  # of its row in the table
     recipe: rc.Recipe  # at the scale of the view
@@ -89,17 +90,17 @@ def state_of(record, recipe, shared=False) -> str:
 
 def _current(record, recipe, shared=False) -> bool:
     # made by today's recipe, facts and code?
-    digest = record["recipe_digest"] if shared and record["status"] == "ok" else rc.digest(recipe)
+    digest = rc.digest(recipe.pretrain if shared else recipe)
     return is_current(record, digest, "" if recipe.online else facts_of(recipe.family))
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000012
 def found_record(path):
-    "Your record at a path, else the one of the failed run beside it, else None."
+    "Your record at a path, else the one of the failed run beside it, else None. DamagedError where it is damaged."
     failed = path.with_name(path.name.replace(".json", ".failed.json"))
     for p in (path, failed):
         if p.exists():
-            return read_json(p)
+            return read_record(p)
     return None
 
 
@@ -108,8 +109,18 @@ def shipped_state(record, recipe, shared=False) -> str:
     "The state of a shipped record: its recipe must be today's, its code need not."
     if record is None:
         return "missing"
-    same = shared or record["recipe_digest"] == rc.digest(recipe)
+    same = record["recipe_digest"] == rc.digest(recipe.pretrain if shared else recipe)
     return record["status"] if same else "stale"
+
+
+# %% ../../nbs/11a_report.view.ipynb #vw000041
+def your_run(path, r, label, seed, shared) -> list:
+    "[RunState] of the record that you have of a run; [] if you have none."
+    try:
+        own = found_record(path)
+    except DamagedError as e:
+        return [RunState(label, r, seed, "damaged", str(e), whose="yours")]
+    return [RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours")] if own else []
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000014
@@ -152,11 +163,8 @@ class View:
         "What became of one run: yours if it can be shown, else the shipped one."
         shared = self.exhibit.kind == "pretraining"
         path = (policy_file if shared else recipe_file)(r, self.scale, seed)
-        found = []
-        own = None if self.whose == "shipped" else found_record(path)
+        found = [] if self.whose == "shipped" else your_run(path, r, label, seed, shared)
         theirs = None if self.whose == "yours" else records.shipped(r.paper, self.scale).get(path.name)
-        if own:
-            found.append(RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours"))
         if theirs:
             found.append(RunState(label, r, seed, shipped_state(theirs, r, shared), theirs["why"], theirs, "shipped"))
         found.append(RunState(label, r, seed, "missing"))
@@ -170,7 +178,7 @@ class View:
     @property
     def lacking(self) -> list:
         "The runs that are missing, stale or failed."
-        return [run for run in self.runs if run.state in ("missing", "stale", "failed")]
+        return [run for run in self.runs if run.state in ("missing", "stale", "failed", "damaged")]
 
     @functools.cached_property
     def labels(self) -> list:
@@ -257,7 +265,7 @@ def makers(view) -> str:
 # %% ../../nbs/11a_report.view.ipynb #vw000019
 def status(view) -> dict:
     "How many runs an exhibit has in all, done and stale, and what failed."
-    bad = [run for run in view.runs if run.state in ("failed", "diverged")]
+    bad = [run for run in view.runs if run.state in ("failed", "diverged", "damaged")]
     return dict(
         total=len(view.runs),
         done=len(view.good),
