@@ -338,7 +338,7 @@ def open_columns(path, hashes=()) -> Store:
         with safe_open(str(path), "pt") as f:
             return Store(**{name: f.get_tensor(name) for name in f.keys()}, hashes=tuple(hashes))
     except (SafetensorError, FileNotFoundError, TypeError) as e:
-        raise PromptnbError(f"{path} is damaged (not columns of a dataset: {e})") from None
+        raise DamagedError(f"{path} is damaged (not columns of a dataset: {e})") from None
 
 
 # %% ../nbs/02_data.ipynb #7929f6d8
@@ -433,10 +433,10 @@ def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) ->
 
 
 # %% ../nbs/02_data.ipynb #datadama
-def check_columns(file, sha256, manifest):
-    "Is a file of columns the one that was written?"
+def check_columns(file, sha256, command):
+    "Is a file of columns the one that was written? `command` makes it again."
     if not file.exists() or sha256_file(file) != sha256:
-        raise DamagedError(f"{file} is damaged (its hash is not that of {manifest}): collect it again")
+        raise DamagedError(f"{file} is damaged (its hash is not the manifest's): collect again, {command}")
 
 
 # %% ../nbs/02_data.ipynb #e4f971a9
@@ -450,15 +450,13 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
     for i in fam.task_ids if task_ids is None else task_ids:
         id_ = f"promptnb/{fam.task_name(i)}/{quality}-v0"
         entry = known.get(id_, {})
+        asked = f" --episodes {episodes}" if episodes else ""
+        command = f"promptnb collect --family {fam.name} --quality {quality}{asked}"
         if entry.get("episodes", 0) < (episodes or 1) or "columns" not in entry:
-            asked = f" --episodes {episodes}" if episodes else ""
-            raise PromptnbError(
-                f"dataset {id_} with {episodes or 1} episodes is not here: "
-                f"promptnb collect --family {fam.name} --quality {quality}{asked}"
-            )
+            raise PromptnbError(f"dataset {id_} with {episodes or 1} episodes is not here: {command}")
         file = root / id_ / "columns.safetensors"
         if check:
-            check_columns(file, entry["columns"], manifest)
+            check_columns(file, entry["columns"], command)
         store = cut(open_columns(file, [entry["columns"]]), (episodes or entry["episodes"]) * fam.agents)
         if (store.s.shape[1:], store.a.shape[1]) != (S, A):
             raise PromptnbError(

@@ -12,12 +12,12 @@ import numpy as np
 from fastcore.basics import patch
 
 from .. import recipes as rc
-from ..core import PromptnbError, figures_dir, seed_for
-from .multitask import load_policy, prompts_for, tuned_folder
+from ..core import DamagedError, PromptnbError, figures_dir, seed_for, set_aside
+from .multitask import load_policy, prompts_for, tune, tuned_folder
 from .run import Run
 
 # %% auto #0
-__all__ = ["EVERY", "Film", "check_film", "shoot", "beside", "film"]
+__all__ = ["EVERY", "Film", "check_film", "tuned_policy", "shoot", "beside", "film"]
 
 # %% ../../nbs/10h_experiments.film.ipynb #flfil001
 EVERY = 5  # environment steps between two frames of the GIF
@@ -49,6 +49,18 @@ def check_film(run: Run):
         tasks.film(tasks.family(r.family), tasks.family(r.family).test[0], [], 0)  # says what to install
 
 
+# %% ../../nbs/10h_experiments.film.ipynb #flfil004
+def tuned_policy(run: Run):
+    "The policy of a finished run with its tuned prompts; a damaged one is set aside and made again."
+    folder = tuned_folder(run)
+    try:
+        return load_policy(folder, run.recipe.pretrain).eval()
+    except DamagedError as e:
+        set_aside(folder, e)
+        tune(run)
+        return load_policy(folder, run.recipe.pretrain).eval()
+
+
 # %% ../../nbs/10h_experiments.film.ipynb #flfil003
 def shoot(run: Run, task=None) -> Film:
     "Play and render. task: index of a test task (None: the one whose return has changed most)."
@@ -56,7 +68,7 @@ def shoot(run: Run, task=None) -> Film:
     from promptnb.evaluate import EvalTask, rollout
 
     r, fam, seed = run.recipe, tasks.family(run.recipe.family), seed_for("final")
-    after = load_policy(tuned_folder(run), r.pretrain).eval()
+    after = tuned_policy(run)
     before = after.with_prompt(prompts_for(after, r.pretrain, r.tune, run.seed).prompt)
     played = []
     for policy in (before, after):
