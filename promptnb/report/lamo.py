@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import DamagedError, PromptnbError, figures_dir, read_json, read_record, results_dir
+from ..core import DamagedError, PromptnbError, figures_dir, read_record, results_dir
 from .stats import BETTER, LEAST, WORSE, compare, judged, summary
 from .style import PALETTE, axes_for, in_order, legend, nothing, style
 from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
