@@ -188,7 +188,7 @@ def test_a_printed_table_has_ours_and_published_side_by_side(printed_table):
         "published 427.9 ± 4.3",
         "(Prompt Diffuser Table 1, second hand)",
     ]
-    assert lines("MT-BC-FT", "ant-dir")[1:] == ["published 110.0", "(Prompt-DT Fig 2)"]
+    assert lines("MT-BC-FT", "ant-dir")[1:] == ["published 110.0", "(Prompt-DT Fig 2, by eye)"]
     assert lines("MT-BC-FT, 100 updates", "ant-dir")[1:] == ["published 470.0", "(Prompt-DT Table 7)"]
     assert lines("LoRA (control)", FAMILY)[1:] == ["n = 1"]
     assert lines("LoRA (control)", "ant-dir") == ["1 missing"]

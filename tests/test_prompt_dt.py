@@ -277,6 +277,33 @@ def test_another_split_shows_in_table_6(monkeypatch):
     assert p.loc[("ant-dir-ood", "test")].tolist() == ["1,4,41", "1,4"]
 
 
+NAMED_TWICE = prompts.as_printed("pdt_table2").query("field != 'pretrain.activation'")  # the paper's word: ReLU
+
+
+@pytest.mark.parametrize("row", list(NAMED_TWICE.itertuples()), ids=lambda row: row.field)
+def test_a_printed_setting_is_the_published_one(row):
+    "The table as printed and the values that recipes are compared with are typed twice: they must not part."
+    r = PDT.recipes[f"{PAPER}/cheetah-vel/prompt-dt"]
+    said = [p for p in PDT.published if p.field == row.field and p.covers(r)]
+    assert said and all((p.paper, p.code) == (float(row.paper), float(row.code)) for p in said)
+
+
+def test_no_field_of_prompt_mt_bc_is_unpublished():
+    "Each field of its pre-training that Prompt-DT's has stands in the list of what paper and code give."
+    fields = {"dt": set(), "mt-bc": set()}
+    for key, found in fields.items():
+        r = PDT.recipes[f"{PAPER}/cheetah-vel/prompt-{key}"]
+        found |= {p.field for p in PDT.published if p.covers(r) and p.field.startswith("pretrain.")}
+    assert fields["mt-bc"] == fields["dt"] | {"pretrain.use_rtg", "pretrain.prompt"}
+
+
+@pytest.mark.parametrize("what", ["policies without return-to-go", "what Figure 7 counts", "MACAW", "Dial"])
+def test_what_stands_apart_is_in_the_table_of_differences(what):
+    "Released code: zeros in training and the constant target in evaluation (pitfall 3); ours are zeros in both."
+    d = exhibits.differences(PAPER).set_index("what")
+    assert d.loc[what, "ours"] and d.loc[what, "paper"] and d.loc[what, "source"]
+
+
 # ---- each of them renders
 
 NEW = [

@@ -773,6 +773,34 @@ PAPER.stand(
     "Prompt-DT Table 7",
 )
 
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pdx00020
+_BC = {
+    "pretrain.prompt": (True, True, "Prompt-DT section 5.2; pdt_main.py"),
+    "pretrain.use_rtg": (False, False, "Prompt-DT section 5.2; pdt_main.py: --no-rtg --no-r"),
+}
+PAPER.publish_all(_BC, [r for r in PAPER.recipes.values() if r.key.startswith("prompt-mt-bc")])
+_FIG7 = {
+    "tune.steps": (10, 10, f"Prompt-DT appendix C.2; {_FT}"),
+    "tune.demo_batch": (128, None, "Prompt-DT Fig. 7"),
+    "tune.demo_K": (None, 5, "get_batch_finetune in prompt_utils.py: prompt_length"),
+}
+PAPER.publish_all(MT_BC_FT | _FIG7, [r for r in PAPER.recipes.values() if r.key == "mt-bc-ft-128"])
+PAPER.stand(
+    "what Figure 7 counts",
+    "128 and 256 windows of K* steps an update, cut from all trajectories of the test task; 256 is Figure 2's run",
+    "batches of 128 and 256: of what is not said; in Figure 2, as much data as a prompt has",
+    "Prompt-DT Figs. 2 and 7, appendix C.2",
+)
+PAPER.stand(
+    "MACAW", "published numbers only", "a baseline of Figures 2, 4 and 8, set up by Table 4", "Prompt-DT section 5.2"
+)
+PAPER.stand(
+    "Dial",
+    "published numbers only",
+    "a panel of Figure 2; its environment was released with parts that have no licence, its data were not",
+    "Prompt-DT section 5.1",
+)
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #decd3cb7
 PAPER.unknown("fig1", "Figure 1. Overview", "a drawing, nothing to compute")
 PAPER.unknown("fig2", "Figure 2", _UNSEEN)
