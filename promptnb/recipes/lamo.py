@@ -122,7 +122,7 @@ ARMS |= {
 }  # is a laptop's verdict one of too few updates?
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #lmreal02
-MINILM = Text("minilm", size="minilm", layers=6, heads=12, width=384, activation="gelu", vocab=30_522)
+MINILM = Text("minilm", size="minilm", layers=6, heads=12, width=384, activation="gelu")
 ARMS |= {
     "minilm": ("LaMo on MiniLM's weights", MINILM, dict(lam=0.0), {}),
     "minilm-random": ("LaMo on MiniLM's shape, new weights", MINILM, dict(init="random", lam=0.0), {}),
@@ -1068,3 +1068,27 @@ for _what, _ours, _theirs, _source in (
     ("Tables 4 and 12: ImageGPT, Diffusion-QL", "not built; published values alone", "run", "LaMo, Tables 4, 12"),
 ):
     PAPER.stand(_what, _ours, _theirs, _source)
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lmtxt002
+_FIG7 = "LaMo, Fig. 7: not said"
+_NET = "LaMo's trunk has GPT-2's shape, so that arms differ in the text alone"
+PAPER.publish("offline.text.block", code=1024, source="srzer/LaMo-2023, code/get_nlp_datasets.py", on="*/shuffled-*")
+PAPER.publish("offline.text.steps", source=_FIG7, on="*/shuffled-*")
+for _field in ("lr", "weight_decay", "warmup", "seqs"):
+    PAPER.publish(f"offline.text.{_field}", source=_FIG7, on=("*/early-*", "*/shuffled-*"), why="as all our trunks")
+for _field, _code in (("layers", 3), ("heads", 1), ("width", 128)):
+    PAPER.publish(f"offline.text.{_field}", code=_code, source=_SYNTHETIC, on=("*/chain-*", "*/iid-*"), why=_NET)
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #lmtxt003
+PAPER.stand(
+    "windows of text",
+    "begin at any token; the last block of shuffled text counts though it is not full",
+    "are the blocks of 1,024 tokens themselves; what is left over falls out",
+    "srzer/LaMo-2023, code/get_nlp_datasets.py",
+)
+PAPER.stand(
+    "rate of the trunk's own pre-training",
+    "constant after the warm-up",
+    "synthetic pre-training: it falls linearly over 80,000 steps, of which 20,000 are taken",
+    _SYNTHETIC,
+)

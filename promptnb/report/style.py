@@ -110,6 +110,8 @@ LOOKS = {
     "LaMo with GPT-2 medium": Look(3, "D", "--"),
     "LaMo with GPT-2 small": Look(0, "o", "-"),
     "LaMo, GPT-2's own weights": Look(8, "h", "-"),
+    "LaMo on MiniLM's weights": Look(8, "D", "-"),
+    "LaMo on MiniLM's shape, new weights": Look(8, "D", "--"),
     "LaMo, best trajectory dropped": Look(3, "v", "--"),
     "Wiki-RL": Look(4, "D", "-"),
     "CQL": Look(2, "^", "-"),
