@@ -375,7 +375,7 @@ def test_status_shows_it(tmp_home, capsys):
     assert cli.main(["status", PAPER]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "expected at least" in lines["table1"]
-    assert "expected unknown (18 runs to do)" in lines["pdt_fig4"]
+    assert "expected unknown (24 runs to do)" in lines["pdt_fig4"]
     assert "cannot be made" in lines["fig1"]
     assert "expected" not in lines["fig1"]
 
