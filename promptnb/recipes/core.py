@@ -15,6 +15,7 @@ __all__ = [
     "POOLS",
     "CORPORA",
     "PACKAGES",
+    "BRIEF",
     "LATER",
     "Context",
     "Pretrain",
@@ -258,6 +259,10 @@ class Online:
     preset: str = "paper"  # which sizes a scale overrides: SCALES
 
 
+# %% ../../nbs/09_recipes.core.ipynb #rcbrief1
+BRIEF = ("steps", "lr", "m", "mu", "eta", "N", "lam", "L")  # of a tuner's hyper-parameters, those that a table shows
+
+
 # %% ../../nbs/09_recipes.core.ipynb #23042fc3
 @dataclass(frozen=True)
 class Recipe:
@@ -289,7 +294,8 @@ class Recipe:
         if x := self.offline:
             return dict(method=self.method, dataset=self.dataset, updates=x.steps, **dict(x.model))
         p, t = self.pretrain, self.tune
-        return dict(policy=p.name, updates=p.steps, width=p.width, tuner=t.tuner, **dict(t.hyper))
+        hyper = {k: v for k, v in t.hyper if k in BRIEF}
+        return dict(policy=p.name, updates=p.steps, width=p.width, prompt=t.prompt_quality, tuner=t.tuner, **hyper)
 
     @property
     def dataset(self):
