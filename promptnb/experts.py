@@ -47,6 +47,7 @@ __all__ = [
     "sb3_callback",
     "ppo_learner",
     "train_expert",
+    "card_episodes",
     "command_of",
     "random_return",
     "finish",
@@ -583,6 +584,12 @@ def train_expert(name, settings: PPOSettings = PPOSettings(), out=None):
     return finish(fam, settings, recorder.shots, time.time() - recorder.start, out)
 
 
+# %% ../nbs/02a_experts.ipynb #rea18c16
+def card_episodes(fam):
+    "Episodes per task that a card is measured on: at least 2, and 400 in all."
+    return max(2, 400 // len(fam.task_ids))
+
+
 # %% ../nbs/02a_experts.ipynb #8c45ec31
 def command_of(name, settings):
     "The call that trains this policy again: settings other than the defaults are spelt out."
@@ -603,7 +610,8 @@ def finish(fam, settings, shots, seconds, out=None):
     "Keep a ladder of snapshots, measure them on episodes that did not choose them, write weights and card."
     kept = [shots[k] for k in choose([s.returns.mean() for s in shots])]
     layers = [tuple(map(np.stack, zip(*(s.layers[i] for s in kept)))) for i in range(3)]
-    fresh = [returns_per_task(Behaviour(fam.name, layers, {}), fam, c, seed=20_000) for c in range(len(kept))]
+    behaviour, episodes = Behaviour(fam.name, layers, {}), card_episodes(fam)
+    fresh = [returns_per_task(behaviour, fam, c, episodes, seed=20_000) for c in range(len(kept))]
     random, best = random_return(fam), fresh[-1].mean()
     card = dict(
         family=fam.name,
@@ -611,7 +619,7 @@ def finish(fam, settings, shots, seconds, out=None):
         settings=asdict(settings),
         seconds=round(seconds),
         env_steps=shots[-1].steps,
-        episodes_per_goal=measured_episodes(fam),
+        episodes_per_goal=episodes,
         random_mean_return=random,
         expert_mean_return=best,
         margin=(best - random) / 2,
@@ -622,6 +630,6 @@ def finish(fam, settings, shots, seconds, out=None):
             for s in shots
         ],
     )
-    behaviour = Behaviour(fam.name, layers, json.loads(json.dumps(card, default=float)))
+    behaviour.card = json.loads(json.dumps(card, default=float))
     save_expert(behaviour, out)
     return behaviour

@@ -1069,6 +1069,14 @@ for _what, _ours, _theirs, _source in (
 ):
     PAPER.stand(_what, _ours, _theirs, _source)
 
+# %% ../../nbs/09d_recipes.lamo.ipynb #rea18c15
+PAPER.stand(
+    "Reacher2d's behaviour policy",
+    "PPO, 256-256, learning from the sparse reward minus the distance to the target; the snapshot nearest to 36",
+    "PPO, 64-64, 80 epochs an update, standard deviation of actions 0.6 to 0.1; mean score 36.0",
+    "LaMo, App. D; srzer/LaMo-2023, experiment-d4rl",
+)
+
 # %% ../../nbs/09d_recipes.lamo.ipynb #lmtxt002
 _FIG7 = "LaMo, Fig. 7: not said"
 _NET = "LaMo's trunk has GPT-2's shape, so that arms differ in the text alone"
