@@ -13,6 +13,8 @@ from homes import fabricate, made_of
 
 from promptnb import recipes, tasks
 from promptnb.core import Steps
+from promptnb.experiments import plan
+from promptnb.experiments.job import job_recipes
 from promptnb.models.dt import DTConfig, PromptDT
 from promptnb.recipes.prompt_tuning_dt import TABLE_FAMILIES
 from promptnb.report import exhibits, prompts, tables
@@ -304,7 +306,19 @@ def test_what_stands_apart_is_in_the_table_of_differences(what):
     assert d.loc[what, "ours"] and d.loc[what, "paper"] and d.loc[what, "source"]
 
 
-# ---- each of them renders
+# ---- each of them can be run, and renders
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+@pytest.mark.parametrize("id", [e.id for e in recipes.exhibits(PAPER) if e.recipes])
+def test_every_tuning_waits_for_its_policies(id, scale):
+    "A job tunes recipes of several policies; the plan of any one exhibit trains them all."
+    if not recipes.recipes_of(exhibit(PAPER, id), scale):
+        pytest.skip("not at this scale")
+    jobs = plan.Request(PAPER, (id,), scale).jobs()
+    trained_here = {r.pretrain for job in jobs if job.kind == "pretrain" for r in job_recipes(job, scale)}
+    tuned = {r.pretrain for job in jobs if job.kind == "tune" for r in job_recipes(job, scale)}
+    assert tuned and tuned <= trained_here
 
 NEW = [
     *("pdt_fig5", "pdt_fig6", "pdt_fig7", "pdt_fig8", "pdt_dial"),

@@ -82,13 +82,14 @@ def jobs(self: Request) -> list:
     "The jobs that it needs: owners of its recipes, and of those recipes' policies."
     wanted = {r.id for e in chosen(self.paper, self.exhibits, self.scale) for r in rc.recipes_of(e, self.scale)}
     wanted = {i for i in wanted if not self.families or rc.RECIPES[i].family in self.families}
-    policies = {rc.RECIPES[i].pretrain for i in wanted}
-    out = []
-    for job in rc.jobs(self.paper).values():
-        trains = {rc.RECIPES[i].pretrain for i in job.recipes}
-        if policies & trains if job.kind == "pretrain" else wanted & set(job.recipes):
-            out.append(job)
-    return out
+    every = rc.jobs(self.paper).values()
+    chosen_jobs = {job.id for job in every if job.kind != "pretrain" and wanted & set(job.recipes)}
+    tuned = wanted.union(*(job.recipes for job in every if job.id in chosen_jobs))  # a job tunes all of its recipes
+    policies = {rc.RECIPES[i].pretrain for i in tuned if rc.run_at(rc.RECIPES[i], self.scale)}
+    for job in every:
+        if job.kind == "pretrain" and policies & {rc.RECIPES[i].pretrain for i in job.recipes}:
+            chosen_jobs.add(job.id)
+    return [job for job in every if job.id in chosen_jobs]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plwant02
