@@ -59,13 +59,14 @@ class FitConfig:
 # %% ../nbs/04_train.ipynb #a3b3efff
 @dataclass
 class FitLog:
-    "What a fit leaves behind: status 'ok' or 'diverged', the steps done, and the losses (every `log_every`)."
+    "What a fit leaves behind: status 'ok' or 'diverged', the steps done, the losses (every `log_every`), its points."
 
     status: str
     step: int
     losses: list  # (step, mean loss since the last entry)
     seconds: float
     why: str = ""
+    points: dict = field(default_factory=dict)  # {step: what the callback returned there}, in order
 
 
 # %% ../nbs/04_train.ipynb #e0679cbe
@@ -211,11 +212,12 @@ class Trainer:
     model: torch.nn.Module
     config: FitConfig
     desc: str = "train"
-    callback: object = None  # called with the step after each checkpoint and at the end
+    callback: object = None  # called with the step after each checkpoint and at the end; what it returns is kept
     checkpoints: Checkpoints | None = None
     step: int = 0
     losses: list = field(default_factory=list)  # (step, mean loss since the last entry)
     recent: list = field(default_factory=list)  # losses since then
+    points: dict = field(default_factory=dict)  # {step: what the callback returned}
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
@@ -233,12 +235,13 @@ def resume(self: Trainer):
     restore(self.model, self.opt, tensors)
     self.step, self.recent = meta["step"], meta["recent"]
     self.losses = [tuple(x) for x in meta["losses"]]
+    self.points = {int(k): point for k, point in meta["points"].items()}
     steps = self.config.steps
     if self.step < steps:
         print(f"{self.desc}: going on from step {self.step}", flush=True)
     # killed or stopped between checkpoint and callback: it may not have run
     if self.callback and (self.step % self.config.checkpoint_every == 0 or self.step == steps):
-        self.callback(self.step)
+        self.points[self.step] = self.callback(self.step)
 
 
 # %% ../nbs/04_train.ipynb #tr000014
@@ -262,9 +265,10 @@ def advance(self: Trainer, batch):
 def save(self: Trainer, call=True):
     "Write a checkpoint, if this fit has a folder; then run the callback, unless told not to."
     if self.checkpoints:
-        self.checkpoints.save(self.step, state_of(self.model, self.opt), losses=self.losses, recent=self.recent)
+        kept = dict(losses=self.losses, recent=self.recent, points=self.points)
+        self.checkpoints.save(self.step, state_of(self.model, self.opt), **kept)
     if self.callback and call:
-        self.callback(self.step)
+        self.points[self.step] = self.callback(self.step)
         self.model.train()  # a callback that evaluates leaves it in evaluation mode
 
 
@@ -273,7 +277,8 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
     """Minimise `model.loss(sampler.batch(t))` for t = 0 ... steps - 1, in place.
 
     With a `folder` the run writes checkpoints there: it can be killed at any moment, and the same call goes on from
-    the latest. `callback(step)` runs after each checkpoint and at the end. A loss that is not finite ends the run
+    the latest. `callback(step)` runs after each checkpoint and at the end; what it returns (JSON) is kept in the next
+    checkpoint, so that a curve is as safe as the weights. A loss that is not finite ends the run
     with status 'diverged'; SIGTERM ends it with `Interrupted`."""
     start, stop = time.time(), Stop()
     trainer = Trainer(model, config, desc, callback)
@@ -289,7 +294,7 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
             value = trainer.advance(sampler.batch(t))
             if not math.isfinite(value):
                 why = f"loss is {value} at step {t}; the last good checkpoint is kept"
-                return FitLog("diverged", t, trainer.losses, time.time() - start, why)
+                return FitLog("diverged", t, trainer.losses, time.time() - start, why, trainer.points)
             if stop.told:
                 trainer.save(call=False)
                 raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")
@@ -298,4 +303,4 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
         if first < steps or steps == 0:
             trainer.save()
     model.eval()
-    return FitLog("ok", steps, trainer.losses, time.time() - start)
+    return FitLog("ok", steps, trainer.losses, time.time() - start, points=trainer.points)

@@ -24,7 +24,6 @@ from promptnb.core import (
     fingerprint,
     kept,
     plain,
-    read_jsonl,
     run_lock,
     runs_dir,
     seed_for,
@@ -396,13 +395,15 @@ def curve_prompts(policy, p: rc.Pretrain, seed):
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre007
 @patch
 def point(self: Pretraining, step):
-    "One point of the curve: play the test tasks as the policy is now."
+    "One point of the curve: the return on each test task, as the policy is now."
     r, demos = self.run.recipe, self.demos
     prompted = self.policy.prompted(demos.prompt.to(self.run.device), demos.task_ids)
     assignments = [(prompted, g) for g in range(demos.G)]
     _, played = evaluate_policy(self.run, assignments, demos.task_ids, r.pretrain.curve_episodes, seed_for("curve"))
-    append_jsonl(self.metrics, dict(step=step, returns=played.returns.mean(1).tolist()))
+    returns = played.returns.mean(1).tolist()
+    append_jsonl(self.metrics, dict(step=step, returns=returns))  # for who watches
     print(f"{self.run.id}: step {step}, return on test tasks {played.returns.mean():.1f}", flush=True)
+    return returns
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre008
@@ -410,9 +411,8 @@ def point(self: Pretraining, step):
 def rows(self: Pretraining, log) -> list:
     "The curve, task by task, and the training loss."
     rows = Rows(self.run.columns(sum(x.numel() for x in self.policy.model.parameters())))
-    points = {m["step"]: m["returns"] for m in read_jsonl(self.metrics)}
-    for step in sorted(points):
-        for task_id, value in zip(self.demos.task_ids, points[step], strict=True):
+    for step, returns in log.points.items():
+        for task_id, value in zip(self.demos.task_ids, returns, strict=True):
             rows.add(step, "return", value, self.run.recipe.pretrain.curve_episodes, task_id)
     for step, value in log.losses:
         rows.add(step, "loss", value)

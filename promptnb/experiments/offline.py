@@ -27,8 +27,8 @@ from promptnb.core import (
     check_choice,
     code_fingerprint,
     fingerprint,
+    kept,
     read_json,
-    read_jsonl,
     run_lock,
     runs_dir,
     seed_for,
@@ -274,27 +274,30 @@ def language_loss(run: Run, policy):
 # %% ../../nbs/10b_experiments.offline.ipynb #offlok01
 @dataclass
 class Curve:
-    "The evaluations along a training: `point(step)` makes one, `points()` reads them all."
+    "The evaluations along a training."
 
     run: Run
     policy: object
-    path: Path
+    folder: Path
 
-    def points(self) -> dict:
-        "{step: {'played', 'bad', 'lm'}} in order; of one step, the last that was written."
-        found = {m["step"]: m for m in read_jsonl(self.path)}
-        return dict(sorted(found.items()))
+    def before(self) -> dict:
+        "The evaluation at step 0, made once."
+        return kept(self.folder / "before.json", lambda: self.point(0))
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offlok02
 @patch
 def point(self: Curve, step):
-    "Evaluate the policy as it is now. At step 0 only the language loss is looked at."
+    """Evaluate the policy as it is now: {'played': as `play` gives it, 'bad': episodes that gave NaN, 'lm': loss}.
+
+    At step 0 only the language loss is looked at."""
     played, bad = play(self.run, self.policy) if step else ({}, 0)
-    append_jsonl(self.path, dict(step=step, played=played, bad=bad, lm=language_loss(self.run, self.policy)))
+    seen = dict(played=played, bad=bad, lm=language_loss(self.run, self.policy))
+    append_jsonl(self.folder / "metrics.jsonl", dict(seen, step=step))  # for who watches
     if step:
         returns = ", ".join(f"{ret:.1f} (target {target})" for target, (ret, _) in played.items())
         print(f"{self.run.id}: step {step}, return {returns}", flush=True)
+    return seen
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #98392260
@@ -406,12 +409,11 @@ def train(run: Run) -> Path:
     policy = new_learner(run, d.stats, trunk, int(d.store.length.max()) if fam.frames else 0).to(run.device)
     folder = run.folder(d.hashes)
     write_json(folder / "config.json", dict(recipe=r, seed=run.seed, data=d.hashes))
-    curve = Curve(run, policy, folder / "metrics.jsonl")
-    if not curve.path.exists():
-        curve.point(0)
+    curve = Curve(run, policy, folder)
+    before = curve.before()
     log = fit(policy, sampler_of(run, d), fit_config(run), folder, [d.hashes, d.drawn], run.id, curve.point)
-    seen = curve.points()
-    bad = sum(m.get("bad", 0) for m in seen.values())
+    seen = {0: before, **log.points}
+    bad = sum(m["bad"] for m in seen.values())
     rows = rows_of(run, seen, log, counted(policy)["trainable"]) if log.status == "ok" and not bad else []
     if rows:
         policy.save_pretrained(folder / "policy")

@@ -210,10 +210,14 @@ def facts(self: Run) -> str:
 # %% ../../nbs/10_experiments.run.ipynb #runfol01
 @patch
 def folder(self: Run, hashes=()) -> Path:
-    "Where its checkpoints lie; `hashes` are those of the data that it reads."
+    """Where its checkpoints lie; `hashes` are those of the data that it reads.
+
+    Another machine, version or number of threads has another folder: it could not go on exactly."""
+    from promptnb.train import where
+
     p = self.recipe.pretrain
     what, name = ("policies", f"{p.family}.{p.name}") if self.policy else (self.kind, self.id)
-    depends = [self.digest, hashes, self.code["fingerprint"], self.facts]
+    depends = [self.digest, hashes, self.code["fingerprint"], self.facts, where(self.device)]
     return runs_dir() / what / f"{name}.{fingerprint(depends)}{f'.s{self.seed}' if self.policy else ''}"
 
 

@@ -200,10 +200,11 @@ def same_batch(demos):
 
 # %% ../../nbs/06_tuners.core.ipynb #tnr00014
 def fitted(who, model, draws, config: FitConfig, **kw):
-    "Run `fit`; if its loss is not finite, an error says whose."
+    "Run `fit` and return its log; if its loss is not finite, an error says whose."
     done = fit(model, draws, config, **kw)
     if done.status != "ok":
         raise PromptnbError(f"{who}: {done.why}")
+    return done
 
 
 # %% ../../nbs/06_tuners.core.ipynb #ac230a93

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import PromptnbError, Steps, check_choice, read_json, seed_for, write_json
+from ..core import PromptnbError, Steps, check_choice, seed_for
 from ..models.dt import SafeHub
 from ..train import FitConfig
 from .core import Adapted, Tuner, fitted, frozen, prompt_loss, same_batch, windows_loss
@@ -35,7 +35,6 @@ __all__ = [
     "Guided",
     "Draws",
     "PromptDiffuser",
-    "Conflict",
     "rms_distance",
     "diversity",
     "Regressor",
@@ -418,21 +417,6 @@ def fit_config(self: PromptDiffuser, steps, lr, seed, every) -> FitConfig:
     return FitConfig(steps, lr, 0.0, 1, float("inf"), seed, self.precision, checkpoint_every=every, log_every=every)
 
 
-# %% ../../nbs/06b_tuners.diffuser.ipynb #dif00024
-class Conflict:
-    "Cosines between the two gradients by step, kept in a file where there is one."
-
-    def __init__(self, path: Path | None = None):
-        self.path = path
-        self.entries = read_json(path) if path and path.exists() else []
-
-    def note(self, step, cosine):
-        "Add one; what a killed run noted at this step or later is forgotten."
-        self.entries = [n for n in self.entries if n["step"] < step] + [dict(step=step, cosine=cosine)]
-        if self.path:
-            write_json(self.path, self.entries)
-
-
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00026
 @patch
 def prepare(self: PromptDiffuser, policy, families, rng, folder=None):
@@ -453,14 +437,12 @@ def prepare_on(self: PromptDiffuser, policy, demos, rng, folder):
     "Train the net on one family's train tasks, 20 checkpoints along the way."
     d = self.prepared or self.new(policy, demos, rng)
     guided = Guided(d, frozen(policy.clone().model), self.guidance, self.lam)
-    conflict = Conflict(folder and folder / "conflict.json")
 
-    def note(t):
-        if t and guided.cosine.isfinite().all():
-            conflict.note(t, guided.cosine.mean().item())
+    def cosine(t):
+        return guided.cosine.mean().item() if t and guided.cosine.isfinite().all() else None
 
     every = max(1, self.prepare_steps // 20)
-    fitted(
+    log = fitted(
         f"{type(self).__name__} on the train tasks",
         guided,
         Draws(demos, self.prompts, self.tasks, rng),
@@ -468,10 +450,10 @@ def prepare_on(self: PromptDiffuser, policy, demos, rng, folder):
         folder=folder,
         data_hashes=demos.sampler.store.hashes,
         desc=f"{type(self).__name__}, train tasks",
-        callback=note,
+        callback=cosine,
     )
     self.prepared = d
-    self.history += conflict.entries
+    self.history += [dict(step=t, cosine=c) for t, c in log.points.items() if c is not None]
 
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00029
