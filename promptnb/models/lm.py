@@ -803,7 +803,8 @@ def save_lm(folder, lm, text: Corpus, settings, **measured):
     "Write a trained language model in Hugging Face's format, its tokenizer where it has one, and last lm.json."
     from transformers import PreTrainedTokenizerFast
 
-    lm.cpu().save_pretrained(folder)
+    with quiet_transformers():
+        lm.cpu().save_pretrained(folder)
     if text.tokenizer:
         end = "<|endoftext|>"
         PreTrainedTokenizerFast(tokenizer_object=text.tokenizer, bos_token=end, eos_token=end).save_pretrained(folder)
