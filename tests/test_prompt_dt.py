@@ -53,7 +53,7 @@ def trained(e, scale, seeds, value):
                 for i in tasks.family(r.family).test
                 for step in steps
             ]
-            record = dict(run_id=path.stem, status="ok", why="", recipe_digest=recipes.digest(r), **made_of(r))
+            record = dict(run_id=path.stem, status="ok", why="", recipe_digest=recipes.digest(r.pretrain), **made_of(r))
             record |= dict(rows=rows, seconds=1.0, where=dict(commit="-", threads=1))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record))
@@ -319,6 +319,7 @@ def test_every_tuning_waits_for_its_policies(id, scale):
     trained_here = {r.pretrain for job in jobs if job.kind == "pretrain" for r in job_recipes(job, scale)}
     tuned = {r.pretrain for job in jobs if job.kind == "tune" for r in job_recipes(job, scale)}
     assert tuned and tuned <= trained_here
+
 
 NEW = [
     *("pdt_fig5", "pdt_fig6", "pdt_fig7", "pdt_fig8", "pdt_dial"),
