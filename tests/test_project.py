@@ -448,7 +448,7 @@ DAMAGE = [
     (lengths, only_tiny_functions, "a median of 9 lines"),
     (
         one_definition,
-        lambda r: [put_notebook(r, f"9{i}_x", *[MANY] * 90) for i in range(3)],
+        lambda r: [put_notebook(r, f"9{i}_x", *[MANY] * 150) for i in range(3)],
         "of export cells define one",
     ),
     (
