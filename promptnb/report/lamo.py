@@ -496,6 +496,7 @@ def setting_row(row, column, published, ours, why="") -> dict:
     return dict(row=row, column=column, published=published, ours=ours, differs=published != ours, why=why)
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lms00007
 def settings_table(rows, index):
     "(printed, tidy) settings: the published value, and ours below it where it is another."
     printed = {}
@@ -518,6 +519,7 @@ def at_paper_scale(arm, task):
     return rc.resolve(rc.lamo.offline_recipe(arm, task), "paper")
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lms00008
 def task_settings(view):
     "(printed, tidy) Table 6: tasks down, settings across."
     rows = []
@@ -541,6 +543,7 @@ def value_or_default(x, task):
         return x.default
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lms00009
 def settings(view):
     "(printed, tidy) Table 7: settings down, Kitchen and MuJoCo beside Atari."
     rows = []
