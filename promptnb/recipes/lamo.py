@@ -647,6 +647,7 @@ PAPER.exhibit(
     "here it reads with a causal mask, without its positions. It is not GPT-2. It has no head that says words, "
     "so no arm of this table has a language loss. " + _D,
     reported="table3",
+    asked=True,
 )
 PAPER.exhibit(
     "real_sizes",
@@ -656,6 +657,7 @@ PAPER.exhibit(
     grid(REAL, [("walker2d", 0.01)]),
     "Counted in the policies that were trained. The table of words counts, though no word is read.",
     reported="table14",
+    asked=True,
 )
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #821fda6d
