@@ -122,6 +122,7 @@ class Made:
             counts=dict(total=1000, trainable=640),
             floor=self.floor if "smax" in r.family else None,
             spent={},
+            seconds=1,
         )
 
 

@@ -106,6 +106,7 @@ class Made:
             guides=list(self.guides),
             counts=dict(total=1000, trainable=800),
             spent={},
+            seconds=COST["seconds"],
             sft=[tuning] if r.method == ADAPTER else [],
         )
 
