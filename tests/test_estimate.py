@@ -32,7 +32,7 @@ def runs(seed=0, scale="laptop", kind=None):
 def record(run, seconds, status="ok", fresh=False, device="a processor", threads=1):
     "A made-up record of a run; one that is not `fresh` is of older code."
     made_by = dict(code=run.code, facts=run.facts) if fresh else dict(code="older", facts="")
-    known = dict(run_id=run.id, status=status, why="", recipe_digest=recipes.digest(run.recipe), rows=[])
+    known = dict(run_id=run.id, status=status, why="", recipe_digest=run.digest, rows=[])
     write_json(run.path, dict(known, seconds=seconds, where=dict(device=device, threads=threads), **made_by))
 
 
@@ -134,16 +134,16 @@ def test_spell(seconds, text):
 
 def test_this_machines_records(tmp_home):
     record_all()
-    facts = f"{N} of {N} runs to do, 8 core-minutes; {N} runs measured on this machine"
-    assert said() == f"expected: 8 min on 2 cores ({facts})"
+    facts = f"{N} of {N} runs to do, 10 core-minutes; {N} runs measured on this machine"
+    assert said() == f"expected: 10 min on 2 cores ({facts})"
 
 
 def test_records_of_any_seed_serve(tmp_home):
     record_all(seed=0)
     n = 2 * N
-    facts = f"{n} of {n} runs to do, 16 core-minutes; {n} runs measured on this machine"
-    assert said(seeds=(1, 2)) == f"expected: 8 min on 2 cores ({facts})"
-    assert said(seeds=(1, 2), cores=1).startswith("expected: 16 min on 1 core (")
+    facts = f"{n} of {n} runs to do, 19 core-minutes; {n} runs measured on this machine"
+    assert said(seeds=(1, 2)) == f"expected: 10 min on 2 cores ({facts})"
+    assert said(seeds=(1, 2), cores=1).startswith("expected: 19 min on 1 core (")
 
 
 def test_median_over_seeds(tmp_home):
@@ -172,7 +172,7 @@ def test_the_shipped_file_holds_the_median_of_each_run(tmp_home):
     assert known["where"] == "a processor, 2 threads"
     assert len(known["seconds"]) == N
     assert list(known["seconds"]) == sorted(known["seconds"])
-    assert known["seconds"]["laptop.pretrain.cheetah-dir.pdt"] == 50
+    assert known["seconds"]["laptop.pretrain.cheetah-dir.prompt-dt"] == 50
     assert known["seconds"]["laptop.cheetah-dir.pdt"] == 30
 
 
@@ -181,7 +181,7 @@ def test_shipped_seconds_serve_where_nothing_was_measured(tmp_home):
     forecast.write_seconds(PAPER)
     shutil.rmtree(results_dir(PAPER))
     source = f"{N} runs measured on a processor, 2 threads, shipped with the project"
-    assert said() == f"expected: 8 min on 2 cores ({N} of {N} runs to do, 8 core-minutes; {source})"
+    assert said() == f"expected: 10 min on 2 cores ({N} of {N} runs to do, 10 core-minutes; {source})"
 
 
 def test_own_records_come_before_shipped_ones(tmp_home):
@@ -192,7 +192,7 @@ def test_own_records_come_before_shipped_ones(tmp_home):
         record(run, 100.0)
     shipped = f"{N - 3} runs measured on a processor, 1 thread, shipped with the project"
     assert f"; 3 runs measured on this machine; {shipped})" in said()
-    assert said(cores=1).startswith("expected: 10 min")
+    assert said(cores=1).startswith("expected: 12 min")
 
 
 def test_seconds_of_several_machines_are_named(tmp_home):
@@ -250,7 +250,7 @@ def test_nothing_to_do(tmp_home, slow_steps):
 def test_collecting_is_named_where_the_stamp_is_absent(tmp_home):
     record_all()
     rules = plan.plan(ASK)
-    assert said(rules=rules).startswith("expected: 8 min on 2 cores + collecting data (")
+    assert said(rules=rules).startswith("expected: 10 min on 2 cores + collecting data (")
 
 
 def test_collecting_is_not_named_where_it_is_done(tmp_home):
@@ -346,7 +346,7 @@ def test_run_prints_it_before_snakemake(tmp_home, no_snakemake, capsys):
     assert cli.main([*WANT, "--seeds", "0", "--cores", "2", "--dry-run"]) == 0
     first, line = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{PAPER} at laptop scale")
-    assert line.startswith("expected: 8 min on 2 cores + collecting data (")
+    assert line.startswith("expected: 10 min on 2 cores + collecting data (")
     (command,) = no_snakemake
     assert "--dry-run" in command
 
