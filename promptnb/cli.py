@@ -442,6 +442,8 @@ def status_line(e: rc.Exhibit, scale, done) -> str:
         return f"cannot be made: {e.unknown}"
     if not rc.run_at(e, scale):
         return f"at {' and '.join(e.only)} scale only"
+    if not e.recipes:
+        return "needs no run of its own"
     known, todo = status(View(e, scale, whose="yours")), forecast(Request(e.paper, (e.id,), scale), done=done)
     parts = [f"{known['done']}/{known['total']} runs"]
     if there := status(View(e, scale, whose="shipped"))["done"]:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from homes import ROOT
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -16,7 +17,6 @@ from promptnb import collect, core, recipes
 from promptnb.experiments import job, plan
 from promptnb.experiments import run as runs
 from promptnb.recipes import scales
-from homes import ROOT
 
 PAPER, FAMILY = "prompt_tuning_dt", "cheetah-dir"
 IDS = [f"{PAPER}/{FAMILY}/{key}" for key in ("pdt", "soft", "ranking")]
