@@ -931,29 +931,19 @@ def flip(path):
     path.write_bytes(raw)
 
 
-DAMAGE = {  # what is broken, how; what the one line says (None: made again, with the same end)
-    "lm.json cut off": (lambda lm, _: (lm / "lm.json").write_text('{"a'), ["lm.json", "damaged"]),
-    "lm.json of another": (
-        lambda lm, home: shutil.copy(folder_of(home, "chain") / "lm.json", lm),
-        ["another language model", "kind: 'chain' there, 'english' here"],
-    ),
-    "lm.json gone": (lambda lm, _: (lm / "lm.json").unlink(), None),
-    "config cut off": (lambda lm, _: cut_off(lm / "config.json"), ["cannot read the language model in", "config.json"]),
-    "weights gone": (
-        lambda lm, _: (lm / "model.safetensors").unlink(),
-        ["cannot read the language model in", "model.safetensors"],
-    ),
-    "weights cut off": (lambda lm, _: cut_off(lm / "model.safetensors"), ["english-"]),
-    "weights of another": (
-        lambda lm, home: shutil.copy(folder_of(home, "chain") / "model.safetensors", lm),
-        ["english-"],
-    ),
-    "one bit of the weights": (lambda lm, _: flip(lm / "model.safetensors"), ["english-"]),
-    "lm.json without settings": (lambda lm, _: (lm / "lm.json").write_text("{}"), ["lm.json"]),
-    "text cut off": (lambda lm, _: cut_off(next(lm.parent.glob("tokens-english-*"))), None),
-    "text of another": (
-        lambda lm, _: shutil.copy(next(lm.parent.glob("tokens-iid-*")), next(lm.parent.glob("tokens-english-*"))),
-        None,
+DAMAGE = {  # what is broken, how
+    "lm.json cut off": lambda lm, _: (lm / "lm.json").write_text('{"a'),
+    "lm.json of another": lambda lm, home: shutil.copy(folder_of(home, "chain") / "lm.json", lm),
+    "lm.json gone": lambda lm, _: (lm / "lm.json").unlink(),
+    "config cut off": lambda lm, _: cut_off(lm / "config.json"),
+    "weights gone": lambda lm, _: (lm / "model.safetensors").unlink(),
+    "weights cut off": lambda lm, _: cut_off(lm / "model.safetensors"),
+    "weights of another": lambda lm, home: shutil.copy(folder_of(home, "chain") / "model.safetensors", lm),
+    "one bit of the weights": lambda lm, _: flip(lm / "model.safetensors"),
+    "lm.json without settings": lambda lm, _: (lm / "lm.json").write_text("{}"),
+    "text cut off": lambda lm, _: cut_off(next(lm.parent.glob("tokens-english-*"))),
+    "text of another": lambda lm, _: shutil.copy(
+        next(lm.parent.glob("tokens-iid-*")), next(lm.parent.glob("tokens-english-*"))
     ),
 }
 
@@ -972,18 +962,13 @@ def failed(home):
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damaged_language_model(what, home, monkeypatch, capfd):
-    "One line that names the file, in a failed record and on the screen, and no traceback; or made again."
+    "What is damaged is set aside and made again, and the run ends as if nothing had happened."
     r = rc.resolve(rc.RECIPES[f"{PAPER}/{FAMILY}/lamo-medium-0.1"], "smoke")
-    harm, says = DAMAGE[what]
-    harm(folder_of(home, "english"), home)
+    DAMAGE[what](folder_of(home, "english"), home)
     only(monkeypatch, r)
-    out = run_job()
-    if says is None:
-        same_but_time(out[0], record("lamo"))
-        return
-    (why,) = [x["why"] for x in failed(home)]
-    err = capfd.readouterr().err
-    assert not out and "\n" not in why and all(s in why for s in says) and "Traceback" not in err, why
+    (made,) = run_job()
+    same_but_time(made, record("lamo"))
+    assert not failed(home) and "Traceback" not in capfd.readouterr().err
 
 
 # ---- without a network

@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from promptnb.core import (
+    DamagedError,
     PromptnbError,
     Steps,
     action_loss,
@@ -32,13 +33,14 @@ from promptnb.core import (
     differing,
     fingerprint,
     plain,
-    read_json,
+    read_sealed,
     rng_for,
     runs_dir,
     seed_for,
     server_answers,
+    set_aside,
     sha256_file,
-    write_json,
+    write_sealed,
 )
 from .dt import SafeHub, tokens3
 
@@ -761,17 +763,13 @@ def held_loss(net, stream, length, batches=8, seqs=16, device="cpu"):
 
 # %% ../../nbs/03a_models.lm.ipynb #afc808a9
 def check_lm(folder, settings):
-    "Refuse a folder whose language model is damaged or was made with other settings."
-    known = read_json(folder / "lm.json")
-    weights = folder / "model.safetensors"
-    if not {"settings", "sha256"} <= set(known):
-        raise PromptnbError(
-            f"{folder / 'lm.json'} is damaged (no settings, or no hash): delete {folder}, and it is made again"
-        )
+    "Refuse a folder whose language model was made with other settings (PromptnbError) or is damaged (DamagedError)."
+    known = read_sealed(folder / "lm.json", ("settings", "files"))
     if diff := differing(known["settings"], settings):
         raise PromptnbError(f"{folder} holds another language model: {diff}")
-    if weights.exists() and sha256_file(weights) != known["sha256"]:
-        raise PromptnbError(f"{weights} is damaged (its hash is not lm.json's): delete {folder}, and it is made again")
+    for name, sha256 in known["files"].items():
+        if not (folder / name).exists() or sha256_file(folder / name) != sha256:
+            raise DamagedError(f"{folder / name} is damaged (its hash is not that of lm.json)")
 
 
 # %% ../../nbs/03a_models.lm.ipynb #3b5870a7
@@ -809,8 +807,8 @@ def save_lm(folder, lm, text: Corpus, settings, **measured):
         end = "<|endoftext|>"
         PreTrainedTokenizerFast(tokenizer_object=text.tokenizer, bos_token=end, eos_token=end).save_pretrained(folder)
     limits = dict(entropy=None if text.matrix is None else entropy(text.matrix), uniform=math.log(text.vocab))
-    sha256 = sha256_file(folder / "model.safetensors")
-    write_json(folder / "lm.json", dict(settings=settings, sha256=sha256, **measured, **limits))
+    files = {p.name: sha256_file(p) for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name != "lm.json"}
+    write_sealed(folder / "lm.json", dict(settings=settings, files=files, **measured, **limits))
 
 
 # %% ../../nbs/03a_models.lm.ipynb #d781ceca
@@ -837,10 +835,16 @@ def pretrain_lm(
     check_choice(kind, KINDS, "corpus")
     python = platform.python_version() if kind in ("english", "shuffled") else ""  # its docstrings are the text
     settings = plain(dict(kind=kind, fit=config, **shape, seqs=seqs, length=length, of=of, python=python))
-    folder = Path(folder or runs_dir() / "lm" / f"{kind}-{fingerprint(settings)}")
+    own = runs_dir() / "lm" / f"{kind}-{fingerprint(settings)}"
+    folder = Path(folder or own)
     if (folder / "lm.json").exists():
-        check_lm(folder, settings)
-        return folder
+        try:
+            check_lm(folder, settings)
+            return folder
+        except PromptnbError as e:
+            if folder != own and not isinstance(e, DamagedError):
+                raise  # a folder that was given may hold a model of somebody's
+            set_aside(folder, e)
     text = corpus(kind, **of)
     lm = new_gpt2(text.vocab, length, config.seed, **shape)
     net = LanguageModel(lm).to(device)
