@@ -23,12 +23,13 @@ from homes import (
     finished_home,
     new_home,
     paths,
+    runs,
     went,
 )
 
 from promptnb import cli as command
 from promptnb import recipes, tasks
-from promptnb.core import PromptnbError, Row, read_json, results_dir
+from promptnb.core import PromptnbError, Row, read_json, results_dir, write_sealed
 from promptnb.experiments import job, plan, run
 from promptnb.report import lamo, prompts, stats, tables
 from promptnb.report.view import View, exhibit, recipe_file, reported
@@ -60,10 +61,10 @@ def test_every_run_leaves_a_record_and_no_other_is_there():
 
 
 def test_a_record_names_its_run_and_recipe():
-    for r, name in expected():
-        rec = record_of(name)
-        assert (rec["run_id"], rec["status"], rec["why"]) == (name, "ok", "")
-        assert rec["recipe_digest"] == recipes.digest(r)
+    for made in runs():
+        rec = record_of(made.id)
+        assert (rec["run_id"], rec["status"], rec["why"]) == (made.id, "ok", "")
+        assert rec["recipe_digest"] == made.digest
 
 
 def test_the_rows_of_a_record_are_whole_finite_and_its_own():
@@ -435,12 +436,17 @@ def test_a_laptop_record_under_a_smoke_name_is_stale(finished_copy):
     assert (tables.tidy_table(smoke).query("family == @FAMILY").note == "1 stale").all()
 
 
+def altered(path, **changes):
+    "Put a record back with other values, sealed like any."
+    record = {k: v for k, v in read_json(path).items() if k != "hash"}
+    write_sealed(path, dict(record, **changes))
+
+
 @pytest.fixture
 def one_stale(finished_copy):
     "The finished records, one of them of another recipe: the method whose record it is."
     r, name = expected(TUNE)[0]
-    path = results_dir(PAPER) / f"{name}.json"
-    path.write_text(json.dumps(dict(read_json(path), recipe_digest="0123456789")))
+    altered(results_dir(PAPER) / f"{name}.json", recipe_digest="0123456789")
     return r.method
 
 
@@ -463,9 +469,7 @@ def test_status_counts_a_stale_record(one_stale, capsys):
 
 def test_a_record_of_other_code_is_stale(finished_copy):
     _, name = expected(TUNE)[0]
-    path = results_dir(PAPER) / f"{name}.json"
-    rec = read_json(path)
-    path.write_text(json.dumps(dict(rec, code=dict(modules=["core"], fingerprint="0123456789"))))
+    altered(results_dir(PAPER) / f"{name}.json", code=dict(modules=["core"], fingerprint="0123456789"))
     states = [r.state for r in View(exhibit(PAPER, "table1"), "smoke", partial=True).runs if r.recipe.family == FAMILY]
     assert sorted(states) == ["ok"] * (len(METHODS) - 1) + ["stale"]
 
@@ -479,6 +483,5 @@ def test_a_stale_record_is_made_again(finished_copy):
         return [s.exists() for s in stamps]
 
     assert stamps_left() == [True, True]
-    path = results_dir(PAPER) / f"{expected(TUNE)[0][1]}.json"
-    path.write_text(json.dumps(dict(read_json(path), code="0123456789")))
+    altered(results_dir(PAPER) / f"{expected(TUNE)[0][1]}.json", code="0123456789")
     assert stamps_left() == [True, False]
