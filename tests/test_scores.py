@@ -1,5 +1,6 @@
 "Tables, ladders, verdicts and figures of policies trained on one data set, against numbers worked out by hand."
 
+import itertools
 import json
 
 import numpy as np
@@ -53,12 +54,14 @@ def made_text(text):
     return dict(kind=text.kind, steps=9, entropy=entropy, **losses)
 
 
-def fabricate(id, value, seeds=(0, 1, 2), keep=lambda r, seed: True, status="ok", lm_loss=lambda r, k: 4 + k):
-    "Write the records of an exhibit at laptop scale as if it had been run: score `value(recipe, seed)`."
-    for r in (rc.resolve(r, "laptop") for r in rc.recipes_of(exhibit(id), "laptop")):
+def fabricate(
+    id, value, seeds=(0, 1, 2), keep=lambda r, seed: True, status="ok", lm_loss=lambda r, k: 4 + k, scale="laptop"
+):
+    "Write the records of an exhibit at a scale as if it had been run: score `value(recipe, seed)`."
+    for r in (rc.resolve(r, scale) for r in rc.recipes_of(exhibit(id), scale)):
         for seed in (s for s in seeds if keep(r, s)):
-            path = view.recipe_file(r, "laptop", seed)
-            rows = made_rows(r, seed, "laptop", value(r, seed), lm_loss, path.stem)
+            path = view.recipe_file(r, scale, seed)
+            rows = made_rows(r, seed, scale, value(r, seed), lm_loss, path.stem)
             record = dict(
                 run_id=path.stem,
                 status=status,
@@ -461,6 +464,24 @@ def test_legends_fit_the_column(tmp_home, id):
     box = fig.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= fig.bbox.x1
     assert len(legend_of(fig)) <= 8
+
+
+def overlap(texts):
+    "Pairs of texts that are drawn over each other."
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    return [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
+
+
+def test_long_updates_and_names_fit_the_eight_panels_of_figure_11(tmp_home):
+    fabricate("fig11", lambda r, seed: 20.0 + seed, scale="paper")
+    fig, _ = lamo.DRAW["progress"](partial("fig11", "paper"))
+    fig.canvas.draw()
+    assert len(fig.axes) == 9 and not fig.axes[8].get_visible()
+    numbers = [text for ax in fig.axes[:8] for text in ax.get_xticklabels()]
+    assert "100K" in {text.get_text() for text in numbers}
+    titles = [ax.title for ax in fig.axes[:8]]
+    assert overlap(numbers) == [] and overlap(titles) == []
+    assert all(title.get_window_extent().x1 <= fig.bbox.x1 for title in titles)
 
 
 def test_every_figure_says_what_its_bands_are():

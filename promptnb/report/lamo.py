@@ -11,6 +11,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from .. import recipes as rc
 from ..core import DamagedError, PromptnbError, figures_dir, read_record, results_dir
@@ -90,6 +91,8 @@ __all__ = [
     "names_of",
     "arm_lines",
     "legend_below",
+    "in_thousands",
+    "updates_axis",
     "curves",
     "published_beside",
     "progress",
@@ -599,6 +602,21 @@ def legend_below(fig, axes, hollow=False):
     legend(fig, axes, min(4, 100 // (min(widest, 40) + 9)))
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #chk18ax2
+def in_thousands(x, _=None) -> str:
+    "A number of updates as an axis prints it: '25K', '2.5K', '420'."
+    return f"{x / 1000:g}K" if x >= 1000 else f"{x:g}"
+
+
+# %% ../../nbs/11e_report.lamo.ipynb #chk18ax4
+def updates_axis(ax):
+    "Name the axis of a panel's updates; it begins at 0 and has few numbers."
+    ax.set_xlabel("updates")
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_formatter(in_thousands)
+
+
 # %% ../../nbs/11e_report.lamo.ipynb #d6a1cfb5
 def curves(view, metric) -> dict:
     "{(data set, learner): rows of a metric} of what a scale runs: learners differ in their updates."
@@ -644,8 +662,9 @@ def progress(view):
     for ax, ((dataset, learner), d) in zip(axes, found.items()):
         mine = [label_of(e, r) for r in rc.recipes_of(e) if r.dataset == dataset and r.offline.learner == learner]
         numbers.append(arm_lines(ax, d, names_of(view)).assign(dataset=dataset))
-        which = f": {in_order(mine)[0]}" if drawn.count(dataset) > 1 else ""
-        ax.set(title=dataset + which, xlabel="updates")
+        which = f"\n{in_order(mine)[0]}" if drawn.count(dataset) > 1 else ""
+        ax.set_title(dataset + which)
+        updates_axis(ax)
         known = pub[(pub.family == dataset) & pub.method.isin(mine)]
         numbers.append(pd.DataFrame(dict(label=known.method, dataset=dataset, reported=known.value)))
         if len(d) and len(known):
@@ -679,7 +698,8 @@ def language(view):
     numbers = []
     for ax, ((dataset, _), d) in zip(axes, found.items()):
         numbers.append(arm_lines(ax, d).assign(dataset=dataset))
-        ax.set(title=dataset, xlabel="updates")
+        ax.set_title(dataset)
+        updates_axis(ax)
         if len(d):
             start = d[d.step == d.step.min()].value.mean()
             ax.axhline(start, color="k", lw=1, ls=":", label="before training")
