@@ -39,6 +39,8 @@ fix: $(READY) .venv/.extras-$(EXTRAS) ## format notebooks and code, export the p
 	@$(BIN)/ruff format -q .
 
 lab: $(READY) ## the notebooks in JupyterLab (LAB_ARGS="--port 9000" passes options on)
+	@case "$$(id -u) $(LAB_ARGS)" in "0 "*--allow-root*) ;; "0 "*) \
+	  echo 'JupyterLab does not start as root unless told to: make lab LAB_ARGS="--allow-root"' >&2; exit 2;; esac
 	@$(BIN)/python -m ipykernel install --sys-prefix --name promptnb --display-name promptnb
 	$(BIN)/jupyter lab --notebook-dir=. nbs/papers/$(PAPER).ipynb $(LAB_ARGS)
 

@@ -132,6 +132,8 @@ def cmd_collect(a):
     from promptnb import collect, tasks
 
     check_choice(a.scale, rc.SCALES, "scale")
+    if a.stamp and not (root() / a.stamp).resolve().is_relative_to(root().resolve()):
+        raise PromptnbError(f"--stamp {a.stamp} lies outside of {root()}")
     if a.list:
         return print_table(collect.listed([tasks.family(a.family).name] if a.family else None))
     if not a.family:
@@ -195,7 +197,8 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
     what = f"{request.paper} at {request.scale} scale: {', '.join(request.exhibits)}"
     print(f"{what}; {len(rules)} jobs. Finished ones are kept.", flush=True)
     command = snakemake(request, cores, accelerator, dry, profile)
-    with run_lock(runs_dir() / "graph"):
+    alone = contextlib.nullcontext() if dry else run_lock(runs_dir() / "graph")  # one may look while another works
+    with alone:
         drop_stale_stamps(request)
         print(expected(request, cores, accelerator, rules), flush=True)
         return owned(command)

@@ -16,6 +16,8 @@ import itertools
 import json
 import math
 import os
+import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = [
+    "HOST",
     "RECORD",
     "FORMAT",
     "PromptnbError",
@@ -53,6 +56,8 @@ __all__ = [
     "meaning",
     "code_fingerprint",
     "is_current",
+    "process_name",
+    "swept",
     "write_atomic",
     "disk_error",
     "write_json",
@@ -342,12 +347,35 @@ def is_current(record: dict, recipe_digest: str, facts: str = "") -> bool:
     )
 
 
+# %% ../nbs/00_core.ipynb #c0depr01
+HOST = platform.node()[:16]  # short: sockets lie below folders of this name
+
+
+def process_name(pid=None) -> str:
+    "This process, or another on this host, as temporary files and holders of locks name it: 'pid@host'."
+    return f"{pid or os.getpid()}@{HOST}"
+
+
+# %% ../nbs/00_core.ipynb #c0depr02
+def swept(folder) -> list:
+    "Remove the temporary files and folders in a folder whose process, on this host, has ended; returns their paths."
+    import psutil
+
+    dead = []
+    for path in Path(folder).glob(f".*@{HOST}*"):
+        pid = path.name.split("@")[0].rpartition(".")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            dead.append(path)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return dead
+
+
 # %% ../nbs/00_core.ipynb #8d4fb03a
 def write_atomic(path, data: bytes):
     "Replace `path` by `data`, all or nothing; a full disk is one clear line and the old file stays."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{process_name()}.tmp")
     try:
         with open(tmp, "wb") as f:
             for part in [data] if isinstance(data, bytes) else data:
@@ -634,7 +662,7 @@ def run_lock(folder, wait=0):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait)
-        who.write_text(str(os.getpid()))
+        who.write_text(process_name())
     except Timeout:
         raise PromptnbError(f"{folder} is in use by process {who.read_text() if who.exists() else '?'}") from None
     except OSError as e:

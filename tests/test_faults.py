@@ -429,10 +429,7 @@ def test_no_sound_checkpoint_left(tmp_path, capsys):
 
 
 def test_damaged_policy_is_made_again(home, one_policy, capsys):
-    """The final weights of a finished run have a hash in its record.
-
-    Where it differs they are taken from the checkpoint again.
-    """
+    "The final weights of a finished run have a hash in its record; where it differs the policy is made again."
     run_job()
     (path,) = home.glob("data/runs/policies/*/policy/model.safetensors")
     whole = path.read_bytes()
@@ -611,20 +608,25 @@ def test_one_bit_of_a_dataset(home):
 
 
 def test_the_damaged_dataset_can_be_mended_as_it_says(home):
+    "`promptnb collect` makes a damaged dataset again, and leaves the whole ones alone."
     file = columns(home, quality="random")
     before = frozen(home / "data" / "minari")
     flip(file, 5000)
     said = refused(data.load, FAMILY, "random")
-    shutil.rmtree(re.search("delete the folder (.*) and its line", said)[1])
-    m = read_json(collect.manifest_path(FAM))
-    del m["promptnb/cheetah-dir-00/random-v0"]
-    write_json(collect.manifest_path(FAM), m)
+    assert "promptnb collect --family cheetah-dir --quality random" in said
     collect.collect(FAMILY, "random", 4, threads=1)
     assert len(data.load(FAMILY, "random")) == 8 and all(
         v == before[k]
         for k, v in frozen(home / "data" / "minari").items()
         if "cheetah-dir-00/random" not in str(k) and k.name != "cheetah-dir.json"
     )
+
+
+def test_a_damaged_manifest_is_set_aside(home):
+    path = collect.manifest_path(FAM)
+    path.write_text(path.read_text()[:99])
+    collect.collect(FAMILY, "expert", 4, threads=1)
+    assert len(data.load(FAMILY)) == 8 and path.with_name(f"{path.name}.damaged-1").exists()
 
 
 def test_dataset_that_is_not_there(home):
@@ -697,13 +699,36 @@ def test_arrays(tmp_path):
 
 
 def test_damaged_dataset_through_the_command_line(home):
+    "The job says so, collects it again and goes on."
     flip(columns(home), 5000)
-    one_line(cli(home, "job", PRETRAIN, *SMOKE), "3 of 3 runs", str(columns(home)), "damaged", "collect again")
-    assert set(paths(home)) == {f"{name}.failed.json" for _, name in expected(PRETRAIN)}
-    shutil.copy(columns(finished_home()), columns(home))
-    run_job()
-    assert not list(home.rglob("*.failed.json"))
+    p = went(cli(home, "job", PRETRAIN, *SMOKE))
+    assert "damaged" in p.stderr + p.stdout and "Traceback" not in p.stderr
     same_records(home, [f"{name}.json" for _, name in expected(PRETRAIN)])
+    assert columns(home).read_bytes() == columns(finished_home()).read_bytes()
+
+
+DAMAGED_RECORDS = {
+    "a value edited": lambda text: re.sub(r'"value": -?[0-9.]+', '"value": 9999.0', text, count=1),
+    "a list": lambda text: "[]",
+    "cut off": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "without its rows": lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "rows"}),
+}
+
+
+def test_damaged_records_are_named_and_made_again(tmp_path):
+    "`status` names each, no table shows one, and `run` sets them aside and makes them again."
+    home = new_home(tmp_path / "home", "data/results", "data/runs", "data/minari")
+    names = [name for name in paths(home) if "pretrain" not in name][: len(DAMAGED_RECORDS)]
+    for name, harm in zip(names, DAMAGED_RECORDS.values(), strict=True):
+        path = paths(home)[name]
+        path.write_text(harm(path.read_text()))
+    said = went(cli(home, "status", PAPER, *SMOKE))
+    assert f"{len(names)} failed" in said.stdout and "damaged" in said.stdout and "Traceback" not in said.stderr
+    one_line(cli(home, "render", PAPER, *SMOKE, "--exhibit", "table1"), "lacks", "damaged")
+    went(cli(home, *RUN, "--cores", 2))
+    same_records(home, names)
+    assert len(list((home / "data" / "results" / PAPER).glob("*.damaged-1"))) == len(names)
 
 
 # ---- row 10: the loss is not a number

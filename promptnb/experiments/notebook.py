@@ -21,11 +21,14 @@ from promptnb.core import (
     PromptnbError,
     check_choice,
     disk_error,
+    process_name,
     read_json,
     read_record,
+    results_dir,
     root,
     run_lock,
     runs_dir,
+    swept,
     write_json,
 )
 from .job import find_job, runs_of, stamp
@@ -182,7 +185,7 @@ def run_notebook(nb_path, params, out, stream):
 
     papermill = quiet_papermill()
     papermill.engines.papermill_engines.register("promptnb", patient_engine())
-    with tempfile.TemporaryDirectory(prefix="promptnb-", ignore_cleanup_errors=True) as own:
+    with tempfile.TemporaryDirectory(prefix=f".pnb.{process_name()}.", ignore_cleanup_errors=True) as own:
         kernel = Config(KernelManager=dict(transport="ipc", connection_file=f"{own}/k.json"))
         streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if stream else {}
         papermill.execute_notebook(
@@ -206,7 +209,7 @@ def execute(nb_path, given, out, stream=True) -> Path:
     params = check_parameters(nb_path, given)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    tmp, failed = out.with_name(f".{out.stem}.{os.getpid()}.tmp.ipynb"), out.with_suffix(".failed.ipynb")
+    tmp, failed = out.with_name(f".{out.stem}.{process_name()}.tmp.ipynb"), out.with_suffix(".failed.ipynb")
     threads = str(params.get("threads", 1))
     os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
     try:
@@ -314,5 +317,7 @@ def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
     owner = os.environ.get(OWNER)
     if owner:
         stop_without(owner)
+    for folder in (tempfile.gettempdir(), runs_dir() / "notebooks", results_dir(found.paper)):
+        swept(folder)  # what killed jobs have left
     with run_lock(runs_dir() / "locks" / name, wait=GRACE + 5 if owner else 0):
         judged_job(found, given, runs_dir() / "notebooks" / f"{name}.ipynb")
