@@ -270,6 +270,15 @@ def differing(paper):
     return set(t[["what", "ours", "paper", "code"]].itertuples(index=False, name=None))
 
 
+def holds(r, field):
+    "Has a recipe this field?"
+    try:
+        rc.value_of(r, field)
+    except KeyError:
+        return False
+    return True
+
+
 def test_what_differs_from_prompt_dt_is_listed():
     "PromptDT.pdf Table 2 against pdt_main.py: batch 8 and 16, evaluation episodes 20 and 50; A.6 of the audit."
     for paper in (PTDT, PD):
@@ -311,3 +320,36 @@ def test_every_setting_of_a_printed_row_is_published_or_ours(paper):
         if r.tune.tuner == "none":
             fields = {f for f in fields if not f.startswith("tune.")}
         assert fields - known - ours <= {"tune.prompt_from", "tune.score_episodes", "tune.clip"}, key
+
+
+@pytest.mark.parametrize("paper", rc.PAPERS)
+def test_every_published_field_is_a_recipes_of_every_paper(paper):
+    "A misspelt field, or a pattern that fits no recipe, would leave a difference out without a word."
+    of = rc.PAPER_OF[paper]
+    for p in of.published:
+        assert any(holds(r, p.field) for r in of.recipes.values() if p.covers(r)), p
+
+
+def test_entries_that_say_the_same_are_one_row():
+    "LaMo's settings by task are published for LaMo's arms and for DT's; the table has each once, with its family."
+    t = exhibits.differences("lamo")
+    targets = t[t.what == "offline.targets"]
+    assert not targets.duplicated(["ours", "paper", "code"]).any()
+    (row,) = targets[targets.ours == "(4.0, 5.0)"].recipes
+    assert row.endswith(": kitchen") and int(row.split(":")[0]) > 16
+
+
+@pytest.mark.parametrize("paper, exhibit", [(PTDT, "table1"), (PTDT, "table1_mw"), (PD, "table1"), (PD, "table1_mw")])
+def test_a_table_says_whose_prompts_it_has(paper, exhibit):
+    "create_dataset.py of the first author; the texts of both papers could not be had."
+    text = rc.EXHIBITS[paper, exhibit].protocol
+    assert "the five highest, ranks 50 to 54, the five lowest" in text and "could not be had" in text
+
+
+@pytest.mark.parametrize("exhibit", ["pdt_table1", "pdt_fig4"])
+def test_prompt_dts_own_tables_have_any_expert_prompt(exhibit):
+    "PromptDT.pdf: the prompt set is sampled from the expert data."
+    e = rc.EXHIBITS[PTDT, exhibit]
+    prompted = [rc.RECIPES[i] for i in e.recipes if rc.RECIPES[i].pretrain.prompt]
+    assert {r.tune.prompt_quality for r in prompted} == {"expert"}
+    assert "any of the test task's expert trajectories" in e.protocol

@@ -444,8 +444,10 @@ class Paper:
         self.published.append(Published(field, paper, code, source, on, why))
 
     def publish_all(self, table, recipes):
-        "`publish` for each line of a table, {field: (paper, code, source) or (paper, code, source, why)}, and recipes."
+        "`publish` of recipes, if any, for each line of a table: {field: (paper, code, source) or (..., source, why)}."
         on = tuple(f"{r.family}/{r.key}" for r in recipes)
+        if not on:
+            return
         for name, (paper, code, source, *why) in table.items():
             self.publish(name, paper, code, source, on, *why)
 

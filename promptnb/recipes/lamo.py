@@ -868,7 +868,7 @@ for _task, _told in TABLE6.items():
             CODE6.get(_task, {}).get(_field),
             "LaMo, Table 6; srzer/LaMo-2023",
             cells((_task,), ("dt", "wiki")),
-            WHY_OTHER.get((_task, _field), ""),
+            WHY_OTHER.get((_task, _field)) or WHY_TABLE.get(_field, ""),
         )
 PAPER.publish("offline.embed", "linear", "linear", f"LaMo, App. B; {_LAMO}/run_hopper.sh", cells(("hopper",), READS))
 PAPER.publish(
@@ -1021,8 +1021,8 @@ for _what, _ours, _theirs, _source in (
     (
         "weight of the language loss, lambda",
         "0.1 on every dataset",
-        "0, 0.1 or 1 by task, which is not said; the code's default is 0.1",
-        "LaMo, eq. 5; srzer/LaMo-2023",
+        "0, 0.1 or 1 by task, which is not said; 0.1 in run_cotrain.sh, none in Hopper's script and in Atari's",
+        "LaMo, eq. 5; srzer/LaMo-2023, run_cotrain.sh, run_hopper.sh, experiment-atari/run.sh",
     ),
     (
         "action loss",
@@ -1066,6 +1066,12 @@ for _what, _ours, _theirs, _source in (
         "d3rlpy's algorithms with the mean of the return, rewards as they are",
         "not said; d3rlpy's Atari scripts learn quantiles, clip rewards to 1 and have Adam's eps at 1e-2 / 32",
         "d3rlpy, reproductions/offline",
+    ),
+    (
+        "Figure 11: updates of DT on Hopper and Walker2d",
+        "100,000, as in Table 6",
+        "the curves end at 50,000",
+        "LaMo, Fig. 11, digitised",
     ),
     ("Tables 4 and 12: ImageGPT, Diffusion-QL", "not built; published values alone", "run", "LaMo, Tables 4, 12"),
 ):

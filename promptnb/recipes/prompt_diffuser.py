@@ -284,7 +284,9 @@ PAPER.exhibit(
     "Prompt Diffuser beats every other tuner, here by most",
     "table",
     [r for r in _main if r.family == "ml1-pick-place"],
-    protocol=PROTOCOL + "The column is headed reach-v2, but its returns and its 45 tasks are those of ML1 pick-place.",
+    protocol=PROTOCOL
+    + POOLS_TEXT
+    + "The column is headed reach-v2, but its returns and its 45 tasks are those of ML1 pick-place.",
     reported="table1_mw",
 )
 PAPER.exhibit(

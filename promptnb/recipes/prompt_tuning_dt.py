@@ -28,6 +28,7 @@ __all__ = [
     "PAPER",
     "PROTOCOL",
     "POOLS_TEXT",
+    "ANY_EXPERT_TEXT",
     "POLICY",
     "SIZE",
     "PROMPTED",
@@ -321,6 +322,7 @@ POOLS_TEXT = (
     "Expert, medium and random prompts: the five highest, ranks 50 to 54, the five lowest trajectories by return of "
     "the test task's expert data, as in the first author's code; the paper's text could not be had. "
 )
+ANY_EXPERT_TEXT = "Prompts are cut from any of the test task's expert trajectories, as in Prompt-DT's text and code. "
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #94c4eb20
 PAPER.exhibit(
@@ -387,7 +389,7 @@ PAPER.exhibit(
     "the length of the prompt hardly matters",
     "table",
     [r for q in _quantity.values() for r in q.values()],
-    protocol=PROTOCOL,
+    protocol=PROTOCOL + ANY_EXPERT_TEXT,
     labels={r.id: k for q in _quantity.values() for k, r in q.items()},
     reported="pdt_table1",
 )
@@ -419,6 +421,7 @@ PAPER.exhibit(
     "table",
     _mw,
     protocol=PROTOCOL
+    + POOLS_TEXT
     + (
         "The column is headed reach-v2, but its returns, its split of 45 tasks and the released scripts are "
         "those of ML1 pick-place."
@@ -442,7 +445,7 @@ PAPER.exhibit(
     "prompts help out of the training range too (in the shipped goals only one of three test tasks is out of it)",
     "table",
     [*_base["ant-dir-ood"], prompt_mt_bc("ant-dir-ood")],
-    protocol=PROTOCOL,
+    protocol=PROTOCOL + ANY_EXPERT_TEXT,
     reported="pdt_fig4",
 )
 

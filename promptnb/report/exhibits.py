@@ -5,7 +5,7 @@
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000003
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pandas as pd
 
@@ -37,6 +37,7 @@ __all__ = [
     "changed",
     "deviations",
     "apart",
+    "how_many",
     "differences",
     "provenance",
     "exhibit",
@@ -267,7 +268,7 @@ def deviations(paper, scale) -> pd.DataFrame:
         dict(field=f, paper_scale=_values(a), this_scale=_values(b), source=sources(paper, f, recipes))
         for f, (a, b, recipes) in found.items()
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["field", "paper_scale", "this_scale", "source"])
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000036
@@ -281,6 +282,13 @@ def apart(r, p: rc.Published):
     return None if said and all(x == ours for x in said) else (ours,)
 
 
+# %% ../../nbs/11h_report.exhibits.ipynb #chk18df1
+def how_many(recipes) -> str:
+    "The number of recipes, and their families where there are three at most."
+    families = sorted({r.family for r in recipes})
+    return f"{len(recipes)}: {', '.join(families)}" if len(families) <= 3 else str(len(recipes))
+
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000037
 def differences(paper) -> pd.DataFrame:
     "Where paper scale is not the paper, or not its code: fields with both values, then what no field holds."
@@ -289,14 +297,14 @@ def differences(paper) -> pd.DataFrame:
     for p in of.published:
         for r in recipes:
             if p.covers(r) and (ours := apart(r, p)):
-                found.setdefault((p, *ours), []).append(r)
+                found.setdefault((replace(p, on=()), *ours), {})[r.id] = r
     rows = [
         dict(
             what=p.field,
             ours=_said(ours),
             paper=_said(p.paper),
             code=_said(p.code),
-            recipes=str(len(rs)),
+            recipes=how_many(rs.values()),
             why=p.why,
             source=p.source,
         )
