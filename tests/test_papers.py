@@ -14,6 +14,7 @@ from homes import (
     METHODS,
     PAPER,
     PRETRAIN,
+    ROOT,
     SMOKE,
     TUNE,
     cli,
@@ -31,6 +32,7 @@ from promptnb import cli as command
 from promptnb import recipes, tasks
 from promptnb.core import PromptnbError, Row, read_json, results_dir, write_sealed
 from promptnb.experiments import job, plan, run
+from promptnb.experiments.notebook import notebook_parameters
 from promptnb.report import lamo, prompts, stats, tables
 from promptnb.report.view import View, exhibit, recipe_file, reported
 
@@ -485,3 +487,11 @@ def test_a_stale_record_is_made_again(finished_copy):
     assert stamps_left() == [True, True]
     altered(results_dir(PAPER) / f"{expected(TUNE)[0][1]}.json", code="0123456789")
     assert stamps_left() == [True, False]
+
+
+@pytest.mark.parametrize("paper", recipes.PAPERS)
+def test_a_page_takes_what_render_gives_it(paper):
+    "Which runs count, and whether some may lack: without these no exhibit of the paper can be rendered."
+    page = ROOT / "nbs" / "papers" / f"{paper}.ipynb"
+    assert notebook_parameters(page) == dict(scale="laptop", exhibits="all", partial=False, shipped=False)
+    assert "Page(paper, scale, exhibits, partial, shipped)" in page.read_text()

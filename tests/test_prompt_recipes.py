@@ -242,6 +242,7 @@ def test_lora_is_a_control():
 
 def test_windows_are_the_released_ones_and_their_alternative_is_named():
     "get_batch_finetune: as long as a prompt, 5, from the tail; whole windows of 20 are rows of a sweep."
+    assert (rc.Tune().demo_K, rc.Tune().demo_position) == (5, "tail")
     for r in rc.PAPER_OF[PTDT].recipes.values():
         if r.tune.tuner != "none":
             assert (r.tune.demo_K, r.tune.demo_position) == (2 if r.family == "ml1-reach" else 5, "tail"), r.id
