@@ -860,11 +860,11 @@ for _field, _paper, _code, _why in (
     ("embed", None, "linear", ""),
 ):
     PAPER.publish(f"offline.{_field}", _paper, _code, _STEP, cells(CONTROL, ("dt",)), _why)
-for _task, _told in TABLE6.items():
-    for _field in {"K", "targets", "steps"} & set(_told):
+for _task, _printed in TABLE6.items():
+    for _field in ("K", "targets", "steps"):
         PAPER.publish(
             f"offline.{_field}",
-            _told[_field],
+            _printed[_field],
             CODE6.get(_task, {}).get(_field),
             "LaMo, Table 6; srzer/LaMo-2023",
             cells((_task,), ("dt", "wiki")),

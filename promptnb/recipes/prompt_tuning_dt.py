@@ -251,7 +251,7 @@ def quantity_recipes(family):
 def quality_recipes(family="cheetah-vel", qualities=("expert", "medium", "random")):
     """Prompt-DT's Figure 3, quality of the training data x quality of the prompt: {label: recipe}.
 
-    500 trajectories a quality, two seeds. The text has the last, middle and first 500 of a replay buffer; ours are of
+    500 trajectories per quality, two seeds. The text has the last, middle and first 500 of a replay buffer; ours are of
     three policies, of which the random one takes uniform actions."""
     base = replace(pretrains(family)["prompt-dt"], episodes=500)
     made = {}
