@@ -406,7 +406,7 @@ def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None,
 
 # %% ../nbs/02b_collect.ipynb #colrep01
 def repair(name, quality, episodes, task_ids, root=None):
-    "Collect datasets again that are damaged: the same seed, and as many episodes as they had, at least `episodes`."
+    "Make datasets again that are damaged: the same seed, and as many episodes as they had, at least `episodes`."
     fam, root = tasks.family(name), Path(root or minari_dir())
     with run_lock(root / "promptnb" / f".{fam.name}", wait=-1):
         known = [manifest(fam, root).get(dataset_id(fam, i, quality), {}) for i in task_ids]

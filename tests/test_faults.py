@@ -1249,7 +1249,7 @@ def test_table_with_a_seed_missing_through_the_command_line(gap, tmp_home):
     t = tables.tidy_table(View(TABLE1, "laptop", partial=True))
     cell = tables.printed(t).loc[gap.recipe.method, gap.recipe.family].replace("\n", "<br>")
     said = went(cli(tmp_home, "render", PAPER, "--exhibit", "table1", "--partial")).stdout
-    assert f"| {cell} " in said.replace("  ", " ") and "PARTIAL: " in said
+    assert f"| {cell}" in said and "PARTIAL: " in said
 
 
 def test_verdicts_pair_the_same_seeds_only(tmp_home):
