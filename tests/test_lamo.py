@@ -381,8 +381,9 @@ def test_record_names_its_recipe_and_code(arm):
     assert (rec["status"], rec["why"], rec["recipe_digest"]) == ("ok", "", rc.digest(r))
     assert rec["code"] == Run(r, "smoke").code
     assert rec["protocol"] == dict(targets=[40.0, 76.0], episodes=1, last=0.5)
-    own = read_json(ROOT / "data" / "experts" / f"{FAMILY}.json")["expert_mean_return"]
-    assert rec["references"] == dict(d4rl=[0.0, 100.0], own=[0.0, own])
+    card = read_json(ROOT / "data" / "experts" / f"{FAMILY}.json")
+    own = [card["random_mean_return"], card["expert_mean_return"]]
+    assert rec["references"] == dict(d4rl=[0.0, 100.0], own=own)
 
 
 @pytest.mark.parametrize("arm", ARMS)
