@@ -133,7 +133,7 @@ def mtimes(home, keep=lambda p: True):
     return {
         p: p.stat().st_mtime_ns
         for p in (home / "data").rglob("*")
-        if p.is_file() and p.name not in (".lock", ".holder") and keep(p)
+        if p.is_file() and p.name not in (".lock", ".holder") and p.suffix != ".tmp" and keep(p)
     }
 
 

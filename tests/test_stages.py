@@ -146,7 +146,7 @@ class Finished:
 
     @property
     def final(self):
-        return read_json(self.folder / "final.json")
+        return read_json(self.folder / "final.json")["episodes"]
 
     @property
     def last(self):

@@ -445,7 +445,7 @@ def test_saved_and_loaded(name, frames, tmp_path):
     assert torch.equal(again.act(history(s)), m.act(history(s))) and again.step == 7 and again.frames == m.frames
     assert all(getattr(again, f) == getattr(m, f) for f in m.fields()) and sorted(
         p.suffix for p in tmp_path.iterdir() if p.suffix != ".md"
-    ) == [".json", ".safetensors"]
+    ) == [".json", ".json", ".safetensors"]
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in m.parameters()]
 
 

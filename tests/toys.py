@@ -32,9 +32,10 @@ def toy(prompt=True, T=40, context=False, **kw):
         config = ContextConfig(S, A, width=16, layers=2, encoder=encoder, reward_scale=12.0, **kw)
         policy = ContextPolicy(asdict(config), K=K, rtg_scale=12.0)
     else:
-        policy = Policy(asdict(DTConfig(S, A, width=16, layers=2, prompt=prompt, **kw)), K=K, rtg_scale=12.0)
+        config = DTConfig(S, A, width=16, layers=2, prompt=prompt, **kw)
+        policy = Policy(asdict(config), K=K, rtg_scale=12.0)
     for p in policy.model.parameters():
-        p.data.mul_(4)  # larger weights: the prompt matters more
+        p.data.mul_(3 if context else 4)  # larger weights: the prompt matters more
     return policy.eval(), demos(store, store, policy, n=3, K=K, batch=8, H=P)
 
 

@@ -128,7 +128,7 @@ GRADIENT = {
 def gradient(tuner, steps=100, **kw):
     "Tune by gradient; `kw` are fields of the tuner or of Tune."
     hyper, own = parted(kw)
-    return Tune(tuner, tuple(dict(steps=steps, **{**GRADIENT[tuner], **hyper}).items()), **own)
+    return Tune(tuner, tuple(dict(steps=steps, **{**GRADIENT.get(tuner, {}), **hyper}).items()), **own)
 
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00008
