@@ -11,7 +11,7 @@ import pytest
 from homes import ROOT
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from promptnb import collect, core, recipes
 from promptnb.experiments import job, plan
@@ -122,6 +122,7 @@ def flipped(data, at):
     return data[:k] + bytes([data[k] ^ 1]) + data[k + 1 :]
 
 
+PLACE = st.integers(0, 10**6)
 DAMAGE = {
     "one bit flipped": flipped,
     "cut off": lambda data, at: data[: at % len(data)],
@@ -143,21 +144,39 @@ class Histories(RuleBasedStateMachine):
         every = sorted(p for p in (self.home.path / "data").rglob("*") if p.is_file() and p.stat().st_size)
         return [p for p in every if "experts" not in p.parts]
 
+    @initialize()
+    def begin(self):
+        self.run()
+
     @rule(variant=st.sampled_from([(1, 4), (2, 4), (1, 6)]))
     def edit_recipe(self, variant):
         self.home.edit(*variant)
+        self.run()
 
-    @rule(version=st.integers(0, 1))
-    def edit_code(self, version):
-        self.home.code = version
+    @rule(run_after=st.booleans())
+    def edit_code(self, run_after):
+        "There and back: what was made before is still there."
+        self.home.code = 1 - self.home.code
+        if run_after:
+            self.run()
 
-    @rule(which=st.integers(0, 10**6), how=st.sampled_from(sorted(DAMAGE)), at=st.integers(0, 10**6))
-    def damage(self, which, how, at):
-        if files := self.files():
-            path = files[which % len(files)]
-            path.write_bytes(DAMAGE[how](path.read_bytes(), at))
+    @rule(places=st.lists(PLACE, min_size=1, max_size=4), how=st.sampled_from(sorted(DAMAGE)), at=PLACE)
+    def damage(self, places, how, at):
+        if not (files := self.files()):
+            return
+        for path in {files[k % len(files)] for k in places}:
+            if data := path.read_bytes():
+                path.write_bytes(DAMAGE[how](data, at))
 
-    @rule(which=st.integers(0, 10**6), folder=st.booleans())
+    @rule(at=PLACE)
+    def flip_a_policy(self, at):
+        "A bit of the weights, where the record of what was tuned from them is gone."
+        for path in self.home.path.glob("data/runs/policies/*/policy/model.safetensors"):
+            path.write_bytes(flipped(path.read_bytes(), at))
+        for path in self.home.path.glob("data/results/*/smoke.cheetah-dir.*.json"):
+            path.unlink()
+
+    @rule(which=PLACE, folder=st.booleans())
     def delete(self, which, folder):
         if files := self.files():
             path = files[which % len(files)]
@@ -205,7 +224,7 @@ def histories(n):
     "Settings for so many histories, the same ones each time."
     return settings(
         max_examples=n,
-        stateful_step_count=8,
+        stateful_step_count=6,
         deadline=None,
         derandomize=True,
         database=None,
