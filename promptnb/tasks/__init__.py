@@ -440,33 +440,17 @@ REPLAY = "dqn-replay/"  # how the name of DQN-replay data begins: 'dqn-replay/<G
 
 
 def _theirs(game):
-    "Where the data of a game that no policy of ours plays come from."
-    minari = ("minari-expert", f"atari/{game.lower()}/expert-v0")
-    return dict(qualities=(), remote=(("medium", f"{REPLAY}{game}/1/10"), minari))
-
-
-add(
-    Family(
-        "freeway",
-        body="freeway",
-        act_dim=3,
-        target_return=30.0,
-        references=(0.0, 29.6),
-        **_ATARI | _theirs("Freeway"),
+    "What two games share that no policy of ours plays: the data are yours."
+    return dict(
+        body=game.lower(),
+        qualities=(),
+        remote=(("medium", f"{REPLAY}{game}/1/10"), ("minari-expert", f"atari/{game.lower()}/expert-v0")),
         note="no policy of ours plays it: its data are the DQN-replay files or the Minari dataset that you have",
     )
-)
-add(
-    Family(
-        "asterix",
-        body="asterix",
-        act_dim=9,
-        target_return=8500.0,
-        references=(210.0, 8503.3),
-        **_ATARI | _theirs("Asterix"),
-        note="no policy of ours plays it: its data are the DQN-replay files or the Minari dataset that you have",
-    )
-)
+
+
+add(Family("freeway", act_dim=3, target_return=30.0, references=(0.0, 29.6), **_ATARI | _theirs("Freeway")))
+add(Family("asterix", act_dim=9, target_return=8500.0, references=(210.0, 8503.3), **_ATARI | _theirs("Asterix")))
 
 # %% ../../nbs/01_tasks.ipynb #d7a10016
 add(Family("smax-3m", body="3m", agents=3, state_dim=75, act_dim=8, **_SMAX))
