@@ -354,6 +354,11 @@ class Published:
         "Does this hold for a recipe?"
         return any(fnmatchcase(f"{recipe.family}/{recipe.key}", pattern) for pattern in self.on)
 
+    def agrees(self, value) -> bool:
+        "Is a value what is said, by paper and by code where both say it? Where neither does, it is assumed: False."
+        said = [x for x in (self.paper, self.code) if x is not None]
+        return bool(said) and all(x == value for x in said)
+
 
 # %% ../../nbs/09_recipes.core.ipynb #rcppub02
 def value_of(recipe, path):
@@ -387,7 +392,7 @@ class Exhibit:
     reported: str = ""  # which rows of data/reported/<paper>.csv stand beside it
     unknown: str = ""
     only: tuple = ()  # scales at which it is made (none: all)
-    asked: bool = False  # made only when asked for by name: it takes hours
+    asked: bool = False  # made only when asked for by name: it takes long
     keep: dict = field(default_factory=dict)  # scale -> the families that it shows there (none: all)
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000003
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -36,7 +37,6 @@ __all__ = [
     "sources",
     "changed",
     "deviations",
-    "apart",
     "how_many",
     "differences",
     "provenance",
@@ -128,7 +128,7 @@ def show(view, wanted=None):
         return
     if e.asked and not status(view)["done"]:
         command = f"promptnb run {e.paper} --exhibit {e.id} --scale {view.scale}"
-        print(f"{e.id}: no runs, as it takes hours: {command}")
+        print(f"{e.id}: no runs, as it is made only when asked for: {command}")
         return
     try:
         made, text = drawn(view)
@@ -271,17 +271,6 @@ def deviations(paper, scale) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["field", "paper_scale", "this_scale", "source"])
 
 
-# %% ../../nbs/11h_report.exhibits.ipynb #ex000036
-def apart(r, p: rc.Published):
-    "(a recipe's value,) of a published field that is not the paper's or the code's, or that neither gives; else None."
-    try:
-        ours = rc.value_of(r, p.field)
-    except KeyError:
-        return None
-    said = [x for x in (p.paper, p.code) if x is not None]
-    return None if said and all(x == ours for x in said) else (ours,)
-
-
 # %% ../../nbs/11h_report.exhibits.ipynb #chk18df1
 def how_many(recipes) -> str:
     "The number of recipes, and their families where there are three at most."
@@ -296,8 +285,12 @@ def differences(paper) -> pd.DataFrame:
     recipes = [rc.resolve(r, "paper") for r in of.recipes.values() if rc.run_at(r, "paper")]
     for p in of.published:
         for r in recipes:
-            if p.covers(r) and (ours := apart(r, p)):
-                found.setdefault((replace(p, on=()), *ours), {})[r.id] = r
+            if not p.covers(r):
+                continue
+            with suppress(KeyError):  # a recipe without that field
+                ours = rc.value_of(r, p.field)
+                if not p.agrees(ours):
+                    found.setdefault((replace(p, on=()), ours), {})[r.id] = r
     rows = [
         dict(
             what=p.field,
