@@ -22,6 +22,7 @@ from promptnb.core import (
     DamagedError,
     PromptnbError,
     check_choice,
+    check_file,
     code_fingerprint,
     disk_error,
     figures_dir,
@@ -58,6 +59,7 @@ __all__ = [
     "write_dataset",
     "manifest_path",
     "manifest",
+    "mend_manifest",
     "policy_of",
     "Order",
     "collect_task",
@@ -296,13 +298,19 @@ def manifest(fam, root=None) -> dict:
     """Dataset id -> what is known of it.
 
     columns and sha256 (hashes), episodes, asked, seed, steps, mean_return, success, policy, seconds, bytes.
+    DamagedError where it is damaged.
     """
     path = manifest_path(fam, root)
+    return read_json(path) if path.exists() else {}
+
+
+# %% ../nbs/02b_collect.ipynb #colmend1
+def mend_manifest(fam, root):
+    "Before a manifest is written to: a damaged one is set aside, and its datasets are made again."
     try:
-        return read_json(path) if path.exists() else {}
+        manifest(fam, root)
     except DamagedError as e:
-        set_aside(path, e)
-        return {}
+        set_aside(manifest_path(fam, root), e)
 
 
 # %% ../nbs/02b_collect.ipynb #d67afb8b
@@ -333,14 +341,11 @@ class Order:
     root: Path
     threads: int | None = None
 
-    def is_whole(self, id_, entry):
-        "Is the dataset's file of columns the one of its entry?"
-        file = self.root / id_ / "columns.safetensors"
-        return file.exists() and sha256_file(file) == entry["columns"]
-
     def is_done(self, id_, entry):
         "Does an entry of the manifest fill the order: the same seed and policy, as many episodes, undamaged?"
-        if "columns" not in entry or not self.is_whole(id_, entry):
+        try:
+            check_file(self.root / id_ / "columns.safetensors", entry.get("columns"))
+        except DamagedError:
             return False
         asked = entry.get("asked", entry["episodes"])  # data from elsewhere may hold fewer than were asked for
         return asked >= self.episodes and (entry["seed"], entry["policy"]) == (self.seed, self.policy)
@@ -373,6 +378,7 @@ def collect_task(order, task, vec=None):
 def fill(order, task_ids, say):
     "Write what is missing of an order; returns the manifest's entries of its quality."
     fam, quality, root = order.fam, order.quality, order.root
+    mend_manifest(fam, root)
     for old in root.glob(f".collect-{fam.name}-[0-9]*"):
         shutil.rmtree(old, ignore_errors=True)  # of a killed run
     missing, vec = order.missing(task_ids), None
@@ -409,6 +415,7 @@ def repair(name, quality, episodes, task_ids, root=None):
     "Make datasets again that are damaged: the same seed, and as many episodes as they had, at least `episodes`."
     fam, root = tasks.family(name), Path(root or minari_dir())
     with run_lock(root / "promptnb" / f".{fam.name}", wait=-1):
+        mend_manifest(fam, root)
         known = [manifest(fam, root).get(dataset_id(fam, i, quality), {}) for i in task_ids]
         asked = max([episodes or 1, *(entry.get("asked", 0) for entry in known)])
         seed = max(entry.get("seed", 0) for entry in known)

@@ -66,6 +66,8 @@ __all__ = [
     "write_sealed",
     "read_sealed",
     "read_record",
+    "sound_record",
+    "check_file",
     "set_aside",
     "kept",
     "append_jsonl",
@@ -348,7 +350,8 @@ def is_current(record: dict, recipe_digest: str, facts: str = "") -> bool:
 
 
 # %% ../nbs/00_core.ipynb #c0depr01
-HOST = platform.node()[:16]  # short: sockets lie below folders of this name
+# short, as sockets lie below folders of this name; names of hosts often begin, or end, alike
+HOST = f"{platform.node()[:8]}-{fingerprint(platform.node(), 6)}"
 
 
 def process_name(pid=None) -> str:
@@ -366,7 +369,11 @@ def swept(folder) -> list:
         pid = path.name.split("@")[0].rpartition(".")[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             dead.append(path)
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in dead:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return dead
 
 
@@ -453,6 +460,20 @@ def read_record(path) -> dict:
     return read_sealed(path, RECORD)
 
 
+# %% ../nbs/00_core.ipynb #c0dese07
+def sound_record(path):
+    "The record of a run; None where there is none, or where it is damaged."
+    with contextlib.suppress(DamagedError, FileNotFoundError):
+        return read_record(path)
+
+
+# %% ../nbs/00_core.ipynb #c0dese08
+def check_file(path, sha256, remedy=""):
+    "DamagedError, which ends with a `remedy`, unless a file is there and has this SHA-256."
+    if not Path(path).exists() or sha256_file(path) != sha256:
+        raise DamagedError(f"{path} is damaged (its hash is not the one recorded){remedy and f': {remedy}'}")
+
+
 # %% ../nbs/00_core.ipynb #c0dese04
 def set_aside(path, why) -> Path:
     "Rename a damaged file or folder to a name that says so, and say it; returns the new path."
@@ -515,8 +536,7 @@ def save_tensors(path, tensors: dict, meta: dict):
 
     path = Path(path)
     write_atomic(path, data := save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
-    meta = plain(dict(meta, format=FORMAT, sha256=hashlib.sha256(data).hexdigest()))
-    write_json(path.with_suffix(".json"), dict(meta, own=fingerprint(meta, 64)))
+    write_sealed(path.with_suffix(".json"), dict(meta, format=FORMAT, sha256=hashlib.sha256(data).hexdigest()))
     return path
 
 
@@ -527,9 +547,7 @@ def _read_meta(path):
         raise PromptnbError(f"{path} is not a .safetensors file: nothing else is opened")
     if not path.with_suffix(".json").exists():
         raise PromptnbError(f"{path} has no {path.stem}.json beside it: it is not a finished checkpoint")
-    meta = read_json(path.with_suffix(".json"))
-    if not isinstance(meta, dict) or meta.pop("own", None) != fingerprint(meta, 64):
-        raise PromptnbError(f"{path.with_suffix('.json')} is damaged (its hash is not its own)")
+    meta = read_sealed(path.with_suffix(".json"), ("hash", "format", "sha256"))
     if meta["format"] > FORMAT:
         newer = f"{path} has format {meta['format']}, newer than this promptnb reads ({FORMAT})"
         raise PromptnbError(f"{newer}: update promptnb")
@@ -550,11 +568,11 @@ def load_tensors(path, config=None):
         raise PromptnbError(f"{path} is of another run: {diff}; go on as it began, or delete {path.parent}")
     data = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(data).hexdigest() != meta["sha256"]:
-        raise PromptnbError(f"{path} is damaged ({len(data)} bytes, its hash is not the one recorded)")
+        raise DamagedError(f"{path} is damaged ({len(data)} bytes, its hash is not the one recorded)")
     try:
         return load(data), meta
     except SafetensorError as e:
-        raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
+        raise DamagedError(f"{path} is damaged (not safetensors: {e})") from None
 
 
 # %% ../nbs/00_core.ipynb #52afc78c
@@ -602,9 +620,7 @@ class Checkpoints:
         for p in self.paths():
             try:
                 return load_tensors(p.with_suffix(".safetensors"), self.config)
-            except PromptnbError as e:
-                if "another run" in str(e) or "newer than" in str(e):
-                    raise
+            except DamagedError as e:
                 print(f"{e}; using the one before", file=sys.stderr)
 
 

@@ -23,12 +23,12 @@ from promptnb.core import (
     PromptnbError,
     Steps,
     check_choice,
+    check_file,
     fingerprint,
     minari_dataset,
     minari_dir,
     read_json,
     seed_for,
-    sha256_file,
     write_atomic,
 )
 
@@ -59,7 +59,6 @@ __all__ = [
     "minari_root",
     "minari_trajectories",
     "from_minari",
-    "check_columns",
     "load",
     "subset",
     "of_tasks",
@@ -432,13 +431,6 @@ def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) ->
     return from_arrays(trajectories, of_task)
 
 
-# %% ../nbs/02_data.ipynb #datadama
-def check_columns(file, sha256, command):
-    "Is a file of columns the one that was written? `command` makes it again."
-    if not file.exists() or sha256_file(file) != sha256:
-        raise DamagedError(f"{file} is damaged (its hash is not the manifest's): collect again, {command}")
-
-
 # %% ../nbs/02_data.ipynb #e4f971a9
 def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=True, mapped=None) -> Store:
     "The collected data of a family, all tasks or some; hashes are checked against the manifest first."
@@ -456,7 +448,7 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
             raise PromptnbError(f"dataset {id_} with {episodes or 1} episodes is not here: {command}")
         file = root / id_ / "columns.safetensors"
         if check:
-            check_columns(file, entry["columns"], command)
+            check_file(file, entry["columns"], f"collect again, {command}")
         store = cut(open_columns(file, [entry["columns"]]), (episodes or entry["episodes"]) * fam.agents)
         if (store.s.shape[1:], store.a.shape[1]) != (S, A):
             raise PromptnbError(

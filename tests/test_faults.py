@@ -506,10 +506,8 @@ def test_hostile_checkpoint(raw, tmp_path, capsys):
     path = tmp_path / "step-000000015.safetensors"
     path.write_bytes(raw)
     assert ck.latest()[1]["step"] == 10 and str(path) in capsys.readouterr().err  # its hash is not the recorded one
-    meta = {k: v for k, v in read_json(path.with_suffix(".json")).items() if k != "own"} | dict(
-        sha256=hashlib.sha256(raw).hexdigest()
-    )
-    write_json(path.with_suffix(".json"), dict(meta, own=core.fingerprint(meta, 64)))
+    meta = {k: v for k, v in read_json(path.with_suffix(".json")).items() if k != "hash"}
+    core.write_sealed(path.with_suffix(".json"), dict(meta, sha256=hashlib.sha256(raw).hexdigest()))
     assert ck.latest()[1]["step"] == 10 and str(path) in capsys.readouterr().err  # recorded: it is no safetensors
     refused(core.load_tensors, path, CONFIG, says=[path, "damaged"])
     path.with_suffix(".json").unlink()
@@ -596,7 +594,7 @@ def test_one_bit_of_a_dataset(home):
     assert {*data.COLUMNS} - {"legal"} < set(regions(file))
     for a, b in regions(file).values():
         flip(file, rng.randrange(a, b), rng.randrange(8))
-        refused(data.load, FAMILY, says=[file, "its hash is not the manifest's"])
+        refused(data.load, FAMILY, says=[file, "its hash is not the one recorded"])
         file.write_bytes(whole)
     assert len(data.load(FAMILY)) == 8
     refused(

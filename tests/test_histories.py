@@ -92,7 +92,7 @@ class Home:
 
     def records(self):
         "{run id: what does not depend on when and where it ran}."
-        kept = {run.id: run.saved_record for run in self.runs()}
+        kept = {run.id: core.sound_record(run.path) for run in self.runs()}
         return {k: {f: r[f] for f in ("status", "why", "rows", "recipe_digest", "data")} for k, r in kept.items() if r}
 
     def close(self):

@@ -178,7 +178,7 @@ def left(run):
     meta, f = run.newest, run.folder
     advice = meta["envs"].pop("advise") or {}
     return dict(
-        meta=but(meta, "own"),
+        meta=but(meta, "hash"),
         goals=advice.get("envs"),
         lines=advice.get("lines"),
         counts=but(advice.get("counts", {}), *VARY),

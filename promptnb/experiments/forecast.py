@@ -14,10 +14,10 @@ from statistics import median
 from fastcore.basics import patch
 
 from .. import recipes as rc
-from ..core import PromptnbError, data_dir, read_json, read_record, results_dir, root, write_json
+from ..core import PromptnbError, data_dir, read_json, results_dir, root, sound_record, write_json
 from .job import module_of, runs_of
 from .plan import Request
-from .run import Run, damage
+from .run import Run
 
 # %% auto #0
 __all__ = [
@@ -65,8 +65,8 @@ def time_name(run: Run) -> str:
 def good_records(run: Run) -> list:
     "This machine's good records of a run, of any seed, current or stale."
     any_seed = f"{run.id.rsplit('.s', 1)[0]}.s*.json"
-    paths = [p for p in sorted(results_dir(run.recipe.paper).glob(any_seed)) if not damage(p)]
-    return [record for record in map(read_record, paths) if record["status"] == "ok"]
+    found = map(sound_record, sorted(results_dir(run.recipe.paper).glob(any_seed)))
+    return [record for record in found if record and record["status"] == "ok"]
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #4c436605

@@ -21,6 +21,7 @@ from promptnb.core import (
     Steps,
     append_jsonl,
     check_choice,
+    check_file,
     fingerprint,
     kept,
     plain,
@@ -29,6 +30,7 @@ from promptnb.core import (
     seed_for,
     set_aside,
     sha256_file,
+    sound_record,
     write_json,
 )
 from .run import Rows, Run, TrainData, relative, stored
@@ -327,12 +329,11 @@ def begin_pretraining(run: Run) -> Pretraining:
 @patch
 def saved(self: Pretraining):
     "The policy where it is finished and whole; None where it is to be trained."
-    record = self.run.saved_record
+    record = sound_record(self.run.path)
     if not self.run.finished or record["status"] != "ok" or not (self.folder / "policy").exists():
         return None
     try:
-        if not self.weights.exists() or sha256_file(self.weights) != record.get("weights"):
-            raise DamagedError(f"{self.weights} is damaged (its hash is not the record's)")
+        check_file(self.weights, record.get("weights"))
         return load_policy(self.folder / "policy", self.run.recipe.pretrain).to(self.run.device).eval()
     except DamagedError as e:
         set_aside(self.folder / "policy", e)

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from .. import recipes as rc
 from promptnb.core import (
+    DamagedError,
     PromptnbError,
     check_choice,
     code_fingerprint,
@@ -230,7 +231,10 @@ def is_there(self: Collection) -> bool:
     from promptnb import collect, tasks
 
     fam = tasks.family(self.family)
-    known = collect.manifest(fam)
+    try:
+        known = collect.manifest(fam)
+    except DamagedError:
+        return False
     for quality, episodes in self.needs:
         for i in fam.task_ids:
             id_ = collect.dataset_id(fam, i, quality)

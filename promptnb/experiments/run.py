@@ -22,11 +22,11 @@ from promptnb.core import (
     fingerprint,
     is_current,
     plain,
-    read_record,
     results_dir,
     root,
     runs_dir,
     set_aside,
+    sound_record,
     write_sealed,
 )
 
@@ -42,7 +42,6 @@ __all__ = [
     "relative",
     "record_path",
     "provenance",
-    "damage",
     "stored",
     "TrainData",
 ]
@@ -264,24 +263,13 @@ def provenance(device="cpu") -> dict:
     )
 
 
-# %% ../../nbs/10_experiments.run.ipynb #runsav01
-def damage(path) -> str:
-    "What is wrong with the file of a record, in one line; '' if nothing is, or if there is none."
-    try:
-        if Path(path).exists():
-            read_record(path)
-    except DamagedError as e:
-        return str(e)
-    return ""
-
-
 # %% ../../nbs/10_experiments.run.ipynb #d027d1c5
 @patch
 def record(self: Run, status, rows=(), why="", seconds=0.0, **more) -> Path:
     "Write the run's record, with `more` of what there is to know; returns its path."
     path = self.failed_path if status == "failed" else self.path
-    if trouble := damage(path):
-        set_aside(path, trouble)
+    if path.exists() and sound_record(path) is None:
+        set_aside(path, f"{path} is damaged")
     write_sealed(
         path,
         dict(
@@ -303,18 +291,11 @@ def record(self: Run, status, rows=(), why="", seconds=0.0, **more) -> Path:
     return path
 
 
-# %% ../../nbs/10_experiments.run.ipynb #runsav02
-@patch(as_prop=True)
-def saved_record(self: Run):
-    "Its record; None where there is none or it is damaged: then the run is done again."
-    return read_record(self.path) if self.path.exists() and not damage(self.path) else None
-
-
 # %% ../../nbs/10_experiments.run.ipynb #4e4b92a9
 @patch(as_prop=True)
 def finished(self: Run) -> bool:
     "Is there a good record, of this very recipe, this code and these facts?"
-    record = self.saved_record
+    record = sound_record(self.path)
     return bool(record) and record["status"] in ("ok", "diverged") and is_current(record, self.digest, self.facts)
 
 

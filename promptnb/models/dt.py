@@ -19,11 +19,11 @@ from torch import nn
 
 from promptnb.core import (
     Batch,
-    DamagedError,
     PromptnbError,
     Steps,
     action_loss,
     check_choice,
+    check_file,
     choice_loss,
     read_sealed,
     sha256_file,
@@ -346,8 +346,7 @@ def check_hashes(folder):
         return
     known = read_sealed(folder / HASHES, SAVED)
     for name in SAVED:
-        if not (folder / name).exists() or sha256_file(folder / name) != known[name]:
-            raise DamagedError(f"{folder / name} is damaged (its hash is not the one of {HASHES})")
+        check_file(folder / name, known[name])
 
 
 # %% ../../nbs/03_models.dt.ipynb #hub00002

@@ -30,6 +30,7 @@ from promptnb.core import (
     Steps,
     action_loss,
     check_choice,
+    check_file,
     differing,
     fingerprint,
     plain,
@@ -768,8 +769,7 @@ def check_lm(folder, settings):
     if diff := differing(known["settings"], settings):
         raise PromptnbError(f"{folder} holds another language model: {diff}")
     for name, sha256 in known["files"].items():
-        if not (folder / name).exists() or sha256_file(folder / name) != sha256:
-            raise DamagedError(f"{folder / name} is damaged (its hash is not that of lm.json)")
+        check_file(folder / name, sha256)
 
 
 # %% ../../nbs/03a_models.lm.ipynb #3b5870a7

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from .. import recipes as rc
-from ..core import DamagedError, PromptnbError, figures_dir, read_record, results_dir
+from ..core import PromptnbError, figures_dir, results_dir, sound_record
 from .stats import BETTER, LEAST, WORSE, compare, judged, summary
 from .style import PALETTE, axes_for, in_order, legend, nothing, style
 from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
@@ -332,6 +332,7 @@ def averages(w, t, metric) -> list:
     return rows
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lmrev000
 def _mean_beside(d) -> dict:
     # the mean of the published values, where all data sets have one
     if d.elsewhere.notna().all():
@@ -454,11 +455,8 @@ def found_references(paper, scale) -> dict:
     "{family: returns behind a score of 0 and of 100}, from any record of a scale."
     found = {}
     for p in sorted(results_dir(paper).glob(f"{scale}.*.json")):
-        try:
-            record = read_record(p)
-        except DamagedError:
-            continue  # the run is done again; `status` names it
-        if record.get("references"):
+        record = sound_record(p)
+        if record and record.get("references"):
             found[p.name.split(".")[1]] = record["references"]
     return found
 
@@ -635,6 +633,7 @@ def _hollow(ax, x, y, method, **kw):
     ax.plot(x, y, marker=s["marker"], mec=s["color"], mfc="white", color=s["color"], **(dict(ms=5, ls="") | kw))
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lmrev001
 def published_beside(ax, pub, known):
     "Published values as hollow markers in a strip right of the curves; `known`: the methods that have a curve."
     end = ax.get_xlim()[1]
@@ -787,6 +786,7 @@ def points(ax, g):
         ax.errorbar(a.share, a["mean"], bar, ms=4, lw=1.2, elinewidth=1, capsize=2, label=label, **style(label))
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lmrev002
 def _share_axis(ax, shares, title):
     # a logarithmic axis that names the shares which lie far enough apart
     at = spread(shares)
@@ -1149,6 +1149,7 @@ def say_share(t) -> str:
     return "\n".join([*said, basis(t)])
 
 
+# %% ../../nbs/11e_report.lamo.ipynb #lmrev003
 def _of_whole(r) -> str:
     return "" if pd.isna(r.share) else f" ({r.share:.0f} % of the whole)"
 
