@@ -35,6 +35,7 @@ fix: $(READY) .venv/.extras-$(EXTRAS) ## format notebooks and code, export the p
 	@$(BIN)/ruff check -q --fix . || true
 	@$(BIN)/ruff format -q .
 	@$(BIN)/nbdev_export
+	@$(BIN)/python tests/faults.py
 	@$(BIN)/nbdev_clean
 	@$(BIN)/ruff format -q .
 

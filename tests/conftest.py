@@ -58,3 +58,4 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; `make test-all` runs it, `make test` does not")
+    config.addinivalue_line("markers", "fault(row): injects that row of the fault list (tests/faults.py)")

@@ -402,6 +402,7 @@ def test_local_copy(local):
     assert (row["quality"], row["trajectories"], row["steps"]) == ("minari-medium", 3, 21)
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("part", [0, 0.5, 0.99])
 def test_damaged_local_copy(part, local, capsys):
     "One line that names it."

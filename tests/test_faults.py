@@ -696,6 +696,7 @@ def test_arrays(tmp_path):
     refused(data.from_arrays, [{}], says=["trajectory 0", "nothing"])
 
 
+@pytest.mark.fault(8)
 def test_damaged_dataset_through_the_command_line(home):
     "The job says so, collects it again and goes on."
     flip(columns(home), 5000)
@@ -916,6 +917,7 @@ def test_full_disk_for_figures_and_tables(tmp_home):
         plt.close(fig)
 
 
+@pytest.mark.fault(11)
 def test_full_disk_through_the_command_line(home):
     "Nothing fits, not even the executed notebook."
     with tiny_disk(home / "data" / "runs", 4 * 2**20) as disk:
@@ -930,6 +932,7 @@ def test_full_disk_through_the_command_line(home):
 # ---- row 12: odd paths
 
 
+@pytest.mark.fault(12)
 def test_path_with_spaces_and_unicode(tmp_path):
     "The finished workbook elsewhere, one record lost: the graph makes that one again and nothing else."
     home = new_home(tmp_path / "my work (é, 提示)" / ("long " * 30), "data/minari", "data/runs", "data/results")
@@ -951,6 +954,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
 @pytest.mark.parametrize("args", COMMANDS, ids=lambda a: a[0])
 def test_read_only_folder(args, code, home, monkeypatch, capsys, no_kernel):
@@ -1067,6 +1071,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("args, says", WRONG, ids=lambda x: " ".join(x)[:60] if isinstance(x, tuple) else "")
 def test_wrong_argument(args, says, tmp_home, capsys, no_kernel):
     before = frozen(tmp_home)
@@ -1093,6 +1098,7 @@ def test_a_home_that_is_not_there_is_refused_and_not_made(tmp_path, monkeypatch,
     assert not home.exists()
 
 
+@pytest.mark.fault(15)
 def test_wrong_argument_through_the_command_line(tmp_home):
     one_line(cli(tmp_home, "run", PAPER, "--exhibit", "tabel1"), "did you mean 'table1'?")
 
@@ -1119,6 +1125,7 @@ def test_wrong_task_and_tuner():
     refused(train.autocast, "fp8", says=["unknown precision"])
 
 
+@pytest.mark.fault(13)
 def test_gpu_that_is_not_there(tmp_home, capsys, no_kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main([*RUN, "--accelerator", "cuda"]) == 2
@@ -1153,6 +1160,7 @@ def assert_told_as_failed(this, why):
     assert row.note == "1 failed" and np.isnan(row["mean"])
 
 
+@pytest.mark.fault(16)
 def test_notebook_that_breaks(tmp_path, monkeypatch):
     "A dead kernel, an exception and an exit are told as such; the mended notebook makes the one record that lacks."
     home = new_home(tmp_path / "home", "data/minari", "data/runs/policies", "data/results")
@@ -1239,6 +1247,7 @@ def test_table_with_a_seed_missing(gap):
     assert lines[1].startswith("n = 2 [") and lines[2] == "1 missing"
 
 
+@pytest.mark.fault(17)
 def test_table_with_a_seed_missing_through_the_command_line(gap, tmp_home):
     "It writes nothing unless a partial one is asked for, which prints the same cell."
     one_line(cli(tmp_home, "render", PAPER, "--exhibit", "table1"), *gap.says)

@@ -248,6 +248,7 @@ def test_told_to_stop(small, tmp_path, monkeypatch, at):
 # ---- the job, killed inside its kernel
 
 
+@pytest.mark.fault(1)
 def test_job_killed_at_random_steps(tmp_path):
     "And once after a checkpoint was written: weights and records are those of an unbroken run."
     home, log, rng = new_home(tmp_path / "home", *DATA), tmp_path / "log", random.Random(7)
@@ -273,6 +274,7 @@ def test_job_killed_at_random_steps(tmp_path):
 # ---- the graph, killed from outside
 
 
+@pytest.mark.fault(18)
 def test_run_killed_as_a_group(tmp_path):
     """Twice: while policies are trained, while they are tuned.
 
@@ -338,6 +340,7 @@ def none_left(pid, seconds):
     return not of_owner(pid)
 
 
+@pytest.mark.fault(3)
 def test_a_job_told_to_stop_writes_a_checkpoint(tmp_path):
     "SIGTERM to `promptnb job`: a checkpoint, status 75, no failed record; then it goes on from there."
     home, log = new_home(tmp_path / "home", *DATA), tmp_path / "log"
@@ -354,6 +357,7 @@ def test_a_job_told_to_stop_writes_a_checkpoint(tmp_path):
     same_records(home, [f"{n}.json" for _, n in expected(PRETRAIN)])
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("who", ["run", pytest.param("snakemake", marks=pytest.mark.long)])
 def test_one_of_the_graph_killed_alone(tmp_path, who):
     "What it had started writes a checkpoint and ends; the same command then goes on to the end of an unbroken run."
@@ -389,6 +393,7 @@ def test_two_jobs_at_once(tmp_path):
     assert set(home.iterdir()) == files
 
 
+@pytest.mark.fault(4)
 def test_second_process_on_the_same_job_is_refused(tmp_path):
     "It names the holder and writes nothing; when the holder is killed, the lock is gone with it."
     home, log = new_home(tmp_path / "home", *DATA), tmp_path / "log"
@@ -407,6 +412,7 @@ def test_second_process_on_the_same_job_is_refused(tmp_path):
     assert weights(home) == weights(finished_home())
 
 
+@pytest.mark.fault(4)
 def test_second_graph_is_refused(tmp_path):
     home = new_home(tmp_path / "home")
     with run_lock(home / "data" / "runs" / "graph"):

@@ -1121,6 +1121,7 @@ def test_the_key_is_in_no_file(raw, echo, home, monkeypatch, capfd):
     assert run.rec["texts"] >= 1 if raw else run.rec["texts"] == 1
 
 
+@pytest.mark.fault(26)
 def test_the_notebook_has_no_key(tmp_path):
     "Through papermill, with a key in the environment."
     home = new_home(tmp_path / "home")
