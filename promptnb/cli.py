@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from . import plugins
 from . import recipes as rc
 from .core import PromptnbError, check_choice, disk_error, root, run_lock, runs_dir, write_json
 from .experiments.forecast import expected, forecast, is_finished, many, write_seconds
@@ -366,9 +367,11 @@ def render_arguments(p):
 def cmd_render(a):
     "Tables and figures from finished runs, by the paper's page."
     views = drawable(a)
-    page = root() / f"nbs/papers/{a.paper}.ipynb"
+    page, own = root() / f"nbs/papers/{a.paper}.ipynb", {}
+    if not page.exists():  # a plug-in's study
+        page, own = root() / "nbs/papers/study.ipynb", dict(paper=a.paper)
     ids = [view.exhibit.id for view in views]
-    given = dict(scale=a.scale, exhibits=",".join(ids), partial=a.partial, shipped=a.shipped)
+    given = dict(own, scale=a.scale, exhibits=",".join(ids), partial=a.partial, shipped=a.shipped)
     out = execute(page, given, runs_dir() / "notebooks" / f"{a.scale}.{a.paper}.ipynb", stream=False)
     folder = views[0].folder
     print(f"tables and figures: {folder}\nnotebook, run: {out}")
@@ -593,6 +596,7 @@ def main(argv=None) -> int:
     "The console script. User errors print one line and exit with status 2."
     a = parser().parse_args(argv)
     try:
+        plugins.check()
         check_home()
         return a.f(a) or 0
     except BrokenPipeError:

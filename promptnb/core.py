@@ -54,6 +54,7 @@ __all__ = [
     "fingerprint",
     "sha256_file",
     "meaning",
+    "source_of",
     "code_fingerprint",
     "is_current",
     "process_name",
@@ -325,13 +326,24 @@ def _module_fingerprint(path, changed_ns):
     return fingerprint(meaning(Path(path).read_text()))
 
 
+# %% ../nbs/00_core.ipynb #c0defp05
+def source_of(module) -> Path:
+    "The file of a module of ours, such as 'models/dt', or of a plug-in's, such as ':mass.tuner'; it may be gone."
+    if not module.startswith(":"):
+        return Path(importlib.util.find_spec("promptnb").origin).parent / f"{module.replace('.', '/')}.py"
+    try:
+        spec = importlib.util.find_spec(module[1:])
+    except (ImportError, ValueError):
+        spec = None
+    return Path(spec.origin if spec and spec.origin else module)
+
+
 # %% ../nbs/00_core.ipynb #c0defp04
 def code_fingerprint(*modules) -> str:
-    """Fingerprint of what the named modules mean, such as "core" and "models/dt" (none: all of promptnb).
+    """Fingerprint of what modules mean: "core", "models/dt", ":mass.tuner" of a plug-in; none named: all of ours.
 
     Comments, docstrings, annotations and layout do not change it; a constant does."""
-    base = Path(importlib.util.find_spec("promptnb").origin).parent
-    files = [base / f"{m.replace('.', '/')}.py" for m in modules] or sorted(base.rglob("*.py"))
+    files = [source_of(m) for m in modules] or sorted(source_of("__init__").parent.rglob("*.py"))
     files = [f for f in files if f.name != "_modidx.py"]
     # a module that is gone has no meaning: what it made is stale
     return fingerprint([_module_fingerprint(f, f.stat().st_mtime_ns) if f.exists() else "" for f in files])

@@ -129,10 +129,11 @@ def imports(source, package=()):
 # ---- who may import whom: the table of the design
 
 # module: (ours that it may import, others that it never may, others not at module level)
-EVERYTHING_OURS = "core tasks data experts collect models train evaluate tuners llm online recipes"
+EVERYTHING_OURS = "core plugins tasks data experts collect models train evaluate tuners llm online recipes"
 LAYERS = {
-    "__init__": ("", "torch gymnasium", ""),
+    "__init__": ("plugins", "torch gymnasium", ""),
     "core": ("", "", "torch gymnasium"),
+    "plugins": ("core", "torch gymnasium", ""),
     "tasks": ("core", "", "torch"),  # Atari's behaviour policies are networks: torch inside functions only
     "data": ("core tasks", "", ""),
     "experts": ("core tasks data", "", ""),

@@ -145,9 +145,11 @@ COMMON = ("core", "data", "models/dt", "train", "evaluate")  # of any policy tha
 # %% ../../nbs/10_experiments.run.ipynb #runmod01
 def tuner_modules(r: rc.Recipe) -> list:
     "The modules of a recipe's tuner, beside the common ones."
-    from promptnb.tuners.core import TUNERS
+    from promptnb.tuners.core import tuner_module
 
-    return sorted({"tuners/core", f"tuners/{TUNERS[r.tune.tuner].split(':')[0]}"})
+    name = tuner_module(r.tune.tuner)
+    ours = name.startswith("promptnb.")
+    return sorted({"tuners/core", name.removeprefix("promptnb.").replace(".", "/") if ours else f":{name}"})
 
 
 # %% ../../nbs/10_experiments.run.ipynb #runmod02

@@ -64,6 +64,7 @@ __all__ = [
     "PAPERS",
     "RECIPES",
     "EXHIBITS",
+    "add",
     "exhibits",
     "run_at",
     "recipes_of",
@@ -99,11 +100,26 @@ __all__ = [
 ]
 
 # %% ../../nbs/09g_recipes.ipynb #1f680bb2
-_PAPERS = [m.PAPER for m in (prompt_tuning_dt, prompt_diffuser, lamo, cmt, rladapter)]
-PAPER_OF = {p.slug: p for p in _PAPERS}
-PAPERS = {p.slug: p.title for p in _PAPERS}
-RECIPES = {i: r for p in _PAPERS for i, r in p.recipes.items()}
-EXHIBITS = {(p.slug, i): e for p in _PAPERS for i, e in p.exhibits.items()}
+PAPER_OF = {}  # slug -> Paper
+PAPERS = {}  # slug -> title
+RECIPES = {}  # id -> Recipe
+EXHIBITS = {}  # (slug, id) -> Exhibit
+
+
+def add(paper: Paper) -> Paper:
+    """Make a paper known, or again after something was added to it: a plug-in's study, or its exhibit of one of ours.
+
+    A recipe that differs from a known one of its id is a ValueError."""
+    for id, r in paper.recipes.items():
+        if RECIPES.setdefault(id, r) != r:
+            raise ValueError(f"two recipes named {id}")
+    PAPER_OF[paper.slug], PAPERS[paper.slug] = paper, paper.title
+    EXHIBITS.update({(paper.slug, id): e for id, e in paper.exhibits.items()})
+    return paper
+
+
+for _module in (prompt_tuning_dt, prompt_diffuser, lamo, cmt, rladapter):
+    add(_module.PAPER)
 
 
 # %% ../../nbs/09g_recipes.ipynb #17a1ed4d

@@ -217,8 +217,10 @@ class View:
 
 # %% ../../nbs/11a_report.view.ipynb #vw000015
 def reported(paper) -> pd.DataFrame:
-    "The published numbers of a paper with their sources."
-    return pd.read_csv(data_dir() / "reported" / f"{paper}.csv")
+    "The published numbers of a paper with their sources; a study of yours has none."
+    path = data_dir() / "reported" / f"{paper}.csv"
+    columns = "exhibit method family value std n_seeds source other_protocol".split()
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000016

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "FIELDS",
     "Adapted",
     "Tuner",
+    "tuner_module",
     "tuner_class",
     "make_tuner",
     "NoTuning",
@@ -124,6 +126,17 @@ TUNERS = {  # name -> module:class; a new tuner is one line here, its notebook, 
 }
 
 
+# %% ../../nbs/06_tuners.core.ipynb #tnr00007
+def tuner_module(name) -> str:
+    "The module of the tuner of that name: of promptnb.tuners, or a plug-in's; found without importing it."
+    entry = TUNERS[check_choice(name, TUNERS, "tuner")]
+    if isinstance(entry, type):
+        return entry.__module__
+    module = entry.split(":")[0]
+    ours = f"promptnb.tuners.{module}"
+    return ours if importlib.util.find_spec(ours) else module
+
+
 # %% ../../nbs/06_tuners.core.ipynb #tnr00002
 def tuner_class(name) -> type[Tuner]:
     """The class that a registry line names; a misspelt name is refused with the nearest valid one.
@@ -132,8 +145,7 @@ def tuner_class(name) -> type[Tuner]:
     entry = TUNERS[check_choice(name, TUNERS, "tuner")]
     if isinstance(entry, type):
         return entry
-    module, cls = entry.split(":")
-    return getattr(importlib.import_module(f"promptnb.tuners.{module}"), cls)
+    return getattr(importlib.import_module(tuner_module(name)), entry.split(":")[1])
 
 
 # %% ../../nbs/06_tuners.core.ipynb #tnr00003
