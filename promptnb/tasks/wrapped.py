@@ -5,17 +5,32 @@
 # %% ../../nbs/01c_tasks.wrapped.ipynb #728e6c8b
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
+
 import gymnasium as gym
 import numpy as np
 from fastcore.basics import patch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Discrete
 
 from .. import tasks
 from ..core import PromptnbError
+from . import spaces
 from .rows import Rows, starts
 
 # %% auto #0
-__all__ = ["Wrapped", "LockStep", "make", "check_goals", "check_spaces", "own"]
+__all__ = [
+    "Wrapped",
+    "Own",
+    "in_one_line",
+    "LockStep",
+    "make",
+    "check_same",
+    "check_goals",
+    "check_spaces",
+    "spec_of",
+    "own",
+]
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #00a5128d
@@ -63,7 +78,7 @@ def set_tasks(self: Wrapped, task_ids):
     self.single_observation_space = self.envs[0].observation_space
     self.single_action_space = self.envs[0].action_space
     self.resize(n)
-    self._obs = np.zeros((n, self.family.state_dim), np.float32)
+    self._obs = np.zeros((n, *self.family.state_shape), np.uint8 if self.family.frames else np.float32)
     self._over = np.zeros((2, n), bool)  # terminated, truncated
 
 
@@ -95,6 +110,28 @@ def step(self: Wrapped, actions):
     return self._obs.copy(), rewards, self._over[0].copy(), self._over[1].copy(), dict(success=success)
 
 
+# %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown01
+@dataclass(frozen=True, repr=False)
+class Own(tasks.Family):
+    "A family that `own` made: it knows the spaces of its environments as they are."
+
+    observation_space: object = None
+    action_space: object = None
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown02
+@contextlib.contextmanager
+def in_one_line(what):
+    "What somebody's environment raises, as one line that says where; the cause stays attached."
+    try:
+        yield
+    except PromptnbError:
+        raise
+    except Exception as e:
+        first = (str(e).splitlines() or [""])[0]
+        raise PromptnbError(f"{what}: {type(e).__name__}{': ' if first else ''}{first}") from e
+
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #f15d897a
 class LockStep(Wrapped):
     "The rows of a family that `own` made."
@@ -103,17 +140,47 @@ class LockStep(Wrapped):
         "A new environment of a task."
         return make(self.family, task)
 
+    def reset(self, **kw):
+        "As `Wrapped.reset`; what an environment raises is one line."
+        with in_one_line(f"an environment of {self.family.name} failed at reset"):
+            return super().reset(**kw)
+
+    def step(self, actions):
+        "As `Wrapped.step`; what an environment raises is one line."
+        with in_one_line(f"an environment of {self.family.name} failed at a step"):
+            return super().step(actions)
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #4ff8a5ea
 def make(family, task, **kw):
-    "The environment of one task; its actions are in [-1, 1], scaled to its own bounds."
+    "The environment of one task: it shows a vector (or pictures) and takes actions in [-1, 1], or choices from 0."
     fam = tasks.family(family)
     tasks.check_task(fam, task)
-    env = gym.make(fam.body, **fam.goals[task], **kw)
-    a = env.action_space
-    if fam.discrete or ((a.low == -1) & (a.high == 1)).all():
+    with in_one_line(f"gymnasium.make cannot make task {task} of {fam.name}"):
+        env = gym.make(fam.body, **fam.goals[task], **kw)
+    check_same(fam, env, task)
+    action = env.action_space
+    if not fam.frames and len(env.observation_space.shape or ()) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    if fam.discrete:
+        if action.start == 0:
+            return env
+        return gym.wrappers.TransformAction(env, lambda a: int(a) + action.start, Discrete(action.n))
+    flat = spaces.Box(-1, 1, (fam.act_dim,), np.float32)
+    if action == flat:
         return env
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return gym.wrappers.TransformAction(env, lambda a: spaces.restored(action, a), flat)
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown04
+def check_same(fam, env, task):
+    "Raise an error unless the environment of a task observes as many numbers and acts as the family does."
+    shown = spaces.size(env.observation_space, "observations")
+    if shown != fam.state_dim:
+        raise PromptnbError(f"task {task} of {fam.name} observes {shown} numbers, the first one {fam.state_dim}")
+    if env.action_space != fam.action_space:
+        here, first = spaces.short(env.action_space), spaces.short(fam.action_space)
+        raise PromptnbError(f"task {task} of {fam.name} acts in {here}, the first one in {first}")
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10006
@@ -132,43 +199,55 @@ def check_goals(goals, task_ids):
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10007
 def check_spaces(env_id, observations, actions):
-    "Raise an error unless observations are a flat Box, and actions a Box or Discrete."
-    if not isinstance(observations, Box) or len(observations.shape) != 1:
-        raise PromptnbError(
-            f"{env_id} observes {observations}: wanted a flat Box (wrap it with gymnasium.wrappers.FlattenObservation)"
-        )
-    if not isinstance(actions, (Box, Discrete)):
-        raise PromptnbError(f"{env_id} acts in {actions}: wanted a Box or a Discrete")
+    "(state_dim, act_dim, frames) of spaces that policies can have; PromptnbError for others."
+    try:
+        state_dim, act_dim = spaces.size(observations, "observations"), spaces.size(actions, "actions")
+        spaces.bounds(actions, "actions")
+    except PromptnbError as e:
+        raise PromptnbError(f"{env_id}: {e}") from None
+    if not spaces.is_picture(observations):
+        return state_dim, act_dim, ()
+    spaces.check_picture(observations, actions, env_id)
+    return state_dim, act_dim, observations.shape
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown05
+def spec_of(env_id, goal):
+    "(observation space, action space, time limit or None) of an environment; what it raises is one line."
+    with in_one_line(f"gymnasium.make({env_id!r}{''.join(f', {k}={v!r}' for k, v in goal.items())})"):
+        env = gym.make(env_id, **goal)
+    env.close()
+    return env.observation_space, env.action_space, env.spec.max_episode_steps
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #60b1becf
 def own(name, env_id, goals=({},), train=(0,), test=(0,), target_return=0.0, rtg_scale=1000.0, **more) -> tasks.Family:
-    """Register a family of a Gymnasium environment with a flat Box of observations and a Box or Discrete of actions.
+    """Register a family of a Gymnasium environment, whose spaces may be nested (`promptnb.tasks.spaces`).
 
-    Task i is `gymnasium.make(env_id, **goals[i])`. Actions of a Box are in [-1, 1] here, whatever its bounds: scale
-    those of your arrays alike. `more`: other fields of `tasks.Family`, such as `horizon`.
+    Task i is `gymnasium.make(env_id, **goals[i])`. Observations are flattened; actions are in [-1, 1] for a policy and
+    in the environment's own space in your arrays. `more`: other fields of `tasks.Family`, such as `horizon`.
     """
     goals = tuple(goals)
     check_goals(goals, (*train, *test))
-    env = gym.make(env_id, **goals[0])
-    observations, actions, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
-    env.close()
-    check_spaces(env_id, observations, actions)
+    observations, actions, limit = spec_of(env_id, goals[0])
+    state_dim, act_dim, frames = check_spaces(env_id, observations, actions)
     if limit is None and "horizon" not in more:
         raise PromptnbError(f"{env_id} has no time limit: give horizon=")
-    discrete = isinstance(actions, Discrete)
-    family = tasks.Family(
+    family = Own(
         name=name,
         kind="wrapped",
         body=env_id,
         goals=goals,
         train=tuple(train),
         test=tuple(test),
-        state_dim=observations.shape[0],
-        act_dim=int(actions.n) if discrete else actions.shape[0],
+        state_dim=state_dim,
+        act_dim=act_dim,
         target_return=target_return,
         rtg_scale=rtg_scale,
-        discrete=discrete,
+        discrete=isinstance(actions, Discrete),
+        frames=frames,
+        observation_space=observations,
+        action_space=actions,
         **{"horizon": limit, **more},
     )
     return tasks.add(family)
