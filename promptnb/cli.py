@@ -13,12 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 from . import plugins
 from . import recipes as rc
-from .core import PromptnbError, check_choice, disk_error, root, run_lock, runs_dir, write_json
-from .experiments.forecast import expected, forecast, is_finished, many, write_seconds
+from .core import PromptnbError, check_choice, disk_error, root, run_lock, runs_dir, sound_record, write_json
+from .experiments.forecast import Rates, expected, forecast, if_known, many, run_seconds, spell, write_seconds
+from .experiments.job import log_path
 from promptnb.experiments.notebook import (
     GRACE,
     OWNER,
@@ -30,7 +32,8 @@ from promptnb.experiments.notebook import (
     job_command,
     owner_name,
 )
-from .experiments.plan import Request, chosen, drop_stale_stamps, plan, with_extras
+from .experiments.plan import Request, chosen, is_finished, plan, tasks_of, within_means, write_plan
+from .experiments.run import relative
 
 # %% auto #0
 __all__ = [
@@ -44,8 +47,10 @@ __all__ = [
     "print_collected",
     "cmd_collect",
     "snakemake",
-    "within_means",
     "run",
+    "in_words",
+    "handed_over",
+    "summary",
     "owned",
     "die_with_parent",
     "stop_descendants",
@@ -155,30 +160,13 @@ def cmd_collect(a):
 
 
 # %% ../nbs/12_cli.ipynb #clirun01
-def snakemake(request: Request, cores=None, accelerator="auto", dry=False, profile="local") -> list:
-    "The command that runs a request."
-    config = dict(
-        paper=request.paper,
-        exhibits=",".join(request.exhibits),
-        scale=request.scale,
-        seeds="all" if request.seeds is None else ",".join(map(str, request.seeds)),
-        families=",".join(request.families) or "all",
-        accelerator=accelerator,
-    )
+def snakemake(plan_file, cores=None, dry=False, profile="local") -> list:
+    "The command that runs a plan."
     workflow = root() / "workflow"
     command = [sys.executable, "-m", "snakemake", "-s", str(workflow / "Snakefile"), "-d", str(root())]
     command += ["--cores", str(cores or os.cpu_count()), "--workflow-profile", str(workflow / "profiles" / profile)]
-    command += ["--config", *(f"{k}={v}" for k, v in config.items())]
-    return command + (["--dry-run"] if dry else [])
-
-
-# %% ../nbs/12_cli.ipynb #clirun02
-def within_means(request: Request) -> Request:
-    "The request, its exhibits named: those that can be made here."
-    named = bool(request.exhibits)
-    exhibits = chosen(request.paper, request.exhibits, request.scale)
-    runnable = [e for e in exhibits if named or rc.recipes_of(e, request.scale)]
-    return replace(request, exhibits=tuple(with_extras(runnable, named, request.families, request.scale)))
+    command += ["--config", f"plan={plan_file}"]
+    return command + (["--dry-run", "--forceall"] if dry else [])  # a plan holds what is left: all of it would run
 
 
 # %% ../nbs/12_cli.ipynb #7c8fbd85
@@ -187,22 +175,67 @@ ENVIRONMENT = dict(
 )  # of jobs: one thread each, their lines at once
 
 
-def run(request: Request, cores=None, accelerator="auto", dry=False, profile="local") -> int:
-    "Hand the plan to Snakemake; returns its exit status."
+def run(request: Request, cores=None, accelerator="auto", dry=False, profile="local", measure=False) -> int:
+    "Hand what is left to Snakemake; returns its exit status. measure: time training steps again."
     request = within_means(request)
-    rules = plan(request, accelerator)
     if accelerator == "cuda":
         from promptnb.train import pick_device
 
         pick_device(accelerator)  # an error if there is none
-    what = f"{request.paper} at {request.scale} scale: {', '.join(request.exhibits)}"
-    print(f"{what}; {len(rules)} jobs. Finished ones are kept.", flush=True)
-    command = snakemake(request, cores, accelerator, dry, profile)
     alone = contextlib.nullcontext() if dry else run_lock(runs_dir() / "graph")  # one may look while another works
     with alone:
-        drop_stale_stamps(request)
-        print(expected(request, cores, accelerator, rules), flush=True)
-        return owned(command)
+        times = "none" if dry or request.scale == "smoke" else "missing"  # a smoke run takes seconds
+        rates = Rates(accelerator, "all" if measure else times)
+        seconds = functools.cache(functools.partial(run_seconds, rates=rates))
+        tasks = tasks_of(request)
+        rules = plan(request, accelerator, tasks, if_known(seconds))
+        print(f"{in_words(request)}; {many(len(rules), 'job')}. Finished runs are kept.", flush=True)
+        print(expected(request, cores, accelerator, rules, tasks=tasks, seconds=seconds), flush=True)
+        if not rules:
+            return 0
+        return handed_over(rules, tasks, lambda file: snakemake(file, cores, dry, profile), dry)
+
+
+# %% ../nbs/12_cli.ipynb #clirun06
+def in_words(request: Request) -> str:
+    "What is asked for: the paper and its exhibits that have runs here, or all papers."
+    if request.paper == "all":
+        return f"all papers at {request.scale} scale"
+    asked = {r.id for r in request.recipes()}
+    exhibits = [e.id for e in chosen(request.paper, request.exhibits, request.scale) if asked & set(e.recipes)]
+    return f"{request.paper} at {request.scale} scale: {', '.join(exhibits) or 'nothing that can be run here'}"
+
+
+# %% ../nbs/12_cli.ipynb #clirun07
+def handed_over(rules, tasks, command, dry=False) -> int:
+    "Let Snakemake work on rules, then say what came out. command: of the plan's file, the command that runs it."
+    file, start = write_plan(rules, dry), time.monotonic()
+    try:
+        status = owned(command(file))
+    finally:
+        file.unlink(missing_ok=True)
+    if not dry:
+        print("\n".join(summary(tasks, time.monotonic() - start)), flush=True)
+    return status
+
+
+# %% ../nbs/12_cli.ipynb #clirun08
+def summary(tasks, seconds, most=20) -> list:
+    "Lines: how much ran, what failed and why and where its log is, what was not begun, where the tables come from."
+    left = [run for task in tasks for run in task.left]
+    ran = [run for run in left if run.finished]
+    failed = [run for run in left if run not in ran and run.failed_path.exists()]
+    out = [f"ran: {len(ran)} of {many(len(left), 'run')} in {spell(seconds)}"]
+    for run in failed[:most]:
+        why = (sound_record(run.failed_path) or {}).get("why", "its record is damaged")
+        out.append(f"failed: {run.recipe.paper} {run.id}: {why} (log: {relative(log_path(run))})")
+    if len(failed) > most:
+        out.append(f"failed: {len(failed) - most} more: promptnb status")
+    if unbegun := len(left) - len(ran) - len(failed):
+        out.append(f"not run: {many(unbegun, 'run')}, stopped or waiting for what failed; the same command goes on")
+    papers = dict.fromkeys(task.job.paper for task in tasks)
+    paper = next(iter(papers)) if len(papers) == 1 else "all"
+    return [*out, f"tables and figures: promptnb report {paper} --scale {tasks[0].scale}"]
 
 
 # %% ../nbs/12_cli.ipynb #cliown01
@@ -270,7 +303,8 @@ def run_arguments(p):
     p.add_argument("--seeds", help="0,1,2")
     p.add_argument("--cores", type=int)
     p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
-    p.add_argument("--dry-run", action="store_true")
+    p.add_argument("--dry-run", action="store_true", help="what would run, and how long it would take")
+    p.add_argument("--measure", action="store_true", help="time training steps again, for the forecast")
     p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, slurm")
     p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
 
@@ -311,8 +345,7 @@ def own_parameters(given) -> dict:
 # %% ../nbs/12_cli.ipynb #clirunfa
 def check_families(request):
     "Refuse a family that nothing asked for is run on: there would be nothing to do, and success."
-    exhibits = chosen(request.paper, request.exhibits, request.scale)
-    known = {r.family for e in exhibits for r in rc.recipes_of(e, request.scale)}
+    known = {r.family for r in replace(request, families=()).recipes()}
     for family in request.families:
         check_choice(family, sorted(known), "family of these exhibits")
 
@@ -327,10 +360,12 @@ def cmd_run(a):
         raise PromptnbError(f"--cores is {a.cores}, but must be at least 1")
     seeds = seeds_of(a.seeds, (fixed["seed"],) if "seed" in fixed else None)
     check_choice(a.profile, [d.name for d in (root() / "workflow" / "profiles").iterdir()], "profile")
+    if a.paper == "all" and a.exhibit:
+        raise PromptnbError(f"--exhibit {a.exhibit[0]} is of one paper: name that instead of all")
     request = Request(a.paper, tuple(a.exhibit), fixed.get("scale", a.scale), seeds, tuple(a.family))
     check_families(request)
-    if run(request, a.cores, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile):
-        see = f"see `promptnb status {a.paper} --scale {a.scale}`"
+    if run(request, a.cores, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile, a.measure):
+        see = "see above" if a.paper == "all" else f"see `promptnb status {a.paper} --scale {a.scale}`"
         raise PromptnbError(f"not everything ran: {see}; the same command goes on from here")
 
 
@@ -338,7 +373,7 @@ def cmd_run(a):
 def job_arguments(p):
     "Declare what `job` takes: what Snakemake calls."
     scale_argument(p)
-    p.add_argument("id")
+    p.add_argument("id", nargs="+", help="of a job, or id@seed")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--accelerator", default="auto")
     p.add_argument("--threads", type=int, default=1)
@@ -347,7 +382,7 @@ def job_arguments(p):
 
 # %% ../nbs/12_cli.ipynb #1bc5cc36
 def cmd_job(a):
-    "Run one job."
+    "Run one job, or several in one kernel."
     given = dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads)
     job_command(**{**given, **pairs(a.p)})
 
@@ -440,8 +475,10 @@ def status_arguments(p):
 
 
 # %% ../nbs/12_cli.ipynb #clista02
-def status_line(e: rc.Exhibit, scale, done) -> str:
-    "What is finished of an exhibit, stale, left, failed; or why it cannot be made. done: is a run finished?"
+def status_line(e: rc.Exhibit, scale, done, seconds) -> str:
+    """What is finished of an exhibit, with its policies, stale, left, failed; or why it cannot be made.
+
+    done: is a run finished? seconds: what it takes, as `run_seconds` says it."""
     from promptnb.report.view import View, status
 
     if e.unknown:
@@ -450,8 +487,9 @@ def status_line(e: rc.Exhibit, scale, done) -> str:
         return f"at {' and '.join(e.only)} scale only"
     if not e.recipes:
         return "needs no run of its own"
-    known, todo = status(View(e, scale, whose="yours")), forecast(Request(e.paper, (e.id,), scale), done=done)
-    parts = [f"{known['done']}/{known['total']} runs"]
+    known = status(View(e, scale, whose="yours"))
+    todo = forecast(Request(e.paper, (e.id,), scale), done=done, seconds=seconds)
+    parts = [f"{todo.total - todo.left}/{todo.total} runs"]
     if there := status(View(e, scale, whose="shipped"))["done"]:
         parts.append(f"{there} shipped")
     if known["stale"]:
@@ -471,8 +509,9 @@ def cmd_status(a):
     if a.seconds:
         return print(write_seconds(a.paper))
     done = functools.cache(is_finished)  # many exhibits, the same runs
+    seconds = functools.cache(functools.partial(run_seconds, rates=Rates(measure="none")))
     for e in rc.exhibits(a.paper):
-        print(f"{e.id:14s} {status_line(e, a.scale, done)}")
+        print(f"{e.id:14s} {status_line(e, a.scale, done, seconds)}")
 
 
 # %% ../nbs/12_cli.ipynb #2d5a37b3

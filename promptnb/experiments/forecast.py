@@ -5,6 +5,7 @@
 # %% ../../nbs/10g_experiments.forecast.ipynb #exp007cc
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,15 +15,29 @@ from statistics import median
 from fastcore.basics import patch
 
 from .. import recipes as rc
-from ..core import PromptnbError, data_dir, read_json, results_dir, root, sound_record, write_json
+from promptnb.core import (
+    HOST,
+    DamagedError,
+    PromptnbError,
+    data_dir,
+    fingerprint,
+    read_json,
+    read_sealed,
+    results_dir,
+    runs_dir,
+    sound_record,
+    write_json,
+    write_sealed,
+)
 from .job import module_of, runs_of
-from .plan import Request
+from .plan import Request, is_finished, tasks_of
 from .run import Run
 
 # %% auto #0
 __all__ = [
     "HERE",
     "RATE",
+    "GUESS",
     "UNKNOWN",
     "many",
     "seconds_file",
@@ -32,13 +47,16 @@ __all__ = [
     "shipped_seconds",
     "Rates",
     "steps_of",
+    "size_of",
+    "measured",
+    "guess",
     "run_seconds",
     "wall",
     "spell",
     "Forecast",
-    "is_finished",
     "forecast",
     "expected",
+    "if_known",
 ]
 
 
@@ -71,8 +89,11 @@ def good_records(run: Run) -> list:
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #4c436605
 def write_seconds(paper) -> Path:
-    "Write data/seconds/<paper>.json from this machine's records: median seconds of each run over its seeds."
-    known, machines = {}, set()
+    "Write data/seconds/<paper>.json: median seconds of this machine's records of a run; what it has not run stays."
+    before = shipped_seconds(paper)
+    every = {time_name(run) for scale in rc.SCALES for job in rc.jobs(paper).values() for run in runs_of(job, scale, 0)}
+    known = {name: seconds for name, seconds in before["seconds"].items() if name in every}
+    machines = {before["where"]} if known else set()
     for scale in rc.SCALES:
         for run in (run for job in rc.jobs(paper).values() for run in runs_of(job, scale, 0)):
             records = good_records(run)
@@ -94,19 +115,35 @@ def shipped_seconds(paper) -> dict:
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #272d11c9
 class Rates:
-    "Seconds of a training step of a run; equal sizes are measured once."
+    "Seconds of a training step of a run; equal sizes are measured once a machine. measure: 'missing', 'all' or 'none'."
 
-    def __init__(self, accelerator="auto"):
-        self.accelerator, self.known = accelerator, {}
+    def __init__(self, accelerator="auto", measure="missing"):
+        from importlib.metadata import version
 
-    def __call__(self, run: Run) -> float:
-        if not self.known:
-            print("some training has no measurement: a few of its steps are timed", flush=True)
+        self.accelerator, self.measure, self.timed = accelerator, measure, set()
+        self.machine = [accelerator, version("torch"), os.cpu_count()]
+        self.path = runs_dir() / "rates" / f"{HOST}.json"
+
+    @functools.cached_property
+    def kept(self) -> dict:
+        "{size: seconds} as kept on disk; a damaged file counts as none."
+        try:
+            return read_sealed(self.path, ("seconds",))["seconds"]
+        except (DamagedError, FileNotFoundError):
+            return {}
+
+    def __call__(self, run: Run):
+        "Seconds of a step; None where they were never measured and are not to be."
         module = module_of(run.kind)
-        size = run.kind, module.size_of(run.recipe)
-        if size not in self.known:
-            self.known[size] = module.step_seconds(run.recipe, self.accelerator)
-        return self.known[size]
+        size = fingerprint([run.kind, module.size_of(run.recipe), self.machine])
+        if self.measure == "none" or size in self.timed or (size in self.kept and self.measure == "missing"):
+            return self.kept.get(size)
+        if not self.timed:
+            print("some training has no measurement: a few of its steps are timed", flush=True)
+        self.kept[size] = module.step_seconds(run.recipe, self.accelerator)
+        self.timed.add(size)
+        write_sealed(self.path, dict(seconds=self.kept))
+        return self.kept[size]
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcrat001
@@ -117,24 +154,79 @@ def steps_of(run: Run):
     return part.steps if part else None
 
 
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcguss01
+def size_of(run: Run) -> float:
+    "What the time of a run grows with, roughly: windows trained on, and steps played."
+    from promptnb import tasks
+
+    r = run.recipe
+    if run.kind == "online":
+        return float(r.online.steps)
+    fam = tasks.family(r.family)
+    played = fam.horizon * len(fam.test)
+    if run.kind == "offline":
+        return r.offline.steps * r.offline.batch + r.eval_episodes * played
+    p = r.pretrain
+    if run.kind == "pretrain":
+        rows = p.per_task * min(p.tasks_per_batch or len(fam.train), len(fam.train))
+        return p.steps * rows + p.curve_points * p.curve_episodes * played
+    return dict(r.tune.hyper).get("steps", 0) * r.tune.demo_batch * len(fam.test) + r.eval_episodes * played
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcguss02
+@functools.cache
+def _measured(paper, kind, file, changed) -> list:
+    known, out = shipped_seconds(paper)["seconds"], []
+    for scale in rc.SCALES:
+        for run in (run for job in rc.jobs(paper).values() if job.kind == kind for run in runs_of(job, scale, 0)):
+            if (name := time_name(run)) in known:
+                out.append((scale, run.recipe.key, known[name] / size_of(run)))
+    return out
+
+
+def measured(paper, kind) -> list:
+    "[(scale, key, seconds for each unit of size)] of a paper's runs of a kind whose times came with the project."
+    file = seconds_file(paper)
+    return _measured(paper, kind, file, file.stat().st_mtime_ns) if file.exists() else []
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcguss03
+def guess(run: Run):
+    "Seconds of a run, guessed from like ones; None where no run of its kind was measured."
+    every = [x for paper in (run.recipe.paper, *rc.PAPERS) for x in measured(paper, run.kind)]
+    for like in (
+        lambda scale, key: (scale, key) == (run.scale, run.recipe.key),
+        lambda scale, key: scale == run.scale,
+        lambda scale, key: key == run.recipe.key,
+        lambda scale, key: True,
+    ):
+        if found := [unit for scale, key, unit in every if like(scale, key)]:
+            return median(found) * size_of(run)
+    return None
+
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcrat002
 HERE = "measured on this machine"
 RATE = "extrapolated from a measured rate, evaluation along the way not in it"
+GUESS = "guessed from like ones"
 UNKNOWN = "of unknown length"
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #334e936e
-def run_seconds(run: Run, shipped, rates=None):
-    "(expected seconds of a run, where they come from). shipped: as `shipped_seconds` gives them."
+def run_seconds(run: Run, rates=None):
+    "(expected seconds of a run, where they come from)."
     if records := good_records(run):
         return median(x["seconds"] for x in records), HERE
+    shipped = shipped_seconds(run.recipe.paper)
     known = shipped["seconds"].get(time_name(run))
     if known is not None:
         return known, f"measured on {shipped['where']}, shipped with the project"
     steps = steps_of(run)
-    if rates and steps is not None:
-        return steps * rates(run), RATE
-    return 0.0, UNKNOWN
+    rate = rates(run) if rates and steps is not None else None
+    if rate is not None:
+        return steps * rate, RATE
+    guessed = guess(run)
+    return (0.0, UNKNOWN) if guessed is None else (guessed, GUESS)
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #222fa46d
@@ -173,42 +265,55 @@ class Forecast:
 # %% ../../nbs/10g_experiments.forecast.ipynb #558d1264
 @patch
 def span(self: Forecast, cores=None) -> str:
-    "The time that is left, in a few words; a lower bound is called one."
+    "The time that is left, in a few words; a lower bound, or a guess, is called one."
     cores = cores or os.cpu_count()
     if set(self.sources) == {UNKNOWN}:
         return "unknown"
-    bound = "at least " if self.sources[RATE] + self.sources[UNKNOWN] else ""
+    bound = "about " if self.sources[GUESS] else ""
+    if self.sources[RATE] + self.sources[UNKNOWN]:
+        bound = "at least "
     return f"{bound}{spell(wall(self.stages, cores))} on {many(cores, 'core')}"
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #cde3d5c5
-def is_finished(run: Run) -> bool:
-    "Is there a good, current record of a run?"
-    return run.finished
+def forecast(request: Request, rates=None, done=is_finished, tasks=None, seconds=None) -> Forecast:
+    """What a request leaves to do.
 
-
-def forecast(request: Request, rates=None, done=is_finished) -> Forecast:
-    "What a request leaves to do. rates: how to time what has no measurement; done: is a run finished?"
-    out, shipped = Forecast(), shipped_seconds(request.paper)
-    for job, seed in request.work():
-        runs = runs_of(job, request.scale, seed)
-        left = [run_seconds(run, shipped, rates) for run in runs if not done(run)]
-        out.total += len(runs)
+    rates: how to time what has no measurement; done: is a run finished? tasks, seconds: where they are known."""
+    out = Forecast()
+    seconds = seconds or functools.partial(run_seconds, rates=rates)
+    for task in tasks_of(request, done) if tasks is None else tasks:
+        left = [seconds(run) for run in task.left]
+        out.total += len(task.runs)
         out.sources.update(source for _, source in left)
         if left:
-            out.stages[job.kind].append(sum(seconds for seconds, _ in left))
+            out.stages[task.job.kind].append(sum(took for took, _ in left))
     return out
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #bfa8e029
-def expected(request: Request, cores=None, accelerator="auto", rules=()) -> str:
-    "The line that `run` prints before work starts; of `rules`, the collections that are not made yet are named."
-    todo = forecast(request, Rates(accelerator))
-    missing = [r for r in rules if r.name.startswith("collect_") and not (root() / r.outputs[0]).exists()]
-    more = " + collecting data" if missing else ""
+def expected(request: Request, cores=None, accelerator="auto", rules=(), **known) -> str:
+    """The line that `run` prints before work starts; that data are to be collected first follows from the `rules`.
+
+    known: tasks and seconds, as `forecast` takes them."""
+    todo = forecast(request, Rates(accelerator), **known)
+    more = " + collecting data" if any(r.name.startswith("collect_") for r in rules) else ""
     if not todo.left:
         return f"expected: nothing to do{more} ({todo.total} of {many(todo.total, 'run')} finished)"
     minutes = sum(map(sum, todo.stages.values())) / 60
     sources = "; ".join(f"{many(n, 'run')} {source}" for source, n in todo.sources.items())
     facts = f"{todo.left} of {many(todo.total, 'run')} to do, {minutes:,.{int(minutes < 1)}f} core-minutes; {sources}"
     return f"expected: {todo.span(cores)}{more} ({facts})"
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcbrief1
+def if_known(seconds):
+    "Of a function as `run_seconds`: the seconds alone, None where they are not known. A smoke run takes seconds."
+
+    def of(run: Run):
+        took, source = seconds(run)
+        if source != UNKNOWN:
+            return took
+        return 5.0 if run.scale == "smoke" else None
+
+    return of

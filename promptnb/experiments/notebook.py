@@ -16,6 +16,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .. import recipes as rc
 from promptnb.core import (
     PromptnbError,
@@ -31,7 +33,7 @@ from promptnb.core import (
     swept,
     write_json,
 )
-from .job import find_job, runs_of, stamp
+from .job import find_job, lacks, runs_of, stamp
 from .run import run_id
 
 # %% auto #0
@@ -47,14 +49,18 @@ __all__ = [
     "check_parameters",
     "quiet_papermill",
     "Stopped",
+    "Kernel",
     "patient_engine",
     "run_notebook",
     "execute",
     "unfinished",
+    "possible",
     "judged_job",
     "owner_name",
     "owner_gone",
     "stop_without",
+    "asked_job",
+    "locked_job",
     "job_command",
 ]
 
@@ -141,31 +147,74 @@ class Stopped(PromptnbError):
     "SIGTERM arrived: the same command goes on from the last checkpoint."
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkker001
+class Kernel:
+    "A kernel for notebooks, one after the other. It starts with the first; the end of the `with` block is its own."
+
+    manager = client = folder = None
+    told = False  # to stop
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.end()
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkker002
+@patch
+def begin(self: Kernel):
+    "Be ready for a notebook: a new kernel where there is none, or where it has died."
+    from jupyter_client.manager import AsyncKernelManager
+    from jupyter_core.utils import run_sync
+
+    if self.manager and run_sync(self.manager.is_alive)():
+        return
+    self.end()
+    self.folder = tempfile.TemporaryDirectory(prefix=f".pnb.{process_name()}.", ignore_cleanup_errors=True)
+    connection = dict(transport="ipc", connection_file=f"{self.folder.name}/k.json")
+    self.manager = AsyncKernelManager(kernel_name="python3", **connection)
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkker003
+@patch
+def end(self: Kernel):
+    "End it, if it has begun."
+    from jupyter_core.utils import run_sync
+
+    if self.client:
+        self.client.stop_channels()
+    if self.manager:
+        if self.manager.has_kernel:
+            run_sync(self.manager.shutdown_kernel)()
+        run_sync(self.manager.cleanup_resources)()
+        self.folder.cleanup()
+    self.manager = self.client = self.folder = None
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop02
-def patient_engine():
-    "papermill's engine with a client that passes SIGTERM on to its kernel and waits for it."
+def patient_engine(kernel):
+    "papermill's engine for a `Kernel`, with a client that passes SIGTERM on to it and waits for it."
     from nbclient.exceptions import DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
     class Patient(PapermillNotebookClient):
-        told = False
-
         def papermill_execute_cells(self):
-            # nbclient's own handler, which kills the kernel, was set just before; threads cannot set any
-            with contextlib.suppress(RuntimeError, NotImplementedError):
+            kernel.client = self.kc
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # threads cannot set handlers
                 asyncio.get_event_loop().add_signal_handler(signal.SIGTERM, self.tell)
             try:
                 super().papermill_execute_cells()
             except DeadKernelError:
-                if not self.told:
+                if not kernel.told:
                     raise
-            if self.told:
+            if kernel.told:
                 raise Stopped("told to stop (SIGTERM): the same command goes on from the last checkpoint")
 
         def tell(self):
-            if not self.told:
-                loop, self.told = asyncio.get_event_loop(), True
+            if not kernel.told:
+                loop, kernel.told = asyncio.get_event_loop(), True
                 self.passed_on = loop.create_task(self.km.signal_kernel(signal.SIGTERM))
                 loop.call_later(GRACE, self._cleanup_kernel)
 
@@ -173,39 +222,40 @@ def patient_engine():
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kw):
             kw = {k: v for k, v in kw.items() if k != "input_path"}
-            return Patient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None, **kw).execute()
+            client = Patient(
+                nb_man, kernel.manager, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None, **kw
+            )
+            client.kc = kernel.client
+            return client.execute()
 
     return Engine
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkexe002
-def run_notebook(nb_path, params, out, stream):
-    "Run a notebook into the file `out` in a kernel with sockets of its own."
-    from traitlets.config import Config
-
+def run_notebook(nb_path, params, out, stream, kernel):
+    "Run a notebook into the file `out` in a `Kernel`."
     papermill = quiet_papermill()
-    papermill.engines.papermill_engines.register("promptnb", patient_engine())
-    with tempfile.TemporaryDirectory(prefix=f".pnb.{process_name()}.", ignore_cleanup_errors=True) as own:
-        kernel = Config(KernelManager=dict(transport="ipc", connection_file=f"{own}/k.json"))
-        streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if stream else {}
-        papermill.execute_notebook(
-            str(nb_path),
-            str(out),
-            parameters=params,
-            cwd=str(root()),
-            progress_bar=False,
-            kernel_name="python3",
-            engine_name="promptnb",
-            config=kernel,
-            **streams,
-        )
+    papermill.engines.papermill_engines.register("promptnb", patient_engine(kernel))
+    kernel.begin()
+    streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if stream else {}
+    papermill.execute_notebook(
+        str(nb_path),
+        str(out),
+        parameters=params,
+        cwd=str(root()),
+        progress_bar=False,
+        kernel_name="python3",
+        engine_name="promptnb",
+        **streams,
+    )
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #9d349c6c
-def execute(nb_path, given, out, stream=True) -> Path:
+def execute(nb_path, given, out, stream=True, kernel=None) -> Path:
     """Run a notebook with checked parameters into the file `out`; returns its path.
 
-    What goes wrong in it is a PromptnbError with the last line of the cell's error."""
+    kernel: a `Kernel` to share (None: one of its own). What goes wrong in the notebook is a PromptnbError with the
+    last line of the cell's error."""
     params = check_parameters(nb_path, given)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +263,8 @@ def execute(nb_path, given, out, stream=True) -> Path:
     threads = str(params.get("threads", 1))
     os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
     try:
-        run_notebook(nb_path, params, tmp, stream)
+        with contextlib.nullcontext(kernel) if kernel else Kernel() as here:
+            run_notebook(nb_path, params, tmp, stream, here)
         os.replace(tmp, out)
         failed.unlink(missing_ok=True)
     except Stopped:
@@ -243,16 +294,30 @@ def unfinished(runs, trouble) -> list:
     return out
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkver002
+def possible(runs) -> list:
+    "The runs that can be made here; those that cannot are named. PromptnbError where there is none."
+    reasons = {run.id: lacks(run.recipe) for run in runs}
+    out = [run for run in runs if not reasons[run.id]]
+    for run in runs:
+        if reasons[run.id] and out:
+            print(f"{run.id} is left out: it {reasons[run.id]}", file=sys.stderr)
+    if runs and not out:
+        raise PromptnbError(f"{runs[0].id} {reasons[runs[0].id]}")
+    return out
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #e0ba4909
-def judged_job(job: rc.Job, given, notebook):
+def judged_job(job: rc.Job, given, notebook, kernel=None):
     "Run the job's notebook, then judge by the records: a stamp, or an error that names the first run that failed."
     seed, scale = given["seed"], given["scale"]
-    runs = runs_of(job, scale, seed)
+    runs = possible(runs_of(job, scale, seed))
     for run in runs:
         run.failed_path.unlink(missing_ok=True)  # an earlier attempt's reason is not this one's
     trouble = "the notebook ended without it"
     try:
-        execute(root() / TEMPLATE, given, notebook)
+        if not all(run.finished for run in runs):
+            execute(root() / TEMPLATE, given, notebook, kernel=kernel)
     except Stopped:
         raise  # neither done nor failed
     except PromptnbError as e:
@@ -306,18 +371,48 @@ def stop_without(name, every=1.0):
     threading.Thread(target=watch, daemon=True).start()
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkjob001
+def asked_job(word, seed):
+    "'id' or 'id@seed' -> (job, its seed)."
+    id, at, own = word.partition("@")
+    if at and not own.isdigit():
+        raise PromptnbError(f"'{word}' has no seed behind its @: a whole number, 0 or more")
+    return find_job(id), int(own) if at else seed
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkjob002
+def locked_job(job: rc.Job, given, kernel, wait):
+    "One job, held against a second process on it; a finished one needs no kernel."
+    name = run_id(job.id, given["scale"], given["seed"])
+    with run_lock(runs_dir() / "locks" / name, wait=wait):
+        judged_job(job, given, runs_dir() / "notebooks" / f"{name}.ipynb", kernel)
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #51d5c61b
 def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
-    "What Snakemake runs for a job. Two at the same time: the second is refused."
-    found = find_job(job)
+    """What Snakemake runs: a job, or several ('id@seed') in one kernel. One that fails does not keep the others.
+
+    Two processes on one job: the second is refused."""
     check_choice(scale, rc.SCALES, "scale")
-    name = run_id(job, scale, seed)
-    given = dict(job=job, seed=seed, scale=scale, accelerator=accelerator, threads=threads, **extra)
-    given = check_parameters(root() / TEMPLATE, given)
+    words = [job] if isinstance(job, str) else job
+    todo = []
+    for found, own in (asked_job(word, seed) for word in words):
+        given = dict(job=found.id, seed=own, scale=scale, accelerator=accelerator, threads=threads, **extra)
+        todo.append((found, check_parameters(root() / TEMPLATE, given)))
     owner = os.environ.get(OWNER)
     if owner:
         stop_without(owner)
-    for folder in (tempfile.gettempdir(), runs_dir() / "notebooks", results_dir(found.paper)):
+    results = {results_dir(found.paper) for found, _ in todo}
+    for folder in (tempfile.gettempdir(), runs_dir() / "notebooks", *results):
         swept(folder)  # what killed jobs have left
-    with run_lock(runs_dir() / "locks" / name, wait=GRACE + 5 if owner else 0):
-        judged_job(found, given, runs_dir() / "notebooks" / f"{name}.ipynb")
+    failed = []
+    with Kernel() as kernel:
+        for found, given in todo:
+            try:
+                locked_job(found, given, kernel, wait=GRACE + 5 if owner else 0)
+            except Stopped:
+                raise
+            except PromptnbError as e:
+                failed.append(str(e))
+    if failed:
+        raise PromptnbError("; ".join(failed))

