@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import os
+import tempfile
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from promptnb.core import (
     Steps,
     check_choice,
     check_file,
+    disk_error,
     fingerprint,
     minari_dataset,
     minari_dir,
@@ -31,24 +36,35 @@ from promptnb.core import (
     seed_for,
     write_atomic,
 )
+from .tasks import spaces
 
 # %% auto #0
 __all__ = [
     "COLUMNS",
+    "NEEDED",
     "KINDS",
     "RANKED",
     "Store",
     "sizes",
+    "listed",
+    "trajectory_of",
+    "Coding",
+    "by_key",
+    "newest",
+    "coding_of",
     "arrays_of",
     "are_pictures",
     "check_shapes",
+    "single",
     "check_trajectory",
     "check_legal",
     "family_sizes",
     "check_family",
     "returns_to_go",
     "flat",
+    "checked_ids",
     "from_arrays",
+    "coded",
     "columns_header",
     "columns_parts",
     "write_columns",
@@ -57,8 +73,10 @@ __all__ = [
     "memory_left",
     "join",
     "minari_root",
+    "minari_coding",
     "minari_trajectories",
     "from_minari",
+    "minari_spec",
     "load",
     "subset",
     "of_tasks",
@@ -145,22 +163,118 @@ def sizes(x):
     return " x ".join(map(str, x.shape[1:] if hasattr(x, "shape") else x))
 
 
-# %% ../nbs/02_data.ipynb #dataarrs
-def arrays_of(d, i):
-    "Observations, actions and rewards of trajectory i as arrays of numbers."
-    for name in ("observations", "actions", "rewards"):
+# %% ../nbs/02_data.ipynb #datawhat
+def listed(trajectories) -> list:
+    "Trajectories as a list, from any iterable of them; PromptnbError for what is none."
+    if hasattr(trajectories, "iterate_episodes"):
+        raise PromptnbError("that is a Minari dataset: from_minari(its id) reads it")
+    if isinstance(trajectories, (Mapping, str, bytes)):
+        raise PromptnbError("no trajectories were given: wanted a list of dicts")
+    try:
+        trajectories = list(trajectories)
+    except TypeError:
+        raise PromptnbError(f"no trajectories were given: wanted a list of dicts, not {trajectories!r:.60}") from None
+    if not trajectories:
+        raise PromptnbError("no trajectories were given: wanted a list of dicts")
+    return trajectories
+
+
+# %% ../nbs/02_data.ipynb #datatraj
+NEEDED = ("observations", "actions", "rewards")
+
+
+def trajectory_of(d, i) -> Mapping:
+    "Trajectory i as a dict. An object that has the arrays as attributes, such as Minari's EpisodeData, is one too."
+    if not isinstance(d, Mapping) and all(hasattr(d, name) for name in NEEDED):
+        legal = (getattr(d, "infos", None) or {}).get("legal")
+        d = {name: getattr(d, name) for name in NEEDED} | ({} if legal is None else dict(legal=legal))
+    if not isinstance(d, Mapping):
+        raise PromptnbError(f"trajectory {i} is a {type(d).__name__}: wanted a dict of {', '.join(NEEDED)}")
+    for name in NEEDED:
         if name not in d:
             raise PromptnbError(f"trajectory {i} has no '{name}' (it has {', '.join(map(str, d)) or 'nothing'})")
-    try:
-        s, a, r = (np.asarray(d[name]) for name in ("observations", "actions", "rewards"))
-        steps = len(r)
-    except (TypeError, ValueError):
-        raise PromptnbError(f"trajectory {i} holds no arrays: rows of unequal length, or a single number") from None
-    if steps == 0:
+        if d[name] is None:
+            raise PromptnbError(f"trajectory {i}: '{name}' is None")
+    return d
+
+
+# %% ../nbs/02_data.ipynb #datacod1
+@dataclass(frozen=True)
+class Coding:
+    "How the values of an environment become a policy's numbers. Without a space they are taken as they are."
+
+    observation: object = None  # Gymnasium's space; None also where trajectories hold pictures
+    action: object = None
+    within: str = ""  # what actions must lie in, as text; "": nothing is known
+    pictures: bool = False  # may come as the stacks that an environment shows
+    whose: str = ""  # the family that wants them
+
+    def observations(self, x, name):
+        "Observations of T steps as rows (T, n); pictures as they are."
+        if self.pictures:
+            return newest(spaces.as_array(x, name), name)
+        if self.observation is not None:
+            return spaces.flat_steps(self.observation, x, name)
+        return by_key(x, name)
+
+    def actions(self, x, name):
+        "Actions of T steps as rows (T, n), those of a Box scaled from its bounds to [-1, 1]."
+        if self.action is None:
+            return spaces.as_array(x, name)
+        rows = spaces.flat_steps(self.action, x, name)
+        return spaces.bounds(self.action, name).scale(rows)
+
+
+# %% ../nbs/02_data.ipynb #datacod2
+def by_key(x, name):
+    "Observations of no known space: an array as it is; a dict's arrays (or a list of dicts') end to end, by key."
+    if isinstance(x, list) and x and all(isinstance(step, Mapping) for step in x):
+        known = x[0].keys()
+        x = {key: [spaces.pick_one(step, key, known, name) for step in x] for key in known}
+    if not isinstance(x, Mapping):
+        return spaces.as_array(x, name)
+    columns = [by_key(x[key], f"{name}[{key!r}]") for key in sorted(x, key=str)]
+    if len({len(c) for c in columns if c.ndim}) != 1 or not all(c.ndim for c in columns):
+        raise PromptnbError(
+            f"{name} is a dict of {', '.join(map(str, x)) or 'nothing'}: wanted an array of T steps each"
+        )
+    return np.hstack([c.reshape(len(c), -1) for c in columns])
+
+
+# %% ../nbs/02_data.ipynb #datacod3
+def newest(x, name):
+    "Pictures (T, H, W) as they are; of stacks of frames (T, 4, H, W) the newest frame, if each follows the one before."
+    if x.ndim != 4:
+        return x
+    if not (x[1:, :-1] == x[:-1, 1:]).all() or not (x[0] == x[0, :1]).all():
+        raise PromptnbError(
+            f"{name} are stacks {x.shape[1:]} in which frames do not follow one another: give single frames (T, H, W)"
+        )
+    return x[:, -1]
+
+
+# %% ../nbs/02_data.ipynb #datacod4
+def coding_of(fam) -> Coding:
+    "The `Coding` of a family's arrays (None: of arrays that no family is named for)."
+    if fam is None:
+        return Coding()
+    observation, action = spaces.spaces_of(fam)
+    observation = None if fam.frames else observation
+    return Coding(observation, action, spaces.short(action), bool(fam.frames), fam.name)
+
+
+# %% ../nbs/02_data.ipynb #dataarrs
+def arrays_of(d, i, coding=None):
+    "Observations, actions and rewards of trajectory i as arrays of numbers."
+    d, coding = trajectory_of(d, i), coding or Coding()
+    names = {name: f"trajectory {i}: '{name}'{coding.whose and f' for {coding.whose}'}" for name in NEEDED}
+    r = spaces.as_array(d["rewards"], names["rewards"])
+    if r.ndim == 0:
+        raise PromptnbError(f"trajectory {i}: 'rewards' is a single number")
+    if len(r) == 0:
         raise PromptnbError(f"trajectory {i} has no steps")
-    if any(x.dtype.kind not in "biuf" for x in (s, a, r)):
-        raise PromptnbError(f"trajectory {i} holds Python objects or text, not numbers")
-    return s, a, r
+    s = coding.observations(d["observations"], names["observations"])
+    return s, coding.actions(d["actions"], names["actions"]), r
 
 
 # %% ../nbs/02_data.ipynb #dataisim
@@ -185,23 +299,33 @@ def check_shapes(s, a, r, i, S=None, A=None):
         )
 
 
+# %% ../nbs/02_data.ipynb #datasing
+def single(x):
+    "An array as float32; numbers that are too large for it become infinity, without a warning."
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32, copy=False)
+
+
 # %% ../nbs/02_data.ipynb #36b548df
-def check_trajectory(d, i, S=None, A=None):
+def check_trajectory(d, i, S=None, A=None, coding=None):
     """Trajectory i as arrays (s, a, r) of its T steps, float32 (pictures: uint8).
 
     What is wrong with it is one line with its index.
     """
-    s, a, r = arrays_of(d, i)
+    s, a, r = arrays_of(d, i, coding)
     check_shapes(s, a, r, i, S, A)
     s = s[: len(r)]  # the state after the last step is not used
     if not are_pictures(s):
-        s = s.astype(np.float32, copy=False)
-    a, r = (x.astype(np.float32, copy=False) for x in (a, r))
+        s = single(s)
+    a, r = single(a), single(r)
     for name, x in (("observations", s), ("actions", a), ("rewards", r)):
         finite = np.isfinite(x)
         if not finite.all():
             step = int(np.argwhere(~finite)[0][0])
             raise PromptnbError(f"trajectory {i}: '{name}' has NaN or infinity at step {step}")
+    if coding is not None and coding.within and np.abs(a).max() > 1 + 1e-5:
+        step = int(np.argwhere(np.abs(a) > 1 + 1e-5)[0][0])
+        raise PromptnbError(f"trajectory {i}: the action at step {step} lies outside {coding.within}")
     return s, a, r
 
 
@@ -211,8 +335,8 @@ def check_legal(d, i, T, A):
     if "legal" not in d:
         raise PromptnbError(f"trajectory {i} has no 'legal', but others have")
     try:
-        x = np.asarray(d["legal"], bool)[:T]
-    except (TypeError, ValueError):
+        x = spaces.as_array(d["legal"], "legal").astype(bool)[:T]
+    except (PromptnbError, IndexError):
         x = np.zeros(0)
     if x.shape != (T, A):
         raise PromptnbError(f"trajectory {i}: 'legal' is {x.shape or 'no array'}, but {(T, A)} is wanted")
@@ -226,8 +350,8 @@ def family_sizes(fam):
 
 
 # %% ../nbs/02_data.ipynb #bf80a51e
-def check_family(fam, s, a, trajectories, task_ids):
-    "Do arrays belong to the family? Its sizes, its tasks, actions in [-1, 1]."
+def check_family(fam, s, a, task_ids):
+    "Do arrays belong to the family? Its sizes, its tasks."
     S, A = family_sizes(fam)
     if s.shape[1:] != S or a.shape[1] != A:
         raise PromptnbError(
@@ -238,19 +362,12 @@ def check_family(fam, s, a, trajectories, task_ids):
         if task not in fam.task_ids:
             known = ", ".join(map(str, fam.task_ids[:8])) + (", ..." if fam.n_tasks > 8 else "")
             raise PromptnbError(f"trajectory {i} is of task {task}, but {fam.name} has tasks {known}")
-    for i, d in enumerate(trajectories):
-        largest = np.abs(d["actions"]).max()
-        if largest > 1 + 1e-5:
-            raise PromptnbError(
-                f"trajectory {i}: an action is {largest:.3g}, but policies act in [-1, 1]: "
-                "divide by the environment's bounds"
-            )
 
 
 # %% ../nbs/02_data.ipynb #datartg1
 def returns_to_go(r):
     "Rewards (T,) -> undiscounted sums from each step to the end, summed in float64."
-    return np.cumsum(r[::-1].astype(np.float64))[::-1].astype(np.float32)
+    return single(np.cumsum(r[::-1].astype(np.float64))[::-1])
 
 
 # %% ../nbs/02_data.ipynb #dataflat
@@ -259,34 +376,52 @@ def flat(arrays):
     return torch.from_numpy(np.concatenate(arrays))
 
 
+# %% ../nbs/02_data.ipynb #dataordt
+def checked_ids(task_ids, n):
+    "Task ids of n trajectories as an array of whole numbers (default: all 0)."
+    task_ids = np.zeros(n, int) if task_ids is None else spaces.as_array(task_ids, "task_ids")
+    if task_ids.dtype.kind not in "iu":
+        raise PromptnbError(f"task ids are {task_ids.dtype}, but whole numbers are wanted")
+    if task_ids.shape != (n,):
+        count = len(task_ids) if task_ids.ndim == 1 else f"{task_ids.shape}"
+        raise PromptnbError(f"{n} trajectories, but {count} task ids")
+    return task_ids
+
+
 # %% ../nbs/02_data.ipynb #fa78e500
 def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
     """A Store from trajectories (dicts of arrays), in order of task; `task_ids`, one each, default 0.
 
-    With `family`, sizes, actions and tasks must be that family's.
+    With `family`, arrays are as its environment shows and takes them, and sizes and tasks must be that family's.
     """
-    if isinstance(trajectories, dict) or not len(trajectories):
-        raise PromptnbError("no trajectories were given: wanted a list of dicts")
-    task_ids = np.zeros(len(trajectories), int) if task_ids is None else np.asarray(task_ids)
-    if task_ids.dtype.kind not in "iu":
-        raise PromptnbError(f"task ids are {task_ids.dtype}, but whole numbers are wanted")
-    if len(task_ids) != len(trajectories):
-        raise PromptnbError(f"{len(trajectories)} trajectories, but {len(task_ids)} task ids")
+    fam = None if family is None else tasks.family(family)
+    trajectories = listed(trajectories)
+    return coded([coding_of(fam)] * len(trajectories), trajectories, task_ids, hashes, fam)
+
+
+# %% ../nbs/02_data.ipynb #datacode
+def coded(codings, trajectories, task_ids=None, hashes=(), fam=None) -> Store:
+    "A Store from a list of trajectories, each with its `Coding`; of a family, if one is given."
+    task_ids = checked_ids(task_ids, len(trajectories))
     order = np.argsort(task_ids, kind="stable")
-    s0, a0, _ = check_trajectory(trajectories[0], 0)
+    trajectories = [trajectory_of(d, i) for i, d in enumerate(trajectories)]
+    s0, a0, _ = check_trajectory(trajectories[0], 0, coding=codings[0])
     A = a0.shape[1]
-    parts = [check_trajectory(trajectories[i], i, s0.shape[1:], A) for i in order]
-    if family is not None:
-        check_family(tasks.family(family), s0, a0, trajectories, task_ids)
+    if fam is not None:
+        check_family(fam, s0, a0, task_ids)
+    parts = [check_trajectory(trajectories[i], i, s0.shape[1:], A, codings[i]) for i in order]
     states, actions, rewards = zip(*parts)
     legal = None
     if any("legal" in d for d in trajectories):
         legal = flat([check_legal(trajectories[i], i, len(r), A) for i, r in zip(order, rewards)])
+    rtg = flat([returns_to_go(r) for r in rewards])
+    if not rtg.isfinite().all():
+        raise PromptnbError("a return is too large for float32: divide the rewards")
     return Store(
         s=flat(states),
         a=flat(actions),
         r=flat(rewards),
-        rtg=flat([returns_to_go(r) for r in rewards]),
+        rtg=rtg,
         length=torch.tensor([len(r) for r in rewards]),
         task=torch.from_numpy(task_ids[order].astype(np.int64)),
         legal=legal,
@@ -390,45 +525,179 @@ def minari_root(root):
             os.environ["MINARI_DATASETS_PATH"] = before
 
 
-# %% ../nbs/02_data.ipynb #datamina
-def minari_trajectories(id_, episodes=None, download=False):
-    "Trajectories of one Minari dataset, at most `episodes`; discrete actions become one-hot."
-    from gymnasium.spaces import Discrete
+# %% ../nbs/02_data.ipynb #datamin1
+def minari_coding(dataset, fam=None) -> Coding:
+    "The `Coding` of a Minari dataset: by the spaces that it names; of a family, if they are that family's."
+    observation, action = dataset.observation_space, dataset.action_space
+    pictures = isinstance(observation, spaces.Box) and observation.dtype == np.uint8 and len(observation.shape) == 2
+    if fam is not None:
+        own_observation, own_action = spaces.spaces_of(fam)
+        if not spaces.same_actions(action, own_action):
+            theirs, ours = spaces.short(action), spaces.short(own_action)
+            raise PromptnbError(f"it acts in {theirs}, but {fam.name} in {ours}")
+        pictures = bool(fam.frames)
+        observation = observation if spaces.is_flat(observation, fam.state_dim) else own_observation
+    if pictures:
+        observation = None
+    elif spaces.is_picture(observation):
+        spaces.check_picture(observation, action, "it")
+    if isinstance(action, spaces.Box) and not (action.bounded_below | action.bounded_above).any():
+        return Coding(observation, None, "[-1, 1], and its space has no bounds to scale by", pictures)
+    return Coding(observation, action, spaces.short(action), pictures)
 
+
+# %% ../nbs/02_data.ipynb #datamina
+def minari_trajectories(id_, episodes=None, download=False, fam=None):
+    "(`Coding`, trajectories) of one Minari dataset, at most `episodes`."
     dataset = minari_dataset(id_, download)
-    n = dataset.action_space.n if isinstance(dataset.action_space, Discrete) else None
-    for episode in dataset.iterate_episodes(range(min(episodes or dataset.total_episodes, dataset.total_episodes))):
-        actions = np.eye(n, dtype=np.float32)[episode.actions] if n else episode.actions
-        trajectory = dict(observations=episode.observations, actions=actions, rewards=episode.rewards)
-        if "legal" in (episode.infos or {}):
-            trajectory["legal"] = episode.infos["legal"]
-        yield trajectory
+    n = min(episodes or dataset.total_episodes, dataset.total_episodes)
+    try:
+        coding = minari_coding(dataset, fam)
+        spaces.bounds(coding.action, "actions") if coding.action is not None else None
+    except PromptnbError as e:
+        raise PromptnbError(f"Minari dataset '{id_}': {e}") from None
+    return coding, [trajectory_of(episode, i) for i, episode in enumerate(dataset.iterate_episodes(range(n)))]
 
 
 # %% ../nbs/02_data.ipynb #d62a22bc
-def from_minari(ids, task_ids=None, episodes=None, download=False, root=None) -> Store:
+def from_minari(ids, task_ids=None, episodes=None, download=False, root=None, family=None) -> Store:
     """A Store from Minari datasets, one per task (ids in order); at most `episodes` of each.
 
     `root`: Minari's folder (default: ours for ids that begin with 'promptnb/', Minari's own for others).
+    `family`: whose tasks, sizes and actions they must have; parts of observations are then in its order.
     """
+    fam = None if family is None else tasks.family(family)
     ids = [ids] if isinstance(ids, str) else list(ids)
     task_ids = range(len(ids)) if task_ids is None else task_ids
     if len(task_ids) < len(ids):
         raise PromptnbError(f"{len(ids)} Minari datasets, but {len(task_ids)} task ids")
     if root is None and str(ids[0]).startswith("promptnb/"):
         root = minari_dir()
-    trajectories, of_task = [], []
+    codings, trajectories, of_task = [], [], []
     with minari_root(root):
         for id_, task in zip(ids, task_ids):
             try:
-                trajectories += minari_trajectories(id_, episodes, download)
+                coding, found = minari_trajectories(id_, episodes, download, fam)
             except PromptnbError:
                 raise
             except Exception as e:
                 reason = (str(e) or type(e).__name__).splitlines()[0]
                 raise PromptnbError(f"cannot load Minari dataset '{id_}': {reason}") from None
-            of_task += [task] * (len(trajectories) - len(of_task))
-    return from_arrays(trajectories, of_task)
+            codings += [coding] * len(found)
+            trajectories += found
+            of_task += [task] * len(found)
+    return coded(codings, listed(trajectories), of_task, fam=fam)
+
+
+# %% ../nbs/02_data.ipynb #datamin4
+def minari_spec(fam, task):
+    "Gymnasium's spec of a task, for Minari to recover the environment by; None where it cannot be written down."
+    import gymnasium as gym
+
+    own = getattr(fam, "action_space", None) is not None
+    spec = copy.deepcopy(gym.spec(fam.body if own else fam.env_id))
+    spec.kwargs = dict(spec.kwargs, **(fam.goals[task] if own else dict(task=task)))
+    try:
+        spec.to_json()
+    except (TypeError, ValueError):  # an entry point that is no text, or a goal that is no JSON
+        return None
+    return spec
+
+
+# %% ../nbs/02_data.ipynb #datamin5
+@patch
+def episode_buffer(self: Store, i, observation, action):
+    "Trajectory i as Minari takes it, its values in these spaces; it ends truncated."
+    from minari.data_collector import EpisodeBuffer
+
+    n, first = int(self.length[i]), int(self.first[i])
+    rows = slice(first, first + n)
+    s = self.s[[*range(first, first + n), first + n - 1]].numpy()
+    a = spaces.decided(action, self.a[rows].numpy())
+    last = np.arange(n) == n - 1
+    return EpisodeBuffer(
+        observations=s if s.dtype == np.uint8 else spaces.unflat_steps(observation, s),
+        actions=spaces.unflat_steps(action, a),
+        rewards=self.r[rows].numpy(),
+        terminations=np.zeros(n, bool),
+        truncations=last,
+        infos=None if self.legal is None else dict(legal=self.legal[rows].numpy()),
+    )
+
+
+# %% ../nbs/02_data.ipynb #datamin6
+@patch
+def minari_spaces(self: Store, fam=None):
+    "The (observation, action) spaces in which this Store is written: a family's, or flat ones."
+    if fam is not None:
+        observation, action = spaces.spaces_of(fam)
+    else:
+        observation = spaces.Box(-np.inf, np.inf, self.s.shape[1:], np.float32)
+        a = self.a.numpy()
+        action = spaces.Box(-1, 1, a.shape[1:], np.float32)
+        if spaces.is_one_hot(a, a.shape[1]):
+            action = spaces.Discrete(a.shape[1])
+    if self.s.dtype == torch.uint8:
+        observation = spaces.Box(0, 255, self.s.shape[1:], np.uint8)
+    return observation, action
+
+
+# %% ../nbs/02_data.ipynb #datamin7
+@patch
+def to_minari(self: Store, ids, family=None, root=None):
+    """Write Minari datasets, one per task (ids in order of `task_ids`), and return their ids.
+
+    `family`: in whose spaces; without one, flat observations and actions in [-1, 1] or choices.
+    `root`: Minari's folder, as for `from_minari`. What is there already is not overwritten.
+    """
+    fam = None if family is None else tasks.family(family)
+    ids = [ids] if isinstance(ids, str) else list(ids)
+    if len(ids) != len(self.task_ids):
+        raise PromptnbError(f"{len(ids)} ids, but {len(self.task_ids)} tasks: {', '.join(map(str, self.task_ids))}")
+    if fam is not None:
+        check_family(fam, self.s, self.a, self.task.tolist())
+    if root is None and ids[0].startswith("promptnb/"):
+        root = minari_dir()
+    for id_, task in zip(ids, self.task_ids):
+        self.write_minari(id_, task, fam, root)
+    return ids
+
+
+# %% ../nbs/02_data.ipynb #datamin8
+@patch
+def write_minari(self: Store, id_, task, fam, root):
+    "Write one task as a Minari dataset, whole or not at all."
+    import minari
+    from minari.storage import get_dataset_path
+
+    space = self.minari_spaces(fam)
+    episodes = [self.episode_buffer(i, *space) for i in (self.task == task).nonzero()[:, 0].tolist()]
+    with minari_root(root):
+        final = Path(get_dataset_path(id_))
+    if final.exists():
+        raise PromptnbError(f"Minari dataset '{id_}' is there already: {final}")
+    top = Path(str(final).removesuffix(id_))
+    try:
+        top.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=top, prefix=".new-") as new, minari_root(new), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Minari remarks on what is not given: an author, an expert
+            minari.create_dataset_from_buffers(
+                id_,
+                episodes,
+                env=fam and minari_spec(fam, task),
+                observation_space=space[0],
+                action_space=space[1],
+                data_format="hdf5",
+                jpeg_encoding=False,
+            )
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(new) / id_, final)
+    except OSError as e:
+        raise disk_error(e, final) from e
+    except (ValueError, KeyError, AssertionError) as e:
+        raise PromptnbError(
+            f"cannot write Minari dataset '{id_}': {(str(e) or type(e).__name__).splitlines()[0]}"
+        ) from e
 
 
 # %% ../nbs/02_data.ipynb #e4f971a9
@@ -568,17 +837,18 @@ def mean_of(pieces):
 
 
 # %% ../nbs/02_data.ipynb #37aa55e5
-def state_stats(stores, task_ids=None, chunk=65_536):
+def state_stats(stores, task_ids=None, chunk=65_536, floor=1e-6):
     """Mean (S,) and std (S,) + 1e-6 over the steps of these tasks (default: all).
 
     `stores`: one Store or several. Pictures are not normalised: 0 and 1.
+    `floor`: a std below it means that the number is constant; its scale is then 1.
     """
     stores = [stores] if isinstance(stores, Store) else stores
     if stores[0].s.dtype == torch.uint8:
         return torch.zeros(1), torch.ones(1)
     mean = mean_of(chunks_of(stores, task_ids, chunk))
     std = mean_of((x - mean) ** 2 for x in chunks_of(stores, task_ids, chunk)).sqrt()
-    return mean.float(), std.float() + 1e-6
+    return mean.float(), torch.where(std < floor, 1.0, std.float() + 1e-6)
 
 
 # %% ../nbs/02_data.ipynb #datagath

@@ -43,6 +43,8 @@ __all__ = [
     "unflat_steps",
     "whole",
     "spaces_of",
+    "same_actions",
+    "is_flat",
 ]
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00006
@@ -343,3 +345,18 @@ def spaces_of(fam):
     if fam.frames:
         observation = Box(0, 255, fam.frames, np.uint8)
     return observation, Discrete(fam.act_dim) if fam.discrete else Box(-1, 1, (fam.act_dim,), np.float32)
+
+
+# %% ../../nbs/01_tasks.spaces.ipynb #spc00047
+def same_actions(a, b):
+    "Do two action spaces say the same? Of two Boxes the bounds count, not the precision."
+    if isinstance(a, Box) and isinstance(b, Box) and a.shape == b.shape:
+        kinds = {x.dtype.kind in "iu" for x in (a, b)}
+        return len(kinds) == 1 and np.allclose(a.low, b.low) and np.allclose(a.high, b.high)
+    return a == b
+
+
+# %% ../../nbs/01_tasks.spaces.ipynb #spc00048
+def is_flat(space, n):
+    "Is it a Box of n numbers in a row?"
+    return isinstance(space, Box) and space.shape == (n,)
