@@ -19,6 +19,7 @@ from dataclasses import replace
 from . import plugins
 from . import recipes as rc
 from .core import PromptnbError, check_choice, disk_error, root, run_lock, runs_dir, sound_record, write_json
+from .experiments.cluster import FEW, asked, executor_of, requeue, settings_of
 from .experiments.forecast import Rates, expected, forecast, if_known, many, run_seconds, spell, write_seconds
 from .experiments.job import log_path
 from promptnb.experiments.notebook import (
@@ -177,23 +178,29 @@ ENVIRONMENT = dict(
 
 def run(request: Request, cores=None, accelerator="auto", dry=False, profile="local", measure=False) -> int:
     "Hand what is left to Snakemake; returns its exit status. measure: time training steps again."
-    request = within_means(request)
-    if accelerator == "cuda":
+    request, remote = within_means(request), executor_of(profile) != "local"
+    if accelerator == "cuda" and not remote:
         from promptnb.train import pick_device
 
         pick_device(accelerator)  # an error if there is none
     alone = contextlib.nullcontext() if dry else run_lock(runs_dir() / "graph")  # one may look while another works
     with alone:
-        times = "none" if dry or request.scale == "smoke" else "missing"  # a smoke run takes seconds
+        unmeasured = dry or request.scale == "smoke" or (remote and accelerator == "cuda")  # a smoke run takes seconds
+        times = "none" if unmeasured else "missing"
         rates = Rates(accelerator, "all" if measure else times)
         seconds = functools.cache(functools.partial(run_seconds, rates=rates))
         tasks = tasks_of(request)
-        rules = plan(request, accelerator, tasks, if_known(seconds))
+        asks = functools.partial(asked, accelerator=accelerator, seconds=seconds)
+        shared = dict(share=FEW, asks=asks) if remote else {}
+        rules = plan(request, accelerator, tasks, if_known(seconds), **shared)
         print(f"{in_words(request)}; {many(len(rules), 'job')}. Finished runs are kept.", flush=True)
-        print(expected(request, cores, accelerator, rules, tasks=tasks, seconds=seconds), flush=True)
+        at_once = settings_of(profile).get("jobs", cores) if remote else cores
+        print(expected(request, at_once, accelerator, rules, tasks=tasks, seconds=seconds), flush=True)
         if not rules:
             return 0
-        return handed_over(rules, tasks, lambda file: snakemake(file, cores, dry, profile), dry)
+        # told to terminate, Snakemake waits for what it has on a cluster; interrupted, it cancels that
+        last_word = signal.SIGINT if remote else signal.SIGTERM
+        return handed_over(rules, tasks, lambda file: snakemake(file, cores, dry, profile), dry, last_word)
 
 
 # %% ../nbs/12_cli.ipynb #clirun06
@@ -207,11 +214,13 @@ def in_words(request: Request) -> str:
 
 
 # %% ../nbs/12_cli.ipynb #clirun07
-def handed_over(rules, tasks, command, dry=False) -> int:
-    "Let Snakemake work on rules, then say what came out. command: of the plan's file, the command that runs it."
+def handed_over(rules, tasks, command, dry=False, last_word=signal.SIGTERM) -> int:
+    """Let Snakemake work on rules, then say what came out.
+
+    command: of the plan's file, the command that runs it; last_word: as `owned` takes it."""
     file, start = write_plan(rules, dry), time.monotonic()
     try:
-        status = owned(command(file))
+        status = owned(command(file), last_word)
     finally:
         file.unlink(missing_ok=True)
     if not dry:
@@ -239,24 +248,27 @@ def summary(tasks, seconds, most=20) -> list:
 
 
 # %% ../nbs/12_cli.ipynb #cliown01
-def owned(command) -> int:
-    "Run a command whose descendants end with it, and which ends with this process; returns its exit status."
+def owned(command, last_word=signal.SIGTERM) -> int:
+    """Run a command whose descendants end with it, and which ends with this process; returns its exit status.
+
+    last_word: the signal that it gets then."""
     owner = owner_name()
     env = {**os.environ, **ENVIRONMENT, OWNER: owner}
     try:
-        return subprocess.run(command, env=env, preexec_fn=die_with_parent).returncode
+        return subprocess.run(command, env=env, preexec_fn=lambda: die_with_parent(last_word)).returncode
     finally:
         stop_descendants(owner)
 
 
 # %% ../nbs/12_cli.ipynb #cliown02
-def die_with_parent():
-    "Ask Linux for SIGTERM when the parent of this process dies; elsewhere nothing."
+def die_with_parent(last_word=signal.SIGTERM):
+    "Ask Linux for a signal when the parent of this process dies; elsewhere nothing."
     import ctypes
 
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last_word)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us in the background
 
 
 # %% ../nbs/12_cli.ipynb #cliown03
@@ -359,7 +371,7 @@ def cmd_run(a):
     if a.cores is not None and a.cores < 1:
         raise PromptnbError(f"--cores is {a.cores}, but must be at least 1")
     seeds = seeds_of(a.seeds, (fixed["seed"],) if "seed" in fixed else None)
-    check_choice(a.profile, [d.name for d in (root() / "workflow" / "profiles").iterdir()], "profile")
+    executor_of(a.profile)
     if a.paper == "all" and a.exhibit:
         raise PromptnbError(f"--exhibit {a.exhibit[0]} is of one paper: name that instead of all")
     request = Request(a.paper, tuple(a.exhibit), fixed.get("scale", a.scale), seeds, tuple(a.family))
@@ -641,7 +653,7 @@ def main(argv=None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `promptnb status ... | head`
     except Stopped as e:
-        print(f"promptnb: {e}", file=sys.stderr)
+        print(f"promptnb: {e}{'; this job is back in the queue' if requeue() else ''}", file=sys.stderr)
         return RESUME
     except (PromptnbError, OSError) as e:
         error = disk_error(e, e.filename or "data") if isinstance(e, OSError) else e

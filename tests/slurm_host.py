@@ -41,7 +41,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1,sched_interval=2
 MpiDefault=none
 ReturnToService=2
 MinJobAge=300
@@ -112,7 +112,9 @@ def up(folder, cpus=2):
     call("slurmd", "-f", str(conf), SLURM_CONF=str(conf))
 
     def idle():
-        p = subprocess.run(["sinfo", "-h", "-o", "%t"], env={**os.environ, "SLURM_CONF": str(conf)}, capture_output=True)
+        p = subprocess.run(
+            ["sinfo", "-h", "-o", "%t"], env={**os.environ, "SLURM_CONF": str(conf)}, capture_output=True
+        )
         return p.stdout.strip() == b"idle"
 
     wait_until(idle, 30, f"a node of {conf}")

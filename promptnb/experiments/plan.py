@@ -202,6 +202,7 @@ class Rule:
     command: str
     params: dict
     threads: int = 1
+    resources: dict = field(default_factory=dict)  # what its job asks of a cluster
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #e697728e
@@ -315,18 +316,19 @@ def spelt(*parts) -> str:
 SHORT, ENOUGH = 30, 90  # seconds
 
 
-def batches(tasks, seconds) -> list:
+def batches(tasks, seconds, share=(SHORT, ENOUGH)) -> list:
     "Lists of tasks, one for each process. seconds: of a run (None: not known)."
+    short, enough = share
     out, open_batches = [], {}
     for task in sorted(tasks, key=lambda task: (task.seed, task.job.kind != "pretrain")):
         times = [seconds(run) for run in task.left]
         took = None if None in times else sum(times)
-        if took is None or took > SHORT:
+        if took is None or took > short:
             out.append([task])
             continue
         where = task.job.paper, task.job.family
-        batch, total = open_batches.get(where, (None, ENOUGH))
-        if total + took > ENOUGH:
+        batch, total = open_batches.get(where, (None, enough))
+        if total + took > enough:
             batch, total = [], 0.0
             out.append(batch)
         batch.append(task)
@@ -335,8 +337,8 @@ def batches(tasks, seconds) -> list:
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat002
-def batch_rule(batch, number, inputs, accelerator) -> Rule:
-    "The rule of the tasks of one process."
+def batch_rule(batch, number, inputs, accelerator, asks) -> Rule:
+    "The rule of the tasks of one process. asks: of the runs of a job, its resources."
     first, outputs = batch[0], [task.stamp for task in batch]
     paper, job = first.job.paper, first.job
     name = spelt(paper, job.exhibit, job.family, job.kind, job.part, f"s{first.seed}")
@@ -345,7 +347,9 @@ def batch_rule(batch, number, inputs, accelerator) -> Rule:
     words = " ".join(task.word for task in batch)
     command = f"{PROGRAM} job {words} --scale {first.scale} --accelerator {accelerator} --threads 1"
     needs = sorted({i for task in batch for i in inputs[task.stamp]} - set(outputs))
-    return Rule(name, needs, outputs, command, dict(depends=[depends(task.runs) for task in batch]))
+    resources = asks([run for task in batch for run in task.left])
+    params = dict(depends=[depends(task.runs) for task in batch])
+    return Rule(name, needs, outputs, command, params, resources=resources)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat003
@@ -372,16 +376,24 @@ def inputs_of(tasks, collected) -> dict:
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #5a05838b
-def plan(request: Request, accelerator="auto", tasks=None, seconds=lambda run: None) -> list:
+def plan(
+    request: Request,
+    accelerator="auto",
+    tasks=None,
+    seconds=lambda run: None,
+    share=(SHORT, ENOUGH),
+    asks=lambda runs: {},
+) -> list:
     """The rules of what a request leaves to do: collections of data that are not here, then the tasks.
 
-    seconds: what a run is forecast to take (None: not known)."""
+    seconds: what a run is forecast to take (None: not known); share: which tasks share a process, as `batches` takes
+    it; asks: of the runs of a job, the resources that it asks of a cluster."""
     tasks = tasks_of(request) if tasks is None else tasks
     left = [task for task in tasks if task.left]
     missing = {k: c for k, c in collections([task.job for task in left], request.scale).items() if not c.is_there()}
     inputs = inputs_of(left, missing)
-    rules = [c.rule() for c in missing.values()]
-    return rules + [batch_rule(b, i, inputs, accelerator) for i, b in enumerate(batches(left, seconds))]
+    rules = [replace(c.rule(), resources=asks([])) for c in missing.values()]
+    return rules + [batch_rule(b, i, inputs, accelerator, asks) for i, b in enumerate(batches(left, seconds, share))]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #413c9f89
