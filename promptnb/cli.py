@@ -19,7 +19,7 @@ from dataclasses import replace
 from . import plugins
 from . import recipes as rc
 from .core import PromptnbError, check_choice, disk_error, root, run_lock, runs_dir, sound_record, write_json
-from .experiments.cluster import FEW, asked, executor_of, requeue, settings_of
+from .experiments.cluster import FEW, asked, executor_of, longest_job, requeue, settings_of
 from .experiments.forecast import Rates, expected, forecast, if_known, many, run_seconds, spell, write_seconds
 from .experiments.job import log_path
 from promptnb.experiments.notebook import (
@@ -190,7 +190,7 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
         rates = Rates(accelerator, "all" if measure else times)
         seconds = functools.cache(functools.partial(run_seconds, rates=rates))
         tasks = tasks_of(request)
-        asks = functools.partial(asked, accelerator=accelerator, seconds=seconds)
+        asks = functools.partial(asked, accelerator=accelerator, seconds=seconds, longest=longest_job(profile))
         shared = dict(share=FEW, asks=asks) if remote else {}
         rules = plan(request, accelerator, tasks, if_known(seconds), **shared)
         print(f"{in_words(request)}; {many(len(rules), 'job')}. Finished runs are kept.", flush=True)

@@ -31,10 +31,13 @@ __all__ = [
     "LEAST",
     "UNMEASURED",
     "FEW",
+    "LONGEST",
     "BASE",
     "FLOOR",
+    "ATTEMPTS",
     "profiles_dir",
     "settings_of",
+    "longest_job",
     "executor_of",
     "minutes",
     "data_mb",
@@ -73,6 +76,12 @@ def settings_of(name) -> dict:
     return settings
 
 
+def longest_job(name) -> float:
+    "Minutes that no job of a profile asks for more than: its `default-resources: runtime`; inf where it names none."
+    named = (settings_of(name).get("default-resources") or {}).get("runtime", math.inf)
+    return named if isinstance(named, (int, float)) else math.inf
+
+
 # %% ../../nbs/10i_experiments.cluster.ipynb #cluprf03
 def executor_of(name) -> str:
     "The executor of a profile, which is installed; PromptnbError with what to install where it is not."
@@ -107,21 +116,23 @@ def minutes(runs, seconds) -> int:
 FEW = 600, 1800  # seconds: tasks up to the first share a job, up to about the second
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #clumem01
+LONGEST = 3000  # steps of an episode: an Atari game may last 27,000 and does not
 BASE = 2500  # MB: measured 1,900 on x86_64 with torch for CPUs and MuJoCo
 FLOOR = 4000  # MB that a job asks for at least
 
 
 def data_mb(run: Run) -> float:
-    "MB of the datasets that a run reads, from the sizes of its family: all episodes at full length."
+    "MB of the datasets that a run reads, from the sizes of its family: all episodes at full length, or `LONGEST`."
     from promptnb import tasks
 
     r = run.recipe
     if r.online:
         return 0.0
     fam = tasks.family(r.family)
-    step = fam.state_dim * (1 if fam.frames else 4) + 4 * (fam.act_dim + 4)  # bytes: pictures are uint8
-    members = 1 if r.offline else len(fam.train)
-    return sum(episodes for _, episodes in data_needs(r)) * fam.horizon * fam.agents * members * step / 1e6
+    state = math.prod(fam.frames[1:]) if fam.frames else 4 * fam.state_dim  # bytes: of a stack the newest picture
+    step = state + 4 * (fam.act_dim + 4)
+    steps = min(fam.horizon, LONGEST) * fam.agents * (1 if r.offline else len(fam.train))
+    return sum(episodes for _, episodes in data_needs(r)) * steps * step / 1e6
 
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #clumem02
@@ -164,12 +175,18 @@ def memory_mb(runs) -> int:
 
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #cluask01
-def asked(runs, accelerator, seconds) -> dict:
-    """The resources of a job: `runtime` in minutes, `mem_mb`, and `gpu` where it computes on one.
+ATTEMPTS = (1, 2, 3)  # times as much at each
 
-    No runs: it collects data."""
-    out = dict(runtime=minutes(runs, seconds), mem_mb=memory_mb(runs))
-    return {**out, "gpu": 1} if accelerator == "cuda" and runs else out
+
+def asked(runs, accelerator, seconds, longest=math.inf) -> dict:
+    """The resources of a job for each attempt: `runtime` in minutes, `mem_mb`, and `gpu` where it computes on one.
+
+    No runs: it collects data. longest: minutes that no job asks for more than."""
+    out = dict(
+        runtime=[min(n * minutes(runs, seconds), longest) for n in ATTEMPTS],
+        mem_mb=[n * memory_mb(runs) for n in ATTEMPTS],
+    )
+    return {**out, "gpu": [1 for _ in ATTEMPTS]} if accelerator == "cuda" and runs else out
 
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #clureq01
