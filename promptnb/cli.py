@@ -190,7 +190,9 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
         rates = Rates(accelerator, "all" if measure else times)
         seconds = functools.cache(functools.partial(run_seconds, rates=rates))
         tasks = tasks_of(request)
-        asks = functools.partial(asked, accelerator=accelerator, seconds=seconds, longest=longest_job(profile))
+        asks = functools.partial(
+            asked, accelerator=accelerator, seconds=if_known(seconds), longest=longest_job(profile)
+        )
         shared = dict(share=FEW, asks=asks) if remote else {}
         rules = plan(request, accelerator, tasks, if_known(seconds), **shared)
         print(f"{in_words(request)}; {many(len(rules), 'job')}. Finished runs are kept.", flush=True)

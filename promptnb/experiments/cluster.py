@@ -17,7 +17,6 @@ from pathlib import Path
 import yaml
 
 from ..core import PromptnbError, check_choice, root
-from .forecast import UNKNOWN
 from .notebook import OWNER, owner_gone
 from .plan import data_needs
 from .run import Run
@@ -78,8 +77,9 @@ def settings_of(name) -> dict:
 
 def longest_job(name) -> float:
     "Minutes that no job of a profile asks for more than: its `default-resources: runtime`; inf where it names none."
-    named = (settings_of(name).get("default-resources") or {}).get("runtime", math.inf)
-    return named if isinstance(named, (int, float)) else math.inf
+    defaults = settings_of(name).get("default-resources")
+    named = defaults.get("runtime") if isinstance(defaults, dict) else None
+    return named if isinstance(named, int) else math.inf
 
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #cluprf03
@@ -106,9 +106,9 @@ UNMEASURED = 60  # minutes for a run of unknown length
 
 
 def minutes(runs, seconds) -> int:
-    "Minutes that a job with these runs asks for. seconds: of a run, as `forecast.run_seconds` gives them."
+    "Minutes that a job with these runs asks for. seconds: of a run, as `forecast.if_known` gives them."
     known = [seconds(run) for run in runs]
-    total = sum(60.0 * UNMEASURED if source == UNKNOWN else took for took, source in known)
+    total = sum(60.0 * UNMEASURED if took is None else took for took in known)
     return max(LEAST, math.ceil(HEADROOM * total / 60))
 
 
