@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from . import plugins
 from . import recipes as rc
@@ -81,6 +83,9 @@ __all__ = [
     "machine_lines",
     "family_line",
     "cmd_doctor",
+    "new_arguments",
+    "check_new",
+    "cmd_new",
     "parser",
     "check_home",
     "main",
@@ -604,6 +609,37 @@ def cmd_doctor(a):
         print(family_line(fam))
 
 
+# %% ../nbs/12_cli.ipynb #clinew02
+def new_arguments(p):
+    "Declare what `new` takes."
+    p.add_argument("path", help="a folder that is not there yet; its name becomes your study's")
+
+
+# %% ../nbs/12_cli.ipynb #clinew03
+def check_new(path: Path):
+    "Refuse a folder that is there, and a name that cannot be a module's or is somebody else's."
+    name = path.name
+    if path.exists():
+        raise PromptnbError(f"{path} is there already: `new` writes a new folder")
+    if not name.isidentifier() or name != name.lower():
+        raise PromptnbError(f"'{name}' cannot be a study's name: small letters, digits and _, as a Python module's")
+    if importlib.util.find_spec(name):
+        raise PromptnbError(f"'{name}' is the name of a module that is installed: choose another")
+
+
+# %% ../nbs/12_cli.ipynb #clinew04
+def cmd_new(a):
+    "Write a small plug-in that works, and say what to do with it."
+    path = Path(a.path).expanduser().resolve()
+    check_new(path)
+    path.mkdir(parents=True)
+    for file in sorted((root() / "workflow" / "plugin").glob("*.py")):
+        text = file.read_text().replace("mass", path.name).replace("Mass", path.name.title().replace("_", ""))
+        (path / file.name).write_text(text)
+    print(f"written: {path}\n\nexport {plugins.VARIABLE}={path}")
+    print(f"promptnb run {path.name} --scale smoke && promptnb render {path.name} --scale smoke")
+
+
 # %% ../nbs/12_cli.ipynb #clipar01
 COMMANDS = dict(
     list=(cmd_list, None, "papers, tables, figures"),
@@ -615,6 +651,7 @@ COMMANDS = dict(
     status=(cmd_status, status_arguments, "what is finished, failed, stale, and how long the rest will take"),
     film=(cmd_film, film_arguments, "an agent before and after tuning, as a strip and a GIF"),
     doctor=(cmd_doctor, None, "what this machine has"),
+    new=(cmd_new, new_arguments, "write a plug-in to start from: your environment, tuner, recipes, table"),
     job=(cmd_job, job_arguments, None),
 )  # name: (function, its arguments, help; None: not shown)
 

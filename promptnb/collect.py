@@ -321,6 +321,8 @@ def policy_of(fam, quality):
         return f"minari {remote[quality]}"
     if hasattr(tasks.kind_module(fam), "script"):
         return f"script {code_fingerprint(f'tasks/{fam.kind}')} {experts.load_card(fam).get('sha256', '')}".strip()
+    if fam.behaviour:
+        return f"{fam.behaviour} {code_fingerprint(*fam.code)}"
     if quality == "random":
         return "uniform"
     bar = experts.KEPT_ABOVE.get((fam.name, quality))
@@ -399,6 +401,8 @@ def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None,
     "Write the datasets of a family and quality (default: its best) that are missing; returns the manifest's entries."
     fam = tasks.family(name)
     known = (*fam.qualities, *dict(fam.remote))
+    if not known:
+        raise PromptnbError(f"nobody plays {fam.name}: give `own` a behaviour, or data.from_arrays your arrays")
     quality = check_choice(quality or known[0], known, f"quality of {fam.name}")
     episodes = fam.episodes[1] if episodes is None else episodes
     root = Path(root or minari_dir())

@@ -123,8 +123,11 @@ def load_card(name) -> dict:
     """What is known of a family's behaviour policy, measured.
 
     How it was made, the returns of expert and random, and the margin between them that a test asks for.
+    Nothing of a behaviour of yours.
     """
     fam = tasks.family(name)
+    if fam.behaviour:
+        return {}
     path = card_path(fam)
     if not path.exists():
         remedy = f": promptnb.experts.measure_script('{fam.name}') writes one" if fam.expert == "script" else ""
@@ -298,6 +301,8 @@ def acting(vec, quality, rng, expert=None):
         return kind.script(vec, quality, rng)
     if quality == "random":
         return act_random(fam, n, rng, rows)
+    if fam.behaviour:
+        return kind.acting(vec, quality, rng)
     behaviour = expert or load_expert(fam)
     c = snapshots_for(behaviour, quality, n, rows, rng)
     return act_with(behaviour, fam, vec.task_ids, c, NOISE[quality], rng, rows)

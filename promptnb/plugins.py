@@ -53,9 +53,9 @@ def located(name) -> Path:
     path = Path(name).expanduser().resolve()
     file = path / "__init__.py" if path.is_dir() else path
     if not file.is_file():
-        raise PromptnbError(f"{VARIABLE} names {name}, but there is no file {file}")
+        raise PromptnbError(f"there is no file {file}")
     if not path.stem.isidentifier():
-        raise PromptnbError(f"{VARIABLE} names {name}: '{path.stem}' cannot be a module's name")
+        raise PromptnbError(f"'{path.stem}' cannot be a module's name")
     return file
 
 
@@ -72,7 +72,7 @@ def imported(name):
         sys.path.insert(0, str(place))
     module = importlib.import_module(file.parent.name if file.name == "__init__.py" else file.stem)
     if Path(module.__file__ or "").resolve() != file:
-        raise PromptnbError(f"{VARIABLE} names {name}, but a module of that name is {module.__file__}: rename yours")
+        raise PromptnbError(f"a module of that name is {module.__file__}: rename yours")
     return module
 
 
@@ -84,7 +84,8 @@ def load(name):
         LOADED[name] = imported(name)
     except Exception as e:
         del LOADED[name]
-        FAILED[name] = f"plug-in {name}: {type(e).__name__}: {e}".splitlines()[0]
+        kind = "" if type(e).__name__ == "PromptnbError" else f"{type(e).__name__}: "
+        FAILED[name] = f"plug-in {name}: {kind}{e}".splitlines()[0]
         warnings.warn(FAILED[name], stacklevel=2)
 
 

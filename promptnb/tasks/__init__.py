@@ -70,6 +70,9 @@ class Family:
     agents: int = 1  # trajectories that one game gives, in neighbouring rows
     medium: float = 0.5  # where 'medium' lies between the first snapshot's return and the expert's
 
+    behaviour = ""  # no field: who plays the data of a family of yours, 'module:function' (wrapped.Own)
+    code = ()  # no field: the modules of yours that decide what an episode is
+
     def __post_init__(self):  # in order, as prompts and demonstrations are
         for k in ("train", "test"):
             object.__setattr__(self, k, tuple(sorted(getattr(self, k))))
@@ -508,7 +511,7 @@ _BASES = dict(locomotion=("control",), metaworld=("wrapped",), kitchen=("wrapped
 
 def code_modules(fam):
     "The modules whose code decides what an episode of this family is."
-    return tuple(f"tasks/{k}" for k in ("rows", *_BASES.get(fam.kind, ()), fam.kind))
+    return (*(f"tasks/{k}" for k in ("rows", *_BASES.get(fam.kind, ()), fam.kind)), *fam.code)
 
 
 # %% ../../nbs/01_tasks.ipynb #f0fac701

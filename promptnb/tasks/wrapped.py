@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -29,6 +30,9 @@ __all__ = [
     "check_goals",
     "check_spaces",
     "spec_of",
+    "importable",
+    "modules_of",
+    "acting",
     "own",
 ]
 
@@ -117,6 +121,8 @@ class Own(tasks.Family):
 
     observation_space: object = None
     action_space: object = None
+    behaviour: str = ""  # who plays its data: 'module:function'
+    code: tuple = ()  # the modules of environment and behaviour, as `core.code_fingerprint` names them
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown02
@@ -220,12 +226,58 @@ def spec_of(env_id, goal):
     return env.observation_space, env.action_space, env.spec.max_episode_steps
 
 
+# %% ../../nbs/01c_tasks.wrapped.ipynb #wrpbeh02
+def importable(function) -> str:
+    "'module:name' of a function; '' of none. Of one that no other process could import, an error."
+    if function is None:
+        return ""
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+    if module in ("", "__main__") or "<" in name:
+        what = name or repr(function)
+        raise PromptnbError(f"no other process could import the behaviour {what}: put it into a module (promptnb new)")
+    return f"{module}:{name}"
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #wrpbeh03
+def modules_of(env_id, goal, behaviour) -> tuple:
+    "The modules that define an environment and who plays in it, as fingerprints name them; a notebook's have no file."
+    env = gym.make(env_id, **goal)
+    names = {type(env.unwrapped).__module__, getattr(behaviour, "__module__", "__main__")}
+    env.close()
+    return tuple(f":{name}" for name in sorted(names - {"__main__"}))
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #wrpbeh04
+def acting(vec, quality, rng):
+    "The function obs (N, S) -> actions by which a family's `behaviour` plays; what goes wrong in it is one line."
+    fam = vec.family
+    module, name = fam.behaviour.split(":")
+    behaviour = getattr(importlib.import_module(module), name)
+    goals = [fam.goals[i] for i in vec.task_ids]
+    wanted = (vec.num_envs,) if fam.discrete else (vec.num_envs, fam.act_dim)
+
+    def act(obs):
+        with in_one_line(f"{fam.behaviour} failed"):
+            actions = np.asarray(behaviour(obs, goals, quality, rng), int if fam.discrete else np.float32)
+        if actions.shape != wanted or not np.isfinite(actions).all():
+            raise PromptnbError(f"{fam.behaviour} gave actions of shape {actions.shape}: wanted {wanted}, all finite")
+        return actions
+
+    return act
+
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #60b1becf
-def own(name, env_id, goals=({},), train=(0,), test=(0,), target_return=0.0, rtg_scale=1000.0, **more) -> tasks.Family:
+def own(
+    name, env_id, goals=({},), train=(0,), test=(0,), target_return=0.0, rtg_scale=1000.0, behaviour=None, **more
+) -> tasks.Family:
     """Register a family of a Gymnasium environment, whose spaces may be nested (`promptnb.tasks.spaces`).
 
     Task i is `gymnasium.make(env_id, **goals[i])`. Observations are flattened; actions are in [-1, 1] for a policy and
-    in the environment's own space in your arrays. `more`: other fields of `tasks.Family`, such as `horizon`.
+    in the environment's own space in your arrays.
+
+    behaviour: who plays datasets for `collect` and `run`, (observations (N, S), goals of the N rows, quality,
+    np.random.Generator) -> actions (N, A) in [-1, 1], or choices (N,); a function that can be imported.
+    `more`: other fields of `tasks.Family`, such as `horizon`, `qualities` and `episodes`.
     """
     goals = tuple(goals)
     check_goals(goals, (*train, *test))
@@ -248,6 +300,8 @@ def own(name, env_id, goals=({},), train=(0,), test=(0,), target_return=0.0, rtg
         frames=frames,
         observation_space=observations,
         action_space=actions,
-        **{"horizon": limit, **more},
+        behaviour=importable(behaviour),
+        code=modules_of(env_id, goals[0], behaviour),
+        **{"horizon": limit, "qualities": ("expert", "random") if behaviour else (), **more},
     )
     return tasks.add(family)
