@@ -70,7 +70,7 @@ def test_a_study_goes_from_data_to_a_table_and_survives_kill_9(finished):
     home, folder, env = finished
     assert {r["status"] for r in records(home).values()} == {"ok"} and len(records(home)) == 2
     assert [f":{NAME}.{m}" in r["code"]["modules"] for r in records(home).values() for m in ("world",)] == [True] * 2
-    assert "2/2 runs" in cli(home, "status", NAME, *SMOKE, **env).stdout
+    assert "3/3 runs" in cli(home, "status", NAME, *SMOKE, **env).stdout
     p = went(cli(home, "render", NAME, *SMOKE, **env))
     assert "Prompt-DT, nudged" in p.stdout
     assert (home / "figures" / "yours" / NAME / "smoke" / "table1.csv").exists()
@@ -80,10 +80,10 @@ def test_what_its_world_is_decides_whether_a_result_is_stale(finished):
     home, folder, env = finished
     world, text = folder / "world.py", (folder / "world.py").read_text()
     world.write_text(text.replace("position, speed = self.state", "position, speed = self.state  # a remark"))
-    assert "2/2 runs" in cli(home, "status", NAME, *SMOKE, **env).stdout
+    assert "3/3 runs" in cli(home, "status", NAME, *SMOKE, **env).stdout
     try:
         world.write_text(text.replace("0.8 * speed", "0.7 * speed"))
-        assert "2 stale" in cli(home, "status", NAME, *SMOKE, **env).stdout
+        assert "3 stale" in cli(home, "status", NAME, *SMOKE, **env).stdout
     finally:
         world.write_text(text)
 
