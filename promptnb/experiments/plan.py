@@ -132,17 +132,18 @@ def work(self: Request) -> list:
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plreach1
 def within_means(request: Request) -> Request:
-    "The request without what cannot be made here; PromptnbError where that is all of an exhibit that was named."
+    "The request without what cannot be made here; PromptnbError where an exhibit that was named loses by it."
     every = [r for paper in request.papers for r in rc.PAPER_OF[paper].recipes.values() if rc.run_at(r, request.scale)]
     reasons = {r.id: reason for r in every if (reason := lacks(rc.resolve(r, request.scale)))}
     asked = {r.id for r in request.recipes()}
     for i in request.exhibits:
-        own = [r.id for r in rc.recipes_of(rc.EXHIBITS[request.paper, i], request.scale) if r.id in asked]
-        if own and set(own) <= set(reasons):
-            raise PromptnbError(f"{i} {reasons[own[0]]}")
+        own = [r for r in rc.recipes_of(rc.EXHIBITS[request.paper, i], request.scale) if r.id in asked]
+        out = [r for r in own if r.id in reasons]
+        if out and (out == own or not all(r.online for r in out)):
+            raise PromptnbError(f"{i} {reasons[out[0].id]}")
     for reason in dict.fromkeys(reasons[i] for i in asked & set(reasons)):
         arms = [rc.RECIPES[i] for i in reasons if i in asked and reasons[i] == reason]
-        print(f"left out: {named(arms)}: {reason}", file=sys.stderr)
+        print(f"left out: {named(arms)} ({reason})", file=sys.stderr)
     return replace(request, without=frozenset(reasons))
 
 
@@ -151,7 +152,7 @@ def named(recipes, most=4) -> str:
     "Recipes by family and method, the first few of them."
     names = list(dict.fromkeys(f"{r.family} {r.method}" for r in recipes))
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return "; ".join(names[:most]) + more
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #pltask01
