@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import Batch, PromptnbError, Steps, check_choice
-from .dt import DTConfig, Policy, PromptDT
+from .dt import DTConfig, Policy, PromptDT, clipped
 
 # %% auto #0
 __all__ = [
@@ -141,6 +141,7 @@ def embedding(self: ContextDT, context: Steps):
     "The embedding z (M, d) of contexts (M, P, .), and which contexts say anything (M,)."
     if not hasattr(self, "encode"):
         raise PromptnbError(f"a model with encoder '{self.config.encoder}' reads no context")
+    context = replace(context, s=clipped(context.s, self.config.clip_states))
     x, real = transitions(context, self.config.reward_scale)
     return self.encode(x, real), real.any(1)
 

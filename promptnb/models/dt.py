@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ __all__ = [
     "ACTIVATIONS",
     "SAVED",
     "HASHES",
+    "check_sizes",
+    "check_window",
+    "check_heads",
     "DTConfig",
     "Dropout",
     "attend",
@@ -42,6 +46,7 @@ __all__ = [
     "Block",
     "attention_bias",
     "tokens3",
+    "clipped",
     "Embed",
     "Prefix",
     "PromptDT",
@@ -50,6 +55,33 @@ __all__ = [
     "blank_prompt",
     "Policy",
 ]
+
+
+# %% ../../nbs/03_models.dt.ipynb #dtchk001
+def check_sizes(c, names):
+    "Raise an error unless these fields of a configuration are whole numbers from 1 on."
+    for name in names:
+        value = getattr(c, name)
+        if not isinstance(value, Integral) or value < 1:
+            raise PromptnbError(f"{name} is {value!r}, but must be a whole number of at least 1")
+
+
+# %% ../../nbs/03_models.dt.ipynb #dtchk002
+def check_window(K, rtg_scale):
+    "Raise an error unless a window has K >= 1 steps, and returns-to-go can be divided by `rtg_scale`."
+    if not isinstance(K, Integral) or K < 1:
+        raise PromptnbError(f"K is {K!r}, but a window has at least 1 step")
+    if not 0 < rtg_scale < math.inf:
+        raise PromptnbError(f"rtg_scale is {rtg_scale}, but returns-to-go are divided by it: give a number above 0")
+
+
+# %% ../../nbs/03_models.dt.ipynb #dtchk003
+def check_heads(width, heads):
+    "Raise an error unless the heads share the width evenly."
+    if width % heads:
+        fewer = max(h for h in range(1, heads) if width % h == 0)
+        narrower = max(heads, width - width % heads)
+        raise PromptnbError(f"width {width} is not a multiple of {heads} heads: try heads={fewer} or width={narrower}")
 
 
 # %% ../../nbs/03_models.dt.ipynb #65fdef94
@@ -78,6 +110,14 @@ class DTConfig:
     # standard deviation 0.02 / sqrt(2 layers) of the weights that write to the residual stream, as in GPT-2;
     # code: 0.02, as its transformers 4.5.1 does not scale them
     scaled_init: bool = False
+    # normalised states are cut at so many standard deviations; 0: never. For a number that hardly varies in the data
+    clip_states: float = 0.0
+
+    def __post_init__(self):
+        check_sizes(self, ("state_dim", "act_dim", "width", "layers", "heads", "max_timestep", "mlp_ratio"))
+        check_heads(self.width, self.heads)
+        if not self.clip_states >= 0:
+            raise PromptnbError(f"clip_states is {self.clip_states}, but must be 0 (never) or more")
 
     @property
     def residual_std(self):
@@ -195,6 +235,12 @@ def tokens3(rtg, s, a):
     return torch.stack([rtg, s, a], 2).flatten(1, 2)
 
 
+# %% ../../nbs/03_models.dt.ipynb #dtclip01
+def clipped(s, bound):
+    "Normalised states (..., S), cut at +- `bound`; 0: as they are."
+    return s.clamp(-bound, bound) if bound else s
+
+
 # %% ../../nbs/03_models.dt.ipynb #f9250645
 class Embed(nn.Module):
     "Steps -> tokens (B, 3K, d); the timestep's embedding is added to the three tokens of its step."
@@ -204,10 +250,11 @@ class Embed(nn.Module):
         self.rtg, self.s, self.a = nn.Linear(1, c.width), nn.Linear(c.state_dim, c.width), nn.Linear(c.act_dim, c.width)
         self.t = nn.Embedding(c.max_timestep, c.width)
         self.squash = torch.tanh if c.tanh else nn.Identity()
+        self.clip_states = c.clip_states
 
     def forward(self, x: Steps):
         t = self.t(x.t.clamp(0, self.t.num_embeddings - 1))
-        rtg, s, a = self.rtg(x.rtg), self.s(x.s), self.a(x.a)
+        rtg, s, a = self.rtg(x.rtg), self.s(clipped(x.s, self.clip_states)), self.a(x.a)
         return tokens3(self.squash(rtg) + t, self.squash(s) + t, self.squash(a) + t)
 
 
@@ -403,6 +450,7 @@ class Policy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer"]):
     ):
         super().__init__()
         c = self.CONFIG(**model)
+        check_window(K, rtg_scale)
         self.model, self.K, self.rtg_scale, self.soft = self.MODEL(c), K, rtg_scale, soft
         self.register_buffer("mean", torch.zeros(c.state_dim))
         self.register_buffer("std", torch.ones(c.state_dim))

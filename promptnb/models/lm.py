@@ -43,7 +43,7 @@ from promptnb.core import (
     sha256_file,
     write_sealed,
 )
-from .dt import SafeHub, tokens3
+from .dt import SafeHub, check_heads, check_sizes, check_window, tokens3
 
 # %% auto #0
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "LanguageModel",
     "NoPositions",
     "position_table",
+    "check_positions",
     "SplitQKV",
     "inputs_of_attention",
     "add_lora",
@@ -137,6 +138,10 @@ class LMConfig:
         check_choice(self.init, ("pretrained", "random"), "init")
         check_choice(self.train, ("lora", "full", "frozen"), "train")
         check_choice(self.embed, ("mlp", "linear"), "embed")
+        check_sizes(self, ("state_dim", "act_dim", "max_timestep", *(["r"] if self.train == "lora" else [])))
+        if not self.trunk:
+            check_sizes(self, ("layers", "heads", "width", "vocab"))
+            check_heads(self.width, self.heads)
         if self.share_projection and self.embed == "mlp":
             raise PromptnbError("share_projection needs embed='linear': an MLP has no transpose")
 
@@ -326,6 +331,16 @@ def position_table(trunk):
     return "", None
 
 
+# %% ../../nbs/03a_models.lm.ipynb #lmposn03
+def check_positions(positions, K):
+    "Raise an error if a trunk's table has fewer positions than windows of K steps have tokens."
+    if positions < 3 * K:
+        raise PromptnbError(
+            f"the trunk has {positions} positions, but windows of K={K} steps are {3 * K} tokens: "
+            f"use K={positions // 3} or less, a trunk trained on longer text, or use_positions=False"
+        )
+
+
 # %% ../../nbs/03a_models.lm.ipynb #227a1e68
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -497,6 +512,7 @@ class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "
     def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000.0):
         super().__init__()
         self.config = c = LMConfig(**model)
+        check_window(K, rtg_scale)
         self.K, self.rtg_scale = K, rtg_scale
         lm = load_lm(c)
         d, (at, table) = lm.config.hidden_size, position_table(lm.base_model)
@@ -511,7 +527,9 @@ class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "
             if table is None:
                 raise PromptnbError(f"extend_positions: a {type(lm).__name__} has no position table")
             self.time.weight.data = tiled(table.weight.data[-lm.config.max_position_embeddings :], c.max_timestep)
-        if table is not None and not c.use_positions:
+        if table is not None and c.use_positions:
+            check_positions(lm.config.max_position_embeddings, K)
+        elif table is not None:
             self.lm.trunk.set_submodule(at, NoPositions())
         if c.train == "lora":
             add_lora(self.lm.trunk, c)

@@ -101,12 +101,6 @@ class PixelLamo(LamoPolicy):
         self.embed["s"] = Eye(c.frames, d, c.embed, c.tanh_state)
         if self.head is not None:
             self.head = nn.Linear(d, c.act_dim)
-        table = self.positions()
-        if table is not None and table.num_embeddings < 3 * K:
-            raise PromptnbError(
-                f"the trunk has {table.num_embeddings} positions, but windows of K={K} steps are {3 * K} tokens: use a "
-                "smaller K, a trunk trained on longer text, or use_positions=False"
-            )
         self._hub_mixin_config = dict(model=asdict(c), K=K, rtg_scale=rtg_scale)
 
     def tokens(self, x: Steps):
