@@ -21,6 +21,7 @@ from pathlib import Path
 from . import plugins
 from . import recipes as rc
 from .core import PromptnbError, check_choice, disk_error, root, run_lock, runs_dir, sound_record, write_json
+from .experiments.cards import PER_GPU, cards, per_gpu
 from .experiments.cluster import FEW, asked, executor_of, longest_job, requeue, settings_of
 from .experiments.forecast import Rates, expected, forecast, if_known, many, run_seconds, spell, write_seconds
 from .experiments.job import log_path
@@ -50,6 +51,8 @@ __all__ = [
     "print_collected",
     "cmd_collect",
     "snakemake",
+    "devices",
+    "a_card",
     "run",
     "in_words",
     "handed_over",
@@ -166,13 +169,35 @@ def cmd_collect(a):
 
 
 # %% ../nbs/12_cli.ipynb #clirun01
-def snakemake(plan_file, cores=None, dry=False, profile="local") -> list:
-    "The command that runs a plan."
+def snakemake(plan_file, cores=None, dry=False, profile="local", slots=0) -> list:
+    "The command that runs a plan. slots: how many jobs may be on GPUs at the same time (0: no limit)."
     workflow = root() / "workflow"
     command = [sys.executable, "-m", "snakemake", "-s", str(workflow / "Snakefile"), "-d", str(root())]
     command += ["--cores", str(cores or os.cpu_count()), "--workflow-profile", str(workflow / "profiles" / profile)]
+    command += ["--resources", f"card={slots}"] if slots else []
     command += ["--config", f"plan={plan_file}"]
     return command + (["--dry-run", "--forceall"] if dry else [])  # a plan holds what is left: all of it would run
+
+
+# %% ../nbs/12_cli.ipynb #clidev01
+def devices(accelerator, profile, remote=False) -> tuple:
+    """(the accelerator, how many jobs may be on GPUs at the same time: 0 for no limit) of `run` with a profile.
+
+    One line where a GPU is asked for and there is none; of a remote machine that is not known here."""
+    if profile == "gpu" and accelerator == "cpu":
+        raise PromptnbError("profile gpu runs jobs on GPUs, but accelerator is cpu: use --profile local")
+    accelerator = "cuda" if profile == "gpu" else accelerator
+    if accelerator == "cuda" and not remote:
+        from promptnb.train import pick_device
+
+        pick_device(accelerator)
+    return accelerator, len(cards()) * per_gpu() if profile == "gpu" else 0
+
+
+# %% ../nbs/12_cli.ipynb #clidev03
+def a_card(runs) -> dict:
+    "The resources of a job on this machine's GPUs: one slot, unless it collects data (no runs)."
+    return dict(card=[1]) if runs else {}
 
 
 # %% ../nbs/12_cli.ipynb #7c8fbd85
@@ -183,11 +208,11 @@ ENVIRONMENT = dict(
 
 def run(request: Request, cores=None, accelerator="auto", dry=False, profile="local", measure=False) -> int:
     "Hand what is left to Snakemake; returns its exit status. measure: time training steps again."
-    request, remote = within_means(request), executor_of(profile) != "local"
-    if accelerator == "cuda" and not remote:
-        from promptnb.train import pick_device
-
-        pick_device(accelerator)  # an error if there is none
+    remote = executor_of(profile) != "local"
+    accelerator, slots = devices(accelerator, profile, remote)
+    if slots:
+        cores = min(cores or os.cpu_count(), slots)
+    request = within_means(request)
     alone = contextlib.nullcontext() if dry else run_lock(runs_dir() / "graph")  # one may look while another works
     with alone:
         unmeasured = dry or request.scale == "smoke" or (remote and accelerator == "cuda")  # a smoke run takes seconds
@@ -198,7 +223,7 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
         asks = functools.partial(
             asked, accelerator=accelerator, seconds=if_known(seconds), longest=longest_job(profile)
         )
-        shared = dict(share=FEW, asks=asks) if remote else {}
+        shared = dict(share=FEW, asks=asks) if remote else dict(asks=a_card if slots else lambda runs: {})
         rules = plan(request, accelerator, tasks, if_known(seconds), **shared)
         print(f"{in_words(request)}; {many(len(rules), 'job')}. Finished runs are kept.", flush=True)
         at_once = settings_of(profile).get("jobs", cores) if remote else cores
@@ -207,7 +232,7 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
             return 0
         # told to terminate, Snakemake waits for what it has on a cluster; interrupted, it cancels that
         last_word = signal.SIGINT if remote else signal.SIGTERM
-        return handed_over(rules, tasks, lambda file: snakemake(file, cores, dry, profile), dry, last_word)
+        return handed_over(rules, tasks, lambda file: snakemake(file, cores, dry, profile, slots), dry, last_word)
 
 
 # %% ../nbs/12_cli.ipynb #clirun06
@@ -324,7 +349,8 @@ def run_arguments(p):
     p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--dry-run", action="store_true", help="what would run, and how long it would take")
     p.add_argument("--measure", action="store_true", help="time training steps again, for the forecast")
-    p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, slurm")
+    p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, gpu, slurm")
+    p.add_argument("--per-gpu", type=int, metavar="N", help="jobs that share a GPU (default: 1)")
     p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
 
 
@@ -377,6 +403,10 @@ def cmd_run(a):
         check_choice(family, {r.family for r in rc.RECIPES.values()}, "family")
     if a.cores is not None and a.cores < 1:
         raise PromptnbError(f"--cores is {a.cores}, but must be at least 1")
+    if a.per_gpu is not None:
+        if a.per_gpu < 1:
+            raise PromptnbError(f"--per-gpu is {a.per_gpu}, but must be at least 1")
+        os.environ[PER_GPU] = str(a.per_gpu)  # for the jobs
     seeds = seeds_of(a.seeds, (fixed["seed"],) if "seed" in fixed else None)
     executor_of(a.profile)
     if a.paper == "all" and a.exhibit:

@@ -25,8 +25,12 @@ __all__ = [
     "autocast",
     "precision_of",
     "pick_device",
+    "memory_error",
     "where",
     "optimiser",
+    "learning_rate",
+    "gradients",
+    "pieces",
     "step_once",
     "state_of",
     "restore",
@@ -96,6 +100,13 @@ def pick_device(accelerator="auto"):
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+# %% ../nbs/04_train.ipynb #trmem001
+def memory_error(reason) -> PromptnbError:
+    "The one line for a GPU whose memory is full, whatever filled it. reason: the error, or its text."
+    first = str(reason).split(". GPU")[0].rstrip(". ")
+    return PromptnbError(f"{first}: give a card fewer jobs (--per-gpu 1), or use --accelerator cpu")
+
+
 # %% ../nbs/04_train.ipynb #c5bf5ace
 def where(device="cpu"):
     "What a result may depend on: versions, device, thread count."
@@ -119,17 +130,42 @@ def optimiser(params, c: FitConfig):
     return torch.optim.AdamW(params, lr=c.lr, eps=c.eps, weight_decay=c.weight_decay, fused=fused)
 
 
+# %% ../nbs/04_train.ipynb #trrate01
+def learning_rate(c: FitConfig, t) -> float:
+    "The rate of update t: a linear warm-up, then `lr`."
+    return c.lr * min(1.0, (t + 1) / max(c.warmup, 1))
+
+
+# %% ../nbs/04_train.ipynb #trgrad01
+def gradients(loss, pieces, precision, device):
+    """Add the gradients of a loss to those of the parameters; returns its value, a tensor on the device.
+
+    pieces: [(share, batch)] as `pieces` gives them, one after the other: memory holds one of them at a time."""
+    total = 0.0
+    for share, batch in pieces:
+        with autocast(precision, device):
+            value = loss(batch)
+        if share is not None:
+            value = share * value
+        value.backward()
+        total = total + value.detach()
+    return total
+
+
+# %% ../nbs/04_train.ipynb #trgrad03
+def pieces(model, batch, parts=1) -> list:
+    "A batch as [(share of the loss, batch)]: whole, or in at most so many parts."
+    return [(None, batch)] if parts == 1 else model.parts(batch, parts)
+
+
 # %% ../nbs/04_train.ipynb #d3ffea50
-def step_once(model, opt, batch, t, c: FitConfig, device):
-    "One update; returns the loss as a float. Nothing is updated when it is not finite."
+def step_once(model, opt, batch, t, c: FitConfig, device, parts=1):
+    "One update; returns the loss as a float. Nothing is updated when it is not finite. parts: see `pieces`."
     for g in opt.param_groups:
-        g["lr"] = c.lr * min(1.0, (t + 1) / max(c.warmup, 1))
+        g["lr"] = learning_rate(c, t)
     torch.manual_seed(seed_for(c.seed, "step", t) % 2**63)  # dropout of step t, whatever ran before
-    with autocast(c.precision, device):
-        loss = model.loss(batch)
     opt.zero_grad(set_to_none=True)
-    loss.backward()
-    value = loss.item()
+    value = gradients(model.loss, pieces(model, batch, parts), c.precision, device).item()
     if math.isfinite(value):
         torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], c.clip)
         opt.step()
@@ -218,6 +254,7 @@ class Trainer:
     losses: list = field(default_factory=list)  # (step, mean loss since the last entry)
     recent: list = field(default_factory=list)  # losses since then
     points: dict = field(default_factory=dict)  # {step: what the callback returned}
+    parts: int = 1  # in which a batch is computed, where memory is short
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
@@ -233,7 +270,7 @@ def resume(self: Trainer):
         return
     tensors, meta = found
     restore(self.model, self.opt, tensors)
-    self.step, self.recent = meta["step"], meta["recent"]
+    self.step, self.recent, self.parts = meta["step"], meta["recent"], meta["parts"]
     self.losses = [tuple(x) for x in meta["losses"]]
     self.points = {int(k): point for k, point in meta["points"].items()}
     steps = self.config.steps
@@ -246,18 +283,44 @@ def resume(self: Trainer):
 
 # %% ../nbs/04_train.ipynb #tr000014
 @patch
-def advance(self: Trainer, batch):
-    "One update; returns its loss. A loss that is not finite is neither stepped on nor counted."
+def update(self: Trainer, batch):
+    "The loss of one update; out of memory, it is computed in more parts."
+    while True:
+        try:
+            return step_once(self.model, self.opt, batch, self.step, self.config, self.device, self.parts)
+        except torch.OutOfMemoryError as e:
+            reason = str(e)  # and not the error: it holds on to what the update had computed
+        self.split(batch, reason)
+
+
+# %% ../nbs/04_train.ipynb #trsplt01
+@patch
+def split(self: Trainer, batch, reason):
+    "After running out of memory: twice as many parts from now on. An error where the model cannot make so many."
+    self.opt.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    most = len(self.model.parts(batch, 2 * self.parts)) if hasattr(self.model, "parts") else 1
+    where_ = f"{self.desc}: step {self.step}, batch in {self.parts} {'part' if self.parts == 1 else 'parts'}"
+    if most <= self.parts:
+        raise PromptnbError(f"{where_} and no more can be made: {memory_error(reason)}")
+    self.parts = most
+    print(
+        f"{where_}: out of memory. From here on it is computed in {most}, with the same result but for rounding; "
+        "fewer jobs on a card (--per-gpu) would leave it whole",
+        flush=True,
+    )
+
+
+# %% ../nbs/04_train.ipynb #trcnt001
+@patch
+def count(self: Trainer, value):
+    "One update more is done; `value` is its loss."
     c = self.config
-    value = step_once(self.model, self.opt, batch, self.step, c, self.device)
-    if not math.isfinite(value):
-        return value
     self.step += 1
     self.recent.append(value)
     if self.step % c.log_every == 0 or self.step == c.steps:
         self.losses.append((self.step, sum(self.recent) / len(self.recent)))
         self.recent = []
-    return value
 
 
 # %% ../nbs/04_train.ipynb #tr000015
@@ -265,7 +328,7 @@ def advance(self: Trainer, batch):
 def save(self: Trainer, call=True):
     "Write a checkpoint, if this fit has a folder; then run the callback, unless told not to."
     if self.checkpoints:
-        kept = dict(losses=self.losses, recent=self.recent, points=self.points)
+        kept = dict(losses=self.losses, recent=self.recent, points=self.points, parts=self.parts)
         self.checkpoints.save(self.step, state_of(self.model, self.opt), **kept)
     if self.callback and call:
         self.points[self.step] = self.callback(self.step)
@@ -291,10 +354,11 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
         model.train()
         first, steps = trainer.step, config.steps
         for t in progress(range(first, steps), desc, total=steps - first):
-            value = trainer.advance(sampler.batch(t))
+            value = trainer.update(sampler.batch(t))
             if not math.isfinite(value):
                 why = f"loss is {value} at step {t}; the last good checkpoint is kept"
                 return FitLog("diverged", t, trainer.losses, time.time() - start, why, trainer.points)
+            trainer.count(value)
             if stop.told:
                 trainer.save(call=False)
                 raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")

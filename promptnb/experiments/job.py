@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import recipes as rc
 from ..core import PromptnbError, check_choice, disk_error, runs_dir, server_answers
+from .cards import own_card
 from .run import Run, run_id
 
 # %% auto #0
@@ -32,6 +33,7 @@ __all__ = [
     "log_path",
     "Both",
     "logged",
+    "attempt",
     "run_job",
     "stamp",
 ]
@@ -119,7 +121,13 @@ def lacks(r: rc.Recipe) -> str:
 # %% ../../nbs/10d_experiments.job.ipynb #jbfail01
 def record_failure(run: Run, error: Exception):
     "A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it."
+    import torch
+
+    from promptnb.train import memory_error
+
     error = disk_error(error, getattr(error, "filename", None) or runs_dir())
+    if isinstance(error, torch.OutOfMemoryError):
+        error = memory_error(error)
     first = str(error).splitlines()[0] if str(error) else ""
     run.record("failed", why=f"{type(error).__name__}: {first}")
     print(f"{run.id}: failed: {error}", file=sys.stderr, flush=True)
@@ -166,26 +174,34 @@ def logged(run: Run):
             yield
 
 
+# %% ../../nbs/10d_experiments.job.ipynb #jbtry001
+def attempt(run: Run):
+    "Work on a run, with a log; what breaks it is its failed record, and no more than that."
+    from promptnb.train import Interrupted
+
+    with logged(run):
+        try:
+            work_on(run)
+        except Interrupted:
+            raise
+        except Exception as e:
+            record_failure(run, e)
+
+
 # %% ../../nbs/10d_experiments.job.ipynb #ca26dd4c
 def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1) -> list:
-    "Do a job's runs; returns the paths of its good records."
+    "Do a job's runs, on a GPU of its own where there is one; returns the paths of its good records."
     import torch
 
-    from promptnb.train import Interrupted, pick_device
+    from promptnb.train import pick_device
 
-    job, device = find_job(id), pick_device(accelerator)
+    job = find_job(id)
     torch.set_num_threads(threads)
-    runs = runs_of(job, scale, seed, device, threads)
-    for run in runs:
-        if run.finished or lacks(run.recipe):
-            continue
-        with logged(run):
-            try:
-                work_on(run)
-            except Interrupted:
-                raise
-            except Exception as e:
-                record_failure(run, e)
+    with own_card(accelerator):
+        runs = runs_of(job, scale, seed, pick_device(accelerator), threads)
+        for run in runs:
+            if not run.finished and not lacks(run.recipe):
+                attempt(run)
     return [run.path for run in runs if run.path.exists()]
 
 

@@ -33,6 +33,7 @@ from promptnb.core import (
     swept,
     write_json,
 )
+from .cards import cards
 from .job import find_job, lacks, runs_of, stamp
 from .run import run_id
 
@@ -110,6 +111,10 @@ def check_values(given: dict):
         find_job(given["job"])
     if "accelerator" in given:
         check_choice(given["accelerator"], ("auto", "cpu", "cuda"), "accelerator")
+        if given["accelerator"] == "cuda" and not cards():
+            from promptnb.train import pick_device
+
+            pick_device("cuda")  # raises
     for name, least in (("threads", 1), ("seed", 0)):
         if given.get(name, least) < least:
             raise PromptnbError(f"parameter '{name}' is {given[name]}, but must be at least {least}")

@@ -241,6 +241,15 @@ def loss(self: ContextDT, batch: Batch):
     return sum(self.losses(batch).values())
 
 
+# %% ../../nbs/03d_models.context.ipynb #ctxparts
+@patch
+def parts(self: ContextDT, batch: Batch, n) -> list:
+    "The batch in parts as a Decision Transformer's; whole where the loss compares rows or averages over other steps."
+    c = self.config
+    more = batch.task is not None and (c.w_state or c.w_return or c.w_nce or c.w_class)
+    return [(None, batch)] if more else PromptDT.parts(self, batch, n)
+
+
 # %% ../../nbs/03d_models.context.ipynb #2926eca2
 @patch
 def tunable(self: ContextDT):

@@ -375,6 +375,26 @@ def loss(self: PromptDT, batch: Batch):
     return self.error(pred, torch.cat([prompt.a, h.a], 1), torch.cat([prompt.mask, h.mask], 1))
 
 
+# %% ../../nbs/03_models.dt.ipynb #dtparts1
+@patch
+def parts(self: PromptDT, batch: Batch, n) -> list:
+    """The batch in at most n parts: [(share, Batch)].
+
+    The share is that of the steps which `loss` averages over: losses times shares sum up to the loss of the whole."""
+    history, prompt, task = batch.history, batch.prompt, batch.task
+    real = history.mask.sum(-1)
+    if self.config.loss_on_prompt:
+        real = real + prompt.mask.sum(-1)
+    B, out = len(history), []
+    n = min(n, B)
+    for k in range(n):
+        at = slice(B * k // n, B * (k + 1) // n)
+        shared = prompt is None or len(prompt) != B  # one prompt for all rows
+        part = Batch(history[at], prompt if shared else prompt[at], None if task is None else task[at])
+        out.append((real[at].sum() / real.sum(), part))
+    return out
+
+
 # %% ../../nbs/03_models.dt.ipynb #629c607f
 @patch
 def tunable(self: PromptDT):
@@ -483,6 +503,13 @@ def clone(self: Policy):
 def loss(self: Policy, batch: Batch):
     "Its model's training loss."
     return self.model.loss(batch)
+
+
+# %% ../../nbs/03_models.dt.ipynb #dtparts4
+@patch
+def parts(self: Policy, batch: Batch, n) -> list:
+    "The batch in at most n parts, as its model makes them."
+    return self.model.parts(batch, n)
 
 
 # %% ../../nbs/03_models.dt.ipynb #c005a57b

@@ -5,6 +5,7 @@
 # %% ../../nbs/06_tuners.core.ipynb #eaac8224
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..core import Batch, PromptnbError, Steps, check_choice, seed_for
 from ..models.dt import Prefix
-from ..train import FitConfig, autocast, fit
+from ..train import FitConfig, autocast, fit, memory_error
 
 # %% auto #0
 __all__ = [
@@ -188,20 +189,39 @@ def windows_loss(model, prefix: Prefix | None, history: Steps, weight=None):
     return loss.mean(-1) if weight is None else (loss * weight[:, None]).mean(-1)
 
 
+# %% ../../nbs/06_tuners.core.ipynb #tnrerr01
+def _errors(policy, prompts, first, n, history, precision):
+    # action errors (G, n) of the prompts (G, m, P, .) from the first on
+    with autocast(precision, policy.mean.device):
+        part = prompts.map(lambda x: x[:, first : first + n].flatten(0, 1))
+        prefix = policy.model.prefix(*policy.model.prompt_tokens(part))
+        return windows_loss(policy.model, prefix, history)
+
+
+# %% ../../nbs/06_tuners.core.ipynb #tnrsay01
+@functools.cache
+def _say_once(line):
+    print(line, flush=True)
+
+
 # %% ../../nbs/06_tuners.core.ipynb #5edd06b9
 @torch.no_grad()
 def prompt_loss(policy, prompts: Steps, history: Steps, precision="fp32", rows=4096):
     """Action error (G, m) of prompts (G, m, P, .) on windows (G, B, K, .).
 
-    rows: about as many windows go through one forward, to bound memory."""
+    rows: about as many windows go through one forward, to bound memory; where that is too many, half of them."""
     G, B = history.t.shape[:2]
-    step, out = max(1, rows // (G * B)), []
-    for j in range(0, prompts.t.shape[1], step):
-        with autocast(precision, policy.mean.device):
-            part = prompts.map(lambda x, at=slice(j, j + step): x[:, at].flatten(0, 1))
-            prefix = policy.model.prefix(*policy.model.prompt_tokens(part))
-            out.append(windows_loss(policy.model, prefix, history))
-    return torch.cat(out, 1)
+    m = prompts.t.shape[1]
+    while True:
+        step = min(m, max(1, rows // (G * B)))
+        try:
+            return torch.cat([_errors(policy, prompts, j, step, history, precision) for j in range(0, m, step)], 1)
+        except torch.OutOfMemoryError as e:
+            reason = str(e)  # and not the error: it holds on to what was computed
+        if step == 1:
+            raise PromptnbError(f"prompts are tried one at a time already, rows={rows}: {memory_error(reason)}")
+        rows = step // 2 * G * B
+        _say_once(f"out of memory with {step} prompts in one forward: rows={rows} from here on, with the same result")
 
 
 # %% ../../nbs/06_tuners.core.ipynb #456120ee
@@ -385,6 +405,17 @@ class _Prompts(nn.Module):
         "drawn: windows (G, B, K, .), or these and a weight for each (G, B)."
         history, weight = drawn if isinstance(drawn, tuple) else (drawn, None)
         return windows_loss(self._model[0], self._prefix_of(self.x), history, weight).sum()
+
+    def parts(self, drawn, n):
+        "The windows of all tasks in at most n parts: [(share, drawn)]. The loss is a mean over them."
+        history, weight = drawn if isinstance(drawn, tuple) else (drawn, None)
+        B = history.t.shape[1]
+        n, out = min(n, B), []
+        for k in range(n):
+            at = slice(B * k // n, B * (k + 1) // n)
+            part = history[:, at]
+            out.append((len(range(B)[at]) / B, part if weight is None else (part, weight[:, at])))
+        return out
 
 
 # %% ../../nbs/06_tuners.core.ipynb #e23f36ad
