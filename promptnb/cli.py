@@ -20,13 +20,24 @@ from pathlib import Path
 
 from . import plugins
 from . import recipes as rc
-from .core import PromptnbError, check_choice, disk_error, root, run_lock, runs_dir, sound_record, write_json
+from promptnb.core import (
+    ACCEPT,
+    PromptnbError,
+    check_choice,
+    disk_error,
+    root,
+    run_lock,
+    runs_dir,
+    sound_record,
+    write_json,
+)
 from .experiments.cards import PER_GPU, cards, per_gpu
 from .experiments.cluster import FEW, asked, executor_of, longest_job, requeue, settings_of
 from .experiments.forecast import Rates, expected, forecast, if_known, many, run_seconds, spell, write_seconds
 from .experiments.job import log_path
 from promptnb.experiments.notebook import (
     GRACE,
+    LIMIT,
     OWNER,
     RESUME,
     TEMPLATE,
@@ -34,7 +45,9 @@ from promptnb.experiments.notebook import (
     check_parameters,
     execute,
     job_command,
+    note_killed,
     owner_name,
+    time_limit,
 )
 from .experiments.plan import Request, chosen, is_finished, plan, tasks_of, within_means, write_plan
 from .experiments.run import relative
@@ -62,6 +75,8 @@ __all__ = [
     "stop_descendants",
     "descendants",
     "paper_argument",
+    "job_settings",
+    "in_force",
     "run_arguments",
     "pairs",
     "seeds_of",
@@ -255,6 +270,9 @@ def handed_over(rules, tasks, command, dry=False, last_word=signal.SIGTERM) -> i
         status = owned(command(file), last_word)
     finally:
         file.unlink(missing_ok=True)
+    if status and not dry:
+        for paper in {task.job.paper for task in tasks}:
+            note_killed(paper, tasks[0].scale)
     if not dry:
         print("\n".join(summary(tasks, time.monotonic() - start)), flush=True)
     return status
@@ -338,6 +356,33 @@ def paper_argument(p):
     scale_argument(p)
 
 
+# %% ../nbs/12_cli.ipynb #cliset01
+def job_settings(p):
+    "Declare the settings that jobs inherit; they change no result, but its record says if data were accepted."
+    accept = "take data whose hash is not the manifest's; status, records and tables say so"
+    p.add_argument("--accept-changed-data", action="store_true", help=accept)
+    p.add_argument("--time-limit", type=int, metavar="SECONDS", help="that a cell of a job's notebook may take")
+
+
+# %% ../nbs/12_cli.ipynb #cliset02
+@contextlib.contextmanager
+def in_force(a):
+    "The settings of `job_settings`, in the environment that jobs and their kernels inherit."
+    given = {ACCEPT: "1" if a.accept_changed_data else None, LIMIT: None if a.time_limit is None else str(a.time_limit)}
+    given = {k: v for k, v in given.items() if v is not None}
+    before = {k: os.environ.get(k) for k in given}
+    os.environ.update(given)
+    try:
+        time_limit()  # refused before work starts
+        yield
+    finally:
+        for k, v in before.items():
+            if v is None:
+                del os.environ[k]
+            else:
+                os.environ[k] = v
+
+
 # %% ../nbs/12_cli.ipynb #aaa2054c
 def run_arguments(p):
     "Declare what `run` takes."
@@ -352,6 +397,7 @@ def run_arguments(p):
     p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, gpu, slurm")
     p.add_argument("--per-gpu", type=int, metavar="N", help="jobs that share a GPU (default: 1)")
     p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
+    job_settings(p)
 
 
 # %% ../nbs/12_cli.ipynb #548dcd83
@@ -413,7 +459,9 @@ def cmd_run(a):
         raise PromptnbError(f"--exhibit {a.exhibit[0]} is of one paper: name that instead of all")
     request = Request(a.paper, tuple(a.exhibit), fixed.get("scale", a.scale), seeds, tuple(a.family))
     check_families(request)
-    if run(request, a.cores, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile, a.measure):
+    with in_force(a):
+        failed = run(request, a.cores, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile, a.measure)
+    if failed:
         see = "see above" if a.paper == "all" else f"see `promptnb status {a.paper} --scale {a.scale}`"
         raise PromptnbError(f"not everything ran: {see}; the same command goes on from here")
 
@@ -427,13 +475,15 @@ def job_arguments(p):
     p.add_argument("--accelerator", default="auto")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("-p", action="append", default=[])
+    job_settings(p)
 
 
 # %% ../nbs/12_cli.ipynb #1bc5cc36
 def cmd_job(a):
     "Run one job, or several in one kernel."
     given = dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads)
-    job_command(**{**given, **pairs(a.p)})
+    with in_force(a):
+        job_command(**{**given, **pairs(a.p)})
 
 
 # %% ../nbs/12_cli.ipynb #75ece5c3
@@ -545,6 +595,8 @@ def status_line(e: rc.Exhibit, scale, done, seconds) -> str:
         parts.append(f"{known['stale']} stale")
     if todo.left:
         parts.append(f"expected {todo.span()} ({many(todo.left, 'run')} to do)")
+    if known["remarks"]:
+        parts.append(known["remarks"])
     if known["failed"]:
         parts.append(f"{len(known['failed'])} failed: {known['failed'][0]}")
     return ", ".join(parts)
@@ -557,6 +609,7 @@ def cmd_status(a):
     check_choice(a.paper, rc.PAPERS, "paper")
     if a.seconds:
         return print(write_seconds(a.paper))
+    note_killed(a.paper, a.scale)
     done = functools.cache(is_finished)  # many exhibits, the same runs
     seconds = functools.cache(functools.partial(run_seconds, rates=Rates(measure="none")))
     for e in rc.exhibits(a.paper):

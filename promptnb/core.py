@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HOST",
     "RECORD",
+    "ACCEPT",
     "FORMAT",
     "PromptnbError",
     "check_choice",
@@ -69,6 +70,7 @@ __all__ = [
     "read_record",
     "sound_record",
     "check_file",
+    "accepts_changed_data",
     "set_aside",
     "kept",
     "append_jsonl",
@@ -80,6 +82,7 @@ __all__ = [
     "server_answers",
     "minari_dataset",
     "run_lock",
+    "dead_holder",
     "progress",
 ]
 
@@ -486,6 +489,15 @@ def check_file(path, sha256, remedy=""):
         raise DamagedError(f"{path} is damaged (its hash is not the one recorded){remedy and f': {remedy}'}")
 
 
+# %% ../nbs/00_core.ipynb #c0dechg1
+ACCEPT = "PROMPTNB_ACCEPT_CHANGED_DATA"  # environment variable: 1 takes data whose hash is not the manifest's
+
+
+def accepts_changed_data() -> bool:
+    "Has the user said that data may be other than the manifest's? A record made from such data remarks it."
+    return os.environ.get(ACCEPT) == "1"
+
+
 # %% ../nbs/00_core.ipynb #c0dese04
 def set_aside(path, why) -> Path:
     "Rename a damaged file or folder to a name that says so, and say it; returns the new path."
@@ -701,6 +713,17 @@ def run_lock(folder, wait=0):
     finally:
         who.unlink(missing_ok=True)
         lock.release()
+
+
+# %% ../nbs/00_core.ipynb #c0dehld1
+def dead_holder(folder) -> str:
+    "'pid@host' of the process of this host that held a run folder when it was killed; '' if there is none."
+    import psutil
+
+    who = Path(folder) / ".holder"
+    name = who.read_text() if who.exists() else ""
+    pid, _, host = name.partition("@")
+    return name if host == HOST and pid.isdigit() and not psutil.pid_exists(int(pid)) else ""
 
 
 # %% ../nbs/00_core.ipynb #ebaf278a

@@ -34,6 +34,7 @@ from promptnb.core import (
     minari_dir,
     read_json,
     seed_for,
+    sha256_file,
     write_atomic,
 )
 from .tasks import spaces
@@ -702,7 +703,9 @@ def write_minari(self: Store, id_, task, fam, root):
 
 # %% ../nbs/02_data.ipynb #e4f971a9
 def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=True, mapped=None) -> Store:
-    "The collected data of a family, all tasks or some; hashes are checked against the manifest first."
+    """The collected data of a family, all tasks or some; hashes are checked against the manifest first.
+
+    Without `check` the data are taken as they are, and the hashes of the Store are their own."""
     fam, root = tasks.family(name), Path(root or minari_dir())
     manifest = root / "promptnb" / f"{fam.name}.json"
     known = read_json(manifest) if manifest.exists() else {}
@@ -716,9 +719,10 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
         if entry.get("episodes", 0) < (episodes or 1) or "columns" not in entry:
             raise PromptnbError(f"dataset {id_} with {episodes or 1} episodes is not here: {command}")
         file = root / id_ / "columns.safetensors"
-        if check:
+        if check or not file.exists():
             check_file(file, entry["columns"], f"collect again, {command}")
-        store = cut(open_columns(file, [entry["columns"]]), (episodes or entry["episodes"]) * fam.agents)
+        sha256 = entry["columns"] if check else sha256_file(file)
+        store = cut(open_columns(file, [sha256]), (episodes or entry["episodes"]) * fam.agents)
         if (store.s.shape[1:], store.a.shape[1]) != (S, A):
             raise PromptnbError(
                 f"the {quality} data of {fam.name} have states and actions of sizes "

@@ -5,6 +5,7 @@
 # %% ../nbs/05_evaluate.ipynb #08663a60
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 
 from . import tasks
 from .core import PromptnbError, Row, Steps, seed_for
+from .tasks.rows import fault
 
 # %% auto #0
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "chosen",
     "Tally",
     "tally_result",
+    "SafeEnv",
     "episode_seeds",
+    "say_failed",
     "trace_of",
     "rollout",
     "to_rows",
@@ -59,9 +63,15 @@ class RolloutResult:
 
     returns: np.ndarray  # NaN where the episode failed
     lengths: np.ndarray
-    failed: np.ndarray  # physics or policy gave NaN or infinity
+    failed: np.ndarray  # environment or policy gave NaN or infinity, or the environment raised
     trace: dict = field(default_factory=dict)  # with keep=True: s (not of pictures), a, r of every row
     success: np.ndarray | None = None  # where the environments report it
+    why: str = ""  # what was wrong with the first episode that failed
+
+    def means(self):
+        "Each task's mean return (n_tasks,) over the episodes that did not fail; NaN where all did."
+        kept = [own[~bad] for own, bad in zip(self.returns, self.failed)]
+        return np.array([own.mean() if len(own) else np.nan for own in kept])
 
 
 # %% ../nbs/05_evaluate.ipynb #8273ff10
@@ -186,10 +196,14 @@ class Tally:
         self.success = np.zeros(n, bool)
         self.reports_success = False  # do the environments say anything of it?
         self.rewards = None if steps is None else np.zeros((n, steps))
+        self.why = ""  # what was wrong with the first row that failed
 
-    def check(self, finite):
-        "Mark the rows whose numbers are not `finite` (N,)."
-        self.failed |= self.alive & ~finite
+    def check(self, finite, what):
+        "Mark the rows whose numbers are not `finite` (N,); `what`: whose numbers, or what is wrong with them."
+        bad = self.alive & ~finite
+        if bad.any():
+            self.why = self.why or what
+        self.failed |= bad
 
     def count(self, t, r, ended, info):
         "Count step t: rewards (N,), which episodes ended with it (N,), and what the environment says besides."
@@ -213,7 +227,48 @@ def tally_result(tally, n_tasks, agents, trace):
         failed=tally.failed.reshape(shape).any(-1),
         trace=trace,
         success=tally.success.reshape(shape).any(-1) if tally.reports_success else None,
+        why=tally.why,
     )
+
+
+# %% ../nbs/05_evaluate.ipynb #evalsaf1
+class SafeEnv:
+    "A lock-step environment of N rows whose faults end episodes: what it cannot say is NaN."
+
+    def __init__(self, vec, state_dim):
+        self.vec, self.size = vec, (vec.num_envs, state_dim)
+        self.why = ""  # its first fault
+
+    def shaped(self, x, size):
+        "The numbers of an array; an error unless it has this size."
+        if np.shape(x)[:1] != size[:1] or np.size(x) != np.prod(size):
+            raise ValueError(f"the environment gave an array {np.shape(x)} where {size} is wanted")
+        return np.asarray(x)
+
+    def reset(self, seed):
+        "First observations (N, ...), from one seed per row."
+        try:
+            obs, info = self.vec.reset(seed=seed)
+            self.why = self.why or info.get("fault", "")
+            return self.shaped(obs, self.size)
+        except PromptnbError:
+            raise
+        except Exception as e:
+            self.why = self.why or fault(e)
+            return np.full(self.size, np.nan, np.float32)
+
+    def step(self, actions):
+        "Observations (N, ...), rewards (N,), which episodes end (N,), and what the environment says besides."
+        n = self.size[:1]
+        try:
+            obs, r, terminated, truncated, info = self.vec.step(actions)
+            self.why = self.why or info.get("fault", "")
+            return self.shaped(obs, self.size), self.shaped(r, n), terminated | truncated, info
+        except PromptnbError:
+            raise
+        except Exception as e:
+            self.why = self.why or fault(e)
+            return np.full(self.size, np.nan, np.float32), np.full(n, np.nan), np.ones(n, bool), {}
 
 
 # %% ../nbs/05_evaluate.ipynb #evalseed
@@ -228,6 +283,14 @@ def episode_seeds(eval_tasks, fam, episodes, seed):
         for episode in range(episodes):
             rows += [seed_for(own, "episode", fam.name, e.task, episode)] * fam.agents
     return rows
+
+
+# %% ../nbs/05_evaluate.ipynb #evalfail
+def say_failed(fam, tally):
+    "One line on the screen if episodes failed."
+    if tally.failed.any():
+        line = f"{fam.name}: {tally.failed.sum()} of {len(tally.failed)} episodes failed: {tally.why}"
+        print(line, file=sys.stderr, flush=True)
 
 
 # %% ../nbs/05_evaluate.ipynb #evaltrac
@@ -260,25 +323,28 @@ def rollout(
     target = fam.target_return if target is None else target
 
     vec = tasks.lock_step(fam, task_rows, threads=threads)
-    obs, _ = vec.reset(seed=episode_seeds(eval_tasks, fam, episodes, seed))
+    env = SafeEnv(vec, fam.state_dim)
+    obs = env.reset(episode_seeds(eval_tasks, fam, episodes, seed))
     actors = Actors(groups_of(eval_tasks, rows_per_task), N, fam.act_dim, device)
     kind = ImageBuffers if fam.frames else Buffers
     buffers = kind(N, T, actors.K, fam.frames or fam.state_dim, fam.act_dim, target, device)
     tally = Tally(N, T if keep else None)
+    tally.check(np.isfinite(obs).reshape(N, -1).all(-1), env.why or "the environment gave NaN")
     for t in range(T):
-        buffers.observe(t, obs)
+        buffers.observe(t, np.nan_to_num(obs))
         a = actors.act(buffers, t, tally.alive)
-        tally.check(torch.isfinite(a).all(-1).cpu().numpy())
+        tally.check(torch.isfinite(a).all(-1).cpu().numpy(), "the policy gave NaN")
         if fam.discrete:
             a = actors.actions = chosen(a, getattr(vec, "legal", None))
-        obs, r, terminated, truncated, info = vec.step(torch.nan_to_num(a).clamp(-1, 1).cpu().numpy())
-        tally.check(np.isfinite(r) & np.isfinite(obs).reshape(N, -1).all(-1))
-        r, obs = np.nan_to_num(r), np.nan_to_num(obs)
+        obs, r, ended, info = env.step(torch.nan_to_num(a).clamp(-1, 1).cpu().numpy())
+        tally.check(np.isfinite(r) & np.isfinite(obs).reshape(N, -1).all(-1), env.why or "the environment gave NaN")
+        r = np.nan_to_num(r)
         buffers.acted(t, a, r)
-        tally.count(t, r, terminated | truncated, info)
+        tally.count(t, r, ended, info)
         if not tally.alive.any():
             break
     vec.close()
+    say_failed(fam, tally)
     trace = trace_of(buffers, tally, task_rows) if keep else {}
     return tally_result(tally, len(eval_tasks), fam.agents, trace)
 
@@ -287,6 +353,7 @@ def rollout(
 def to_rows(result: RolloutResult, eval_tasks, **known) -> list:
     """Rows of each task's mean return and length, and success rate where it is reported.
 
+    Means are over the episodes that did not fail, and `n_episodes` counts those; a task without any has no rows.
     `known` fills the other fields: paper, task, method, seed, scale, step, trainable, env_steps, run_id.
     """
     metrics = {"return": result.returns, "length": result.lengths}
@@ -294,6 +361,8 @@ def to_rows(result: RolloutResult, eval_tasks, **known) -> list:
         metrics["success"] = result.success
     rows = []
     for i, e in enumerate(eval_tasks):
-        for metric, x in metrics.items():
-            rows.append(Row(task_id=e.task, metric=metric, value=float(x[i].mean()), n_episodes=len(x[i]), **known))
+        good = ~result.failed[i]
+        for metric, x in metrics.items() if good.any() else ():
+            own = x[i][good]
+            rows.append(Row(task_id=e.task, metric=metric, value=float(own.mean()), n_episodes=len(own), **known))
     return rows

@@ -24,6 +24,7 @@ from torch import nn
 
 from .core import Checkpoints, PromptnbError, check_choice, rng_for, seed_for
 from .tasks import crafter
+from .tasks.rows import fault
 
 # %% auto #0
 __all__ = [
@@ -178,6 +179,7 @@ class Guided(VecEnv):
         self.events = [[] for _ in range(n)]  # achievements since it last asked
         self.had = [{} for _ in range(n)]  # how often it has achieved what, in this episode
         self.episodes = []  # facts of the episodes that have ended
+        self.failed = []  # of those in which the environment raised, or gave what it must not
 
     def reset(self):
         "First observation; everybody asks for advice."
@@ -235,8 +237,11 @@ def observation(self: Guided):
 @patch
 def step_one(self: Guided, i, action):
     "A step of environment i: reward, whether the episode ended, facts for PPO."
-    image, reward, dead, cut, info = self.envs[i].step(action)
     self.t[i] += 1
+    try:
+        image, reward, dead, cut, info = self.checked_step(i, action)
+    except Exception as e:
+        return 0.0, True, self.break_off(i, e)
     self.total[i] += reward
     self.past[i].append(crafter.ACTIONS[action])
     self.events[i] += [k for k, v in info["achievements"].items() if v > self.had[i].get(k, 0)]
@@ -251,6 +256,27 @@ def step_one(self: Guided, i, action):
         image = self.next_episode(i, image)
     self.images[i] = image.transpose(2, 0, 1)
     return reward, dead or cut, last
+
+
+# %% ../nbs/08_online.ipynb #o1step04
+@patch
+def checked_step(self: Guided, i, action):
+    "A step of environment i as it gives it; ValueError for a picture of another shape, or a reward that is no number."
+    image, reward, *others = self.envs[i].step(action)
+    if np.shape(image) != np.shape(self.images[i].transpose(1, 2, 0)) or not np.isfinite(reward):
+        raise ValueError(f"the environment gave a picture {np.shape(image)} and the reward {reward}")
+    return image, reward, *others
+
+
+# %% ../nbs/08_online.ipynb #o1step05
+@patch
+def break_off(self: Guided, i, error):
+    "End environment i's episode, in which it raised: it is counted, and not measured. Returns the facts for PPO."
+    self.failed.append(dict(step=int(self.t.sum()), env=int(i), why=fault(error)))
+    last = self.images[i].copy()
+    self.images[i] = self.next_episode(i, last.transpose(1, 2, 0)).transpose(2, 0, 1)
+    self.events[i] = []
+    return {"TimeLimit.truncated": True, "terminal_observation": dict(image=last, text=self.ids[i].copy())}
 
 
 # %% ../nbs/08_online.ipynb #o1step02
@@ -351,6 +377,7 @@ def state(self: Guided):
         events=self.events,
         had=self.had,
         episodes=len(self.episodes),
+        failed=self.failed,
         advise=self.advise.state() if self.advise is not None else None,
     )
 
@@ -365,6 +392,7 @@ def restore(self: Guided, state):
     self.t, self.total = np.array(state["t"]), np.array(state["total"], float)
     self.past = [collections.deque(actions, maxlen=self.c.interval) for actions in state["past"]]
     self.events, self.had = [list(e) for e in state["events"]], [dict(h) for h in state["had"]]
+    self.failed = list(state["failed"])
     if self.advise is not None and state["advise"] is not None:
         self.advise.load(state["advise"])
     return self.observation()
@@ -580,13 +608,13 @@ def play(policy, c: PPOConfig, episodes, seed, advise=None, encode=None):
 
 # %% ../nbs/08_online.ipynb #b2f92b1e
 def play_random(c: PPOConfig, steps, seed):
-    "Episodes of random actions that end within so many steps."
+    "Episodes of random actions that end within so many steps: (their facts, the episodes that failed)."
     envs, rng = Guided(c, seed, image=False), rng_for(seed, "random")
     envs.reset()
     for _ in range(steps // c.envs):
         envs.step_async(rng.integers(len(crafter.ACTIONS), size=c.envs))
         envs.step_wait()
-    return envs.episodes
+    return envs.episodes, envs.failed
 
 
 # %% ../nbs/08_online.ipynb #o1time01

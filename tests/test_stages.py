@@ -237,7 +237,7 @@ def x(arm):
 def episodes(arm, run):
     "Its training episodes as they are on the disk, or played again."
     if arm == "random-actions":
-        return online.play_random(PPOConfig(envs=2, length=at(arm).online.length), 512, 0)
+        return online.play_random(PPOConfig(envs=2, length=at(arm).online.length), 512, 0)[0]
     return run.newest["log"]
 
 

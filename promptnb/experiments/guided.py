@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .. import recipes as rc
 from ..core import check_choice, kept, seed_for, write_json
-from .run import Rows, Run, relative
+from .run import Rows, Run, failed_episodes, relative
 
 # %% auto #0
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "examples",
     "final_metrics",
     "rows_of",
+    "remarks",
     "train",
     "missing_extra",
     "weights_of",
@@ -181,6 +182,7 @@ class Outcome:
     final: list = field(default_factory=list)  # of the episodes that the trained policy plays at the end
     said: list = field(default_factory=list)  # the exchanges with language models
     sft: list = field(default_factory=list)  # facts of each tuning of the adapter
+    failed: list = field(default_factory=list)  # of the episodes that failed: step, environment, why
     texts: int = 0  # different sentences that the policy has read
     cost: dict = field(default_factory=dict)  # queries, calls, tokens, seconds
     parameters: int = 0
@@ -202,7 +204,8 @@ def random_agent(run: Run, folder=None) -> Outcome:
     from promptnb.online import PPOConfig, play_random
 
     x = run.recipe.online
-    return Outcome(play_random(PPOConfig(envs=x.envs, length=x.length), x.steps, run.seed))
+    episodes, failed = play_random(PPOConfig(envs=x.envs, length=x.length), x.steps, run.seed)
+    return Outcome(episodes, failed=failed)
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt001
@@ -319,6 +322,7 @@ def staged(run: Run, folder) -> Outcome:
         cost={names.get(k, k): v for k, v in advise.counts.items()} if advise else {},
         said=exchanges(advise.log) if advise else [],
         final=agent.play_final(),
+        failed=envs.failed,
         sft=agent.sft,
         texts=len(envs.texts) - 1,
         parameters=sum(p.numel() for p in agent.trainer.policy.parameters()),
@@ -461,6 +465,15 @@ def rows_of(run: Run, out: Outcome, seconds) -> list:
     return rows.rows
 
 
+# %% ../../nbs/10c_experiments.guided.ipynb #gdrow003
+def remarks(run: Run, out: Outcome) -> dict:
+    "What must be said beside the rows: how many episodes failed, in training and at the end."
+    lost = run.recipe.eval_episodes - len(out.final) if out.final else 0
+    why = out.failed[0]["why"] if out.failed else "at the end"
+    failed = len(out.failed) + lost
+    return failed_episodes(failed, failed + len(out.episodes) + len(out.final), why)
+
+
 # %% ../../nbs/10c_experiments.guided.ipynb #9c26f544
 def train(run: Run) -> Path:
     "Train in stages, tune between them, play at the end; writes the record and returns its path."
@@ -473,6 +486,8 @@ def train(run: Run) -> Path:
     except FloatingPointError as e:
         return run.record("diverged", why=str(e), seconds=time.time() - start)
     seconds = time.time() - start
+    if out.failed and not out.episodes:
+        return run.record("failed", why=f"all episodes failed: {out.failed[0]['why']}", seconds=seconds)
     rows = rows_of(run, out, seconds)
     score = {w.metric: w.value for w in rows if w.step == x.steps}
     line = f"score {score.get('score', np.nan):.2f}, last part {score.get('score_last', np.nan):.2f}"
@@ -481,6 +496,7 @@ def train(run: Run) -> Path:
         "ok",
         rows,
         seconds=seconds,
+        remarks=remarks(run, out),
         counts=dict(total=out.parameters, trainable=out.parameters),
         guides=examples(out.said),
         sft=out.sft,

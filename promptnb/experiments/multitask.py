@@ -33,7 +33,7 @@ from promptnb.core import (
     sound_record,
     write_json,
 )
-from .run import Rows, Run, TrainData, relative, stored
+from .run import CHANGED, Rows, Run, TrainData, failed_episodes, relative, stored
 
 # %% auto #0
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "begin_pretraining",
     "curve_prompts",
     "pretrain",
+    "worst_where_failed",
     "EnvScore",
     "train_demos",
     "prepared_folder",
@@ -74,6 +75,7 @@ __all__ = [
     "tuned_folder",
     "tune",
     "play_tuned",
+    "policy_remarks",
     "record_tuned",
     "size_of",
     "random_steps",
@@ -401,10 +403,10 @@ def point(self: Pretraining, step):
     prompted = self.policy.prompted(demos.prompt.to(self.run.device), demos.task_ids)
     assignments = [(prompted, g) for g in range(demos.G)]
     _, played = evaluate_policy(self.run, assignments, demos.task_ids, r.pretrain.curve_episodes, seed_for("curve"))
-    returns = played.returns.mean(1).tolist()
-    append_jsonl(self.metrics, dict(step=step, returns=returns))  # for who watches
-    print(f"{self.run.id}: step {step}, return on test tasks {played.returns.mean():.1f}", flush=True)
-    return returns
+    returns = played.means().tolist()  # NaN where all episodes of a task failed
+    append_jsonl(self.metrics, dict(step=step, returns=plain(returns)))  # for who watches
+    print(f"{self.run.id}: step {step}, return on test tasks {sum(returns) / len(returns):.1f}", flush=True)
+    return dict(returns=plain(returns), episodes=(~played.failed).sum(1).tolist(), why=played.why)
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre008
@@ -412,12 +414,23 @@ def point(self: Pretraining, step):
 def rows(self: Pretraining, log) -> list:
     "The curve, task by task, and the training loss."
     rows = Rows(self.run.columns(sum(x.numel() for x in self.policy.model.parameters())))
-    for step, returns in log.points.items():
-        for task_id, value in zip(self.demos.task_ids, returns, strict=True):
-            rows.add(step, "return", value, self.run.recipe.pretrain.curve_episodes, task_id)
+    for step, point in log.points.items():
+        for task_id, value, n in zip(self.demos.task_ids, point["returns"], point["episodes"], strict=True):
+            if n:
+                rows.add(step, "return", value, n, task_id)
     for step, value in log.losses:
         rows.add(step, "loss", value)
     return rows.rows
+
+
+# %% ../../nbs/10a_experiments.multitask.ipynb #mtpre009
+@patch
+def remarks(self: Pretraining, log) -> dict:
+    "What must be said beside the curve: how many of its episodes failed."
+    points, asked = log.points.values(), self.run.recipe.pretrain.curve_episodes
+    good = [n for point in points for n in point["episodes"]]
+    why = next((point["why"] for point in points if point["why"]), "")
+    return failed_episodes(asked * len(good) - sum(good), asked * len(good), why)
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #42da96b3
@@ -444,10 +457,23 @@ def pretrain(run: Run):
         time.time() - start,
         data=now.data.hashes,
         trajectories=now.data.drawn,
+        remarks=now.remarks(log),
         weights=sha256_file(now.weights) if log.status == "ok" else "",
         folder=relative(folder),
     )
     return now.policy.eval() if log.status == "ok" else None
+
+
+# %% ../../nbs/10a_experiments.multitask.ipynb #mtenv003
+def worst_where_failed(returns, why):
+    """Returns (G, m) of each task's prompts, where a prompt whose episodes all failed counts as its task's worst.
+
+    A task without any episode that went well is a PromptnbError with the reason."""
+    import numpy as np
+
+    if np.isnan(returns).all(1).any():
+        raise PromptnbError(f"all episodes of a task failed: {why}")
+    return np.where(np.isnan(returns), np.nanmin(returns, 1, keepdims=True), returns)
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #4aef7178
@@ -464,7 +490,7 @@ class EnvScore:
         import torch
 
         played = self.rollout(prompts, self.run.recipe.tune.score_episodes)
-        returns = played.returns.mean(-1).reshape(prompts.t.shape[:2])
+        returns = worst_where_failed(played.means().reshape(prompts.t.shape[:2]), played.why)
         return torch.tensor(returns, dtype=torch.float32, device=self.run.device)
 
 
@@ -509,7 +535,7 @@ def play(self: EnvScore, prompts):
         torch.arange(T, device=device).expand(n, T),
         mask,
     )
-    returns = torch.as_tensor(played.returns[:, 0].reshape(shape), dtype=torch.float32)
+    returns = torch.as_tensor(worst_where_failed(played.returns[:, 0].reshape(shape), played.why), dtype=torch.float32)
     return returns, seen.map(lambda x: x.unflatten(0, shape))
 
 
@@ -720,15 +746,24 @@ def play_tuned(run: Run, out):
     return evaluate_policy(run, final_assignments(out, r.tune), ids, r.eval_episodes, seed_for("final"))
 
 
+# %% ../../nbs/10a_experiments.multitask.ipynb #mttun010
+def policy_remarks(run: Run) -> dict:
+    "What the record of a run's pre-training remarks of the data that it was trained on."
+    record = sound_record(run.pretraining().path) or {}
+    return {k: v for k, v in record.get("remarks", {}).items() if k == CHANGED}
+
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun009
 def record_tuned(tuned: Tuned, seconds, **more) -> Path:
-    "The record of a tuned recipe; an episode that gave NaN fails it."
-    run, failed = tuned.run, int(tuned.played.failed.sum())
+    "The record of a tuned recipe. Episodes that failed are remarked upon; a task without any other fails the run."
+    run, failed, why = tuned.run, tuned.played.failed, tuned.played.why
+    lost = failed.all(1).any()
     return run.record(
-        "failed" if failed else "ok",
-        tuned.rows(),
-        f"{failed} episodes gave NaN" if failed else "",
+        "failed" if lost else "ok",
+        [] if lost else tuned.rows(),
+        f"all episodes of a task failed: {why}" if lost else "",
         seconds,
+        remarks=failed_episodes(int(failed.sum()), failed.size, why) | policy_remarks(run),
         data=tuned.demos.sampler.store.hashes,
         protocol=protocol(run.recipe),
         tuner=asdict(tuned.tuner),  # all its hyper-parameters: a recipe names only those that differ from its own

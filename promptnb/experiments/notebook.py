@@ -22,6 +22,7 @@ from .. import recipes as rc
 from promptnb.core import (
     PromptnbError,
     check_choice,
+    dead_holder,
     disk_error,
     process_name,
     read_json,
@@ -42,6 +43,7 @@ __all__ = [
     "TEMPLATE",
     "RESUME",
     "GRACE",
+    "LIMIT",
     "OWNER",
     "notebook_parameters",
     "as_read",
@@ -51,11 +53,13 @@ __all__ = [
     "quiet_papermill",
     "Stopped",
     "Kernel",
+    "time_limit",
     "patient_engine",
     "run_notebook",
     "execute",
     "unfinished",
     "possible",
+    "note_killed",
     "judged_job",
     "owner_name",
     "owner_gone",
@@ -197,10 +201,25 @@ def end(self: Kernel):
     self.manager = self.client = self.folder = None
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkstop03
+LIMIT = "PROMPTNB_TIME_LIMIT"  # environment variable: seconds that a cell may take
+
+
+def time_limit():
+    "Seconds that a cell of a notebook may take; None without a limit."
+    given = os.environ.get(LIMIT, "")
+    if not given:
+        return None
+    if not given.isdigit() or int(given) < 1:
+        raise PromptnbError(f"{LIMIT} is '{given}', but must be a whole number of seconds, at least 1")
+    return int(given)
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop02
 def patient_engine(kernel):
     "papermill's engine for a `Kernel`, with a client that passes SIGTERM on to it and waits for it."
-    from nbclient.exceptions import DeadKernelError
+    from jupyter_core.utils import run_sync
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
@@ -214,6 +233,9 @@ def patient_engine(kernel):
             except DeadKernelError:
                 if not kernel.told:
                     raise
+            except CellTimeoutError:
+                run_sync(kernel.manager.shutdown_kernel)(now=True)  # a busy one does not answer
+                raise PromptnbError(f"a cell took longer than {self.timeout} s (--time-limit)") from None
             if kernel.told:
                 raise Stopped("told to stop (SIGTERM): the same command goes on from the last checkpoint")
 
@@ -227,9 +249,8 @@ def patient_engine(kernel):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kw):
             kw = {k: v for k, v in kw.items() if k != "input_path"}
-            client = Patient(
-                nb_man, kernel.manager, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None, **kw
-            )
+            kw |= dict(startup_timeout=start_timeout, timeout=time_limit())
+            client = Patient(nb_man, kernel.manager, kernel_name=kernel_name, **kw)
             client.kc = kernel.client
             return client.execute()
 
@@ -310,6 +331,19 @@ def possible(runs) -> list:
     if runs and not out:
         raise PromptnbError(f"{runs[0].id} {reasons[runs[0].id]}")
     return out
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkver004
+def note_killed(paper, scale):
+    "The failed records of a paper's jobs whose process was killed: nobody else is left to write them."
+    every = {run_id(job.id, scale, ""): job for job in rc.jobs(paper).values()}
+    for folder in (runs_dir() / "locks").glob(f"{scale}.{paper}.*"):
+        name, _, seed = folder.name.rpartition(".s")
+        job, who = every.get(f"{name}.s"), dead_holder(folder)
+        if job and who and seed.isdigit():
+            why = f"its process, {who}, was killed: the same command goes on from the last checkpoint"
+            unfinished(runs_of(job, scale, int(seed)), why)
+            (folder / ".holder").unlink(missing_ok=True)
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #e0ba4909

@@ -28,6 +28,7 @@ from promptnb.core import (
     code_fingerprint,
     fingerprint,
     kept,
+    plain,
     read_json,
     run_lock,
     runs_dir,
@@ -36,7 +37,7 @@ from promptnb.core import (
     write_json,
 )
 from ..evaluate import EvalTask, rollout
-from .run import Rows, Run, TrainData, relative, stored
+from .run import Rows, Run, TrainData, failed_episodes, relative, stored
 from ..train import FitConfig, autocast, fit, optimiser, pick_device, precision_of, step_once
 
 # %% auto #0
@@ -57,6 +58,8 @@ __all__ = [
     "play",
     "language_loss",
     "Curve",
+    "Failures",
+    "failures",
     "own_references",
     "scores",
     "d4rl",
@@ -239,7 +242,7 @@ def sampler_of(run: Run, d: TrainData):
 
 # %% ../../nbs/10b_experiments.offline.ipynb #d9af3fa5
 def play(run: Run, policy):
-    "Play every target: ({target: (mean return, mean length)}, number of episodes that gave NaN)."
+    "Play every target: ({target: (mean return, mean length)} of episodes that did not fail, the RolloutResult)."
     r = run.recipe
     x, fam = r.offline, tasks.family(r.family)
     targets = x.targets or (0.0,)
@@ -254,8 +257,10 @@ def play(run: Run, policy):
             device=run.device,
             limit=x.limit or None,
         )
-    means = zip(targets, played.returns.mean(1), played.lengths.mean(1), strict=True)
-    return {f"{t:g}": (float(ret), float(length)) for t, ret, length in means}, int(played.failed.sum())
+    means = {}
+    for target, ret, lengths, failed in zip(targets, played.means(), played.lengths, played.failed, strict=True):
+        means[f"{target:g}"] = (float(ret), float(lengths[~failed].mean()) if not failed.all() else np.nan)
+    return means, played
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #5a5a50c8
@@ -288,16 +293,36 @@ class Curve:
 # %% ../../nbs/10b_experiments.offline.ipynb #offlok02
 @patch
 def point(self: Curve, step):
-    """Evaluate the policy as it is now: {'played': as `play` gives it, 'bad': episodes that gave NaN, 'lm': loss}.
+    """Evaluate the policy as it is now: {'played': {target: (return, length)}, 'failed': ..., 'lm': loss}.
 
-    At step 0 only the language loss is looked at."""
-    played, bad = play(self.run, self.policy) if step else ({}, 0)
-    seen = dict(played=played, bad=bad, lm=language_loss(self.run, self.policy))
-    append_jsonl(self.folder / "metrics.jsonl", dict(seen, step=step))  # for who watches
+    failed: [episodes that failed, of so many, why, targets without any other]. At step 0 only the language loss is
+    looked at."""
+    means, failed = {}, [0, 0, "", 0]
     if step:
-        returns = ", ".join(f"{ret:.1f} (target {target})" for target, (ret, _) in played.items())
+        means, result = play(self.run, self.policy)
+        failed = [int(result.failed.sum()), result.failed.size, result.why, int(result.failed.all(1).sum())]
+        returns = ", ".join(f"{ret:.1f} (target {target})" for target, (ret, _) in means.items())
         print(f"{self.run.id}: step {step}, return {returns}", flush=True)
+    seen = plain(dict(played=means, failed=failed, lm=language_loss(self.run, self.policy)))
+    append_jsonl(self.folder / "metrics.jsonl", dict(seen, step=step))  # for who watches
     return seen
+
+
+# %% ../../nbs/10b_experiments.offline.ipynb #offlok03
+@dataclass(frozen=True)
+class Failures:
+    "The episodes of a training's evaluations that failed."
+
+    failed: int
+    of: int
+    why: str
+    lost: int  # evaluations of a target that have no other episode
+
+
+def failures(seen) -> Failures:
+    "Of evaluations {step: what `Curve.point` gives}."
+    failed, of, why, lost = zip(*(m["failed"] for m in seen.values()), strict=True)
+    return Failures(sum(failed), sum(of), next(filter(None, why), ""), sum(lost))
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #98392260
@@ -413,19 +438,20 @@ def train(run: Run) -> Path:
     before = curve.before()
     log = fit(policy, sampler_of(run, d), fit_config(run), folder, [d.hashes, d.drawn], run.id, curve.point)
     seen = {0: before, **log.points}
-    bad = sum(m["bad"] for m in seen.values())
-    rows = rows_of(run, seen, log, counted(policy)["trainable"]) if log.status == "ok" and not bad else []
+    bad = failures(seen)
+    rows = rows_of(run, seen, log, counted(policy)["trainable"]) if log.status == "ok" and not bad.lost else []
     if rows:
         policy.save_pretrained(folder / "policy")
         score = next(w.value for w in rows if w.metric == "score")
         print(f"{run.id}: {r.method}, {r.dataset}: score {score:.1f} ({time.time() - start:.0f} s)", flush=True)
     return run.record(
-        "failed" if bad else log.status,
+        "failed" if bad.lost else log.status,
         rows,
-        f"{bad} episodes gave NaN" if bad else log.why,
+        f"all episodes of an evaluation failed: {bad.why}" if bad.lost else log.why,
         time.time() - start - read,
         data=d.hashes,
         trajectories=d.drawn,
+        remarks=failed_episodes(bad.failed, bad.of, bad.why),
         counts=counted(policy),
         lm=text_facts(trunk, x.text) if dict(x.model).get("init") != "random" else None,
         folder=relative(folder),

@@ -18,6 +18,7 @@ from .. import recipes as rc
 from promptnb.core import (
     DamagedError,
     Row,
+    accepts_changed_data,
     code_fingerprint,
     fingerprint,
     is_current,
@@ -33,6 +34,9 @@ from promptnb.core import (
 # %% auto #0
 __all__ = [
     "COMMON",
+    "CHANGED",
+    "FAILED",
+    "ACCEPTED",
     "run_id",
     "Run",
     "Rows",
@@ -42,6 +46,9 @@ __all__ = [
     "relative",
     "record_path",
     "provenance",
+    "failed_episodes",
+    "accepted",
+    "changed_data",
     "stored",
     "TrainData",
 ]
@@ -265,13 +272,34 @@ def provenance(device="cpu") -> dict:
     )
 
 
+# %% ../../nbs/10_experiments.run.ipynb #runrem01
+CHANGED, FAILED = "on changed data", "with failed episodes"  # remarks: runs that are ...
+
+
+def failed_episodes(failed, of, why) -> dict:
+    "The remark of a run in which `failed` of so many episodes failed; {} if none did."
+    return {FAILED: f"{failed} of {of}: {why}"} if failed else {}
+
+
+# %% ../../nbs/10_experiments.run.ipynb #runrem02
+ACCEPTED = {}  # hash -> dataset, of those that were taken though they are not the manifest's
+
+
+def accepted(hashes) -> dict:
+    "The remark of a run that read data with these hashes; {} if all are the manifest's."
+    ids = sorted({ACCEPTED[h] for h in hashes if h in ACCEPTED})
+    return {CHANGED: ", ".join(ids)} if ids else {}
+
+
 # %% ../../nbs/10_experiments.run.ipynb #d027d1c5
 @patch
-def record(self: Run, status, rows=(), why="", seconds=0.0, **more) -> Path:
-    "Write the run's record, with `more` of what there is to know; returns its path."
+def record(self: Run, status, rows=(), why="", seconds=0.0, remarks=(), **more) -> Path:
+    "Write the run's record, with `remarks` (a dict) and `more` of what there is to know; returns its path."
     path = self.failed_path if status == "failed" else self.path
     if path.exists() and sound_record(path) is None:
         set_aside(path, f"{path} is damaged")
+    if remarks := {**dict(remarks), **accepted(more.get("data", ()))}:
+        more["remarks"] = remarks
     write_sealed(
         path,
         dict(
@@ -283,7 +311,7 @@ def record(self: Run, status, rows=(), why="", seconds=0.0, **more) -> Path:
             code=self.code,
             facts=self.facts,
             rows=[plain(r) for r in rows],
-            seconds=round(seconds, 1),
+            seconds=round(max(seconds, 0.0), 1),  # a clock may jump back
             where=provenance(self.device),
             **more,
         ),
@@ -301,16 +329,36 @@ def finished(self: Run) -> bool:
     return bool(record) and record["status"] in ("ok", "diverged") and is_current(record, self.digest, self.facts)
 
 
+# %% ../../nbs/10_experiments.run.ipynb #runchg01
+def changed_data(family, quality, task_ids, episodes):
+    "The data as they lie there (`data.Store`). Which of them are not the manifest's is kept in ACCEPTED."
+    from promptnb import collect, data, tasks
+
+    fam = tasks.family(family)
+    store = data.load(family, quality, task_ids, episodes, check=False)
+    known = collect.manifest(fam)
+    ids = [collect.dataset_id(fam, i, quality) for i in (fam.task_ids if task_ids is None else sorted(task_ids))]
+    for id_, sha256 in zip(ids, store.hashes, strict=True):
+        if known[id_]["columns"] != sha256:
+            ACCEPTED[sha256] = id_
+            print(f"{id_} is taken as it is, though it is not the manifest's", file=sys.stderr, flush=True)
+    return store
+
+
 # %% ../../nbs/10_experiments.run.ipynb #363b9d27
 @functools.lru_cache(maxsize=4)
 def stored(family, quality, task_ids, episodes):
-    "Collected data as a `data.Store`, read once for all recipes of a job; what is damaged is collected again."
+    """Collected data as a `data.Store`, read once for all recipes of a job.
+
+    What is not the manifest's is collected again, or taken as it is where the user has said so."""
     from promptnb import collect, data
 
     try:
         return data.load(family, quality, task_ids, episodes)
     except DamagedError as e:
         print(e, file=sys.stderr, flush=True)
+        if accepts_changed_data():
+            return changed_data(family, quality, task_ids, episodes)
         collect.repair(family, quality, episodes, task_ids)
         return data.load(family, quality, task_ids, episodes)
 

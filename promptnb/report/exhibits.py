@@ -15,7 +15,7 @@ from ..core import PromptnbError
 from . import cmt, lamo, prompts, rladapter
 from .style import note
 from .tables import save_figure, save_table, shown
-from .view import View, exhibit, lacks, makers, reported, seeds_shown, status
+from .view import View, exhibit, flaws, makers, reported, seeds_shown, status
 
 _all_ = ["exhibit", "reported"]  # a paper's page needs no other import
 
@@ -65,7 +65,7 @@ def caption(view, numbers=None) -> str:
     "Title, scale, protocol, how to read it, what this scale leaves out."
     e = view.exhibit
     page = page_of(e)
-    size = "; ".join(part for part in (f"{view.scale} scale", seeds_shown(view), lacks(view)) if part)
+    size = "; ".join(part for part in (f"{view.scale} scale", seeds_shown(view), flaws(view)) if part)
     parts = [
         f"{e.title}.",
         f"{size[0].upper()}{size[1:]}.",
@@ -103,7 +103,7 @@ def drawn(view):
     if isinstance(made, pd.DataFrame):
         save_table(made, numbers, view.folder, e.id, text, numbers=e.kind == "table")
     else:
-        parts = (f"{e.paper} {e.id}: {view.scale} scale", seeds_shown(view), of_kind(e, "BAND"), lacks(view))
+        parts = (f"{e.paper} {e.id}: {view.scale} scale", seeds_shown(view), of_kind(e, "BAND"), flaws(view))
         note(made, "; ".join(part for part in parts if part))
         save_figure(made, numbers, view.folder, e.id, text)
     return made, text
@@ -161,6 +161,8 @@ def status_line(e, scale, whose="any") -> str:
     s = status(View(e, scale, partial=True, whose=whose))
     here = len(rc.recipes_of(e, scale))
     text = f"{s['done']} of {s['total']} runs"
+    if s["remarks"]:
+        text += f", {s['remarks']}"
     if s["failed"]:
         text += f", {len(s['failed'])} failed"
     if here < len(e.recipes):

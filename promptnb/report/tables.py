@@ -14,7 +14,7 @@ import pandas as pd
 from .. import recipes as rc
 from ..core import write_atomic
 from .stats import UNRESOLVED, UNTESTED, VERDICTS, compare, judged, summary
-from .view import matrix, paired
+from .view import matrix, paired, remarks
 
 # %% auto #0
 __all__ = [
@@ -112,7 +112,8 @@ def tidy_row(view, label, family) -> dict | None:
         return None
     df = view.rows
     x = matrix(df, label, family)
-    row = dict(method=label, family=family, note=tally(run.state for run in here))
+    notes = (tally(run.state for run in here), remarks(here))
+    row = dict(method=label, family=family, note=", ".join(note for note in notes if note))
     if x.size:
         row |= summary(x)
     pub = view.published

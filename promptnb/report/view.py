@@ -32,6 +32,8 @@ __all__ = [
     "seeds_shown",
     "lacks",
     "makers",
+    "remarks",
+    "flaws",
     "status",
     "matrix",
     "seeds_of",
@@ -264,6 +266,22 @@ def makers(view) -> str:
     return said + (f"; {older} of them made before a change of the code." if older else ".")
 
 
+# %% ../../nbs/11a_report.view.ipynb #vw000031
+def remarks(runs) -> str:
+    """'1 with failed episodes, 2 on changed data': how many good runs have a remark in their records; '' if none.
+
+    Such a run ended well, and yet its numbers must not be read without the remark."""
+    found = [remark for run in runs if run.state == "ok" for remark in run.record.get("remarks", ())]
+    return ", ".join(f"{found.count(remark)} {remark}" for remark in dict.fromkeys(found))
+
+
+# %% ../../nbs/11a_report.view.ipynb #vw000032
+def flaws(view) -> str:
+    "'PARTIAL: 5 of 9 runs; of the runs, 1 with failed episodes': what a caption must say of an exhibit's runs, or ''."
+    remarked = remarks(view.runs)
+    return "; ".join(part for part in (lacks(view), remarked and f"of the runs, {remarked}") if part)
+
+
 # %% ../../nbs/11a_report.view.ipynb #vw000019
 def status(view) -> dict:
     "How many runs an exhibit has in all, done and stale, and what failed."
@@ -272,6 +290,7 @@ def status(view) -> dict:
         total=len(view.runs),
         done=len(view.good),
         stale=sum(run.state == "stale" for run in view.runs),
+        remarks=remarks(view.runs),
         failed=[f"{run.recipe.family} {run.label} seed {run.seed}: {run.state}: {run.why}" for run in bad],
     )
 

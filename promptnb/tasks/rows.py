@@ -5,11 +5,14 @@
 # %% ../../nbs/01_tasks.rows.ipynb #e7a10003
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 
 # %% auto #0
-__all__ = ["Rows", "starts"]
+__all__ = ["Rows", "starts", "fault"]
 
 
 # %% ../../nbs/01_tasks.rows.ipynb #e7a10006
@@ -40,3 +43,12 @@ def starts(n, seed=None, options=None):
     if np.isscalar(seed):
         return mask, [seed + i for i in range(n)]
     return mask, seed
+
+
+# %% ../../nbs/01_tasks.rows.ipynb #e7a1000c
+def fault(e: Exception) -> str:
+    "An error as one short line: 'ValueError: too hot (oven.py:12)'."
+    first = str(e).splitlines()[0][:200] if str(e) else ""
+    frames = traceback.extract_tb(e.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(e).__name__}{': ' if first else ''}{first}{where}"

@@ -17,7 +17,7 @@ from gymnasium.spaces import Discrete
 from .. import tasks
 from ..core import PromptnbError
 from . import spaces
-from .rows import Rows, starts
+from .rows import Rows, fault, starts
 
 # %% auto #0
 __all__ = [
@@ -84,6 +84,7 @@ def set_tasks(self: Wrapped, task_ids):
     self.resize(n)
     self._obs = np.zeros((n, *self.family.state_shape), np.uint8 if self.family.frames else np.float32)
     self._over = np.zeros((2, n), bool)  # terminated, truncated
+    self._broken = np.zeros(n, bool)  # the environment raised in this episode
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10003
@@ -91,10 +92,44 @@ def set_tasks(self: Wrapped, task_ids):
 def reset(self: Wrapped, *, seed=None, options=None):
     "Start the rows that `tasks.rows.starts` names: all observations (N, S), and an empty info."
     mask, seeds = starts(self.num_envs, seed, options)
+    self._over[:, mask] = self._broken[mask] = False
+    info = {}
     for i in np.flatnonzero(mask):
-        self._obs[i] = self.envs[i].reset(seed=None if seeds[i] is None else int(seeds[i]))[0]
-    self._over[:, mask] = False
-    return self._obs.copy(), {}
+        try:
+            self.observe(i, self.envs[i].reset(seed=None if seeds[i] is None else int(seeds[i]))[0])
+        except Exception as e:
+            info["fault"] = self.break_off(i, e)
+    return self._obs.copy(), info
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #b9a1000b
+@patch
+def observe(self: Wrapped, i, obs):
+    "Row i's new observation; ValueError unless it has the family's shape."
+    if np.shape(obs) != self.family.state_shape:
+        raise ValueError(f"an observation of shape {np.shape(obs)}, not {self.family.state_shape}")
+    self._obs[i] = obs
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #b9a1000c
+@patch
+def break_off(self: Wrapped, i, error) -> str:
+    "End row i's episode, in which its environment raised; returns the error in a line."
+    self._obs[i] = 0
+    self._over[0, i] = self._broken[i] = True
+    return fault(error)
+
+
+# %% ../../nbs/01c_tasks.wrapped.ipynb #b9a1000d
+@patch
+def step_row(self: Wrapped, i, action):
+    "Do one action in row i: (reward, success)."
+    if self.family.discrete and np.ndim(action):  # scores: the best counts
+        action = int(np.argmax(action))
+    obs, reward, terminated, truncated, info = self.envs[i].step(action)
+    self.observe(i, obs)
+    self._over[:, i] = bool(terminated), bool(truncated)
+    return float(reward), bool(info.get("success", False))
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10004
@@ -102,16 +137,17 @@ def reset(self: Wrapped, *, seed=None, options=None):
 def step(self: Wrapped, actions):
     """Do one action a row. A row whose episode is over stays as it is and earns nothing.
 
-    `info['success']` (N,) where the environments report it.
+    `info['success']` (N,) where the environments report it; `info['fault']` where one of them raised.
     """
     rewards, success = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
+    info = dict(success=success)
     for i in np.flatnonzero(~self._over.any(0)):
-        a = actions[i]
-        if self.family.discrete and np.ndim(a):  # scores: the best counts
-            a = int(np.argmax(a))
-        self._obs[i], rewards[i], self._over[0, i], self._over[1, i], info = self.envs[i].step(a)
-        success[i] = bool(info.get("success", False))
-    return self._obs.copy(), rewards, self._over[0].copy(), self._over[1].copy(), dict(success=success)
+        try:
+            rewards[i], success[i] = self.step_row(i, actions[i])
+        except Exception as e:
+            info["fault"] = self.break_off(i, e)
+    rewards[self._broken] = np.nan
+    return self._obs.copy(), rewards, self._over[0].copy(), self._over[1].copy(), info
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown01
@@ -145,16 +181,6 @@ class LockStep(Wrapped):
     def make(self, task):
         "A new environment of a task."
         return make(self.family, task)
-
-    def reset(self, **kw):
-        "As `Wrapped.reset`; what an environment raises is one line."
-        with in_one_line(f"an environment of {self.family.name} failed at reset"):
-            return super().reset(**kw)
-
-    def step(self, actions):
-        "As `Wrapped.step`; what an environment raises is one line."
-        with in_one_line(f"an environment of {self.family.name} failed at a step"):
-            return super().step(actions)
 
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #4ff8a5ea
