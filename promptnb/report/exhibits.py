@@ -178,7 +178,7 @@ class Page:
         self.paper, self.scale, self.partial = paper, scale, partial
         self.whose = "shipped" if shipped else "any"
         known = [e.id for e in rc.exhibits(paper) if not e.unknown]
-        self.wanted = known if exhibits == "all" else exhibits.split(",")
+        self.wanted = known if exhibits in ("", "all") else exhibits.split(",")
         self._views = {}
 
     def exhibit(self, id) -> rc.Exhibit:
