@@ -155,7 +155,8 @@ class Store:
 
     def __repr__(self):
         size = f"{len(self)} trajectories, {len(self.s):,} steps, {len(self.task_ids)} tasks"
-        return f"Store({size}, return {self.returns.mean():.1f} ± {self.returns.std():.1f})"
+        spread = f" ± {self.returns.std():.1f}" if len(self) > 1 else ""
+        return f"Store({size}, return {self.returns.mean():.1f}{spread})"
 
 
 # %% ../nbs/02_data.ipynb #a648c127
@@ -536,7 +537,7 @@ def minari_coding(dataset, fam=None) -> Coding:
         if not spaces.same_actions(action, own_action):
             theirs, ours = spaces.short(action), spaces.short(own_action)
             raise PromptnbError(f"it acts in {theirs}, but {fam.name} in {ours}")
-        pictures = bool(fam.frames)
+        pictures, action = bool(fam.frames), own_action  # parts in the family's order
         observation = observation if spaces.is_flat(observation, fam.state_dim) else own_observation
     if pictures:
         observation = None

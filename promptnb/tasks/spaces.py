@@ -56,6 +56,8 @@ SIDE = 36  # pixels: the smallest picture that the layers of `models.pixels.Eye`
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00008
 def parts(space, name):
     "The parts (name, space) of a nested space in order; PromptnbError for one without a fixed count of numbers."
+    if isinstance(space, (Dict, Tuple)) and not len(space.spaces):
+        raise PromptnbError(f"{name} is a {type(space).__name__} without parts: leave it out")
     if isinstance(space, Dict):
         for key, part in space.spaces.items():
             yield from parts(part, f"{name}[{key!r}]")
@@ -279,7 +281,8 @@ def bounds(space, name):
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00034
 def check_bounds(space, low, high, name):
     "Raise an error unless all bounds (n,) are finite, the lower ones are lower, and integers can be told apart."
-    finite = space.bounded_below.ravel() & space.bounded_above.ravel() & np.isfinite(high - low)
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = space.bounded_below.ravel() & space.bounded_above.ravel() & np.isfinite(high - low)
     usable = finite & (low < high)
     if not usable.all():
         i = np.flatnonzero(~usable)[0]
@@ -288,7 +291,7 @@ def check_bounds(space, low, high, name):
             f"{name}: entry {i} is between {low[i]:g} and {high[i]:g} and {why}: "
             "actions are scaled from their bounds to [-1, 1]"
         )
-    if space.dtype.kind in "iu" and (high - low).max() > STEPS:
+    if space.dtype.kind in "iu" and (high - low).max(initial=0) > STEPS:
         raise PromptnbError(f"{name} has more than {STEPS:,} integers, which a policy cannot tell apart")
 
 

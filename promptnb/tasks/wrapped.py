@@ -192,7 +192,7 @@ def make(family, task, **kw):
         env = gym.make(fam.body, **fam.goals[task], **kw)
     check_same(fam, env, task)
     action = env.action_space
-    if not fam.frames and len(env.observation_space.shape or ()) != 1:
+    if not fam.frames and not spaces.is_flat(env.observation_space, fam.state_dim):
         env = gym.wrappers.FlattenObservation(env)
     if fam.discrete:
         if action.start == 0:
