@@ -443,7 +443,7 @@ def command(tmp_home, monkeypatch, capsys):
 
 def test_skirmishes_are_left_out_with_the_line_that_installs_them(command):
     status, out, err, started = command("--dry-run", "--scale", "smoke")
-    assert status == 0 and err.startswith("left out: smax-3m ") and err.count("\n") == 1
+    assert status == 0 and err.startswith("left out: smax-3m: ") and err.count("\n") == 1
     assert "needs the package jaxmarl, which is not installed: pip install 'promptnb[smax]'" in err
     assert "skirmish" not in out and all(e.id in out for e in EXHIBITS if e.id != "skirmish")
     assert "--dry-run" in started[-1]

@@ -1008,7 +1008,7 @@ def test_weights_of_the_hub(home, capsys, no_network, no_start):
     assert (
         "gpt2" not in trunks
         and any(r.family == FAMILY for r in kept)
-        and said.startswith(f"left out: {FAMILY} LaMo, GPT-2's own weights")
+        and said.startswith(f"left out: {FAMILY}: LaMo, GPT-2's own weights")
         and "needs the weights of 'gpt2'" in said
         and said.count("\n") == 1
     )

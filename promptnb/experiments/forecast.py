@@ -302,7 +302,7 @@ def expected(request: Request, cores=None, accelerator="auto", rules=(), **known
         return f"expected: nothing to do{more} ({todo.total} of {many(todo.total, 'run')} finished)"
     minutes = sum(map(sum, todo.stages.values())) / 60
     sources = "; ".join(f"{many(n, 'run')} {source}" for source, n in todo.sources.items())
-    facts = f"{todo.left} of {many(todo.total, 'run')} to do, {minutes:,.{int(minutes < 1)}f} core-minutes; {sources}"
+    facts = f"{todo.left:,} of {many(todo.total, 'run')} to do, {minutes:,.{int(minutes < 1)}f} core-minutes; {sources}"
     return f"expected: {todo.span(cores)}{more} ({facts})"
 
 

@@ -148,11 +148,13 @@ def within_means(request: Request) -> Request:
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plreach2
-def named(recipes, most=4) -> str:
-    "Recipes by family and method, the first few of them."
-    names = list(dict.fromkeys(f"{r.family} {r.method}" for r in recipes))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more
+def named(recipes, most=12) -> str:
+    "Recipes by family and method; of a family with many, how many."
+    methods = {}
+    for r in recipes:
+        methods.setdefault(r.family, {}).setdefault(r.method)
+    many = {family: f"{len(found)} methods" for family, found in methods.items() if len(found) > most}
+    return "; ".join(f"{family}: {many.get(family) or ', '.join(found)}" for family, found in methods.items())
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #pltask01
