@@ -561,54 +561,60 @@ def test_nothing_is_written_that_should_not_be(minari_home, refused):
 
 # ---- the fuzz
 
-
-def shapes(most=3):
-    return st.lists(st.integers(0, most), max_size=2).map(tuple)
-
-
-@st.composite
-def boxes(draw):
-    "Boxes of any type; bounds finite, infinite or equal."
-    shape = draw(shapes())
-    dtype = np.dtype(draw(st.sampled_from(["f4", "f8", "f2", "i8", "i2", "u1", "u4", "i1"])))
-    ends = [0, 1, 2, 7, 100] if dtype.kind == "u" else [-100, -2, -1, 0, 1, 2, 5]
-    if dtype.kind == "f":
-        ends += [-np.inf, np.inf, 0.5]
-    low = np.asarray([draw(st.sampled_from(ends)) for _ in range(int(np.prod(shape)))], float).reshape(shape)
-    wide = np.asarray([draw(st.sampled_from([0, 1, 3, 20])) for _ in range(low.size)], float).reshape(shape)
-    if draw(st.booleans()):  # usually a Box that can be used
-        low, wide = np.where(np.isfinite(low), low, -1), np.maximum(wide, 1)
-    return gs.Box(
-        np.where(low == np.inf, 0, low).astype(dtype),
-        (np.where(low == np.inf, 0, low) + wide).astype(dtype),
-        shape,
-        dtype,
-    )
+DTYPES = ("f4", "f8", "f2", "i8", "i2", "u1", "u4", "i1")
+TEXT, SEQUENCE = gs.Text(4), gs.Sequence(gs.Discrete(2))
+GRAPH, ONE_OF = gs.Graph(gs.Box(0, 1, (2,)), None), gs.OneOf([gs.Discrete(2)])
 
 
-LEAVES = st.one_of(
-    boxes(),
-    st.builds(lambda n, s: gs.Discrete(n, start=s), st.integers(1, 6) | st.just(10**9), st.integers(-3, 3)),
-    st.builds(lambda n: gs.MultiDiscrete(n), st.lists(st.integers(1, 4), min_size=1, max_size=3)),
-    st.builds(lambda n: gs.MultiDiscrete([n, n[::-1]]), st.lists(st.integers(1, 4), min_size=1, max_size=2)),
-    st.builds(gs.MultiBinary, st.integers(1, 4)),
-    st.builds(lambda s: gs.MultiBinary(list(s)), st.lists(st.integers(1, 2), min_size=1, max_size=2)),
-)
-ODD = st.sampled_from(
-    [gs.Text(4), gs.Sequence(gs.Discrete(2)), gs.Graph(gs.Box(0, 1, (2,)), None), gs.OneOf([gs.Discrete(2)])]
-)
+def box(numbers):
+    "A Box of any type and shape; one in four has infinite or equal bounds."
+    g = np.random.default_rng(numbers)
+    shape = tuple(g.integers(1, 4, g.integers(0, 3)))
+    dtype = np.dtype(g.choice(DTYPES))
+    low, wide = g.choice([0, 1, 2, 7, 100], shape), g.choice([1, 3, 20], shape)
+    if dtype.kind != "u":
+        low = low - g.choice([0, 2, 100], shape)
+    low = low.astype(float)
+    high = low + wide
+    if g.random() < 0.25:
+        high = np.where(g.random(shape) < 0.5, low if dtype.kind != "f" else g.choice([low, np.inf + low]), high)
+        low = np.where((g.random(shape) < 0.3) & (dtype.kind == "f"), -np.inf, low)
+    if g.random() < 0.1:
+        shape = (0,)
+        low, high = np.zeros(0), np.ones(0)
+    return gs.Box(low.astype(dtype), high.astype(dtype), shape, dtype)
+
+
+def leaf(numbers):
+    "A space that is not nested; one in twenty is of no use."
+    g = np.random.default_rng(numbers)
+    sizes = g.integers(1, 5, g.integers(1, 4))
+    kinds = [
+        lambda: gs.Discrete(int(g.integers(1, 7)), start=int(g.integers(-3, 4))),
+        lambda: gs.MultiDiscrete(sizes, start=sizes - 3),
+        lambda: gs.MultiDiscrete([sizes, sizes[::-1]]),
+        lambda: gs.MultiBinary(int(sizes[0])),
+        lambda: gs.MultiBinary([int(n) for n in sizes]),
+    ]
+    if g.random() < 0.05:
+        return (TEXT, SEQUENCE, GRAPH, ONE_OF, gs.Discrete(10**9), gs.Dict(), gs.Tuple([]))[g.integers(7)]
+    return box(numbers) if g.random() < 0.4 else kinds[g.integers(len(kinds))]()
+
+
+LEAVES = st.integers(0, 2**32).map(leaf)
 KEYS = st.sampled_from(["b", "a", "goal", "état", "1", " "])
 
 
 def containers(inner):
+    some = st.lists(st.tuples(KEYS, inner), min_size=1, max_size=3)
     return (
-        st.dictionaries(KEYS, inner, max_size=3).map(gs.Dict)
-        | st.lists(st.tuples(KEYS, inner), max_size=2).map(lambda x: gs.Dict(OrderedDict(x)))
-        | st.lists(inner, max_size=2).map(gs.Tuple)
+        some.map(lambda x: gs.Dict(dict(x)))
+        | some.map(lambda x: gs.Dict(OrderedDict(x)))
+        | st.lists(inner, min_size=1, max_size=2).map(gs.Tuple)
     )
 
 
-SPACES = st.recursive(st.one_of(LEAVES, LEAVES, LEAVES, LEAVES, ODD), containers, max_leaves=4)
+SPACES = st.recursive(LEAVES, containers, max_leaves=4)
 fuzz = settings(
     max_examples=CASES, derandomize=CASES == 1000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -644,49 +650,54 @@ def nested_steps(space, rows):
     return list(gym.vector.utils.iterate(gym.vector.utils.batch_space(space, len(rows)), columns))
 
 
-@st.composite
-def any_array(draw):
-    "Arrays of any shape and type, with NaN, infinity and padding; and what is no array."
-    if draw(st.integers(0, 9)) == 0:
-        return draw(
-            st.sampled_from([None, "x", 3.0, object(), [], [[1], [1, 2]], {}, [None], {"a": 1}, np.array(["x"])])
-        )
-    shape = tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)))
-    kind = draw(st.sampled_from(["f4", "f8", "f2", "i8", "u1", "?", ">f8", "c8", "O", "U1"]))
+NO_ARRAYS = (None, "x", 3.0, object(), [], [[1], [1, 2]], {}, [None], {"a": 1}, np.array(["x"]))
+
+
+def any_array(g, shape):
+    "An array of usually this shape, of any type and in any container, with NaN, infinity or padding; or none."
+    if g.random() < 0.1:
+        return NO_ARRAYS[g.integers(len(NO_ARRAYS))]
+    if g.random() < 0.3:
+        shape = tuple(g.integers(0, 4, g.integers(1, 4)))
+    kind = g.choice(
+        ["f4", "f8", "f2", "i8", "u1", "?", ">f8", "c8", "O", "U1"], p=[0.2, 0.2, *[0.1] * 4, 0.05, *[0.05] * 3]
+    )
     if kind in ("O", "U1"):
         return np.full(shape, "1", kind)
-    values = [0, 1] if kind in ("u1", "?") else [0, 1, -1, -0.5, 2]
-    if kind in ("f4", "f8", "f2", ">f8"):
-        values += [0.5] * 9 + draw(st.sampled_from([[], [], [np.nan], [np.inf], [6e4]]))
-    x = np.array([draw(st.sampled_from(values)) for _ in range(int(np.prod(shape)))]).reshape(shape).astype(kind)
-    how = draw(st.sampled_from(["array", "array", "list", "tensor", "gradient", "masked"]))
-    if how == "list":
-        return x.tolist()
+    x = g.choice([0, 1] if kind in ("u1", "?") else [0, 1, -1, 7], shape).astype(kind)
+    if np.dtype(kind).kind == "f":
+        x += g.choice([0.5, 0.25], shape).astype(kind)
+        if g.random() < 0.2:
+            x[len(x) // 2 :] = g.choice([np.nan, np.inf, 0])  # padding
+    how = g.choice(["array", "list", "tensor", "gradient", "masked", "rows"])
+    if how in ("list", "rows"):
+        return x.tolist() if how == "list" else list(x)
     if how == "masked":
         return np.ma.masked_invalid(x) if x.dtype.kind == "f" else np.ma.masked_array(x)
     if how in ("tensor", "gradient") and kind in ("f4", "f8", "f2"):
-        return torch.tensor(x, requires_grad=how == "gradient")
+        return torch.tensor(x, requires_grad=bool(how == "gradient"))
     return x
 
 
-@st.composite
-def trajectories(draw):
-    "Lists of trajectories of 0 to 3 steps that fit, or hardly."
-    S, A, out = draw(st.integers(1, 3)), draw(st.integers(1, 2)), []
-    for _ in range(draw(st.integers(0, 3))):
-        T = draw(st.integers(0, 3) | st.just(2))
-        g = np.random.default_rng(draw(st.integers(0, 99)))
+def trajectories(numbers):
+    "0 to 3 trajectories of 0 to 3 steps; in one of them, something may be different."
+    g = np.random.default_rng(numbers)
+    S, A, out = g.integers(1, 4), g.integers(1, 3), []
+    for _ in range(g.choice(4, p=[0.05, 0.35, 0.3, 0.3])):
+        T = g.choice(4, p=[0.02, 0.3, 0.38, 0.3])
         d = dict(
             observations=g.normal(size=(T + g.integers(2), S)),
             actions=g.uniform(-1, 1, (T, A)),
             rewards=g.normal(size=T),
         )
-        for name in draw(st.lists(st.sampled_from([*d, "legal"]), max_size=1)):
-            d[name] = draw(any_array())
-        if draw(st.integers(0, 9)) == 0:
-            d.pop(draw(st.sampled_from(sorted(d))))
+        if g.random() < 0.4:
+            name = g.choice([*d, "legal"])
+            d[name] = any_array(g, (T, A) if name == "legal" else d[name].shape)
+        if g.random() < 0.03:
+            d.pop(g.choice(["observations", "actions", "rewards"]), None)
         out.append(d)
-    return draw(st.sampled_from([out, tuple(out), iter(out)]))
+    ids = None if g.random() < 0.5 else g.integers(-1, 3, len(out) + (g.random() < 0.05)).tolist()
+    return out, ids
 
 
 def numbers(x):
@@ -697,13 +708,12 @@ def numbers(x):
 
 @seed(SEED)
 @fuzz
-@given(trajectories(), st.none() | st.lists(st.integers(-1, 2), max_size=3))
-def test_fuzz_of_arrays(given, ids):
+@given(st.integers(0, 2**32), st.sampled_from([list, tuple, iter]))
+def test_fuzz_of_arrays(numbers_of, container):
     "A Store that holds exactly these numbers in order of task, or one line of ours."
-    given = list(given)
-    kept = [dict(d) for d in given]
+    kept, ids = trajectories(numbers_of)
     try:
-        store = data.from_arrays(given, ids)
+        store = data.from_arrays(container(kept), ids)
     except PromptnbError as e:
         assert "\n" not in str(e) and ("trajector" in str(e) or "task ids" in str(e) or "return" in str(e)), e
         return event("refused")
