@@ -51,6 +51,7 @@ from promptnb.experiments.notebook import (
     job_command,
     note_killed,
     owner_name,
+    sweep,
     time_limit,
 )
 from .experiments.plan import Request, chosen, is_finished, plan, tasks_of, within_means, write_plan
@@ -71,6 +72,7 @@ __all__ = [
     "devices",
     "a_card",
     "run",
+    "alone",
     "in_words",
     "handed_over",
     "summary",
@@ -182,7 +184,8 @@ def cmd_collect(a):
     of_scale = dict(zip(("smoke", "laptop", "paper"), fam.episodes, strict=True))
     episodes = of_scale[a.scale] if a.episodes is None else a.episodes
     qualities = a.quality or fam.qualities or [quality for quality, _ in fam.remote[:1]]
-    known = {q: collect.collect(fam, q, episodes, a.seed) for q in qualities}
+    wait = -1 if a.stamp else 0  # a graph waits for another one's
+    known = {q: collect.collect(fam, q, episodes, a.seed, wait=wait) for q in qualities}
     for quality, datasets in known.items():
         print_collected(fam.name, quality, datasets)
     if a.page:
@@ -236,8 +239,7 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
     if slots:
         cores = min(cores or os.cpu_count(), slots)
     request = within_means(request)
-    alone = contextlib.nullcontext() if dry else run_lock(runs_dir() / "graph")  # one may look while another works
-    with alone:
+    with contextlib.nullcontext() if dry else alone(request):  # one may look while another works
         unmeasured = dry or request.scale == "smoke" or (remote and accelerator == "cuda")  # a smoke run takes seconds
         times = "none" if unmeasured else "missing"
         rates = Rates(accelerator, "all" if measure else times)
@@ -256,6 +258,17 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
         # told to terminate, Snakemake waits for what it has on a cluster; interrupted, it cancels that
         last_word = signal.SIGINT if remote else signal.SIGTERM
         return handed_over(rules, tasks, lambda file: snakemake(file, cores, dry, profile, slots), dry, last_word)
+
+
+# %% ../nbs/12_cli.ipynb #clirun09
+@contextlib.contextmanager
+def alone(request: Request):
+    "Hold the graphs of the papers asked for; before work starts, sweep up what killed processes have left."
+    with contextlib.ExitStack() as graphs:
+        for paper in request.papers:
+            graphs.enter_context(run_lock(runs_dir() / "graph" / paper))
+        sweep()
+        yield
 
 
 # %% ../nbs/12_cli.ipynb #clirun06

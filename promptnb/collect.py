@@ -29,15 +29,16 @@ from promptnb.core import (
     figures_dir,
     minari_dataset,
     minari_dir,
+    process_name,
     progress,
-    read_json,
+    read_sealed,
     rng_for,
     run_lock,
     seed_for,
     set_aside,
     sha256_file,
     write_atomic,
-    write_json,
+    write_sealed,
 )
 
 # %% auto #0
@@ -241,7 +242,7 @@ def whole_folder(root, id_):
     final = Path(root) / id_
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".collect-{final.parent.name}-", dir=root))
+        tmp = Path(tempfile.mkdtemp(prefix=f".collect-{final.parent.name}.{process_name()}.", dir=root))
     except OSError as e:
         raise disk_error(e, final) from e
     try:
@@ -302,7 +303,13 @@ def manifest(fam, root=None) -> dict:
     DamagedError where it is damaged.
     """
     path = manifest_path(fam, root)
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    known = read_sealed(path)
+    known.pop("hash", None)
+    if not all(isinstance(entry, dict) for entry in known.values()):
+        raise DamagedError(f"{path} is damaged (it does not hold what it should)")
+    return known
 
 
 # %% ../nbs/02b_collect.ipynb #colmend1
@@ -376,7 +383,7 @@ def collect_task(order, task, vec=None):
     entry = write_dataset(id_, trajs, fam, task, order.root, description, minari=vec is not None)
     entry |= dict(first_game=trajs[0].get("game", 0))  # a film of the dataset's first episode starts as this game did
     entry |= dict(seed=order.seed, policy=order.policy, seconds=round(time.time() - start, 2), asked=order.episodes)
-    write_json(manifest_path(fam, order.root), dict(manifest(fam, order.root), **{id_: entry}))
+    write_sealed(manifest_path(fam, order.root), dict(manifest(fam, order.root), **{id_: entry}))
 
 
 # %% ../nbs/02b_collect.ipynb #56c27515
@@ -400,8 +407,10 @@ def fill(order, task_ids, say):
 
 
 # %% ../nbs/02b_collect.ipynb #70c96b7b
-def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None, threads=None, say=print):
-    "Write the datasets of a family and quality (default: its best) that are missing; returns the manifest's entries."
+def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None, threads=None, say=print, wait=0):
+    """Write the datasets of a family and quality (default: its best) that are missing; returns the manifest's entries.
+
+    Where another process collects the family it is refused after `wait` seconds (-1: never)."""
     fam = tasks.family(name)
     known = (*fam.qualities, *dict(fam.remote))
     if not known:
@@ -412,7 +421,7 @@ def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None,
     if episodes < 1:
         raise PromptnbError(f"episodes is {episodes}, but must be at least 1")
     tasks.kind_module(fam)  # a missing extra is said before work starts
-    with run_lock(root / "promptnb" / f".{fam.name}"):
+    with run_lock(root / "promptnb" / f".{fam.name}", wait):
         order = Order(fam, quality, episodes, seed, policy_of(fam, quality), root, threads)
         return fill(order, task_ids or fam.task_ids, say)
 

@@ -32,7 +32,7 @@ from promptnb.core import (
     fingerprint,
     minari_dataset,
     minari_dir,
-    read_json,
+    read_sealed,
     seed_for,
     sha256_file,
     write_atomic,
@@ -709,7 +709,7 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
     Without `check` the data are taken as they are, and the hashes of the Store are their own."""
     fam, root = tasks.family(name), Path(root or minari_dir())
     manifest = root / "promptnb" / f"{fam.name}.json"
-    known = read_json(manifest) if manifest.exists() else {}
+    known = read_sealed(manifest) if manifest.exists() else {}
     S, A = family_sizes(fam)
     stores = []
     for i in fam.task_ids if task_ids is None else task_ids:

@@ -47,7 +47,16 @@ from test_resume import same_records, weights
 
 from promptnb import cli as command
 from promptnb import collect, core, data, experts, recipes, tasks, train
-from promptnb.core import Checkpoints, PromptnbError, read_json, results_dir, runs_dir, sha256_file, write_json
+from promptnb.core import (
+    Checkpoints,
+    PromptnbError,
+    read_json,
+    results_dir,
+    runs_dir,
+    sha256_file,
+    write_json,
+    write_sealed,
+)
 from promptnb.experiments import job, multitask, run
 from promptnb.experiments.run import Run
 from promptnb.report import exhibits, tables, view
@@ -335,7 +344,7 @@ def test_killed_at_every_call_of_a_record(tmp_path, monkeypatch):
     assert done and k >= 3 and read_json(path)["run"] == "new"
 
 
-@pytest.mark.parametrize("place", ["write_minari", "sha256_file", "write_json"])
+@pytest.mark.parametrize("place", ["write_minari", "sha256_file", "write_sealed"])
 def test_killed_in_collect(place, home):
     """A dataset is there whole or not at all.
 
@@ -349,7 +358,7 @@ def test_killed_in_collect(place, home):
         collect.collect(FAMILY, "medium", 2, threads=1)
 
     assert exit_code_of(killed_there) == 9
-    assert len(list(root.glob(".collect-cheetah-dir-00-*"))) == (place != "write_json")
+    assert len(list(root.glob(".collect-cheetah-dir-00.*"))) == (place != "write_sealed")
     assert before.items() <= frozen(root).items()
     other = root / ".collect-cheetah-vel-00-x"
     other.mkdir()
@@ -362,7 +371,7 @@ def test_killed_when_a_dataset_grows(home):
     "Between the old files and the new manifest: the same command makes it whole."
 
     def killed_before_the_manifest():
-        collect.write_json = lambda *a, **k: os._exit(9)
+        collect.write_sealed = lambda *a, **k: os._exit(9)
         collect.collect(FAMILY, "random", 6, threads=1)
 
     assert exit_code_of(killed_before_the_manifest) == 9
@@ -546,9 +555,9 @@ def hdf5(home):
 def known_again(file, i=0):
     "Make the manifest say that the file is as it should be."
     path = collect.manifest_path(FAM)
-    m = read_json(path)
+    m = collect.manifest(FAM)
     m[collect.dataset_id(FAM, i, "expert")]["columns"] = sha256_file(file)
-    write_json(path, m)
+    write_sealed(path, m)
 
 
 @pytest.mark.parametrize("raw", [lambda c: pickle.dumps(Bomb(c)), torch_bomb], ids=["pickle", "torch"])
@@ -620,9 +629,11 @@ def test_the_damaged_dataset_can_be_mended_as_it_says(home):
     )
 
 
-def test_a_damaged_manifest_is_set_aside(home):
+@pytest.mark.parametrize("damage", [lambda x: x[:99], lambda x: "[]", lambda x: x.replace('"seed": 0', '"seed": 1')])
+def test_a_damaged_manifest_is_set_aside(home, damage):
     path = collect.manifest_path(FAM)
-    path.write_text(path.read_text()[:99])
+    path.write_text(damage(path.read_text()))
+    refused(data.load, FAMILY, says=[path, "damaged"])
     collect.collect(FAMILY, "expert", 4, threads=1)
     assert len(data.load(FAMILY)) == 8 and path.with_name(f"{path.name}.damaged-1").exists()
 
@@ -854,8 +865,8 @@ def test_full_disk_for_records(home, one_policy):
 def test_full_disk_in_collect(home):
     root = home / "data" / "minari"
     shutil.rmtree(root / "promptnb" / "cheetah-dir-01")
-    m = read_json(collect.manifest_path(FAM))
-    write_json(collect.manifest_path(FAM), {k: v for k, v in m.items() if "cheetah-dir-00" in k})
+    m = collect.manifest(FAM)
+    write_sealed(collect.manifest_path(FAM), {k: v for k, v in m.items() if "cheetah-dir-00" in k})
     with tiny_disk(root, 4 * 2**20) as disk:
         before, failed, ok = {p: v for p, v in frozen(disk).items() if "cheetah-dir-00" in str(p)}, 0, False
         for leave in (0, 8192, 40_000, 90_000, 130_000, 160_000, 190_000, 220_000, 260_000, 400_000, 2**20):

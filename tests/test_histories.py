@@ -1,32 +1,66 @@
-"""Random histories of a workbook: recipe and code edited and reverted, files damaged and deleted, runs killed.
+"""Random histories of a workbook: recipes and code edited and reverted, files damaged and deleted, runs killed.
 
 After each, `run` ends finished in at most two calls, and its records are those of a clean workbook."""
 
+import dataclasses
+import functools
 import os
+import shlex
 import shutil
+import signal
+import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 from homes import ROOT
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from promptnb import collect, core, recipes
-from promptnb.experiments import job, plan
+from promptnb import cli, core, recipes, tasks, train
+from promptnb.experiments import job, notebook, plan
 from promptnb.experiments import run as runs
 from promptnb.recipes import scales
 
 PAPER, FAMILY = "prompt_tuning_dt", "cheetah-dir"
-IDS = [f"{PAPER}/{FAMILY}/{key}" for key in ("pdt", "soft", "ranking")]
+IDS = [f"{PAPER}/{FAMILY}/{key}" for key in ("pdt", "soft", "ranking", "pdt-uniform")]
 JOBS = {
     "pretrain": recipes.Job(PAPER, "table1", FAMILY, "pretrain", tuple(IDS[:1])),
-    "tune": recipes.Job(PAPER, "table1", FAMILY, "tune", tuple(IDS)),
+    "tune": recipes.Job(PAPER, "table1", FAMILY, "tune", tuple(IDS[:3])),
+    "more": recipes.Job(PAPER, "controls", FAMILY, "tune", tuple(IDS[3:])),  # it reads data of another quality too
 }
 TINY = dict(scales.SMOKE["Pretrain"], steps=4, curve_points=2, width=8, layers=1)
-EPISODES = TINY["episodes"]
 HISTORIES = int(os.environ.get("HISTORIES", 20))
+SEED = os.environ.get("HISTORIES_SEED")  # (none: the same histories each time)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    "What a user has edited, and what he asks for."
+
+    eval_episodes: int = 1
+    steps: int = 4
+    episodes: int = TINY["episodes"]  # of each task's data
+    seeds: tuple = (0,)
+    more: bool = False  # a second exhibit
+
+
+VARIANTS = [
+    Variant(),
+    Variant(eval_episodes=2),
+    Variant(steps=6),
+    Variant(episodes=TINY["episodes"] + 2),
+    Variant(seeds=(0, 1)),
+    Variant(more=True),
+]
+
+
+class Asked(plan.Request):
+    "The jobs of these tests, in the place of an exhibit's."
+
+    def jobs(self):
+        return [JOBS[name] for name in ("pretrain", "tune", *self.exhibits)]
 
 
 class Killed(BaseException):
@@ -52,48 +86,95 @@ class Patches:
             put(owner, name, value)
 
 
+@functools.cache
+def ended() -> int:
+    "The number of a process that has ended."
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 class Home:
     "A workbook under a folder of its own, whose code and recipes can be edited."
 
     real = staticmethod(core.code_fingerprint)
 
-    def __init__(self):
+    def __init__(self, variant, like=None):
         self.patches, self.code = Patches(), 0
         self.path = Path(tempfile.mkdtemp(prefix="promptnb-history-"))
-        shutil.copytree(ROOT / "data" / "experts", self.path / "data" / "experts")
-        shutil.copy(ROOT / "settings.ini", self.path)
+        if like:
+            shutil.copytree(like.path, self.path, dirs_exist_ok=True)
+        else:
+            for name in ("nbs/papers", "data/experts"):
+                shutil.copytree(ROOT / name, self.path / name)
+            shutil.copy(ROOT / "settings.ini", self.path)
+        for module in (core, runs, plan):
+            self.patches.attribute(module, "code_fingerprint", self.fingerprint)
+        for module in (job, notebook):
+            self.patches.attribute(module, "find_job", {j.id: j for j in JOBS.values()}.get)
+        self.patches.attribute(notebook, "execute", self.execute)
+        short = dataclasses.replace(tasks.FAMILIES[FAMILY], horizon=20)
+        self.patches.item(tasks.FAMILIES, FAMILY, short)
         self.before = os.environ.get("PROMPTNB_HOME")
         os.environ["PROMPTNB_HOME"] = str(self.path)
-        for module in (core, runs):
-            self.patches.attribute(module, "code_fingerprint", self.fingerprint)
-        self.patches.attribute(job, "find_job", JOBS.get)
-        self.edit(1, 4)
+        self.edit(variant)
 
     def fingerprint(self, *modules):
         return core.fingerprint([self.code, self.real(*modules)])
 
-    def edit(self, episodes, steps):
-        self.variant = episodes, steps
-        self.patches.item(scales.SMOKE, "Recipe", dict(eval_episodes=episodes, seeds=(0,)))
-        self.patches.item(scales.SMOKE, "Pretrain", dict(TINY, steps=steps))
+    def edit(self, variant):
+        self.variant = variant
+        pretrain = dict(TINY, steps=variant.steps, episodes=variant.episodes)
+        self.patches.item(scales.SMOKE, "Recipe", dict(eval_episodes=variant.eval_episodes, seeds=variant.seeds))
+        self.patches.item(scales.SMOKE, "Pretrain", pretrain)
+
+    @property
+    def asked(self):
+        return Asked(PAPER, ("more",) if self.variant.more else (), "smoke")
+
+    def execute(self, template, given, out, stream=True, kernel=None):
+        "The job's notebook, without a kernel."
+        job.run_job(given["job"], given["seed"], given["scale"], "cpu")
 
     def call(self):
-        "What `promptnb run` does: data that are gone are collected, then every job."
+        "What `promptnb run` does, with the rules followed in this process; returns whether one failed."
         runs.stored.cache_clear()  # a process of its own remembers nothing
-        needed = plan.collections(JOBS.values(), "smoke")[FAMILY]
-        if not needed.is_there():
-            for quality in needed.qualities:
-                collect.collect(FAMILY, quality, EPISODES, threads=1, say=lambda text: None)
-        for kind in JOBS:
-            job.run_job(kind, 0, "smoke", "cpu")
+        with cli.alone(self.asked):
+            rules = plan.plan(self.asked, seconds=lambda run: 10.0)
+            file, failed = plan.write_plan(rules), set()
+            for rule in rules:
+                if failed & set(rule.inputs) or self.follow(rule):
+                    failed |= set(rule.outputs)
+            file.unlink()
+        return bool(failed)
+
+    def follow(self, rule):
+        "Its command, in the root folder, as Snakemake gives it; returns its status."
+        before = os.getcwd()
+        os.chdir(self.path)
+        try:
+            return cli.main(shlex.split(rule.command.removeprefix(plan.PROGRAM)))
+        finally:
+            os.chdir(before)
 
     def runs(self):
-        return [run for j in JOBS.values() for run in job.runs_of(j, "smoke", 0)]
+        return [run for j, seed in self.asked.work() for run in job.runs_of(j, "smoke", seed)]
 
     def records(self):
         "{run id: what does not depend on when and where it ran}."
         kept = {run.id: core.sound_record(run.path) for run in self.runs()}
-        return {k: {f: r[f] for f in ("status", "why", "rows", "recipe_digest", "data")} for k, r in kept.items() if r}
+        return {k: {f: r[f] for f in ("status", "why", "rows", "recipe_digest")} for k, r in kept.items() if r}
+
+    def temporary(self):
+        "What it has left under temporary names."
+        return [p for p in self.path.rglob(".*") if "@" in p.name or p.name.startswith(".collect-")]
+
+    def died(self):
+        "What is left under this process's name was left by one that has ended."
+        for path in self.temporary():
+            path.rename(path.with_name(path.name.replace(f".{os.getpid()}@", f".{ended()}@")))
+        for path in self.path.rglob(".holder"):
+            path.write_text(core.process_name(ended()))
 
     def close(self):
         self.patches.stop()
@@ -104,17 +185,24 @@ class Home:
         shutil.rmtree(self.path)
 
 
-CLEAN = {}  # variant of the recipes -> records of a workbook in which nothing ever went wrong
+CLEAN = {}  # variant of the recipes -> (records of a workbook in which nothing ever went wrong, that workbook)
 
 
 def clean(variant):
     if variant not in CLEAN:
-        home = Home()
-        home.edit(*variant)
-        home.call()
-        CLEAN[variant] = home.records()
-        home.close()
+        home = Home(variant)
+        assert not home.call()
+        CLEAN[variant] = home.records(), home
+        home.patches.stop()
     return CLEAN[variant]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def swept():
+    "Clean workbooks are removed at the end."
+    yield
+    for _, home in CLEAN.values():
+        shutil.rmtree(home.path)
 
 
 def flipped(data, at):
@@ -136,22 +224,20 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        for variant in ((1, 4), (2, 4), (1, 6)):
+        for variant in VARIANTS:
             clean(variant)
-        self.home = Home()
+        self.home = Home(VARIANTS[0], like=clean(VARIANTS[0])[1])
 
     def files(self):
         every = sorted(p for p in (self.home.path / "data").rglob("*") if p.is_file() and p.stat().st_size)
         return [p for p in every if "experts" not in p.parts]
 
-    @initialize()
-    def begin(self):
-        self.run()
-
-    @rule(variant=st.sampled_from([(1, 4), (2, 4), (1, 6)]))
-    def edit_recipe(self, variant):
-        self.home.edit(*variant)
-        self.run()
+    @rule(variant=st.sampled_from(VARIANTS), run_after=st.booleans())
+    def edit_recipe(self, variant, run_after):
+        "Also: ask for more seeds, more exhibits, more data; and for fewer again."
+        self.home.edit(variant)
+        if run_after:
+            self.run()
 
     @rule(run_after=st.booleans())
     def edit_code(self, run_after):
@@ -185,6 +271,10 @@ class Histories(RuleBasedStateMachine):
             else:
                 path.unlink()
 
+    @rule(which=st.sampled_from(["data/minari", "data/runs", "data/results", "data/runs/jobs", "data/runs/collect"]))
+    def delete_a_whole_folder(self, which):
+        shutil.rmtree(self.home.path / which, ignore_errors=True)
+
     @rule(after=st.integers(0, 40))
     def kill(self, after):
         "The process is gone at its k-th file."
@@ -201,19 +291,59 @@ class Histories(RuleBasedStateMachine):
         try:
             self.home.call()
         except Killed:
-            pass
+            self.home.died()
         finally:
             patches.stop()
+
+    @rule(after=st.integers(0, 8), seen=st.booleans())
+    def tell_to_stop(self, after, seen):
+        "SIGTERM at the k-th update; its process comes to its end, or is killed meanwhile."
+        left, step, save = [after], train.step_once, train.Checkpoints.save
+
+        def told(*a):
+            left[0] -= 1
+            if left[0] == -1:
+                if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+                    raise Killed  # nobody listens
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*a)
+
+        def gone(*a, **k):
+            if left[0] < 0:
+                raise Killed
+            return save(*a, **k)
+
+        patches = Patches()
+        patches.attribute(train, "step_once", told)
+        if not seen:
+            patches.attribute(train.Checkpoints, "save", gone)
+        try:
+            self.home.call()
+        except (train.Interrupted, Killed):
+            self.home.died()
+        finally:
+            patches.stop()
+
+    @rule(which=PLACE)
+    def leave_a_lock(self, which):
+        "As a process does that has ended: the files of a lock, held by nobody."
+        folders = sorted(
+            {p.parent for p in self.home.path.rglob(".lock")} | {self.home.path / "data/runs/graph" / PAPER}
+        )
+        folder = folders[which % len(folders)]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+        (folder / ".holder").write_text(core.process_name(ended()))
 
     @rule()
     def run(self):
         for _ in range(2):
-            self.home.call()
-            if all(run.finished for run in self.home.runs()):
+            if not self.home.call():
                 break
         left = [run.id for run in self.home.runs() if not run.finished]
         assert not left, f"not finished after two calls: {left}"
-        assert self.home.records() == clean(self.home.variant)
+        assert self.home.records() == clean(self.home.variant)[0]
+        assert not self.home.temporary()
 
     def teardown(self):
         self.run()
@@ -221,19 +351,21 @@ class Histories(RuleBasedStateMachine):
 
 
 def histories(n):
-    "Settings for so many histories, the same ones each time."
+    "Settings for so many histories."
     return settings(
         max_examples=n,
         stateful_step_count=6,
         deadline=None,
-        derandomize=True,
+        phases=[Phase.generate] if SEED else list(Phase),  # shrinking takes minutes
+        derandomize=SEED is None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
 
 
 def test_histories():
-    run_state_machine_as_test(Histories, settings=histories(HISTORIES))
+    machine = Histories if SEED is None else seed(int(SEED))(Histories)
+    run_state_machine_as_test(machine, settings=histories(HISTORIES))
 
 
 @pytest.mark.long

@@ -415,7 +415,7 @@ def test_second_process_on_the_same_job_is_refused(tmp_path):
 @pytest.mark.fault(4)
 def test_second_graph_is_refused(tmp_path):
     home = new_home(tmp_path / "home")
-    with run_lock(home / "data" / "runs" / "graph"):
+    with run_lock(home / "data" / "runs" / "graph" / PRETRAIN.split("/")[0]):
         one_line(cli(home, *RUN), f"in use by process {os.getpid()}")
 
 

@@ -423,6 +423,35 @@ def rows(self: Pretraining, log) -> list:
     return rows.rows
 
 
+# %% ../../nbs/10a_experiments.multitask.ipynb #mtpre010
+@patch
+def train(self: Pretraining):
+    "Train the policy, or go on, and write the record; returns the policy, or None if it diverged."
+    from promptnb.train import fit
+
+    run, p, folder = self.run, self.run.recipe.pretrain, self.folder
+    self.policy = new_policy(p, self.data.stats, run.seed).to(run.device)
+    start = time.time()
+    write_json(folder / "config.json", dict(recipe=p, seed=run.seed, data=self.data.hashes))
+    self.demos = curve_prompts(self.policy, p, run.seed)
+    log = fit(self.policy.model, self.sampler(), self.config(), folder, self.data.hashes, run.id, self.point)
+    rows = self.rows(log)
+    if log.status == "ok":
+        self.policy.save_pretrained(folder / "policy")
+    run.record(
+        log.status,
+        rows,
+        log.why,
+        time.time() - start,
+        data=self.data.hashes,
+        trajectories=self.data.drawn,
+        remarks=self.remarks(log),
+        weights=sha256_file(self.weights) if log.status == "ok" else "",
+        folder=relative(folder),
+    )
+    return self.policy.eval() if log.status == "ok" else None
+
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre009
 @patch
 def remarks(self: Pretraining, log) -> dict:
@@ -435,33 +464,13 @@ def remarks(self: Pretraining, log) -> dict:
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #42da96b3
 def pretrain(run: Run):
-    "Train the policy of a run's recipe, or go on, or load it; writes its record. Returns it, or None if it diverged."
-    from promptnb.train import fit
+    """Load the policy of a run's recipe, or train it, or go on; returns it, or None if it diverged.
 
+    Papers share policies: one process trains, the others wait for it."""
     now = begin_pretraining(run.pretraining())
-    if (policy := now.saved()) is not None:
-        return policy
-    p, folder = run.recipe.pretrain, now.folder
-    now.policy = new_policy(p, now.data.stats, run.seed).to(run.device)
-    start = time.time()
-    write_json(folder / "config.json", dict(recipe=p, seed=run.seed, data=now.data.hashes))
-    now.demos = curve_prompts(now.policy, p, run.seed)
-    log = fit(now.policy.model, now.sampler(), now.config(), folder, now.data.hashes, now.run.id, now.point)
-    rows = now.rows(log)
-    if log.status == "ok":
-        now.policy.save_pretrained(folder / "policy")
-    now.run.record(
-        log.status,
-        rows,
-        log.why,
-        time.time() - start,
-        data=now.data.hashes,
-        trajectories=now.data.drawn,
-        remarks=now.remarks(log),
-        weights=sha256_file(now.weights) if log.status == "ok" else "",
-        folder=relative(folder),
-    )
-    return now.policy.eval() if log.status == "ok" else None
+    with run_lock(runs_dir() / "locks" / now.folder.name, wait=-1):
+        policy = now.saved()
+        return now.train() if policy is None else policy
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtenv003

@@ -22,12 +22,12 @@ from .. import recipes as rc
 from promptnb.core import (
     PromptnbError,
     check_choice,
+    data_dir,
     dead_holder,
     disk_error,
     process_name,
     read_json,
     read_record,
-    results_dir,
     root,
     run_lock,
     runs_dir,
@@ -66,6 +66,7 @@ __all__ = [
     "stop_without",
     "asked_job",
     "locked_job",
+    "sweep",
     "job_command",
 ]
 
@@ -427,6 +428,14 @@ def locked_job(job: rc.Job, given, kernel, wait):
         judged_job(job, given, runs_dir() / "notebooks" / f"{name}.ipynb", kernel)
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nksweep1
+def sweep():
+    "Remove what killed processes have left under temporary names, in the system's folder and in the data's."
+    swept(tempfile.gettempdir())
+    for folder, _, _ in os.walk(data_dir()):
+        swept(folder)
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #51d5c61b
 def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
     """What Snakemake runs: a job, or several ('id@seed') in one kernel. One that fails does not keep the others.
@@ -441,9 +450,7 @@ def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
     owner = os.environ.get(OWNER)
     if owner:
         stop_without(owner)
-    results = {results_dir(found.paper) for found, _ in todo}
-    for folder in (tempfile.gettempdir(), runs_dir() / "notebooks", *results):
-        swept(folder)  # what killed jobs have left
+    sweep()
     failed = []
     with Kernel() as kernel:
         for found, given in todo:

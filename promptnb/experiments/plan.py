@@ -243,6 +243,7 @@ class Collection:
     family: str
     scale: str
     needs: set = field(default_factory=set)  # (quality, episodes)
+    papers: set = field(default_factory=set)  # whose jobs need it
 
     @property
     def qualities(self):
@@ -251,9 +252,10 @@ class Collection:
 
     @property
     def stamp(self):
-        "The file that says that it was collected."
+        "The file that says that it was collected: one for each graph, as two may want the same data at a time."
+        graph = "all" if len(self.papers) > 1 else min(self.papers)
         name = f"{self.scale}.{self.family}.{'-'.join(self.qualities)}.json"
-        return relative_to_root(runs_dir() / "collect" / name)
+        return relative_to_root(runs_dir() / "collect" / graph / name)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol006
@@ -297,7 +299,9 @@ def collections(jobs, scale) -> dict:
     out = {}
     for r in (r for job in jobs for r in job_recipes(job, scale)):
         if needs := data_needs(r):
-            out.setdefault(r.family, Collection(r.family, scale)).needs.update(needs)
+            collection = out.setdefault(r.family, Collection(r.family, scale))
+            collection.needs |= needs
+            collection.papers.add(r.paper)
     return out
 
 
