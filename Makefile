@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?=
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 LAB_ARGS ?=
-EXTRAS ?= metaworld,kitchen,atari,smax,crafter,llm,dev
+EXTRAS ?= metaworld,kitchen,atari,smax,crafter,llm,slurm,dev
 WORKERS ?= $(CORES)
 EXHIBITS ?= --exhibit table1 --exhibit fig3 --exhibit fig5 --exhibit pdt_fig2
 

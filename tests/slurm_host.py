@@ -5,6 +5,7 @@
 
 No accounting, no cgroups, nothing of the system's is read or changed. Debian and Ubuntu: apt-get install slurm-wlm."""
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -127,21 +128,21 @@ def down(folder):
     env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     with_jobs = ["scancel", "--user", getpass.getuser()]
     subprocess.run(with_jobs, env=env, capture_output=True, timeout=30, check=False)
-    for name in DAEMONS:
-        stop(folder / f"{name}.pid")
+    pids = [pid for pid in (pid_of(folder / f"{name}.pid") for name in DAEMONS) if pid]
+    for sign, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 3)):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sign)
+        with contextlib.suppress(RuntimeError):
+            wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds, "the end of Slurm")
 
 
-def stop(pid_file):
-    "SIGTERM to the process of a pid file, SIGKILL after 10 s."
+def pid_of(pid_file):
+    "The number in a pid file; 0 where there is none."
     try:
-        pid = int(pid_file.read_text())
-        os.kill(pid, signal.SIGTERM)
+        return int(pid_file.read_text())
     except (OSError, ValueError):
-        return
-    try:
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10, f"the end of {pid_file.stem}")
-    except RuntimeError:
-        os.kill(pid, signal.SIGKILL)
+        return 0
 
 
 if __name__ == "__main__":
