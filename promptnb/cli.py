@@ -383,18 +383,25 @@ def job_settings(p):
     accept = "take data whose hash is not the manifest's; status, records and tables say so"
     p.add_argument("--accept-changed-data", action="store_true", help=accept)
     p.add_argument("--time-limit", type=int, metavar="SECONDS", help="that a cell of a job's notebook may take")
+    p.add_argument("--per-gpu", type=int, metavar="N", help="jobs that share a GPU (default: 1)")
+    p.add_argument("--compile", choices=("auto", "on", "off"), help="torch.compile on a GPU (default: in long runs)")
 
 
 # %% ../nbs/12_cli.ipynb #cliset02
 @contextlib.contextmanager
 def in_force(a):
     "The settings of `job_settings`, in the environment that jobs and their kernels inherit."
-    given = {ACCEPT: "1" if a.accept_changed_data else None, LIMIT: None if a.time_limit is None else str(a.time_limit)}
-    given = {k: v for k, v in given.items() if v is not None}
+    given = {ACCEPT: "1" if a.accept_changed_data else None, LIMIT: a.time_limit, PER_GPU: a.per_gpu}
+    if a.compile:
+        from promptnb.captured import COMPILE
+
+        given[COMPILE] = a.compile
+    given = {k: str(v) for k, v in given.items() if v is not None}
     before = {k: os.environ.get(k) for k in given}
     os.environ.update(given)
     try:
         time_limit()  # refused before work starts
+        per_gpu()
         yield
     finally:
         for k, v in before.items():
@@ -416,7 +423,6 @@ def run_arguments(p):
     p.add_argument("--dry-run", action="store_true", help="what would run, and how long it would take")
     p.add_argument("--measure", action="store_true", help="time training steps again, for the forecast")
     p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, gpu, slurm")
-    p.add_argument("--per-gpu", type=int, metavar="N", help="jobs that share a GPU (default: 1)")
     p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
     job_settings(p)
 
@@ -470,10 +476,6 @@ def cmd_run(a):
         check_choice(family, {r.family for r in rc.RECIPES.values()}, "family")
     if a.cores is not None and a.cores < 1:
         raise PromptnbError(f"--cores is {a.cores}, but must be at least 1")
-    if a.per_gpu is not None:
-        if a.per_gpu < 1:
-            raise PromptnbError(f"--per-gpu is {a.per_gpu}, but must be at least 1")
-        os.environ[PER_GPU] = str(a.per_gpu)  # for the jobs
     seeds = seeds_of(a.seeds, (fixed["seed"],) if "seed" in fixed else None)
     executor_of(a.profile)
     if a.paper == "all" and a.exhibit:

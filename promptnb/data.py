@@ -99,6 +99,7 @@ __all__ = [
     "pick",
     "Spans",
     "spans_of",
+    "Draw",
     "Sampler",
     "Demos",
     "demos",
@@ -919,17 +920,18 @@ class Table:
 
 
 # %% ../nbs/02_data.ipynb #c072e08a
-def prompt_rows(tab, traj, H, position="tail", gen=None):
+def prompt_rows(tab, traj, H, position="tail", gen=None, place=None):
     """Where segments of H steps begin in trajectories `traj` (B, J): rows (B, J).
 
-    position: 'tail' (released code) or 'random' (paper).
+    position: 'tail' (released code) or 'random' (paper). place: uniform numbers (B, J) that say where, drawn already.
     """
     store = tab.store
     room = (store.length[traj] - H).clamp(min=0)
     if position == "tail":
         start = (room - 1).clamp(min=0)
     else:
-        start = (torch.rand(traj.shape, generator=gen).to(room.device) * (room + 1)).long()
+        place = torch.rand(traj.shape, generator=gen) if place is None else place
+        start = (place.to(room.device) * (room + 1)).long()
     return store.first[traj] + start
 
 
@@ -942,9 +944,10 @@ def joined(x, shape, gap=False):
 
 
 # %% ../nbs/02_data.ipynb #5ad68bf5
-def prompt_steps(tab, traj, H, position="tail", gen=None, gap=False) -> Steps:
+def prompt_steps(tab, traj, H, position="tail", gen=None, gap=False, place=None) -> Steps:
     "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .); with `gap`, an empty step after each."
-    return tab.windows(prompt_rows(tab, traj, H, position, gen).flatten(), H).map(lambda x: joined(x, traj.shape, gap))
+    rows = prompt_rows(tab, traj, H, position, gen, place).flatten()
+    return tab.windows(rows, H).map(lambda x: joined(x, traj.shape, gap))
 
 
 # %% ../nbs/02_data.ipynb #61039b1c
@@ -985,10 +988,32 @@ def spans_of(store, task_ids, of="rows"):
     return Spans(first, count)
 
 
+# %% ../nbs/02_data.ipynb #datadrw1
+@dataclass(frozen=True)
+class Draw:
+    "What was chosen for a batch of B rows: everything random about it."
+
+    task: torch.Tensor  # (B,) which of the sampler's tasks
+    rows: torch.Tensor  # (B,) of the Store
+    traj: torch.Tensor | None = None  # (B, J) trajectories of prompts
+    place: torch.Tensor | None = None  # (B, J) uniform on [0, 1): where in them; None: at the tail
+
+    def map(self, f):
+        "The draw with `f` applied to every tensor."
+        return Draw(*(None if x is None else f(x) for x in (self.task, self.rows, self.traj, self.place)))
+
+    def to(self, device):
+        "The draw on a device."
+        return self.map(lambda x: x.to(device))
+
+
 # %% ../nbs/02_data.ipynb #fb19d3c7
 @dataclass
 class Sampler:
-    "Draws Batch t from Generator(seed, t)."
+    """Draws Batch t from Generator(seed, t).
+
+    In two steps, so that a device can be given the draws of many batches at once: `draw` chooses on the CPU, `take`
+    gathers on the device, without a look back at the CPU."""
 
     store: Store
     mean: torch.Tensor
@@ -1025,23 +1050,39 @@ class Sampler:
 
     def starts(self, g, gen):
         "Rows (n * per_task,) at which windows of tasks g (n,) begin."
-        rows = self.rows.draw(g, (len(g), self.per_task), gen).flatten().to(self.device)
+        return self.placed(self.rows.draw(g, (len(g), self.per_task), gen).flatten().to(self.device))
+
+    def placed(self, rows):
+        "Where the windows of drawn rows (B,) begin: there, or at the tail of their trajectories."
         if self.windows == "any":
             return rows
         traj = torch.searchsorted(self.store.first, rows, right=True) - 1
         return prompt_rows(self.table, traj, self.K, "tail")
 
-    def batch(self, t) -> Batch:
-        "Batch t: `per_task` rows of each task drawn; `task` says which of the sampler's tasks a row is of."
+    def draw(self, t) -> Draw:
+        "What batch t is made of: `per_task` rows of each task drawn."
         gen = torch.Generator().manual_seed(seed_for(self.seed, "batch", t))
         n = min(self.tasks_per_batch or len(self.ids), len(self.ids))
         g = self.draw_tasks(n, gen)
-        history = self.table.windows(self.starts(g, gen), self.K)
-        task = g.repeat_interleave(self.per_task).to(self.device)
+        task = g.repeat_interleave(self.per_task)
+        rows = self.rows.draw(g, (n, self.per_task), gen).flatten()
         if not self.H:
-            return Batch(history, None, task)
-        traj = self.trajs.draw(g, (n, self.per_task, self.J), gen).flatten(0, 1).to(self.device)
-        return Batch(history, prompt_steps(self.prompt_table, traj, self.H, self.position, gen, self.gap), task)
+            return Draw(task, rows)
+        traj = self.trajs.draw(g, (n, self.per_task, self.J), gen).flatten(0, 1)
+        place = torch.rand(traj.shape, generator=gen) if self.position == "random" else None
+        return Draw(task, rows, traj, place)
+
+    def take(self, d: Draw) -> Batch:
+        "The batch of a draw on the sampler's device; `task` says which of the sampler's tasks a row is of."
+        history = self.table.windows(self.placed(d.rows), self.K)
+        if not self.H:
+            return Batch(history, None, d.task)
+        prompt = prompt_steps(self.prompt_table, d.traj, self.H, self.position, gap=self.gap, place=d.place)
+        return Batch(history, prompt, d.task)
+
+    def batch(self, t) -> Batch:
+        "Batch t."
+        return self.take(self.draw(t).to(self.device))
 
 
 # %% ../nbs/02_data.ipynb #89864d61
@@ -1068,7 +1109,11 @@ class Demos:
 
     def batch(self, t) -> Steps:
         "Windows (G, B, K, .) of the demonstrations, B = the sampler's per_task."
-        return self.sampler.batch(t).history.map(lambda x: x.unflatten(0, (self.G, -1)))
+        return self.taken(self.sampler.draw(t).to(self.sampler.device))
+
+    def taken(self, draw: Draw) -> Steps:
+        "The windows (G, B, K, .) of a draw of its sampler."
+        return self.sampler.take(draw).history.map(lambda x: x.unflatten(0, (self.G, -1)))
 
 
 # %% ../nbs/02_data.ipynb #datasegm

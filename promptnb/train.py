@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
+from .captured import captured, compile_setting
 from .core import Checkpoints, PromptnbError, fingerprint, plain, progress, run_lock, seed_for
 
 # %% auto #0
@@ -29,7 +30,7 @@ __all__ = [
     "where",
     "optimiser",
     "learning_rate",
-    "gradients",
+    "add_gradients",
     "pieces",
     "step_once",
     "state_of",
@@ -109,11 +110,13 @@ def memory_error(reason) -> PromptnbError:
 
 # %% ../nbs/04_train.ipynb #c5bf5ace
 def where(device="cpu"):
-    "What a result may depend on: versions, device, thread count."
+    "What a result may depend on: versions, device, thread count; on a GPU, whether torch.compile may be used."
     import numpy
 
     d = torch.device(device)
+    more = dict(compile=compile_setting()) if d.type == "cuda" else {}
     return dict(
+        **more,
         python=platform.python_version(),
         torch=torch.__version__,
         numpy=numpy.__version__,
@@ -137,7 +140,7 @@ def learning_rate(c: FitConfig, t) -> float:
 
 
 # %% ../nbs/04_train.ipynb #trgrad01
-def gradients(loss, pieces, precision, device):
+def add_gradients(loss, pieces, precision, device):
     """Add the gradients of a loss to those of the parameters; returns its value, a tensor on the device.
 
     pieces: [(share, batch)] as `pieces` gives them, one after the other: memory holds one of them at a time."""
@@ -165,7 +168,7 @@ def step_once(model, opt, batch, t, c: FitConfig, device, parts=1):
         g["lr"] = learning_rate(c, t)
     torch.manual_seed(seed_for(c.seed, "step", t) % 2**63)  # dropout of step t, whatever ran before
     opt.zero_grad(set_to_none=True)
-    value = gradients(model.loss, pieces(model, batch, parts), c.precision, device).item()
+    value = add_gradients(model.loss, pieces(model, batch, parts), c.precision, device).item()
     if math.isfinite(value):
         torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], c.clip)
         opt.step()
@@ -284,7 +287,7 @@ def resume(self: Trainer):
 # %% ../nbs/04_train.ipynb #tr000014
 @patch
 def update(self: Trainer, batch):
-    "The loss of one update; out of memory, it is computed in more parts."
+    "The loss of one update, launched by itself; out of memory, it is computed in more parts."
     while True:
         try:
             return step_once(self.model, self.opt, batch, self.step, self.config, self.device, self.parts)
@@ -309,6 +312,34 @@ def split(self: Trainer, batch, reason):
         "fewer jobs on a card (--per-gpu) would leave it whole",
         flush=True,
     )
+
+
+# %% ../nbs/04_train.ipynb #trupd001
+@patch
+def gradients(self: Trainer, batch, loss):
+    "Add the gradients of a loss on a batch, in as many parts as memory asks for; returns its value."
+    return add_gradients(loss, pieces(self.model, batch, self.parts), self.config.precision, self.device)
+
+
+# %% ../nbs/04_train.ipynb #trupd002
+@patch
+def rates(self: Trainer, first, n) -> list:
+    "The learning rates of n updates from the first on."
+    return [learning_rate(self.config, t) for t in range(first, first + n)]
+
+
+# %% ../nbs/04_train.ipynb #trupd003
+@patch
+def updates(self: Trainer, sampler):
+    """The updates that are left, one by one: (loss, may the fit be saved or stopped here?).
+
+    Each is launched by itself, or, on a GPU, where that can be, they are chunks of one graph (`captured`)."""
+    graph = captured(self, sampler)
+    if graph:
+        yield from graph.run()
+        return
+    for t in range(self.step, self.config.steps):
+        yield self.update(sampler.batch(t)), True
 
 
 # %% ../nbs/04_train.ipynb #trcnt001
@@ -353,13 +384,13 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
             trainer.resume()
         model.train()
         first, steps = trainer.step, config.steps
-        for t in progress(range(first, steps), desc, total=steps - first):
-            value = trainer.update(sampler.batch(t))
+        for value, whole in progress(trainer.updates(sampler), desc, total=steps - first):
+            t = trainer.step
             if not math.isfinite(value):
                 why = f"loss is {value} at step {t}; the last good checkpoint is kept"
                 return FitLog("diverged", t, trainer.losses, time.time() - start, why, trainer.points)
             trainer.count(value)
-            if stop.told:
+            if stop.told and whole:
                 trainer.save(call=False)
                 raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")
             if (t + 1) % config.checkpoint_every == 0 and t + 1 < steps:

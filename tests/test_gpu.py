@@ -3,6 +3,7 @@
 Cards are pretended, memory errors injected, and a graph is a call of what it would have recorded.
 """
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import torch
 from homes import FAMILY, PRETRAIN, RUN, SMOKE
 from toys import K, toy
 
+from promptnb import captured, collect, core, data, train
 from promptnb import cli as command
-from promptnb import collect, core, data, train
 from promptnb.experiments import cards, job
 from promptnb.models.dt import PromptDT
 from promptnb.tuners.core import make_tuner, prompt_loss, same_batch
@@ -110,7 +111,7 @@ def test_a_job_on_the_processor_takes_no_card(monkeypatch):
 def test_the_graph_runs_as_many_jobs_as_there_are_slots(tmp_home, monkeypatch, capsys):
     given = []
 
-    def owned(c):
+    def owned(c, *last_word):
         given.extend([" ".join(c), cards.per_gpu(), Path(c[-1].removeprefix("plan=")).read_text()])
         return 0
 
@@ -135,7 +136,7 @@ def test_the_graph_runs_as_many_jobs_as_there_are_slots(tmp_home, monkeypatch, c
         ((*RUN, "--accelerator", "cuda"), "accelerator=cuda, but torch sees no GPU: use accelerator=auto or cpu"),
         ((*RUN, "--profile", "gpu"), "accelerator=cuda, but torch sees no GPU: use accelerator=auto or cpu"),
         ((*RUN, "--profile", "gpu", "--accelerator", "cpu"), "use --profile local"),
-        ((*RUN, "--per-gpu", "0"), "--per-gpu is 0, but must be at least 1"),
+        ((*RUN, "--per-gpu", "0"), "is 0, but must be a whole number of at least 1"),
         (("job", PRETRAIN, *SMOKE, "--accelerator", "cuda"), "torch sees no GPU: use accelerator=auto or cpu"),
     ],
 )
@@ -280,3 +281,271 @@ def test_a_job_that_memory_does_not_hold_fails_in_one_line(tmp_home, monkeypatch
     said = capsys.readouterr().err
     assert "Traceback" not in said and "--per-gpu 1" in said and said.count("\n") == 1
     assert "--per-gpu 1" in core.read_record(real(job.find_job(PRETRAIN), "smoke", 0)[0].failed_path)["why"]
+
+
+# ---- updates captured as one graph: a call in place of the graph
+
+UPDATES = 90
+CHUNKY = train.FitConfig(steps=UPDATES, lr=1e-3, warmup=10, checkpoint_every=25, log_every=30, eps=1e-4)
+
+
+def by_calls(update):
+    "What stands in for a graph: updates run before a recording, and a recording runs none."
+    update()
+    update()
+    return update
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    "The processor has graphs too, of chunks of 20 updates, however few updates there are."
+    monkeypatch.setitem(captured.GRAPHS, "cpu", by_calls)
+    monkeypatch.setattr(captured, "CHUNK", 20)
+    monkeypatch.setattr(captured, "LEAST", 1)
+
+
+def dropping(**kw):
+    "A Decision Transformer with dropout, and a sampler of 12 rows whose prompts lie anywhere."
+    policy, demos = toy(**kw)
+    how = dict(K=K, per_task=6, H=3, position="random")
+    return policy.model, data.Sampler(demos.sampler.store, policy.mean, policy.std, 12.0, **how)
+
+
+def same_bits(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+SAMPLERS = {
+    "prompts anywhere": (dict(position="random", J=2, gap=True), 1000),
+    "prompts at the tail": (dict(), 60),
+    "without prompts": (dict(H=0), 60),
+    "windows at the tail": (dict(windows="tail"), 60),
+    "one task of two": (dict(tasks_per_batch=1), 60),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_chunk_holds_what_the_sampler_draws(name, graphs):
+    more, steps = SAMPLERS[name]
+    policy, demos = toy()
+    sampler = data.Sampler(
+        demos.sampler.store, policy.mean, policy.std, 12.0, **{"K": K, "per_task": 4, "H": 3, "seed": 7, **more}
+    )
+    c = train.FitConfig(steps=steps, checkpoint_every=70)
+    chunk = captured.Captured(train.Trainer(policy.model, c), sampler, None)
+    first = seen = 0
+    while first < steps:
+        chunk.fill(chunk.drawn(first), first)
+        for t in range(first, first := captured.chunk_end(c, first)):
+            got, wanted = sampler.take(chunk.draws.map(chunk.read)), sampler.batch(t)
+            for x, y in ((got.history, wanted.history), (got.prompt, wanted.prompt)):
+                if y is not None:
+                    assert all(torch.equal(getattr(x, n), getattr(y, n)) for n in core.Steps.__dataclass_fields__)
+            assert torch.equal(got.task, wanted.task) and (got.prompt is None) == (wanted.prompt is None)
+            chunk.at.add_(1)
+            seen += 1
+    assert seen == steps
+
+
+@pytest.mark.parametrize("kind", ["Prompt-DT", "context"])
+def test_captured_updates_are_the_eager_ones(kind, graphs, monkeypatch):
+    def made():
+        return small(context=kind == "context")
+
+    model, sampler = made()
+    log = train.fit(model, sampler, CHUNKY)
+    monkeypatch.delitem(captured.GRAPHS, "cpu")
+    eager, _ = made()
+    wanted = train.fit(eager, sampler, CHUNKY)
+    assert [t for t, _ in log.losses] == [t for t, _ in wanted.losses]
+    assert [v for _, v in log.losses] == pytest.approx([v for _, v in wanted.losses], rel=1e-4)
+    for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_processor_has_no_graphs_and_says_nothing_of_it(capsys):
+    model, sampler = small()
+    assert captured.captured(train.Trainer(model, train.FitConfig()), sampler) is None
+    assert list(captured.GRAPHS) == ["cuda"] and not capsys.readouterr().out
+
+
+def test_a_short_run_is_not_worth_a_recording(graphs, monkeypatch, capsys):
+    model, sampler = small()
+    monkeypatch.setattr(captured, "LEAST", UPDATES + 1)
+    assert captured.captured(train.Trainer(model, CHUNKY), sampler) is None and not capsys.readouterr().out
+
+
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("at", [3, 27, 49, 61, 88])
+def test_a_captured_run_that_was_killed_ends_in_the_same_bits(at, graphs, monkeypatch, tmp_path):
+    unbroken, sampler = dropping()
+    points = {}
+    log = train.fit(unbroken, sampler, CHUNKY, callback=lambda t: points.setdefault(t, float(t)))
+
+    def update(self, real=captured.Captured.update):
+        if self.fit.step + int(self.at) >= at and getattr(self, "replay", None):
+            raise Stuck
+        real(self)
+
+    model, _ = dropping()
+    with monkeypatch.context() as m, pytest.raises(Stuck):
+        m.setattr(captured.Captured, "update", update)
+        train.fit(model, sampler, CHUNKY, tmp_path, callback=float)
+    again, _ = dropping()
+    resumed = train.fit(again, sampler, CHUNKY, tmp_path, callback=float)
+    assert same_bits(unbroken, again) and resumed.losses == log.losses and resumed.points == log.points
+
+
+@pytest.mark.fault(3)
+def test_a_captured_run_told_to_stop_ends_its_chunk_first(graphs, monkeypatch, tmp_path):
+    unbroken, sampler = dropping()
+    train.fit(unbroken, sampler, CHUNKY)
+
+    def update(self, real=captured.Captured.update):
+        real(self)
+        if self.fit.step + int(self.at) == 33 and getattr(self, "replay", None):
+            signal.raise_signal(signal.SIGTERM)
+
+    model, _ = dropping()
+    with monkeypatch.context() as m, pytest.raises(train.Interrupted, match="told to stop at step 40"):
+        m.setattr(captured.Captured, "update", update)
+        train.fit(model, sampler, CHUNKY, tmp_path)
+    again, _ = dropping()
+    train.fit(again, sampler, CHUNKY, tmp_path)
+    assert same_bits(unbroken, again)
+
+
+class Poisoned:
+    "Prompts' numbers are NaN in the draws of step t."
+
+    def __init__(self, sampler, t):
+        self.sampler, self.at = sampler, t
+
+    def draw(self, t):
+        d = self.sampler.draw(t)
+        return dataclasses.replace(d, place=d.place + (float("nan") if t == self.at else 0.0))
+
+    def take(self, d):
+        batch = self.sampler.take(dataclasses.replace(d, place=d.place.nan_to_num()))
+        return dataclasses.replace(batch, history=batch.history.map(lambda x: x + d.place.sum().mul(0).to(x.dtype)))
+
+
+@pytest.mark.fault(10)
+def test_nan_in_a_chunk_stops_at_its_step_and_keeps_what_was_good(graphs, tmp_path):
+    model, sampler = small()
+    sampler = dataclasses.replace(sampler, position="random")
+    log = train.fit(model, Poisoned(sampler, 47), CHUNKY, tmp_path)
+    assert (log.status, log.step) == ("diverged", 47)
+    assert log.why == "loss is nan at step 47; the last good checkpoint is kept"
+    assert core.Checkpoints(tmp_path, {}).paths()[0].stem == "step-000000025"
+    before, _ = small()
+    train.fit(before, sampler, dataclasses.replace(CHUNKY, steps=47))
+    assert same_bits(model, before), "an update after the NaN moved the weights"
+
+
+def test_what_a_recording_moves_is_put_back(graphs):
+    "Weights and moments, those of a resumed run too."
+    model, sampler = dropping()
+    fit = train.Trainer(model, CHUNKY)
+    for t in range(3):
+        fit.update(sampler.batch(t))
+    before = {k: v.clone() for k, v in train.state_of(model, fit.opt).items()}
+    captured.recorded(fit, sampler, model.loss)
+    after = train.state_of(model, fit.opt)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def cannot_record(update):
+    update()
+    raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+
+class NoDraws:
+    def __init__(self, sampler):
+        self.batch = sampler.batch
+
+
+@pytest.mark.parametrize("what", ["loss", "sampler", "recording"])
+def test_what_cannot_be_captured_is_eager_and_says_why(what, graphs, monkeypatch, capsys):
+    model, sampler = dropping()
+    why = {
+        "loss": "PromptDT does not say that its loss is made of tensors alone",
+        "sampler": "NoDraws draws in Python",
+        "recording": "operation not permitted when stream is capturing",
+    }[what]
+    if what == "loss":
+        monkeypatch.delattr(PromptDT, "uncaptured")
+    if what == "recording":
+        monkeypatch.setitem(captured.GRAPHS, "cpu", cannot_record)
+    train.fit(model, NoDraws(sampler) if what == "sampler" else sampler, CHUNKY, desc="toy")
+    said = [line for line in capsys.readouterr().out.splitlines() if "launched one by one" in line]
+    assert len(said) == 1 and why in said[0] and said[0].startswith("toy: ")
+    monkeypatch.delitem(captured.GRAPHS, "cpu")
+    eager, _ = dropping()
+    train.fit(eager, sampler, CHUNKY)
+    assert same_bits(model, eager)
+
+
+def test_a_loss_over_tasks_is_not_captured():
+    policy, demos = toy(context=True, w_nce=0.1)
+    assert "how many there are varies" in captured.refusal(policy.model, demos.sampler)
+    assert captured.refusal(toy(context=True)[0].model, demos.sampler) == ""
+
+
+@pytest.mark.fault(13)
+def test_a_recording_that_memory_does_not_hold_is_of_parts(graphs, monkeypatch, capsys):
+    c = dataclasses.replace(CHUNKY, steps=10)
+    whole, sampler = small()
+    train.fit(whole, sampler, c)
+    model, _ = small()
+    full = Full(model, monkeypatch, most=6)
+    train.fit(model, sampler, c)
+    assert full.times == 1 and "computed in 2" in capsys.readouterr().out
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting, steps, used", [("off", 10**6, False), ("on", 10, True), ("auto", 10, False), ("auto", 10**6, True)]
+)
+def test_torch_compile_is_used_where_it_pays(setting, steps, used, monkeypatch):
+    monkeypatch.setenv(captured.COMPILE, setting)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: ("compiled", f))
+    losses = captured.losses_of(small()[0], steps)
+    assert list(losses) == (["compiled", "plain"] if used else ["plain"])
+
+
+def test_a_loss_that_does_not_compile_is_captured_as_it_is(graphs, monkeypatch, capsys, refused):
+    def fails(batch):
+        raise RuntimeError("no compiler here")
+
+    model, sampler = dropping()
+    monkeypatch.setenv(captured.COMPILE, "on")
+    monkeypatch.setattr(torch, "compile", lambda f, **options: fails)
+    train.fit(model, sampler, CHUNKY, desc="toy")
+    assert "toy: no graph of the compiled update: no compiler here" in capsys.readouterr().out
+    monkeypatch.setenv(captured.COMPILE, "off")
+    plain, _ = dropping()
+    train.fit(plain, sampler, CHUNKY)
+    assert same_bits(model, plain)
+    monkeypatch.setenv(captured.COMPILE, "offf")
+    refused(captured.compile_setting, says=["PROMPTNB_COMPILE", "did you mean 'off'?"])
+
+
+def test_the_command_line_sets_torch_compile(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "job_command", lambda **given: seen.append(captured.compile_setting()))
+    assert command.main(["job", PRETRAIN, *SMOKE, "--compile", "off"]) in (None, 0)
+    assert seen == ["off"] and captured.compile_setting() == "auto"
+
+
+@pytest.mark.parametrize("tuner", ["soft", "gradient", "full", "adapter"])
+def test_tuners_by_gradients_can_be_captured(tuner, graphs, monkeypatch, capsys):
+    def tuned():
+        policy, demos = toy(dropout=0.0)
+        return [e["loss"] for e in make_tuner(tuner, steps=30).adapt(policy, demos, 0).log]
+
+    losses = tuned()
+    assert "launched" not in capsys.readouterr().out
+    monkeypatch.delitem(captured.GRAPHS, "cpu")
+    assert losses == pytest.approx(tuned(), rel=1e-3)

@@ -47,7 +47,7 @@ def per_gpu() -> int:
     "How many jobs share a card: 1, unless told otherwise."
     text = os.environ.get(PER_GPU, "1")
     if not text.isdigit() or int(text) < 1:
-        raise PromptnbError(f"{PER_GPU} is {text!r}, but must be a whole number of at least 1")
+        raise PromptnbError(f"--per-gpu ({PER_GPU}) is {text}, but must be a whole number of at least 1")
     return int(text)
 
 

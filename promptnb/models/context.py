@@ -250,6 +250,16 @@ def parts(self: ContextDT, batch: Batch, n) -> list:
     return [(None, batch)] if more else PromptDT.parts(self, batch, n)
 
 
+# %% ../../nbs/03d_models.context.ipynb #ctxuncap
+@patch(as_prop=True)
+def uncaptured(self: ContextDT) -> str:
+    "Why a GPU's graph cannot hold its loss; '' where it can."
+    c = self.config
+    return (
+        "a loss over tasks picks the rows with a context, and how many there are varies" if c.w_nce or c.w_class else ""
+    )
+
+
 # %% ../../nbs/03d_models.context.ipynb #2926eca2
 @patch
 def tunable(self: ContextDT):

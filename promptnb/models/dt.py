@@ -281,6 +281,8 @@ class Prefix:
 class PromptDT(nn.Module):
     "Prompted Decision Transformer. `forward` predicts an action at every state of the history."
 
+    uncaptured = ""  # its loss is made of tensors alone: a GPU's graph can hold it
+
     def __init__(self, config: DTConfig):
         super().__init__()
         self.config = c = config

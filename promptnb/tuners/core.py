@@ -249,9 +249,18 @@ class _TaskDraws:
     seed: int
     prompt: bool
 
+    @property
+    def prompt_of_task(self):
+        return self.demos.prompt[self.g : self.g + 1] if self.prompt else None
+
+    def draw(self, t):
+        return self.demos.sampler.draw((self.seed, t))
+
+    def take(self, draw):
+        return Batch(self.demos.taken(draw)[self.g], self.prompt_of_task)
+
     def batch(self, t):
-        windows = self.demos.batch((self.seed, t))[self.g]
-        return Batch(windows, self.demos.prompt[self.g : self.g + 1] if self.prompt else None)
+        return Batch(self.demos.batch((self.seed, t))[self.g], self.prompt_of_task)
 
 
 # %% ../../nbs/06_tuners.core.ipynb #aa96d976
@@ -395,6 +404,8 @@ class Lora(WeightTuner):
 class _Prompts(nn.Module):
     "What `fit` sees: x (G, ...) is the only parameter; `prefix_of(x)` turns it into G computed prompts."
 
+    uncaptured = ""
+
     def __init__(self, model, x, prefix_of):
         super().__init__()
         self.x = nn.Parameter(x.clone())
@@ -425,6 +436,12 @@ class _Draws:
 
     demos: object
     seed: int
+
+    def draw(self, t):
+        return self.demos.sampler.draw((self.seed, t))
+
+    def take(self, draw):
+        return self.demos.taken(draw)
 
     def batch(self, t):
         return self.demos.batch((self.seed, t))
