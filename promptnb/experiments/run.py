@@ -194,6 +194,8 @@ def modules(self: Run) -> list:
         own = learner_modules(self.recipe, fam)
     if self.recipe.pretrain and self.recipe.pretrain.context:
         own.append("models/context")
+    if str(self.device).startswith("cuda"):
+        own.append("captured")  # on a CPU it makes no number
     return [*COMMON, *own, *tasks.code_modules(fam)]
 
 
