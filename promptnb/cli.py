@@ -19,7 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from . import plugins
+from . import __version__, plugins
 from . import recipes as rc
 from promptnb.core import (
     ACCEPT,
@@ -27,6 +27,7 @@ from promptnb.core import (
     check_choice,
     disk_error,
     figures_dir,
+    folder_named_by,
     root,
     run_lock,
     runs_dir,
@@ -36,7 +37,17 @@ from promptnb.core import (
 )
 from .experiments.cards import PER_GPU, cards, per_gpu
 from .experiments.cluster import FEW, asked, executor_of, longest_job, requeue, settings_of
-from .experiments.forecast import Rates, expected, forecast, if_known, many, run_seconds, spell, write_seconds
+from promptnb.experiments.forecast import (
+    Rates,
+    cores_here,
+    expected,
+    forecast,
+    if_known,
+    many,
+    run_seconds,
+    spell,
+    write_seconds,
+)
 from .experiments.job import log_path
 from promptnb.experiments.notebook import (
     GRACE,
@@ -62,8 +73,10 @@ __all__ = [
     "ENVIRONMENT",
     "PACKAGES",
     "COMMANDS",
+    "FOLDERS",
     "cmd_list",
     "scale_argument",
+    "whole",
     "collect_arguments",
     "print_table",
     "print_collected",
@@ -115,7 +128,8 @@ __all__ = [
     "check_new",
     "cmd_new",
     "parser",
-    "check_home",
+    "settle_environment",
+    "check_workbook",
     "main",
 ]
 
@@ -136,14 +150,22 @@ def scale_argument(p):
     p.add_argument("--scale", default="laptop", help="smoke, laptop or paper")
 
 
+# %% ../nbs/12_cli.ipynb #cliwhol1
+def whole(text) -> int:
+    "A whole number as people write it; Python would take 1_2 for 12 too. ValueError for anything else."
+    if not text.strip().removeprefix("-").isdecimal() or not text.isascii():
+        raise ValueError(f"not a whole number: {text}")
+    return int(text)
+
+
 # %% ../nbs/12_cli.ipynb #8d26fcf2
 def collect_arguments(p):
     "Declare what `collect` takes."
     scale_argument(p)
     p.add_argument("--family")
     p.add_argument("--quality", action="append", help="expert, medium, ... (default: all that the family has)")
-    p.add_argument("--episodes", type=int)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--episodes", type=whole)
+    p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--stamp", help=argparse.SUPPRESS)
     p.add_argument("--list", action="store_true", help="what is here, as a table")
     p.add_argument("--page", action="store_true", help="write figures/datasets/<family>.md: contents, returns, frames")
@@ -199,7 +221,7 @@ def snakemake(plan_file, cores=None, dry=False, profile="local", slots=0) -> lis
     "The command that runs a plan. slots: how many jobs may be on GPUs at the same time (0: no limit)."
     workflow = root() / "workflow"
     command = [sys.executable, "-m", "snakemake", "-s", str(workflow / "Snakefile"), "-d", str(root())]
-    command += ["--cores", str(cores or os.cpu_count()), "--workflow-profile", str(workflow / "profiles" / profile)]
+    command += ["--cores", str(cores or cores_here()), "--workflow-profile", str(workflow / "profiles" / profile)]
     command += ["--resources", f"card={slots}"] if slots else []
     command += ["--config", f"plan={plan_file}"]
     return command + (["--dry-run", "--forceall"] if dry else [])  # a plan holds what is left: all of it would run
@@ -237,7 +259,7 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
     remote = executor_of(profile) != "local"
     accelerator, slots = devices(accelerator, profile, remote)
     if slots:
-        cores = min(cores or os.cpu_count(), slots)
+        cores = min(cores or cores_here(), slots)
     request = within_means(request)
     with contextlib.nullcontext() if dry else alone(request):  # one may look while another works
         unmeasured = dry or request.scale == "smoke" or (remote and accelerator == "cuda")  # a smoke run takes seconds
@@ -382,8 +404,8 @@ def job_settings(p):
     "Declare the settings that jobs inherit; they change no result, but its record says if data were accepted."
     accept = "take data whose hash is not the manifest's; status, records and tables say so"
     p.add_argument("--accept-changed-data", action="store_true", help=accept)
-    p.add_argument("--time-limit", type=int, metavar="SECONDS", help="that a cell of a job's notebook may take")
-    p.add_argument("--per-gpu", type=int, metavar="N", help="jobs that share a GPU (default: 1)")
+    p.add_argument("--time-limit", type=whole, metavar="SECONDS", help="that a cell of a job's notebook may take")
+    p.add_argument("--per-gpu", type=whole, metavar="N", help="jobs that share a GPU (default: 1)")
     p.add_argument("--compile", choices=("auto", "on", "off"), help="torch.compile on a GPU (default: in long runs)")
 
 
@@ -418,7 +440,7 @@ def run_arguments(p):
     p.add_argument("--exhibit", action="append", default=[])
     p.add_argument("--family", action="append", default=[])
     p.add_argument("--seeds", help="0,1,2")
-    p.add_argument("--cores", type=int)
+    p.add_argument("--cores", type=whole, help="how many jobs at a time (default: as many as cores may be used)")
     p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--dry-run", action="store_true", help="what would run, and how long it would take")
     p.add_argument("--measure", action="store_true", help="time training steps again, for the forecast")
@@ -442,11 +464,14 @@ def seeds_of(text, default=None):
     if not text:
         return default
     try:
-        seeds = tuple(int(s) for s in text.split(","))
+        seeds = tuple(whole(s) for s in text.split(","))
     except ValueError:
         raise PromptnbError(f"--seeds takes whole numbers with commas between them, not '{text}'") from None
     if min(seeds) < 0:
         raise PromptnbError(f"--seeds has {min(seeds)}, but seeds are 0 or more")
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise PromptnbError(f"--seeds has {twice[0]} twice: name each seed once")
     return seeds
 
 
@@ -494,9 +519,9 @@ def job_arguments(p):
     "Declare what `job` takes: what Snakemake calls."
     scale_argument(p)
     p.add_argument("id", nargs="+", help="of a job, or id@seed")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--accelerator", default="auto")
-    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--threads", type=whole, default=1)
     p.add_argument("-p", action="append", default=[])
     job_settings(p)
 
@@ -687,8 +712,8 @@ def film_arguments(p):
     "Declare what `film` takes."
     scale_argument(p)
     p.add_argument("recipe")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--task", type=int, help="which test task, counted from 0 (default: the most changed)")
+    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--task", type=whole, help="which test task, counted from 0 (default: the most changed)")
 
 
 # %% ../nbs/12_cli.ipynb #clifilm1
@@ -727,7 +752,7 @@ def machine_lines() -> list:
     none = "none: install libegl1 and libgl1-mesa-dri, or libosmesa6 (Debian names)"
     return [
         f"python {sys.version.split()[0]} · {versions}",
-        f"device {device} · {os.cpu_count()} cores · bf16 on the processor: {'yes' if bf16 else 'no'}",
+        f"device {device} · {many(cores_here(), 'core')} · bf16 on the processor: {'yes' if bf16 else 'no'}",
         f"root {root()} · {shutil.disk_usage(root()).free / 1e9:.0f} GB free",
         f"rendering {tasks.gl_backend() or none}",
     ]
@@ -813,6 +838,7 @@ def parser() -> argparse.ArgumentParser:
         prog="promptnb",
         description="Prompts and language models for decision making: a reproducible research workbook.",
     )
+    out.add_argument("--version", action="version", version=f"promptnb {__version__}")
     shown = ",".join(name for name, (_, _, help) in COMMANDS.items() if help)
     sub = out.add_subparsers(dest="command", required=True, metavar=f"{{{shown}}}")
     for name, (function, arguments, help) in COMMANDS.items():
@@ -824,20 +850,40 @@ def parser() -> argparse.ArgumentParser:
 
 
 # %% ../nbs/12_cli.ipynb #climain1
-def check_home():
-    "Refuse a workbook that is not there: a misspelt PROMPTNB_HOME would become a new, empty one."
-    home = os.environ.get("PROMPTNB_HOME")
-    if home and not os.path.isdir(home):
-        raise PromptnbError(f"PROMPTNB_HOME is {home}, which is no folder")
+FOLDERS = ("PROMPTNB_HOME", "MINARI_DATASETS_PATH", "PROMPTNB_DQN_REPLAY")  # environment variables that name one
+
+
+def settle_environment():
+    """Make the folders that environment variables name absolute, for jobs, which run elsewhere, and for Minari.
+
+    A workbook that is not there is refused: a misspelt PROMPTNB_HOME would become a new, empty one."""
+    for name in FOLDERS:
+        folder = folder_named_by(name)
+        if folder is None:
+            continue
+        if not folder.is_dir() and (folder.exists() or name == "PROMPTNB_HOME"):
+            raise PromptnbError(f"{name} is {os.environ[name]}, which is no folder")
+        os.environ[name] = str(folder)
+
+
+def check_workbook(command):
+    "Refuse a folder without notebooks where PROMPTNB_HOME names it, or where a command runs them."
+    needed = command in ("run", "job", "render") or os.environ.get("PROMPTNB_HOME")
+    if needed and not (root() / TEMPLATE).exists():
+        raise PromptnbError(f"{root()} is no workbook (it has no {TEMPLATE}): set PROMPTNB_HOME to a clone of it")
 
 
 # %% ../nbs/12_cli.ipynb #6e88e409
 def main(argv=None) -> int:
     "The console script. User errors print one line and exit with status 2."
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a stream of another kind, or a closed one
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a sign shows its code
     a = parser().parse_args(argv)
     try:
+        settle_environment()
+        check_workbook(a.command)
         plugins.check()
-        check_home()
         return a.f(a) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `promptnb status ... | head`

@@ -37,6 +37,7 @@ __all__ = [
     "FORMAT",
     "PromptnbError",
     "check_choice",
+    "folder_named_by",
     "root",
     "data_dir",
     "minari_dir",
@@ -107,11 +108,23 @@ def check_choice(name, options, what="name"):
     raise PromptnbError(f"unknown {what} '{name}': {hint}")
 
 
+# %% ../nbs/00_core.ipynb #c0deenv1
+def folder_named_by(variable) -> Path | None:
+    "The folder that an environment variable names: absolute, a '~' at its beginning expanded; None if it is empty."
+    given = os.environ.get(variable, "")
+    if not given.strip():
+        return None
+    path = Path(given)
+    with contextlib.suppress(RuntimeError):  # no such user: the name stays
+        path = path.expanduser()
+    return Path(os.path.abspath(path))
+
+
 # %% ../nbs/00_core.ipynb #9270879a
 def root() -> Path:
     "The workbook's root folder."
-    if home := os.environ.get("PROMPTNB_HOME"):
-        return Path(home).resolve()
+    if home := folder_named_by("PROMPTNB_HOME"):
+        return home.resolve()
     here = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
     return next((p for p in (here, *Path.cwd().parents, Path.cwd()) if (p / "settings.ini").exists()), Path.cwd())
 
@@ -125,7 +138,7 @@ def data_dir() -> Path:
 # %% ../nbs/00_core.ipynb #ac5deee6
 def minari_dir() -> Path:
     "Datasets: $MINARI_DATASETS_PATH, else data/minari."
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or data_dir() / "minari")
+    return folder_named_by("MINARI_DATASETS_PATH") or data_dir() / "minari"
 
 
 # %% ../nbs/00_core.ipynb #70423043
@@ -326,7 +339,7 @@ def meaning(source: str) -> str:
 @functools.cache
 def _module_fingerprint(path, changed_ns):
     # `changed_ns` is part of the key: an edited module is read again, an unchanged one once a process
-    return fingerprint(meaning(Path(path).read_text()))
+    return fingerprint(meaning(Path(path).read_text(encoding="utf-8")))
 
 
 # %% ../nbs/00_core.ipynb #c0defp05
@@ -443,7 +456,7 @@ class DamagedError(PromptnbError):
 def read_json(path):
     "Read a JSON file; a damaged one is refused by name."
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise DamagedError(f"{path} is damaged (not JSON: {e})") from None
 
@@ -651,6 +664,7 @@ class Checkpoints:
 # %% ../nbs/00_core.ipynb #3f11c0d0
 def server_answers(seconds=3):
     "Does the host of Minari's data answer?"
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -659,11 +673,11 @@ def server_answers(seconds=3):
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds).close()
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", timeout=seconds).close()
     except urllib.error.HTTPError:
         return True  # it answered, if not to our liking
-    except OSError:
-        return False
+    except (OSError, ValueError, http.client.HTTPException):
+        return False  # ValueError: the address, or that of a proxy, is none
     return True
 
 
@@ -673,6 +687,8 @@ def minari_dataset(id_, download=False):
     import minari
     from minari.storage import get_dataset_path
 
+    if folder := folder_named_by("MINARI_DATASETS_PATH"):
+        os.environ["MINARI_DATASETS_PATH"] = str(folder)  # Minari takes the variable as it stands, with its '~'
     local = get_dataset_path(id_) / "data"
     if not local.exists() and not (download and server_answers()):
         folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")

@@ -94,7 +94,7 @@ def env_for(home, **more):
     "The environment of a command on that workbook: one thread, nothing of the user's."
     env = {k: v for k, v in os.environ.items() if k not in ("MINARI_DATASETS_PATH", "IN_TEST")}
     threads = dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    return dict(env, PROMPTNB_HOME=str(home), TMPDIR=scratch(), **threads, **more)
+    return {**env, "PROMPTNB_HOME": str(home), "TMPDIR": scratch(), **threads, **more}
 
 
 def cli(home, *args, timeout=600, **env):

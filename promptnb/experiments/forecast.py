@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ __all__ = [
     "RATE",
     "GUESS",
     "UNKNOWN",
+    "CGROUPS",
+    "ALLOCATED",
     "many",
     "seconds_file",
     "time_name",
@@ -53,6 +56,8 @@ __all__ = [
     "run_seconds",
     "wall",
     "spell",
+    "quota_here",
+    "cores_here",
     "Forecast",
     "forecast",
     "expected",
@@ -247,6 +252,60 @@ def spell(seconds) -> str:
     return f"{seconds / 86_400:.1f} days"
 
 
+# %% ../../nbs/10g_experiments.forecast.ipynb #fccor001
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # the tree, and this process's places in it
+
+
+def quota_here(tree=CGROUPS[0], places=CGROUPS[1]) -> float:
+    "Cores' worth of time that the control groups of this process (Linux, v1 or v2) grant it; inf without a limit."
+    grants = [math.inf]
+    for line in _lines(places):
+        _, kinds, place = line.split(":", 2)
+        if kinds and "cpu" not in kinds.split(","):
+            continue
+        top = tree / kinds  # in v2, which has one tree for all kinds, kinds are ''
+        for folder in {top, *((top / place.lstrip("/") / "x").parents)}:
+            if folder.is_relative_to(top):
+                grants.append(_grant(folder))
+    return min(grants)
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #fccor002
+def _lines(path) -> list:
+    # of a file that may not be there, or not be ours to read
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _grant(folder) -> float:
+    # v2 says "50000 100000" or "max 100000": microseconds of time in a period; v1 says it in two files, -1 for no limit
+    spent = _lines(folder / "cpu.max") or [
+        " ".join(_lines(folder / "cpu.cfs_quota_us") + _lines(folder / "cpu.cfs_period_us"))
+    ]
+    words = spent[0].split()
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or int(words[1]) == 0:
+        return math.inf
+    return int(words[0]) / int(words[1])
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #fccor003
+ALLOCATED = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS", "PBS_NUM_PPN", "LSB_DJOB_NUMPROC")
+
+
+def cores_here() -> int:
+    "Cores that this process may use: those it is bound to, within its quota and its batch system's allocation."
+    bound = getattr(os, "sched_getaffinity", None)  # Linux has it
+    counts = [len(bound(0)) if bound else os.cpu_count() or 1]
+    quota = quota_here()
+    if quota < math.inf:
+        counts.append(math.ceil(quota))
+    given = [os.environ.get(name, "") for name in ALLOCATED]
+    counts += [int(n) for n in given if n.isascii() and n.isdecimal()][:1]  # the first names the task's own share
+    return max(1, min(counts))
+
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcfor001
 @dataclass
 class Forecast:
@@ -266,7 +325,7 @@ class Forecast:
 @patch
 def span(self: Forecast, cores=None) -> str:
     "The time that is left, in a few words; a lower bound, or a guess, is called one."
-    cores = cores or os.cpu_count()
+    cores = cores or cores_here()
     if set(self.sources) == {UNKNOWN}:
         return "unknown"
     bound = "about " if self.sources[GUESS] else ""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -41,6 +42,7 @@ from .run import run_id
 # %% auto #0
 __all__ = [
     "TEMPLATE",
+    "PLAIN_NUMBER",
     "RESUME",
     "GRACE",
     "LIMIT",
@@ -52,6 +54,7 @@ __all__ = [
     "check_parameters",
     "quiet_papermill",
     "Stopped",
+    "socket_folder",
     "Kernel",
     "time_limit",
     "patient_engine",
@@ -84,14 +87,20 @@ def notebook_parameters(nb_path) -> dict:
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar001
 TEMPLATE = "nbs/papers/run.ipynb"  # what computes a job
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar004
+PLAIN_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", re.ASCII)
+
+
 def as_read(value):
-    "A given value as Python reads it, where it is text that Python can read."
-    try:
-        return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
+    "A given value as Python reads it, where it is text that Python can read; 1_2 and 0x1f are no numbers to people."
+    if not isinstance(value, str):
         return value
+    try:
+        read = ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+    is_number = isinstance(read, (int, float, complex)) and not isinstance(read, bool)
+    return value if is_number and not PLAIN_NUMBER.fullmatch(value) else read
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar002
@@ -157,6 +166,13 @@ class Stopped(PromptnbError):
     "SIGTERM arrived: the same command goes on from the last checkpoint."
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nksock01
+def socket_folder() -> str:
+    "The folder for temporary files; /tmp where its path is long, as those of sockets end at about 100 characters."
+    folder = tempfile.gettempdir()
+    return "/tmp" if len(folder) > 50 and os.access("/tmp", os.W_OK) else folder
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkker001
 class Kernel:
     "A kernel for notebooks, one after the other. It starts with the first; the end of the `with` block is its own."
@@ -175,15 +191,19 @@ class Kernel:
 @patch
 def begin(self: Kernel):
     "Be ready for a notebook: a new kernel where there is none, or where it has died."
+    from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
 
     if self.manager and run_sync(self.manager.is_alive)():
         return
     self.end()
-    self.folder = tempfile.TemporaryDirectory(prefix=f".pnb.{process_name()}.", ignore_cleanup_errors=True)
+    place = dict(prefix=f".pnb.{process_name()}.", dir=socket_folder(), ignore_cleanup_errors=True)
+    self.folder = tempfile.TemporaryDirectory(**place)
     connection = dict(transport="ipc", connection_file=f"{self.folder.name}/k.json")
-    self.manager = AsyncKernelManager(kernel_name="python3", **connection)
+    # without folders to look in, "python3" is ipykernel's own: this interpreter, whatever JUPYTER_PATH has
+    own = KernelSpecManager(kernel_dirs=[])
+    self.manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=own, **connection)
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkker003
@@ -250,7 +270,9 @@ def patient_engine(kernel):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kw):
             kw = {k: v for k, v in kw.items() if k != "input_path"}
-            kw |= dict(startup_timeout=start_timeout, timeout=time_limit())
+            # nothing of the user's runs in it: no start-up file of IPython's, or of Python's
+            bare = [f"--ipython-dir={kernel.folder.name}", "--InteractiveShellApp.exec_PYTHONSTARTUP=False"]
+            kw |= dict(startup_timeout=start_timeout, timeout=time_limit(), extra_arguments=bare)
             client = Patient(nb_man, kernel.manager, kernel_name=kernel_name, **kw)
             client.kc = kernel.client
             return client.execute()
@@ -431,7 +453,7 @@ def locked_job(job: rc.Job, given, kernel, wait):
 # %% ../../nbs/10e_experiments.notebook.ipynb #nksweep1
 def sweep():
     "Remove what killed processes have left under temporary names, in the system's folder and in the data's."
-    swept(tempfile.gettempdir())
+    swept(socket_folder())
     for folder, _, _ in os.walk(data_dir()):
         swept(folder)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,6 @@ from .run import Run
 
 # %% auto #0
 __all__ = [
-    "PROGRAM",
     "SHORT",
     "ENOUGH",
     "Request",
@@ -47,6 +47,7 @@ __all__ = [
     "collect_code",
     "relative_to_root",
     "Collection",
+    "program",
     "collections",
     "depends",
     "spelt",
@@ -279,7 +280,9 @@ def is_there(self: Collection) -> bool:
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol003
-PROGRAM = f"{sys.executable} -m promptnb.cli"  # what the rules call
+def program() -> str:
+    "What the rules call, as a shell reads it: this interpreter, whatever its path holds."
+    return f"{shlex.quote(sys.executable)} -m promptnb.cli"
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol004
@@ -288,7 +291,7 @@ def rule(self: Collection) -> Rule:
     "The rule that collects it, with as many episodes as the greediest job wants."
     qualities = " ".join(f"--quality {quality}" for quality in self.qualities)
     episodes = max(n for _, n in self.needs)
-    command = f"{PROGRAM} collect --family {self.family} {qualities} --episodes {episodes} --stamp {self.stamp}"
+    command = f"{program()} collect --family {self.family} {qualities} --episodes {episodes} --stamp {self.stamp}"
     name = f"collect_{self.family}".replace("-", "_")
     return Rule(name, [], [self.stamp], command, dict(code=collect_code(self.family)))
 
@@ -352,7 +355,7 @@ def batch_rule(batch, number, inputs, accelerator, asks) -> Rule:
     if len(batch) > 1:
         name = spelt(paper, job.family, f"{len(batch)}_jobs_{number}")
     words = " ".join(task.word for task in batch)
-    command = f"{PROGRAM} job {words} --scale {first.scale} --accelerator {accelerator} --threads 1"
+    command = f"{program()} job {words} --scale {first.scale} --accelerator {accelerator} --threads 1"
     needs = sorted({i for task in batch for i in inputs[task.stamp]} - set(outputs))
     resources = asks([run for task in batch for run in task.left])
     params = dict(depends=[depends(task.runs) for task in batch])

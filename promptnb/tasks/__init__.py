@@ -5,9 +5,13 @@
 # %% ../../nbs/01_tasks.ipynb #bc27ddcb
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import multiprocessing
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,21 +26,25 @@ __all__ = [
     "ANT_ANGLES",
     "ML10",
     "REPLAY",
+    "GL",
     "NEEDS",
     "Family",
     "add",
+    "make",
     "family",
     "ids",
     "normalised",
     "parse_task",
     "check_task",
     "lock_step",
+    "gl_wish",
+    "gl_backend",
     "kind_module",
     "code_modules",
     "facts",
     "missing",
     "installed",
-    "gl_backend",
+    "gl_trouble",
     "film",
 ]
 
@@ -137,11 +145,35 @@ def add(fam: Family) -> Family:
     registry.pop(fam.env_id, None)
     register(
         fam.env_id,
-        entry_point=f"promptnb.tasks.{fam.kind}:make",
+        entry_point="promptnb.tasks:make",
         max_episode_steps=fam.horizon,
         kwargs=dict(family=fam.name, task=fam.test[0]),
     )
     return fam
+
+
+# %% ../../nbs/01_tasks.ipynb #d7amake1
+def make(family, task, **kw):
+    "One environment of a task: what Gymnasium calls for the ids of all families. `kw` go to the kind's own `make`."
+    fam = FAMILIES[check_choice(family, FAMILIES, "family")]
+    _hint_for_workers(fam.env_id)
+    return kind_module(fam).make(fam.name, task, **kw)
+
+
+# %% ../../nbs/01_tasks.ipynb #d7amake2
+def _hint_for_workers(env_id):
+    # AsyncVectorEnv makes one environment itself, and only then starts its workers
+    frame, bare = sys._getframe(), False
+    while frame := frame.f_back:
+        module, code, local = frame.f_globals.get("__name__"), frame.f_code.co_name, frame.f_locals
+        if module == "gymnasium.envs.registration" and code == "make":
+            bare = ":" not in str(local.get("id"))
+        if module == "gymnasium.vector.async_vector_env" and code == "__init__" and bare:
+            how = multiprocessing.get_context(local.get("context")).get_start_method()
+            if how != "fork":
+                good = f"gymnasium.make('promptnb.tasks:{env_id}', ...)"
+                warnings.warn(f"workers started by {how} may not know '{env_id}': use {good}", stacklevel=2)
+            return
 
 
 # %% ../../nbs/01_tasks.ipynb #d7a1000b
@@ -492,11 +524,48 @@ def lock_step(fam, task_ids, **kw):
     return kind_module(f).LockStep(f, task_ids, **kw)
 
 
+# %% ../../nbs/01_tasks.ipynb #06618fbf
+GL = dict(egl="EGL", osmesa="OSMesa")  # MuJoCo's ways to draw without a screen, and their libraries
+
+
+def gl_wish() -> str:
+    "What MUJOCO_GL asks for, as MuJoCo reads it; '' where it leaves the choice."
+    wish = os.environ.get("MUJOCO_GL", "").strip().lower()
+    return "" if wish in ("enable", "enabled", "on", "true", "1") else wish
+
+
+# %% ../../nbs/01_tasks.ipynb #d7agl001
+def gl_backend():
+    "'egl' or 'osmesa', whichever renders on this machine without a screen; None if neither does, as `gl_trouble` says."
+    from ctypes.util import find_library
+
+    platform = os.environ.get("PYOPENGL_PLATFORM", "").lower()  # PyOpenGL's choice: MuJoCo's must be the same
+    for name, lib in GL.items():
+        if gl_wish() in ("", name) and platform in ("", name) and find_library(lib):
+            return name
+    return None
+
+
+# %% ../../nbs/01_tasks.ipynb #d7agl003
+@contextlib.contextmanager
+def _gl_settled():
+    # MuJoCo refuses to be imported under a MUJOCO_GL that it cannot use, even where nothing will be drawn
+    given = os.environ.get("MUJOCO_GL")
+    if gl_wish() and not gl_backend():
+        del os.environ["MUJOCO_GL"]
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ["MUJOCO_GL"] = given
+
+
 # %% ../../nbs/01_tasks.ipynb #dfafbea6
 def kind_module(fam):
     "The module that makes a family's environments; a missing extra is one line."
     try:
-        return importlib.import_module(f"promptnb.tasks.{fam.kind}")
+        with _gl_settled():
+            return importlib.import_module(f"promptnb.tasks.{fam.kind}")
     except ModuleNotFoundError as e:
         if not fam.extra or e.name.startswith("promptnb"):
             raise
@@ -541,15 +610,35 @@ def installed(fam):
     return not missing(fam)
 
 
-# %% ../../nbs/01_tasks.ipynb #06618fbf
-def gl_backend():
-    "'egl' or 'osmesa', whichever renders on this machine without a screen; None if neither does."
+# %% ../../nbs/01_tasks.ipynb #d7agl002
+def gl_trouble() -> str:
+    "Why nothing can be drawn here, and what to do about it; '' if `gl_backend` has found something."
     from ctypes.util import find_library
 
-    for name, lib in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if os.environ.get("MUJOCO_GL", name) == name and find_library(lib):
-            return name
-    return None
+    device, backend = os.environ.get("MUJOCO_EGL_DEVICE_ID", "0"), gl_backend()
+    if backend == "egl" and not device.isdecimal():
+        return f"MUJOCO_EGL_DEVICE_ID is '{device}', not the number of a device: unset it"
+    if backend:
+        return ""
+    there = [name for name, lib in GL.items() if find_library(lib)]
+    remedy = "install EGL or OSMesa (Debian: apt install libegl1 libgl1-mesa-dri, or libosmesa6)"
+    asked = [name for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if os.environ.get(name, "").strip()]
+    if not asked or (asked == ["MUJOCO_GL"] and not gl_wish()):
+        return remedy
+    values = " and ".join(f"{name} is '{os.environ[name]}'" for name in asked)
+    return (
+        f"{values}, but pictures are drawn by {' or '.join(there or GL)}: unset it{'' if there else ', and ' + remedy}"
+    )
+
+
+# %% ../../nbs/01_tasks.ipynb #d7agl004
+def _first_picture(env):
+    # only now is the renderer made: a driver or device that does not work shows itself here
+    try:
+        return env.render()
+    except Exception as e:
+        backend, said = os.environ.get("MUJOCO_GL"), " ".join(str(e).split()) or type(e).__name__
+        raise PromptnbError(f"cannot render with {backend}: {said} (MUJOCO_GL takes {' or '.join(GL)})") from None
 
 
 # %% ../../nbs/01_tasks.ipynb #d7a10018
@@ -557,13 +646,9 @@ def _camera(fam, size):
     "The arguments of `gymnasium.make` for pictures of (size, size); sets up MuJoCo's renderer where it draws."
     if not fam.renders_with_gl:
         return {}
-    backend = gl_backend()
-    if not backend:
-        raise PromptnbError(
-            "cannot render without a screen: install EGL or OSMesa "
-            "(Debian: apt install libegl1 libgl1-mesa-dri, or libosmesa6)"
-        )
-    os.environ["MUJOCO_GL"] = backend
+    if trouble := gl_trouble():
+        raise PromptnbError(f"cannot render without a screen: {trouble}")
+    os.environ["MUJOCO_GL"] = gl_backend()
     return dict(width=size, height=size, camera_name="track")
 
 
@@ -595,7 +680,8 @@ def film(fam, task, actions, seed, every=20, size=240, at=None):
     env.reset(seed=seed)
     if fam.kind in ("control", "locomotion"):
         _endless_floor(env.unwrapped.model)
-    frames = [env.render()] if 0 in wanted else []
+    first = _first_picture(env)
+    frames = [first] if 0 in wanted else []
     for t, action in enumerate(actions, 1):
         _, _, terminated, truncated, _ = env.step(action)
         if t in wanted:

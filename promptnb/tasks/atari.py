@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from promptnb.core import (
     PromptnbError,
     check_choice,
     data_dir,
+    folder_named_by,
     read_json,
     rng_for,
     sha256_file,
@@ -858,7 +858,7 @@ def from_dqn_replay(folder, parts=None, steps=None):
 # %% ../../nbs/01f_tasks.atari.ipynb #aft10001
 def replay_root() -> Path:
     "DQN-replay data, a folder per game: $PROMPTNB_DQN_REPLAY, else data/dqn-replay."
-    return Path(os.environ.get("PROMPTNB_DQN_REPLAY") or data_dir() / "dqn-replay")
+    return folder_named_by("PROMPTNB_DQN_REPLAY") or data_dir() / "dqn-replay"
 
 
 # %% ../../nbs/01f_tasks.atari.ipynb #aft10002
