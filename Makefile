@@ -12,7 +12,7 @@ READY := .venv/.ready
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: reproduce test test-all lint fix lab readme readme-text clean help
+.PHONY: reproduce test test-all lint fix lab docs readme readme-text clean help
 
 reproduce: $(READY) ## table 1 and figure 3 of Prompt-Tuning DT at laptop scale, then: do they agree with the shipped numbers?
 	$(BIN)/promptnb run $(PAPER) --scale laptop $(EXHIBITS) --cores $(CORES)
@@ -52,8 +52,16 @@ readme-text: $(READY)
 	@$(BIN)/jupyter nbconvert --to markdown --no-input --stdout --log-level ERROR nbs/index.ipynb \
 	  | sed -e 's#](\([^):]*\.ipynb\))#](nbs/\1)#g' -e 's#](\.\./#](#g'
 
+SITE := $(BIN)/python -m sphinx -q -W --keep-going -c workflow/docs -d _docs/doctrees _docs/source
+
+docs: $(READY) .venv/.extras-$(EXTRAS),docs ## the notebooks and the library's reference as a site, in _docs/site
+	@$(BIN)/python workflow/docs/pages.py _docs/source
+	@$(SITE) -b html _docs/site
+	@$(SITE) -b coverage _docs/coverage > /dev/null
+	@echo "the site: _docs/site/index.html"
+
 clean: ## remove .venv, caches and builds; data, results and figures stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .snakemake
+	rm -rf .venv build dist _docs *.egg-info .pytest_cache .snakemake
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list

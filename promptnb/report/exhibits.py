@@ -5,13 +5,14 @@
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000003
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import PromptnbError
+from ..core import PromptnbError, root
 from . import cmt, lamo, prompts, rladapter
 from .style import note
 from .tables import save_figure, save_table, shown
@@ -29,6 +30,7 @@ __all__ = [
     "other_protocols",
     "drawn",
     "make",
+    "files_line",
     "show",
     "overview",
     "status_line",
@@ -116,6 +118,15 @@ def make(view):
     return made
 
 
+# %% ../../nbs/11h_report.exhibits.ipynb #ex000041
+def files_line(view) -> str:
+    "Links from a paper's page to the files of an exhibit that are there: 'Files: md · csv · tex'."
+    pages, kinds = root() / "nbs" / "papers", ("md", "csv", "tex", "png", "pdf")
+    there = [(kind, view.folder / f"{view.exhibit.id}.{kind}") for kind in kinds]
+    links = [f"[{kind}]({os.path.relpath(path, pages)})" for kind, path in there if path.exists()]
+    return f"Files: {' · '.join(links)}."
+
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000012
 def show(view, wanted=None):
     "In a notebook: an exhibit, made and saved, and its caption; a line where it is not `wanted`, or runs are missing."
@@ -136,7 +147,7 @@ def show(view, wanted=None):
         print(e)
         return
     table = isinstance(made, pd.DataFrame)
-    display(shown(made) if table else made, Markdown(text))
+    display(shown(made) if table else made, Markdown(f"{text} {files_line(view)}"))
     if not table:
         close(made)
 
