@@ -122,7 +122,6 @@ FAULTS = dict(
     no_model=lambda h: send(h, b'{"error": "no such model"}', 404),
     half_reply=lambda h: send(h, chat()[:60], length=len(chat())),
     half_json=lambda h: send(h, chat()[:60]),
-    no_end=lambda h: send(h, chat(end=None)),
     cut_at_once=lambda h: h.connection.shutdown(socket.SHUT_RDWR),
     no_body=lambda h: send(h, b""),
     html=lambda h: send(h, b"<html>hello</html>", Content_Type="text/html"),
@@ -153,8 +152,8 @@ class Far:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
                 self.close_connection = True
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                far.seen.append((time.monotonic(), request))
+                self.request_body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                far.seen.append((time.monotonic(), self.request_body))
                 with contextlib.suppress(OSError):
                     far.answer(self)
 

@@ -15,7 +15,7 @@ from promptnb import llm
 from promptnb.llm import GOALS, Guidance, Request, decision_prompt, exchanges, scene
 
 pytest.importorskip("openai")
-from promptnb.llm.backends import Budget, Budgeted, Cassette, Constant, Local, Server, as_text
+from promptnb.llm.backends import Budget, Budgeted, Cassette, Constant, Local, Server, Unreachable, as_text
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -77,7 +77,7 @@ def test_a_fault_of_the_server(far, fault, tmp_path):
 
 
 PASSED_OVER = ["timeout", "slow_trickle", "busy", "busy_since_ever", "error"]
-PASSED_OVER += ["half_reply", "half_json", "no_end", "no_body", "html"]
+PASSED_OVER += ["half_reply", "half_json", "no_body", "html"]
 
 
 @pytest.mark.parametrize("fault", PASSED_OVER)
@@ -155,7 +155,8 @@ def test_a_server_that_refuses_is_given_a_rest(far):
     for k in range(6):
         assert g([scene(step=k)]) == [""]
         unasked.append(g.counts["unasked"])
-    assert unasked == [0, 0, 1, 2, 3, 3] and g.counts["calls"] == 3
+    assert unasked == [0, 0, 1, 2, 3, 3] and g.counts["retried"] == 6
+    assert g.counts["calls"] == 0  # no connection: nothing was sent
     assert time.monotonic() - start < 5
     s.url, s.resting = far.url, 0  # it is back
     assert g([scene(step=9)]) == [GOOD[0]] and s.fails == 0
@@ -220,6 +221,298 @@ def test_the_key_is_nowhere(far, tmp_path, capfd, monkeypatch):
     texts += list(capfd.readouterr())
     assert len(texts) == 14
     assert not any(SECRET in t or SECRET[3:] in t for t in texts)
+
+
+# ---- content, ends, roles: what servers do differently
+
+
+def one(far, body, **kw):
+    "The reply where a server answers once with this body."
+    far.faults = [lambda h: send(h, body)]
+    return ask(far, retries=0, **kw)
+
+
+TEXT = dict(type="text", text="sleep")
+CONTENTS = {
+    "thinking, text": ([dict(type="thinking", thinking="attack zombie?"), TEXT], "sleep"),
+    "text of two parts": ([TEXT, dict(type="text", text="chop tree")], "sleep\nchop tree"),
+    "output text, annotated": ([dict(type="output_text", text=dict(value="sleep", annotations=[]))], "sleep"),
+    "reasoning, null, text": ([dict(type="reasoning", text="attack zombie"), None, TEXT], "sleep"),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_content_in_parts_is_its_text(far, content):
+    parts, text = CONTENTS[content]
+    r = one(far, chat(parts))
+    assert (r.ok, r.text) == (True, text)
+
+
+@pytest.mark.parametrize("parts", [[], [dict(type="thinking", thinking="sleep")], dict(text="sleep"), None])
+def test_content_without_text_is_no_reply(far, parts):
+    r = one(far, chat(parts))
+    assert not r.ok and "no text" in r.why
+
+
+@pytest.mark.parametrize("end", [None, 7, ["stop"]])
+def test_a_text_whose_end_is_not_said_is_taken_and_counted(far, end):
+    g = Guidance(None, server(far.url))
+    far.faults = [lambda h: send(h, chat(end=end))]
+    assert g([scene()]) == [GOOD[0]]
+    assert (g.counts["unended"], g.counts["failed"], g.counts["calls"]) == (1, 0, 1)
+    assert g([scene(step=9)]) == [GOOD[0]] and g.counts["unended"] == 1  # that one ended
+
+
+def test_a_reply_that_was_all_thinking_says_that_tokens_were_too_few(far):
+    r = one(far, chat("", end="length"))
+    assert not r.ok and "too few" in r.why and r.tokens_in > 0
+
+
+def picky(refuse):
+    "A server that refuses requests with the first message that `refuse` finds for their body, else answers well."
+
+    def answer(h):
+        said = refuse(h.request_body)
+        body = json.dumps(dict(error=dict(message=said))).encode()
+        send(h, *((body, 400) if said else (chat(GOOD[0]),)))
+
+    return answer
+
+
+def no_system(said):
+    return lambda body: said if body["messages"][0]["role"] == "system" else ""
+
+
+def no_field(name, said):
+    return lambda body: said if name in body else ""
+
+
+REFUSALS = {
+    "system, of a template": (no_system("System role not supported"), dict(system=False)),
+    "system, of a hosted model": (
+        no_system("Unsupported value: 'messages[0].role' does not support 'system' with this model."),
+        dict(system=False),
+    ),
+    "system, roles alternate": (
+        no_system("Conversation roles must alternate user/assistant/user/assistant/..."),
+        dict(system=False),
+    ),
+    "max_tokens": (
+        no_field("max_tokens", "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."),
+        dict(limit="max_completion_tokens"),
+    ),
+    "temperature": (
+        no_field("temperature", "'temperature' does not support 1.0 with this model. Only the default is supported."),
+        dict(temperature=False),
+    ),
+    "seed": (no_field("seed", "Extra inputs are not permitted: seed"), dict(seed=False)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_a_server_refuses_is_left_out_from_then_on_and_said_once(far, what, capsys):
+    refuse, takes = REFUSALS[what]
+    far.answer = picky(refuse)
+    s = server(far.url, retries=0)
+    replies = s.complete(requests(3)) + s.complete(requests(3))
+    assert {r.text for r in replies} == {GOOD[0]}
+    assert {k: getattr(s.takes, k) for k in takes} == takes
+    assert capsys.readouterr().err.count("the server ") == 1
+    n = len(far.seen)
+    s.complete(requests(2))
+    assert len(far.seen) == n + 2  # it is not asked again in the old way
+    text = "\n".join(m["content"] for m in far.seen[-1][1]["messages"])
+    assert all(m["content"] in text for m in requests(1)[0].messages)  # nothing of the prompt is lost
+
+
+def test_a_refusal_of_a_size_teaches_nothing(far):
+    far.answer = picky(lambda body: "max_tokens is too large: 100. This model supports at most 7.")
+    s = server(far.url, retries=0)
+    assert not s.complete(requests(1))[0].ok and s.takes == type(s.takes)() and len(far.seen) == 1
+
+
+def test_a_server_that_refuses_all_is_not_asked_for_ever(far):
+    said = "system unsupported, max_tokens unsupported, max_completion_tokens unsupported, unknown seed, temperature"
+    far.answer = picky(lambda body: said)
+    r = server(far.url, retries=0).complete(requests(1))[0]
+    assert not r.ok and len(far.seen) <= 6 and r.sent == len(far.seen)
+
+
+# ---- the way there: keys, proxies, URLs. What was not sent is not paid for.
+
+
+class Unsent:
+    "A guidance with a budget, of whose question nothing goes out."
+
+    def __init__(self, url, **kw):
+        self.budget = Budget(calls=10, tokens=2000)
+        self.guidance = Guidance(None, server(url, **kw), budget=self.budget)
+        self.goals = self.guidance([scene()])
+
+    @property
+    def free(self):
+        "Was nothing counted?"
+        counts = {self.guidance.counts[k] for k in ("calls", "tokens_in", "tokens_out")}
+        return counts == {0} and self.budget.used() | dict(seconds=0) == dict(calls=0, tokens=0, dollars=0, seconds=0)
+
+
+@pytest.fixture
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch
+
+
+PROXY, LOCAL = "http://me:hidden-word@127.0.0.1:9", "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        dict(ALL_PROXY="socks5://127.0.0.1:9", NO_PROXY="127.0.0.1"),
+        dict(ALL_PROXY="socks5://127.0.0.1:9"),
+        dict(HTTP_PROXY=PROXY),
+        dict(http_proxy="127.0.0.1:9", NO_PROXY="example.org"),
+        dict(all_proxy="nonsense://x", NO_PROXY="*"),
+    ],
+    ids=["socks, excepted", "socks", "http", "http, another excepted", "nonsense"],
+)
+def test_a_server_on_this_machine_is_asked_directly(far, env, no_proxies):
+    for name, value in env.items():
+        no_proxies.setenv(name, value)
+    assert ask(far, retries=0).ok
+    assert server(far.url.replace(LOCAL, "localhost"), retries=0).complete(requests(1))[0].ok
+
+
+@pytest.mark.parametrize(
+    "env, says",
+    [
+        (dict(ALL_PROXY="socks5://127.0.0.1:9"), "ALL_PROXY names a SOCKS proxy"),
+        (dict(http_proxy=PROXY), "the proxy that http_proxy names"),
+        (dict(HTTP_PROXY="gopher://127.0.0.1:9"), "HTTP_PROXY names no proxy that can be used"),
+    ],
+    ids=["socks", "closed", "unknown kind"],
+)
+def test_a_proxy_that_is_in_the_way_is_named_and_costs_nothing(env, says, no_proxies):
+    for name, value in env.items():
+        no_proxies.setenv(name, value)
+    asked = Unsent("http://far.invalid/v1")
+    (reply,) = asked.guidance.decision.complete(requests(1))
+    assert says in reply.why and "hidden" not in reply.why and not reply.ok
+    assert asked.free and asked.guidance.counts["failed"] == 1
+
+
+def test_a_host_that_is_excepted_is_asked_without_the_proxy(no_proxies):
+    from promptnb.llm.backends import proxy_for
+
+    no_proxies.setenv("HTTP_PROXY", PROXY)
+    no_proxies.setenv("NO_PROXY", "my.host, 10.0.0.0/8")
+    hosts = ["my.host", "sub.my.host", "10.2.3.4", "my.host.org", "11.2.3.4", "[::1]:8000", "127.3.2.1"]
+    assert [proxy_for(f"http://{h}/v1")[0] for h in hosts] == ["", "", "", "HTTP_PROXY", "HTTP_PROXY", "", ""]
+
+
+@pytest.mark.parametrize(
+    "sign, name",
+    [("\u2013", "EN DASH"), ("\u00a0", "NO-BREAK SPACE"), ("\u200b", "ZERO WIDTH SPACE"), ("\n", "U+000A")],
+)
+def test_a_key_that_no_header_can_hold_is_named_and_not_shown(far, sign, name, monkeypatch, refused):
+    monkeypatch.setenv("PNB_TEST_KEY", SECRET[:7] + sign + SECRET[7:])
+    asked = Unsent(far.url)
+    (reply,) = asked.guidance.decision.complete(requests(1))
+    assert name in reply.why and "PNB_TEST_KEY" in reply.why and SECRET[8:] not in reply.why and not far.seen
+    assert asked.free
+    refused(server(far.url).preflight, says=(name, "PNB_TEST_KEY"))
+
+
+def test_a_closed_port_and_an_unknown_host_cost_nothing():
+    with socket.create_server((LOCAL, 0)) as free:
+        port = free.getsockname()[1]
+    assert Unsent(f"http://{LOCAL}:{port}/v1").free
+    assert Unsent("http://nobody.invalid/v1").free
+
+
+def test_a_request_that_never_had_its_turn_costs_nothing(far):
+    "One worker, and a server that is silent: the first request went out, the others did not."
+    far.faults = [lambda h: time.sleep(30)] * 9
+    b = Budget(tokens=10**6)
+    s = server(far.url, workers=1, deadline=0.5, timeout=5.0, retries=0)
+    replies = b.complete(s, requests(5))
+    assert [r.reached for r in replies] == [1, 0, 0, 0, 0] and b.used()["calls"] == 1
+    assert b.used()["tokens"] == replies[0].tokens_in > 200
+
+
+def test_a_silent_server_may_have_been_paid(far):
+    "What was sent is counted, each time that it was."
+    far.faults = [lambda h: time.sleep(30)] * 2
+    r = ask(far, timeout=0.2)
+    assert (r.ok, r.attempts, r.sent) == (False, 2, 2) and r.tokens_in > 400 and "no reply within" in r.why
+    assert len(r.retries) == 1
+
+
+@pytest.mark.parametrize("path, hint", [("", "/v1"), ("/api", "/api/v1"), ("/v1", "is 'toy' a model")])
+def test_a_url_that_lacks_its_version_gets_a_hint(far, path, hint):
+    far.faults = [lambda h: send(h, b"{}", 404)]
+    r = server(far.url.removesuffix("/v1") + path, retries=0).complete(requests(1))[0]
+    assert hint in r.why and ("does not end in /v1" in r.why) == (path != "/v1")
+
+
+def test_a_web_page_where_the_protocol_should_be_gets_the_hint(far):
+    far.faults = [FAULTS["html"]]
+    r = server(far.url.removesuffix("/v1"), retries=0).complete(requests(1))[0]
+    assert "no choices" in r.why and "try http" in r.why
+
+
+def test_a_url_of_the_whole_call_is_refused(refused):
+    refused(Server, "https://x/v1/chat/completions", "m", says=("leave '/chat/completions' off",))
+
+
+# ---- before work
+
+
+REFUSED = {
+    "key": (401, "PNB_TEST_KEY"),
+    "place": (403, "PNB_TEST_KEY"),
+    "model": (404, "'toy'"),
+    "request": (400, "400"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_preflight_is_refused_at_the_first_refusal(far, what, refused):
+    status, says = REFUSED[what]
+    far.faults = [lambda h: echo(h, status)] * 9
+    refused(server(far.url, retries=5).preflight, says=("cannot be asked", f"status {status}", says))
+    assert len(far.seen) == 1
+
+
+def test_the_preflight_waits_for_a_busy_server(far):
+    far.faults = [FAULTS["busy"], FAULTS["error"]]
+    r = server(far.url, retries=3).preflight()
+    assert r.ok and r.attempts == 3 and [w[:10] for w in r.retries] == ["status 429", "status 500"]
+
+
+@pytest.mark.parametrize("fault", ["timeout", "slow_trickle", "slow_header", "cut_at_once"])
+def test_a_server_without_an_answer_is_unreachable(far, fault):
+    far.faults = [FAULTS[fault]] * 9
+    with pytest.raises(Unreachable, match="cannot be asked"):
+        server(far.url, timeout=0.2, deadline=0.8).preflight()
+
+
+def test_the_preflight_learns_what_the_server_takes(far):
+    said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    far.answer = picky(
+        lambda body: no_field("max_tokens", said)(body) or no_system("no system role: unsupported")(body)
+    )
+    s = server(far.url)
+    assert s.preflight(33).ok and (s.takes.limit, s.takes.system) == ("max_completion_tokens", False)
+    assert far.seen[-1][1]["max_completion_tokens"] == 33
+
+
+@pytest.mark.parametrize("text, end", [("<think>I could attack", "length"), ("", "length")])
+def test_a_model_that_only_thinks_is_found_before_work(far, text, end, refused):
+    far.faults = [lambda h: send(h, chat(text, end))]
+    refused(server(far.url, retries=0).preflight, says=("toy", "tokens"))
 
 
 # ---- tapes
@@ -478,7 +771,22 @@ def test_a_template_without_a_system_role(toy, tmp_path):
     assert as_text(toy.tokenizer, messages).endswith("\nassistant:")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "distilgpt2", "nobody/gpt2"])
+def test_a_model_in_the_hubs_cache_is_found_by_its_name(name, tmp_path, monkeypatch):
+    "Names of old have no owner."
+    import huggingface_hub.constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    stored = tmp_path / f"models--{name.replace('/', '--')}"
+    toy_lm(stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert Local(name).name == f"local:{commit}@{commit[:12]}"
+
+
 def test_models_that_are_not_there(tmp_path, refused):
+    refused(Local, "gpt3", says=("gpt3",))
     refused(Local, "./no", says=("no folder",))
     refused(Local, "nobody/nothing", says=("nobody/nothing",))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import html
 import importlib
 import json
 import math
@@ -38,10 +39,26 @@ __all__ = [
     "ADAPTER",
     "DECISION",
     "GOAL",
-    "PARTS",
-    "NOT",
     "READ",
+    "THINKING",
+    "CHANNEL",
+    "ANSWER",
+    "KEYS",
+    "KEY",
+    "STRUCK",
+    "BREAK",
+    "DRESS",
+    "SPREAD",
+    "CAMEL",
+    "CAMELS",
+    "NEVER",
+    "AVOID",
+    "REASON",
+    "SENTENCE",
+    "LINK",
+    "HEADING",
     "COUNTS",
+    "BOUND",
     "HUB_FILES",
     "sentence",
     "scene",
@@ -56,7 +73,17 @@ __all__ = [
     "messages",
     "adapter_prompt",
     "decision_prompt",
+    "untagged",
+    "without_thinking",
+    "last_answer",
+    "chosen",
     "strings",
+    "after_key",
+    "opened",
+    "visible",
+    "made_plain",
+    "affirmed",
+    "told_to_do",
     "parse",
     "Request",
     "Reply",
@@ -65,6 +92,7 @@ __all__ = [
     "truncate_log",
     "unlocked_between",
     "exchanges",
+    "unheard_share",
     "Guidance",
     "Exchange",
     "hashed",
@@ -292,36 +320,196 @@ def decision_prompt(scene, goals, analysis=None):
 
 # %% ../../nbs/07_llm.ipynb #033842f6
 GOAL = re.compile(r"(?<!\w)(" + "|".join(sorted(GOALS, key=len, reverse=True)) + r")(?!\w)")
-PARTS = re.compile(r"[,;\n]|(?<!\w)\d+\s*[.):]|\b(?<!work )and\b|\bthen\b")
-NOT = re.compile(r"\b(not|cannot|never|avoid|without|stop|instead of)\b|n't\b")
-READ = 2_000  # characters of a reply
+READ = 2_000  # characters of an answer
+
+# %% ../../nbs/07_llm.ipynb #p1thnk01
+_THINKS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad)"
+THINKING = re.compile(rf"[<\[◁]\|?\s*(/?)\s*{_THINKS}\s*\|?[>\]▷]|<!(--)|--(>)", re.I)  # tags, and HTML's comments
+CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>|(?<=[a-z.!?)])assistantfinal", re.I)  # of gpt-oss
+_FINAL = r"(?:my |the |so )?(?:(?:final|best|next|chosen) )?(?:answer|(?:sub-?)?goals)(?: is| are)?"
+ANSWER = re.compile(rf"^[ \t*#>_-]{{0,12}}{_FINAL}[ \t*_]*[:：]", re.I | re.M)  # begins the line of an answer
+
+
+# %% ../../nbs/07_llm.ipynb #p1thnk02
+def untagged(text):
+    "A text without what stands between tags of thinking; a tag that only closes ends thinking that began before."
+    kept, at, thinks = [], 0, False
+    for tag in THINKING.finditer(text):
+        closes = bool(tag[1] or tag[3])
+        if closes and not thinks:
+            kept.clear()
+        elif not closes and not thinks:
+            kept.append(text[at : tag.start()])
+        thinks, at = not closes, tag.end()
+    return " ".join(kept if thinks else [*kept, text[at:]])
+
+
+# %% ../../nbs/07_llm.ipynb #p1thnk03
+def without_thinking(text):
+    "A reply without the thinking of a reasoning model; '' where it never came to an answer."
+    if finals := list(CHANNEL.finditer(text)):
+        text = text[finals[-1].end() :]
+    elif "<|channel|>" in text:
+        return ""
+    return untagged(text).strip()
+
+
+# %% ../../nbs/07_llm.ipynb #p1thnk05
+def last_answer(text):
+    "What stands after the last line's beginning that announces an answer; all of it where none does."
+    marks = list(ANSWER.finditer(text))
+    rest = text[marks[-1].end() :] if marks else ""
+    return rest if re.search(r"\w", rest) else text
+
+
+# %% ../../nbs/07_llm.ipynb #p1json01
+KEYS = {"goals", "goal", "next goals", "best goals", "sub goals", "subgoals", "answer", "final answer"}
+KEY = re.compile(r"""["'](?:(?:next|best|sub)[ _-]?)?goals?["']\s*[:=]\s*""", re.I)
+
+
+# %% ../../nbs/07_llm.ipynb #p1json02
+def chosen(d):
+    "The value of a decoded dict that holds the goals, or those under its numbers; None if it has neither."
+    names = {k: " ".join(re.sub(r"[\W_]+", " ", str(k)).lower().split()) for k in d}
+    for k, name in names.items():
+        if name in KEYS:
+            return d[k]
+    numbered = [d[k] for k, name in names.items() if re.fullmatch(r"(goal )?\d+", name)]
+    return numbered or None
 
 
 # %% ../../nbs/07_llm.ipynb #1cfe814d
 def strings(x):
-    "All strings of a list, or of the 'goals' of a dict; whatever else it holds comes as one that is no goal."
+    "All strings of a list, or of the goals of a dict; whatever else it holds comes as one that is no goal."
     if isinstance(x, dict):
-        x = x.get("goals", "?")
-    return [y if isinstance(y, str) else "?" for y in (x if isinstance(x, list) else [x])]
+        return strings(chosen(x))
+    if isinstance(x, list):
+        return [s for y in x for s in strings(y)]
+    return [x if isinstance(x, str) else "?"]
+
+
+# %% ../../nbs/07_llm.ipynb #p1json03
+def after_key(text):
+    "What JSON that cannot be decoded has after its key of goals; all of it where there is no such key."
+    key = KEY.search(text)
+    if not key:
+        return text
+    rest = text[key.end() :]
+    return rest.partition("]")[0] if rest.startswith("[") else rest
+
+
+# %% ../../nbs/07_llm.ipynb #p1json04
+def opened(text):
+    "The goals of the JSON in a text, as text; the text itself where there is none."
+    found, at = [], 0
+    for _ in range(50):
+        begin = re.compile(r"[{\[]").search(text, at)
+        if not begin:
+            break
+        try:
+            value, at = json.JSONDecoder().raw_decode(text, begin.start())
+            said = strings(value)
+        except (ValueError, RecursionError):
+            if begin[0] == "{":
+                break
+            at = begin.end()
+            continue
+        if isinstance(value, dict) or {*said} != {"?"}:
+            found += said
+    return " ; ".join(found) if found else after_key(text)
+
+
+# %% ../../nbs/07_llm.ipynb #p1plai01
+STRUCK = re.compile(r"~~[^~]{0,200}~~|<(del|s|strike)>[^<]{0,200}</\1>", re.I)
+BREAK = re.compile(r"</?(?:br|li|p|tr|ul|ol|div)\b[^<>]{0,40}>|\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", re.I)
+DRESS = re.compile(r"</?[a-z][^<>]{0,40}>|<\|[^<>|]{0,40}\|>|\x1b\[[\d;]*[a-z]|[*`~]", re.I)
+_BETWEEN = r"(?: ?\n ?| )"  # the words of a goal: one may be in the next line
+SPREAD = re.compile(rf"(?<!\w)(?:{'|'.join(_BETWEEN.join(g.split()) for g in sorted(GOALS, key=len)[::-1])})(?!\w)")
+CAMEL = {"".join(w.capitalize() for w in g.split()): g for g in GOALS if " " in g}  # MineCoal, mineCoal
+CAMELS = re.compile(rf"(?<!\w)(?:{'|'.join(f'[{c[0]}{c[0].lower()}]{c[1:]}' for c in CAMEL)})(?!\w)")
+
+
+# %% ../../nbs/07_llm.ipynb #p1plai02
+def visible(c):
+    "A character as it reads: a space for what only controls or separates, nothing for what cannot be seen."
+    kind = unicodedata.category(c)
+    if kind == "Cf":
+        return ""
+    return " " if kind[0] in "CZ" and c != "\n" else c
+
+
+# %% ../../nbs/07_llm.ipynb #p1plai03
+def made_plain(text):
+    "A text in lower case, without markup, hidden signs and odd spaces; each goal in one line, with single spaces."
+    text = BREAK.sub("\n", STRUCK.sub(" ", html.unescape(text)))
+    text = "".join(map(visible, unicodedata.normalize("NFKC", DRESS.sub("", text))))
+    text = re.sub("[\u2018\u2019\u02bc\u00b4]", "'", text)
+    text = CAMELS.sub(lambda m: CAMEL[m[0][0].upper() + m[0][1:]], text)
+    text = re.sub(r"(?<=\w)[-\u2010-\u2015_](?=\w)|_", " ", text.lower())
+    text = re.sub(r"[^\S\n]+", " ", re.sub(r"(?<=[\w ])[&+](?=[\w ])", " and ", text))
+    return SPREAD.sub(lambda m: " ".join(m[0].split()), text)
+
+
+# %% ../../nbs/07_llm.ipynb #p1says01
+NEVER = re.compile(
+    r"\b(?:not|cannot|never|impossible|unable|unnecessary|already|(?:do|can|wo|should|must|need|is|are)nt)\b|n['`]t\b"
+    r"|\b(?:nicht|kein\w*|niemals|jamais|nunca|não|nicht|никогда|не)\b|不|別|别|勿|避|ません|ない|禁|마세요|않"
+)
+AVOID = re.compile(
+    r"\b(?:avoid\w*|skip\w*|stop\w*|without|instead of|rather than|except|unless|refrain\w*|ignor\w*|prevent\w*"
+    r"|forget\w*|neither|nor|evit\w*|sans|ohne|sin|statt|no(?!\W*\d))\b"
+)
+REASON = re.compile(r"\b(?:because|since|so that|so as|so (?:you|i|we)|in order|to avoid|as (?:you|i|we|there|it))\b")
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n|;")
+LINK = re.compile(r"([,|/•·→]|\b(?<!work )and\b|\bx?or\b|\bbut\b|\bthen\b|(?<!\w)\d+\s*[.):])")
+HEADING = re.compile(r"\s*#+ .*|.*:\s*")
+
+
+# %% ../../nbs/07_llm.ipynb #p1says02
+def affirmed(part):
+    """(what a part of a sentence says to do, how far its negation reaches).
+
+    Reach: 0, within the part; 1, over what 'and' or 'or' joins to it; 2, over the list that begins here."""
+    part = REASON.split(part, maxsplit=1)[0]
+    if NEVER.search(part):
+        return "", 2 if ":" in part else 1
+    if avoid := AVOID.search(part):
+        return part[: avoid.start()], 2 if GOAL.search(part, avoid.end()) else 0
+    return part, 0
+
+
+# %% ../../nbs/07_llm.ipynb #p1says04
+def told_to_do(sentence, banned=False):
+    "(goals that a sentence names, in order; how many of its parts name none); `banned`: under a heading that says not."
+    pieces = LINK.split(sentence)
+    links = ["", *pieces[1::2]]
+    alternatives = "or" in links  # 'not a, b or c' is about all three
+    banned = banned or sentence.rstrip().endswith("?")
+    goals, rejected, reach = [], 0, 0
+    for link, part in zip(links, pieces[::2]):
+        if link not in ("and", "or") and not (link == "," and (reach == 2 or alternatives)):
+            reach = 0
+        if not re.search(r"\w|\?", part):
+            continue  # nothing between two separators
+        said, own = affirmed(part)
+        named = [] if banned or reach else GOAL.findall(said)
+        goals += named
+        rejected += not named
+        reach = max(reach, own)
+    return goals, rejected
 
 
 # %% ../../nbs/07_llm.ipynb #c40cd2cb
 def parse(text, n=3):
     "The first `n` distinct goals of a reply, in order, and how many of its parts were none: (goals, rejected)."
-    text = text if isinstance(text, str) else ""
-    too_long = len(text) > READ
-    text = unicodedata.normalize("NFKC", text[:READ])
-    if text.lstrip().startswith(("{", "[")):
-        with contextlib.suppress(ValueError, RecursionError):
-            text = "\n".join(strings(json.loads(text)))
-    goals, rejected = [], int(too_long)
-    for part in PARTS.split(text.lower()):
-        part = " ".join(part.replace("_", " ").split())
-        if not re.search(r"\w|\?", part):
-            continue  # nothing between two separators
-        named = [] if NOT.search(part) else GOAL.findall(part)
+    text = last_answer(without_thinking(text)) if isinstance(text, str) else ""
+    goals, rejected, banned = [], int(len(text) > READ), False
+    for sentence in SENTENCE.split(made_plain(opened(text[:READ]))):
+        if HEADING.fullmatch(sentence):
+            banned = bool(NEVER.search(sentence) or AVOID.search(sentence))
+        named, none = told_to_do(sentence, banned)
         goals += named
-        rejected += not named
+        rejected += none
     return tuple(dict.fromkeys(goals))[:n], rejected
 
 
@@ -351,6 +539,17 @@ class Reply:
     attempts: int = 1  # 0: nobody was asked
     cached: bool = False
     model: str = ""  # as the server named itself in this reply
+    sent: int | None = None  # requests that went out, of all attempts; None: one an attempt
+    retries: tuple = ()  # why the attempts before the last one failed
+    ended: bool = True  # did the server say that the text has ended?
+    withheld: bool = False  # not sent, since the budget is spent
+
+    @property
+    def reached(self):
+        "Requests that went out to a model for this reply; none for one from a tape."
+        if self.cached:
+            return 0
+        return self.attempts if self.sent is None else self.sent
 
 
 # %% ../../nbs/07_llm.ipynb #6ecb9606
@@ -410,17 +609,30 @@ def exchanges(path, until=None):
 # %% ../../nbs/07_llm.ipynb #e1count1
 COUNTS = (
     "queries",  # scenes
-    "calls",  # requests that reached a model
+    "calls",  # questions that went out to a model
+    "retried",  # attempts after the first one of a question
     "tokens_in",
     "tokens_out",
     "seconds",  # waited for replies
     "cached",  # replies from a tape
     "rejected",  # parts of replies that are no goal
     "invalid",  # replies without any goal
+    "unended",  # replies whose end the server did not say
     "failed",  # no reply
-    "unasked",  # not sent: the budget is spent, or the server is resting
+    "unasked",  # not tried: the budget is spent, or the server is resting
     "kept",  # queries after which the goals stayed as they were
+    "withheld",  # queries that the decision LM did not get, since the budget was spent
+    "unheard",  # queries that it got no reply to, for another reason
 )
+
+# %% ../../nbs/07_llm.ipynb #p1boun01
+BOUND = 0.5  # a run that has no reply to a larger share of its queries is 'unguided'; assumed
+
+
+def unheard_share(counts) -> float:
+    "The share of queries that the decision LM gave no reply to, of those that the budget let through; 0 of none."
+    asked = counts.get("queries", 0) - counts.get("withheld", 0)
+    return counts.get("unheard", 0) / asked if asked > 0 else 0.0
 
 
 # %% ../../nbs/07_llm.ipynb #64b63acc
@@ -443,6 +655,8 @@ class Guidance:
     max_tokens: int = 100
     temperature: float = 1.0  # of the decision LM
     adapter_temperature: float = 0.6  # assumed: the released code leaves it to the model's own settings
+    name: str = ""  # begins its lines on the screen
+    every: float | None = None  # seconds between two such lines; None: no lines
 
     def __post_init__(self):
         check_choice(self.history, ("actions", "events"), "history")
@@ -452,6 +666,7 @@ class Guidance:
         self.envs = {}  # environment -> the sentence in force
         self.lines = {}  # log -> how many lines of it are ours
         self.opened = None  # the log that was cut back to our lines
+        self.said = time.monotonic()  # when the last line was printed
 
     def forget(self):
         "Drop all goals in force: the released code does this at the start of each rollout."
@@ -471,6 +686,11 @@ class Exchange:
     analysis: Reply | None = None  # the adapter's reply; None without an adapter
     asked: list | None = None  # messages to the decision LM
     reply: Reply | None = None  # of the decision LM
+
+    @property
+    def view(self):
+        "The adapter's analysis, without its thinking; None where there is none."
+        return without_thinking(self.analysis.text) if self.analysis and self.analysis.ok else None
 
     @property
     def replies(self):
@@ -513,10 +733,24 @@ def ask(self: Guidance, who, prompts, scenes, temperature):
         replies = [failure(f"{type(e).__name__}: {e}")] * len(requests)
     self.counts["seconds"] += time.monotonic() - start
     for r in replies:
-        self.count(cached=r.cached, failed=not r.ok, unasked=not r.cached and not r.attempts)
-        if not r.cached:
-            self.count(calls=r.attempts > 0, tokens_in=r.tokens_in, tokens_out=r.tokens_out)
+        self.book(r)
     return replies
+
+
+# %% ../../nbs/07_llm.ipynb #p1book01
+@patch
+def book(self: Guidance, r: Reply):
+    "Count a reply of either model."
+    self.count(cached=r.cached, failed=not r.ok, unended=r.ok and not r.ended)
+    if r.cached:
+        return
+    self.count(
+        unasked=not r.attempts,
+        calls=r.reached > 0,
+        retried=max(0, r.attempts - 1),
+        tokens_in=r.tokens_in,
+        tokens_out=r.tokens_out,
+    )
 
 
 # %% ../../nbs/07_llm.ipynb #b9d190bc
@@ -537,14 +771,37 @@ def __call__(self: Guidance, scenes):
         for x, analysis in zip(begun, analyses):
             x.analysis = analysis
     for x in begun:
-        x.asked = decision_prompt(x.scene, x.goals, x.analysis.text if x.analysis and x.analysis.ok else None)
+        x.asked = decision_prompt(x.scene, x.goals, x.view)
     replies = self.ask("decision", [x.asked for x in begun], scenes, self.temperature)
     for x, reply in zip(begun, replies):
         x.reply = reply
     rows = [self.settle(x) for x in begun]
     if self.log and rows:
         self.write(rows)
+    self.tell()
     return [self.envs[s["env"]] for s in scenes]
+
+
+# %% ../../nbs/07_llm.ipynb #p1tell01
+@patch
+def tally(self: Guidance) -> str:
+    "The counts in a line: asked, answered, failed, retried, tokens."
+    c = self.counts
+    asked = c["calls"] + c["cached"] + c["unasked"]
+    answered = c["queries"] - c["withheld"] - c["unheard"]
+    heard = f"asked {asked:,} times, answered {answered:,} of {c['queries']:,} queries"
+    spent = f"{c['tokens_in']:,} tokens in, {c['tokens_out']:,} out"
+    return f"{heard}, failed {c['failed']:,}, retried {c['retried']:,}, {spent}"
+
+
+# %% ../../nbs/07_llm.ipynb #p1tell02
+@patch
+def tell(self: Guidance, now=False):
+    "Print the counts if it is time to, or `now`."
+    if self.every is None or not (now or time.monotonic() - self.said >= self.every):
+        return
+    self.said = time.monotonic()
+    print(f"{self.name}: {self.tally()}".removeprefix(": "), flush=True)
 
 
 # %% ../../nbs/07_llm.ipynb #b04f7257
@@ -554,9 +811,10 @@ def settle(self: Guidance, x: Exchange) -> dict:
     env, reply = x.scene["env"], x.reply
     goals, rejected = parse(reply.text) if reply.ok else ((), 0)
     old = self.envs.get(env, "")
-    new = clean(reply.text) if self.raw and reply.ok else sentence(goals)
+    new = clean(without_thinking(reply.text)) if self.raw and reply.ok else sentence(goals)
     self.envs[env] = new or old
     self.count(queries=1, rejected=rejected, invalid=reply.ok and not goals, kept=not new)
+    self.count(withheld=reply.withheld, unheard=not (reply.ok or reply.withheld))
     whys = [r.why for r in x.replies if r.why]
     return dict(
         query=self.counts["queries"] - 1,
@@ -576,6 +834,8 @@ def settle(self: Guidance, x: Exchange) -> dict:
         tokens=sum(r.tokens_in + r.tokens_out for r in x.replies),
         seconds=sum(r.seconds for r in x.replies),
         cached=[r.cached for r in x.replies],
+        attempts=[r.attempts for r in x.replies],
+        retries=[list(r.retries) for r in x.replies],
         model=reply.model,
     )
 
@@ -716,8 +976,10 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def from_hub(name, what):
-    "The folder of a Hub model's snapshot, safetensors and text files only; one that is stored here is taken first."
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    """The folder of a Hub model's snapshot, safetensors and text files only; one that is stored here is taken first.
+
+    Names of old have no owner: 'gpt2'."""
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise PromptnbError(f"{what} '{name}' is no folder on this machine")
     from huggingface_hub import snapshot_download
 

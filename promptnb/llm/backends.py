@@ -5,15 +5,21 @@
 # %% ../../nbs/07a_llm.backends.ipynb #c48f5be2
 from __future__ import annotations
 
+import contextlib
 import functools
+import ipaddress
 import math
 import os
 import queue
+import re
+import sys
 import threading
 import time
+import unicodedata
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from fastcore.basics import patch
 
@@ -25,11 +31,15 @@ from promptnb.llm import (
     SOURCE,
     Backend,
     Reply,
+    Request,
     clean,
+    decision_prompt,
     failure,
     import_optional,
     model_folder,
+    scene,
     sentence,
+    without_thinking,
 )
 
 # %% auto #0
@@ -38,6 +48,8 @@ __all__ = [
     "WHERE",
     "VITAL",
     "LOW",
+    "UNTAKEN",
+    "NO_SYSTEM",
     "Constant",
     "RandomGoals",
     "next_step",
@@ -48,11 +60,20 @@ __all__ = [
     "load_causal_lm",
     "Local",
     "Failed",
+    "Effort",
     "number",
     "retry_after",
     "about_tokens",
+    "direct",
+    "proxy_for",
+    "transport",
     "http_client",
+    "Takes",
+    "learned",
+    "merged_turns",
     "Server",
+    "content_text",
+    "Unreachable",
     "Cassette",
     "Budget",
     "Budgeted",
@@ -304,6 +325,31 @@ class Failed(Exception):
         self.again, self.after, self.billed = again, after, billed
 
 
+# %% ../../nbs/07a_llm.backends.ipynb #p2effo01
+@dataclass
+class Effort:
+    "What a question has taken so far."
+
+    tries: int = 0
+    sent: int = 0  # requests that went out; more than tries where the server was asked in another way
+    tokens: int = 0  # estimated, of requests that may be billed though no reply came
+    waiting: bool = False  # is a request out that has no reply yet?
+    tunnel: bool = False  # is the client talking to a proxy, and not yet to the server?
+    retries: list = field(default_factory=list)  # why attempts failed
+
+    def trace(self, event, info):
+        "Told by the client what it does: httpcore's trace extension."
+        if event.endswith("send_request_headers.started"):
+            self.tunnel = info["request"].method == b"CONNECT"
+        if event.endswith("send_request_body.complete") and not self.tunnel:
+            self.sent, self.waiting = self.sent + 1, True
+
+    @property
+    def facts(self):
+        "As fields of a reply."
+        return dict(attempts=self.tries, sent=self.sent)
+
+
 # %% ../../nbs/07a_llm.backends.ipynb #fcfea0af
 def number(x, low=0.0):
     "A finite number >= `low` from whatever a server sent; 0 if it is none."
@@ -332,9 +378,61 @@ def about_tokens(request):
     return sum(len(m["content"]) for m in request.messages) // 4
 
 
+# %% ../../nbs/07a_llm.backends.ipynb #p2prox01
+def direct(host):
+    "Is a host asked without a proxy: this machine, or one that NO_PROXY names, by name or network?"
+    if host == "localhost" or host.endswith(".localhost") or proxy_bypass(host):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    if address.is_loopback or address.is_unspecified:
+        return True
+    for entry in getproxies().get("no", "").split(","):
+        with contextlib.suppress(ValueError):
+            if address in ipaddress.ip_network(entry.strip(), strict=False):
+                return True
+    return False
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2prox02
+def proxy_for(url):
+    "(the environment variable, the proxy that it names) for a URL; ('', None) where it is asked directly."
+    parts = urlsplit(url)
+    if direct(parts.hostname):
+        return "", None
+    for name in (f"{parts.scheme}_proxy", "all_proxy"):
+        for variable in (name, name.upper()):
+            if proxy := os.environ.get(variable, "").strip():
+                return variable, proxy if "://" in proxy else f"http://{proxy}"
+    return "", None
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2prox03
+def transport(url):
+    "The way to a URL, as the environment has it; a proxy that cannot be used is a PromptnbError with its variable."
+    import httpx2
+
+    variable, proxy = proxy_for(url)
+    # verify: there are no certificates to load for plain http
+    how = dict(verify=url.startswith("https"), proxy=proxy)
+    try:
+        return httpx2.HTTPTransport(**how)
+    except ImportError:
+        without = f"NO_PROXY={urlsplit(url).hostname}"
+        raise PromptnbError(
+            f"{variable} names a SOCKS proxy, which needs a package: pip install socksio (or set {without})"
+        ) from None
+    except Exception as e:
+        raise PromptnbError(f"{variable or 'the URL'} names no proxy that can be used ({type(e).__name__})") from None
+
+
 # %% ../../nbs/07a_llm.backends.ipynb #b47bea0a
-def http_client(seconds, tls=True, size=4 * 2**20):
-    "An HTTP client whose replies end after `seconds` and `size` bytes, however slowly they come."
+def http_client(url, seconds, trace=None, size=4 * 2**20):
+    """An HTTP client whose replies end after `seconds` and `size` bytes, however slowly they come.
+
+    trace(event, info) is told what it does."""
     import httpx2
     import openai
 
@@ -356,12 +454,72 @@ def http_client(seconds, tls=True, size=4 * 2**20):
         def close(self):
             self.stream.close()
 
+    def traced(request):
+        if trace:
+            request.extensions["trace"] = trace
+
     def bound(response):
         response.stream = Bounded(response.stream)
 
-    # verify: there are no certificates to load for plain http
-    hooks = dict(response=[bound])
-    return openai.DefaultHttpxClient(event_hooks=hooks, follow_redirects=False, timeout=seconds, verify=tls)
+    hooks = dict(request=[traced], response=[bound])
+    how = dict(event_hooks=hooks, follow_redirects=False, timeout=seconds)
+    return openai.DefaultHttpxClient(transport=transport(url), **how)
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2take01
+@dataclass(frozen=True)
+class Takes:
+    "What a server takes of a request, as far as it has said."
+
+    limit: str = "max_tokens"  # or 'max_completion_tokens', or '': neither
+    system: bool = True  # False: what the system says stands in the user's turn
+    temperature: bool = True
+    seed: bool = True
+
+    def said(self, other):
+        "What is different in another one, in words."
+        changes = []
+        if other.limit != self.limit:
+            changes.append(f"wants {other.limit} for max_tokens" if other.limit else "takes no limit of tokens")
+        if other.system != self.system:
+            changes.append("takes no system role: it is put into the user's turn")
+        changes += [f"takes no {x}" for x in ("temperature", "seed") if getattr(other, x) != getattr(self, x)]
+        return ", ".join(changes)
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2take02
+_NO = r"not (?:support|permitted|allowed|accepted)|unsupported|unrecogni[sz]ed|unknown|unexpected|invalid|extra|instead"
+UNTAKEN = re.compile(rf"{_NO}|deprecated|only")  # a refusal of a thing itself, not of its size
+NO_SYSTEM = re.compile(
+    rf"(?:{_NO}).{{0,60}}\bsystem\b|\bsystem\b.{{0,60}}(?:{_NO})|roles? must alternate|only user", re.S
+)
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2take03
+def learned(takes, message):
+    "What a server takes after it has refused a request with this message; as before where that says nothing of it."
+    text = message.lower()
+    if NO_SYSTEM.search(text):
+        return replace(takes, system=False)
+    if not UNTAKEN.search(text):
+        return takes
+    if takes.limit and takes.limit in text:
+        return replace(takes, limit="max_completion_tokens" if takes.limit == "max_tokens" else "")
+    for field_ in ("temperature", "seed"):
+        if re.search(rf"\b{field_}\b", text):
+            takes = replace(takes, **{field_: False})
+    return takes
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2take05
+def merged_turns(messages):
+    "Messages without a system role: what the system says begins the user's turn."
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    rest = [m for m in messages if m["role"] != "system"]
+    if not system:
+        return rest
+    first, *later = rest or [dict(content="")]
+    return [dict(role="user", content="\n\n".join([*system, first["content"]]).strip()), *later]
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #ca77f0a0
@@ -388,11 +546,15 @@ class Server(Backend):
             raise PromptnbError(f"no user or key in a URL: put the key into the environment variable {self.key_env}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise PromptnbError(f"'{clean(self.url)}' is no URL: write http://host:port/v1 or https://...")
+        if parts.path.rstrip("/").endswith("/chat/completions"):
+            raise PromptnbError(f"'{clean(self.url)}': leave '/chat/completions' off the URL")
         # imported now, since that takes a second: better than within a deadline
         import_optional("openai", "servers are asked through openai: pip install 'promptnb[llm]'")
         self.name = f"server:{self.model}@{self.version}" if self.version else f"server:{self.model}"
         self.fails = 0  # failed requests in a row
         self.resting = 0  # requests that are still not to be sent
+        self.takes = Takes()
+        self.lock = threading.Lock()  # of what it takes
 
     def secret(self):
         "The key, from the environment."
@@ -405,20 +567,63 @@ class Server(Backend):
         return text.replace(secret, "(key)") if len(secret) >= 8 else text
 
 
+# %% ../../nbs/07a_llm.backends.ipynb #p2keyy01
+@patch
+def key(self: Server):
+    "The key to send; one that no header can hold is a PromptnbError that names the sign."
+    secret = self.secret()
+    for place, c in enumerate(secret, 1):
+        if not "!" <= c <= "~":
+            sign = unicodedata.name(c, f"U+{ord(c):04X}")
+            raise PromptnbError(
+                f"the key in the environment variable {self.key_env} has a sign that no header can hold: {sign}, "
+                f"at place {place} of {len(secret)}; copy it again as plain text"
+            )
+    return secret or "none"
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2hint01
+@patch
+def hint(self: Server, status):
+    "What may be wrong where a server answers with this status; '' if we do not know."
+    if status in (401, 403):
+        known = f"is the key in {self.key_env} right?" if self.secret() else f"{self.key_env} holds no key"
+        return f" ({known})"
+    if status in (200, 404, 405) and not re.search(r"/v\d\w*/?$", urlsplit(self.url).path):
+        return f" (the URL does not end in /v1: try {self.url.rstrip('/')}/v1)"
+    return f" (is '{self.model}' a model that it has?)" if status == 404 else ""
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2cont01
+def content_text(content):
+    "The text of a reply's content: a string, or the text parts of a list; None where it has none."
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if isinstance(content, list) else ():
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else ("", None)
+        text = text.get("value") if isinstance(text, dict) else text
+        if kind in ("text", "output_text") and isinstance(text, str):
+            texts.append(text)
+    return "\n".join(texts) if texts else None
+
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1read01
 @patch
 def read(self: Server, completion, request):
-    "The reply in a completion of the chat protocol; raises Failed if it is not whole."
+    "The reply in a completion of the chat protocol; raises Failed if there is none."
     try:
         choice = completion.choices[0]
-        text, end = choice.message.content, choice.finish_reason
+        text, end = content_text(choice.message.content), choice.finish_reason
     except (AttributeError, TypeError, IndexError, KeyError):
-        raise Failed("no reply of the chat protocol (no choices)", billed=True) from None
+        raise Failed(f"no reply of the chat protocol (no choices){self.hint(200)}", billed=True) from None
     if end == "content_filter":
         raise Failed("the server's filter stopped the reply", again=False, billed=True)
-    if not isinstance(end, str):
-        raise Failed("half a reply (no end)", billed=True)
-    if not isinstance(text, str):
+    if end == "length" and not (text or "").strip():
+        raise Failed(
+            f"{request.max_tokens} tokens were too few for a reply: all went into thinking", False, billed=True
+        )
+    if text is None:
         raise Failed("no reply of the chat protocol (no text)", billed=True)
     text, usage = self.scrub(text), getattr(completion, "usage", None)
     return Reply(
@@ -426,79 +631,119 @@ def read(self: Server, completion, request):
         tokens_in=int(number(getattr(usage, "prompt_tokens", None))) or about_tokens(request),
         tokens_out=int(number(getattr(usage, "completion_tokens", None))) or len(text) // 4,
         model=clean(self.scrub(str(getattr(completion, "model", "") or ""))),
+        ended=isinstance(end, str),
     )
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1atte01
 @patch
 def body(self: Server, request):
-    "What is sent, as keywords of the chat protocol."
+    "What is sent, as keywords of the chat protocol, in the form that the server takes."
+    takes = self.takes
     body = dict(
         model=self.model,
-        messages=request.messages,
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        seed=request.seed,
+        messages=request.messages if takes.system else merged_turns(request.messages),
+        temperature=request.temperature if takes.temperature else None,
+        seed=request.seed if takes.seed else None,
     )
+    if takes.limit:
+        body[takes.limit] = request.max_tokens
     return {k: v for k, v in {**body, **self.extra}.items() if v is not None}
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2lear01
+@patch
+def learn(self: Server, status, message, asked):
+    "Read a refusal of what was `asked` in one form, and say once what it teaches; another worker may have learned it."
+    # a bad request, or one that cannot be processed; some servers answer so with an error of their own
+    if status not in (400, 422, 500):
+        return
+    with self.lock:
+        takes = learned(asked, message)
+        if self.takes == asked != takes:
+            said = self.takes.said(takes)
+            print(f"{urlsplit(self.url).netloc}, {self.model}: the server {said}", file=sys.stderr, flush=True)
+            self.takes = takes
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2send01
+@patch
+def send(self: Server, client, request):
+    "The server's completion; a request that it refuses goes out again as it takes it."
+    import openai
+
+    while True:
+        takes, body = self.takes, self.body(request)
+        try:
+            return client.chat.completions.create(**body)
+        except openai.APIStatusError as e:
+            self.learn(e.status_code, f"{e.message} {e.body}", takes)
+            if self.body(request) == body:
+                raise
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1atte02
 @patch
-def attempt(self: Server, request, seconds):
-    "One try within so many seconds; raises Failed."
+def attempt(self: Server, request, seconds, effort):
+    "One try within so many seconds; raises Failed. What went out is noted in `effort`."
     import openai
 
-    key = self.secret() or "none"
     try:
-        with http_client(seconds, self.url.startswith("https")) as web:
-            client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=seconds, http_client=web)
-            completion = client.chat.completions.create(**self.body(request))
+        with http_client(self.url, seconds, effort.trace) as web:
+            how = dict(base_url=self.url, max_retries=0, timeout=seconds, http_client=web)
+            completion = self.send(openai.OpenAI(api_key=self.key(), **how), request)
         return self.read(completion, request)
     except Failed:
         raise
+    except PromptnbError as e:  # of the key or the proxy: nothing was sent
+        raise Failed(str(e), again=False) from None
     except openai.APITimeoutError:
-        raise Failed(f"no reply within {seconds:.3g} s", billed=True) from None
+        raise Failed(
+            f"no {'reply' if effort.waiting else 'connection'} within {seconds:.3g} s", billed=effort.waiting
+        ) from None
     except openai.APIStatusError as e:
-        why = f"status {e.status_code}: {self.scrub(str(e.message))}"
+        why = f"status {e.status_code}: {self.scrub(str(e.message))}{self.hint(e.status_code)}"
         # timeout, conflict, too many requests; or the server's own fault
         again = e.status_code in (408, 409, 429) or e.status_code >= 500
         raise Failed(why, again, retry_after(e.response.headers)) from None
     except openai.APIConnectionError as e:
-        why = f"no connection, or it was cut ({type(e.__cause__ or e).__name__})"
-        # no connection: nothing was received, so nothing is paid for
-        raise Failed(why, billed="Connect" not in type(e.__cause__).__name__) from None
+        variable, _ = proxy_for(self.url)
+        through = f" through the proxy that {variable} names" if variable else ""
+        why = f"no connection{through}, or it was cut ({type(e.__cause__ or e).__name__})"
+        raise Failed(why, billed=effort.waiting) from None
     except Exception as e:
-        raise Failed(f"no reply of the chat protocol ({type(e).__name__})", billed=True) from None
+        raise Failed(f"no reply of the chat protocol ({type(e).__name__})", billed=effort.waiting) from None
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1one001
 @patch
-def answer(self: Server, request, end):
+def answer(self: Server, request, end, effort):
     "A reply, or the reason of the last attempt; bounded in attempts, and by the time `end`."
     start = time.monotonic()
-    why, billed, tries = "the deadline was over before its turn", 0, 0  # billed: tokens of failed attempts
-    while tries <= self.retries and (left := end - time.monotonic()) > 0:
-        tries += 1
+    why = "the deadline was over before its turn"
+    while effort.tries <= self.retries and (left := end - time.monotonic()) > 0:
+        effort.tries, effort.waiting = effort.tries + 1, False
         try:
-            reply = self.attempt(request, min(self.timeout, left))
-            seconds = time.monotonic() - start
-            return replace(reply, attempts=tries, tokens_in=reply.tokens_in + billed, seconds=seconds)
+            reply = self.attempt(request, min(self.timeout, left), effort)
+            seconds, tokens = time.monotonic() - start, reply.tokens_in + effort.tokens
+            return replace(reply, tokens_in=tokens, seconds=seconds, retries=tuple(effort.retries), **effort.facts)
         except Failed as e:
-            why = str(e)
-            if e.billed:
-                billed += about_tokens(request)
+            why = clean(self.scrub(str(e)), 400)
+            effort.tokens += about_tokens(request) if e.billed else 0
+            effort.waiting = False
             # what the server asks for, or twice as long as the time before
-            wait = max(e.after, self.backoff * 2 ** (tries - 1))
-            if not e.again or tries > self.retries or wait >= end - time.monotonic():
+            wait = max(e.after, self.backoff * 2 ** (effort.tries - 1))
+            if not e.again or effort.tries > self.retries or wait >= end - time.monotonic():
                 break
+            effort.retries.append(why)
             time.sleep(wait)
-    return failure(self.scrub(why), attempts=tries, tokens_in=billed, seconds=time.monotonic() - start)
+    spent = dict(tokens_in=effort.tokens, seconds=time.monotonic() - start, retries=tuple(effort.retries))
+    return Reply(ok=False, why=why, **spent, **effort.facts)
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1batc01
 @patch
-def answer_all(self: Server, requests, end):
+def answer_all(self: Server, requests, end, efforts):
     "Replies by several workers at once; None where there was none by the time `end`."
     replies, todo = [None] * len(requests), queue.SimpleQueue()
     for i in range(len(requests)):
@@ -510,7 +755,7 @@ def answer_all(self: Server, requests, end):
                 i = todo.get_nowait()
             except queue.Empty:
                 return
-            replies[i] = self.answer(requests[i], end)
+            replies[i] = self.answer(requests[i], end, efforts[i])
 
     # daemons: a worker that hangs is left behind
     workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.workers, len(requests)))]
@@ -521,6 +766,24 @@ def answer_all(self: Server, requests, end):
     return list(replies)
 
 
+# %% ../../nbs/07a_llm.backends.ipynb #p2late01
+@patch
+def late(self: Server, request, effort):
+    "The failure of a request that has no reply by the deadline."
+    tokens = effort.tokens + (about_tokens(request) if effort.waiting else 0)
+    why = f"no reply within the deadline of {self.deadline:g} s"
+    return failure(why, seconds=self.deadline, tokens_in=tokens, retries=tuple(effort.retries), **effort.facts)
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2asks01
+@patch
+def ask_all(self: Server, requests):
+    "One reply per request, within the deadline."
+    efforts = [Effort() for _ in requests]
+    found = self.answer_all(requests, time.monotonic() + self.deadline, efforts)
+    return [reply or self.late(*tried) for reply, *tried in zip(found, requests, efforts)]
+
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1batc02
 @patch
 def complete(self: Server, requests):
@@ -529,16 +792,37 @@ def complete(self: Server, requests):
         self.resting -= len(requests)
         resting = failure("the server has failed too often and is left alone for a while", attempts=0)
         return [resting] * len(requests)
-    late = f"no reply within the deadline of {self.deadline:g} s"
-    replies = []
-    for request, reply in zip(requests, self.answer_all(requests, time.monotonic() + self.deadline)):
-        if reply is None:
-            reply = failure(late, seconds=self.deadline, tokens_in=about_tokens(request))
+    replies = self.ask_all(requests)
+    for reply in replies:
         self.fails = 0 if reply.ok else self.fails + 1
-        replies.append(reply)
     if self.fails >= self.patience:
         self.resting = self.rest
     return replies
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2pref01
+class Unreachable(PromptnbError):
+    "A server that gave no answer at all."
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2pref02
+@patch
+def preflight(self: Server, max_tokens=100, temperature=1.0):
+    """The reply to one question, asked before work; Unreachable without an answer, a PromptnbError where it is refused,
+    or where all of the reply is thinking."""
+    self.key(), transport(self.url)  # before anything is sent
+    request = Request(decision_prompt(scene(), ()), max_tokens, temperature)
+    (reply,) = self.ask_all([request])
+    who = f"'{self.model}' at {clean(self.url)}"
+    if not reply.ok:
+        refused = re.match(r"status (?!408|409|429)4|\d+ tokens were", reply.why)
+        raise (PromptnbError if refused else Unreachable)(f"{who} cannot be asked: {reply.why}")
+    if reply.text.strip() and not without_thinking(reply.text):
+        raise PromptnbError(
+            f"{who} thinks for more than {max_tokens} tokens: give it more (online.tokens), or turn its thinking off"
+            " (online.extra)"
+        )
+    return reply
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #01054671
@@ -667,9 +951,9 @@ def fits(self: Budget, requests):
 @patch
 def spend(self: Budget, replies, seconds):
     "Book replies and the seconds they took; what came from a tape or was not sent costs nothing."
-    paid = [r for r in replies if not r.cached and r.attempts]
+    paid = [r for r in replies if r.reached]
     self.spent["calls"] += len(paid)
-    self.spent["attempts"] += sum(r.attempts for r in paid)
+    self.spent["attempts"] += sum(r.reached for r in paid)
     self.spent["tokens_in"] += sum(r.tokens_in for r in paid)
     self.spent["tokens_out"] += sum(r.tokens_out for r in paid)
     self.spent["seconds"] += seconds if paid else 0.0
@@ -686,7 +970,7 @@ def complete(self: Budget, backend, requests):
         got = backend.complete(waiting[: self.fits(waiting)])
         self.spend(got, time.monotonic() - start)
         replies += got
-    unasked = failure("the budget is spent", attempts=0)
+    unasked = failure("the budget is spent", attempts=0, withheld=True)
     return replies + [unasked] * (len(requests) - len(replies))
 
 
