@@ -154,6 +154,8 @@ MIDDLE = tuple(i for i in EVERY["cheetah-vel"] if 10 <= i < 30 and i not in (2, 
 
 
 def goal_range(family="cheetah-vel"):
+    "Recipes whose policies are trained on the middle of a family's goals and played on all of them."
+
     def narrow(p):
         return replace(p, name=f"{p.name}-middle", train=MIDDLE)
 
@@ -221,6 +223,7 @@ SETS = ("medium", "medium-replay", "medium-expert")
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #7b5b93bb
 def backbone(family, quality, **kw):
+    "Pre-training of a policy without prompts on one task's data; `kw`: what differs."
     return Pretrain(
         family,
         f"cmt-{quality}",
@@ -283,6 +286,7 @@ TEAMS = ("good", "medium", "poor")
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #6f41ea8e
 def team_backbone(family, quality):
+    "Pre-training of MADT's policy, which all agents of a game share, on one quality of data."
     return Pretrain(
         family,
         f"madt-{quality}",

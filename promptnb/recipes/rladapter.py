@@ -68,6 +68,7 @@ SWITCHES = {k: (label, dict(preset="switch") | fields) for k, (label, fields) in
 
 
 def recipe(key, label, prefix="", **fields):
+    "A recipe of guided PPO in Crafter; `fields`: of `Online`, where they are not its defaults."
     return Recipe(RLADAPTER, "crafter", label, f"{prefix}{key}", None, eval_episodes=20, online=Online(**fields))
 
 
@@ -80,6 +81,7 @@ GPT35 = recipe("gpt-3.5", "GPT-3.5 as decision LM", decision="gpt-3.5-turbo")
 
 
 def sized(prefix, sizes, keys=MAIN):
+    "The recipes of `keys` at other sizes, {key: Recipe}."
     return {k: recipe(k, MAIN[k][0], prefix, **{**sizes, **MAIN[k][1]}) for k in keys}
 
 
