@@ -453,10 +453,15 @@ def remote_trajectories(fam, quality, episodes):
         if hasattr(kind, "imported"):
             return kind.imported(dataset, episodes)
         return [
-            dict(observations=e.observations, actions=e.actions, rewards=e.rewards, terminated=bool(e.terminations[-1]))
+            dict(
+                observations=e.observations,
+                actions=e.actions,
+                rewards=e.rewards,
+                terminated=bool(np.any(e.terminations[-1:])),
+            )
             for e in dataset.iterate_episodes(range(min(episodes, dataset.total_episodes)))
         ]
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, KeyError, ValueError, IndexError) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise PromptnbError(
             f"Minari dataset '{id_}' cannot be read ({reason}): delete its folder and fetch it again"

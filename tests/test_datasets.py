@@ -414,6 +414,46 @@ def test_damaged_local_copy(part, local, capsys):
     assert said.startswith("promptnb: ") and said.count("\n") == 1 and REMOTE in said
 
 
+def emptied(episode):
+    "No step is left: one observation, no action."
+    for name in ("actions", "rewards", "terminations", "truncations"):
+        values = episode[name][:0]
+        del episode[name]
+        episode[name] = values
+
+
+def narrowed(episode):
+    "Observations of another body."
+    values = episode["observations"][:, :5]
+    del episode["observations"]
+    episode["observations"] = values
+
+
+CONTENTS = {
+    "NaN in a state": (lambda e: e["observations"].__setitem__((3, 1), np.nan), ["trajectory 1", "at step 3"]),
+    "infinity in an action": (lambda e: e["actions"].__setitem__((0, 0), np.inf), ["trajectory 1", "at step 0"]),
+    "no rewards": (lambda e: e.__delitem__("rewards"), ["rewards"]),
+    "no observations": (lambda e: e.__delitem__("observations"), ["observations"]),
+    "no terminations": (lambda e: e.__delitem__("terminations"), ["terminations"]),
+    "no steps": (emptied, ["no steps"]),
+    "another body": (narrowed, ["5"]),
+}
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("edit, says", CONTENTS.values(), ids=CONTENTS)
+def test_bad_contents_of_a_local_copy(edit, says, local, tmp_home, capsys):
+    "One line that names the dataset or the trajectory, and nothing is written."
+    import h5py
+
+    with h5py.File(local[1], "r+") as f:
+        edit(f["episode_1"])
+    assert command.main([*COLLECT_REMOTE]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("promptnb: ") and said.count("\n") == 1 and all(s in said for s in says), said
+    assert not list((tmp_home / "minari").rglob("columns.safetensors"))
+
+
 def test_list(tmp_home, capsys):
     "A row for each dataset that is here; for other families a row that says how to get one."
     collect.collect(FAMILY, "random", 2, **QUIET)

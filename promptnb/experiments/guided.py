@@ -11,7 +11,7 @@ import itertools
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +293,16 @@ def played(folder, f):
     return kept(Path(folder) / "final.json", lambda: dict(episodes=f()))["episodes"]
 
 
+# %% ../../nbs/10c_experiments.guided.ipynb #gdagt006
+@patch
+def budget_left(self: GuidedAgent) -> tuple:
+    "What training has left of the recipe's budget, as a recipe names it; () without one."
+    if not self.x.budget:
+        return ()
+    left = {k: max(0, value) for k, value in self.advise.budget.left().items()}
+    return tuple({**dict(self.x.budget), **left}.items())
+
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt005
 @patch
 def play_final(self: GuidedAgent) -> list:
@@ -301,7 +311,7 @@ def play_final(self: GuidedAgent) -> list:
 
     folder, seed, device = self.folder / "final", seed_for(self.run.seed, "final"), self.run.device
     loaded = self.advise and getattr(self.advise.decision, "backend", self.advise.decision)
-    advise = guidance(self.x, seed, folder, device, self.judge, loaded)
+    advise = guidance(replace(self.x, budget=self.budget_left()), seed, folder, device, self.judge, loaded)
     if self.adapts:
         use(advise, self.adapter, folder, device)
     n, policy = self.run.recipe.eval_episodes, self.trainer.policy
