@@ -1265,9 +1265,11 @@ def test_plan(home, monkeypatch):
         and "--quality medium --episodes 4" in rules["collect_reacher2d"].command
         and f"job {JOB}@0 --scale smoke" in r.command
     )
-    assert len(r.params["depends"][0]["recipes"]) == 7 and {
-        x.name.split("_")[-1] for x in plan.plan(replace(ASK, scale="laptop")) if "offline" in x.name
-    } == {"s0", "s1", "s2"}
+    assert {x.name.split("_")[-1] for x in plan.plan(replace(ASK, scale="laptop")) if "offline" in x.name} == {
+        "s0",
+        "s1",
+        "s2",
+    }
 
 
 def test_which_code_a_record_depends_on():

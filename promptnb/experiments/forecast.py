@@ -87,8 +87,10 @@ def time_name(run: Run) -> str:
 # %% ../../nbs/10g_experiments.forecast.ipynb #2f5114e3
 def good_records(run: Run) -> list:
     "This machine's good records of a run, of any seed, current or stale."
-    any_seed = f"{run.id.rsplit('.s', 1)[0]}.s*.json"
-    found = map(sound_record, sorted(results_dir(run.recipe.paper).glob(any_seed)))
+    folder, any_seed = results_dir(run.recipe.paper), run.id.rsplit(".s", 1)[0] + ".s"
+    names = os.listdir(folder) if folder.is_dir() else ()
+    own = sorted(name for name in names if name.startswith(any_seed) and name.endswith(".json"))
+    found = [sound_record(folder / name) for name in own]
     return [record for record in found if record and record["status"] == "ok"]
 
 
@@ -115,7 +117,12 @@ def write_seconds(paper) -> Path:
 def shipped_seconds(paper) -> dict:
     "{'where', 'seconds'} of the times that come with the project."
     path = seconds_file(paper)
-    return read_json(path) if path.exists() else dict(where="", seconds={})
+    return _read(path, path.stat().st_mtime_ns) if path.exists() else dict(where="", seconds={})
+
+
+@functools.cache
+def _read(path, changed):
+    return read_json(path)
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #272d11c9
@@ -139,6 +146,8 @@ class Rates:
 
     def __call__(self, run: Run):
         "Seconds of a step; None where they were never measured and are not to be."
+        if self.measure == "none" and not self.kept:
+            return None
         module = module_of(run.kind)
         size = fingerprint([run.kind, module.size_of(run.recipe), self.machine])
         if self.measure == "none" or size in self.timed or (size in self.kept and self.measure == "missing"):

@@ -19,8 +19,6 @@ from promptnb.core import (
     DamagedError,
     PromptnbError,
     check_choice,
-    code_fingerprint,
-    fingerprint,
     minari_dir,
     process_name,
     root,
@@ -44,17 +42,16 @@ __all__ = [
     "tasks_of",
     "Rule",
     "data_needs",
-    "collect_code",
     "relative_to_root",
     "Collection",
     "program",
     "collections",
-    "depends",
     "spelt",
     "batches",
     "batch_rule",
     "inputs_of",
     "plan",
+    "drop_stamps",
     "write_plan",
 ]
 
@@ -204,7 +201,6 @@ class Rule:
     inputs: list
     outputs: list
     command: str
-    params: dict
     threads: int = 1
     resources: dict = field(default_factory=dict)  # what its job asks of a cluster
 
@@ -219,15 +215,6 @@ def data_needs(r: rc.Recipe) -> set:
     p, t = r.pretrain, r.tune
     contexts = p.context.qualities if p.context and p.H else ()
     return {(quality, p.episodes) for quality in (p.quality, t.demo_quality, t.prompt_data, *contexts)}
-
-
-# %% ../../nbs/10f_experiments.plan.ipynb #7d1b331d
-def collect_code(family) -> str:
-    "Fingerprint of the code and facts that a family's datasets depend on."
-    from promptnb import tasks
-
-    fam = tasks.family(family)
-    return fingerprint([code_fingerprint("experts", "collect", *tasks.code_modules(fam)), tasks.facts(fam)])
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol001
@@ -262,7 +249,7 @@ class Collection:
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol006
 @patch
 def is_there(self: Collection) -> bool:
-    "Are its datasets here, with enough episodes? Their hashes are checked by who reads them."
+    "Are its datasets here, of today's behaviours, with enough episodes? Their hashes are checked by who reads them."
     from promptnb import collect, tasks
 
     fam = tasks.family(self.family)
@@ -275,6 +262,8 @@ def is_there(self: Collection) -> bool:
             id_ = collect.dataset_id(fam, i, quality)
             entry = known.get(id_, {})
             if entry.get("asked", 0) < episodes or not (minari_dir() / id_ / "columns.safetensors").exists():
+                return False
+            if entry.get("policy") != collect.policy_of(fam, quality):
                 return False
     return True
 
@@ -293,7 +282,7 @@ def rule(self: Collection) -> Rule:
     episodes = max(n for _, n in self.needs)
     command = f"{program()} collect --family {self.family} {qualities} --episodes {episodes} --stamp {self.stamp}"
     name = f"collect_{self.family}".replace("-", "_")
-    return Rule(name, [], [self.stamp], command, dict(code=collect_code(self.family)))
+    return Rule(name, [], [self.stamp], command)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol005
@@ -306,14 +295,6 @@ def collections(jobs, scale) -> dict:
             collection.needs |= needs
             collection.papers.add(r.paper)
     return out
-
-
-# %% ../../nbs/10f_experiments.plan.ipynb #pljob001
-def depends(runs) -> dict:
-    "What a job's runs depend on, for Snakemake to compare: digests of recipes, fingerprint of code and facts."
-    modules = list(dict.fromkeys(m for run in runs for m in run.modules))
-    code = fingerprint([code_fingerprint(*modules), runs[0].facts])
-    return dict(recipes=[rc.digest(run.recipe) for run in runs], code=code)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #pljob002
@@ -358,8 +339,7 @@ def batch_rule(batch, number, inputs, accelerator, asks) -> Rule:
     command = f"{program()} job {words} --scale {first.scale} --accelerator {accelerator} --threads 1"
     needs = sorted({i for task in batch for i in inputs[task.stamp]} - set(outputs))
     resources = asks([run for task in batch for run in task.left])
-    params = dict(depends=[depends(task.runs) for task in batch])
-    return Rule(name, needs, outputs, command, params, resources=resources)
+    return Rule(name, needs, outputs, command, resources=resources)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat003
@@ -406,12 +386,18 @@ def plan(
     return rules + [batch_rule(b, i, inputs, accelerator, asks) for i, b in enumerate(batches(left, seconds, share))]
 
 
+# %% ../../nbs/10f_experiments.plan.ipynb #plstamp1
+def drop_stamps(rules):
+    "Remove the stamps of what rules will do again."
+    for name in (name for rule in rules for name in rule.outputs):
+        (root() / name).unlink(missing_ok=True)
+
+
 # %% ../../nbs/10f_experiments.plan.ipynb #413c9f89
 def write_plan(rules, dry=False) -> Path:
     "Write rules into a file for Snakemake, unless `dry` without the stamps of what they will do again; returns it."
-    for name in (name for rule in rules for name in rule.outputs):
-        if not dry:
-            (root() / name).unlink(missing_ok=True)
+    if not dry:
+        drop_stamps(rules)
     folder = runs_dir() / "graph"
     swept(folder)  # of a killed one
     return write_json(folder / f".plan.{process_name()}.json", [asdict(rule) for rule in rules])
