@@ -7,7 +7,9 @@ __version__ = "0.1.0"
 __all__ = []
 
 # %% ../nbs/00b_init.ipynb #init0003
+from .bare import stand_in
 from .plugins import load_all
 
 # %% ../nbs/00b_init.ipynb #init0005
+stand_in()
 load_all()

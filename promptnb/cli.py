@@ -65,6 +65,7 @@ from promptnb.experiments.notebook import (
     sweep,
     time_limit,
 )
+from .experiments.plain import plain_jobs
 from .experiments.plan import Request, chosen, is_finished, plan, tasks_of, within_means, write_plan
 from .experiments.run import relative
 
@@ -523,15 +524,23 @@ def job_arguments(p):
     p.add_argument("--accelerator", default="auto")
     p.add_argument("--threads", type=whole, default=1)
     p.add_argument("-p", action="append", default=[])
+    p.add_argument("--plain", action="store_true", help="in this process, without a notebook: needs no papermill")
+    p.add_argument("--minutes", type=float, help="with --plain: stop in time at a checkpoint, and say what is left")
     job_settings(p)
 
 
 # %% ../nbs/12_cli.ipynb #1bc5cc36
 def cmd_job(a):
-    "Run one job, or several in one kernel."
-    given = dict(job=a.id, seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads)
+    "Run one job, or several in one kernel; with --plain, in this process."
+    given = dict(seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads)
+    if a.minutes is not None and not a.plain:
+        raise PromptnbError("--minutes is of --plain, which stops at a checkpoint; a notebook has --time-limit")
+    if a.plain and a.p:
+        raise PromptnbError(f"-p {a.p[0]} is a notebook's parameter, and --plain runs none")
     with in_force(a):
-        job_command(**{**given, **pairs(a.p)})
+        if a.plain:
+            return plain_jobs(a.id, **given, minutes=a.minutes)
+        job_command(**{**given, "job": a.id, **pairs(a.p)})
 
 
 # %% ../nbs/12_cli.ipynb #75ece5c3

@@ -131,7 +131,9 @@ def imports(source, package=()):
 # module: (ours that it may import, others that it never may, others not at module level)
 EVERYTHING_OURS = "core plugins tasks data experts collect models train evaluate tuners llm online recipes"
 LAYERS = {
-    "__init__": ("plugins", "torch gymnasium", ""),
+    "__init__": ("bare plugins", "torch gymnasium", ""),
+    "__main__": ("cli", "", ""),
+    "bare": ("", "torch gymnasium", ""),
     "core": ("", "", "torch gymnasium"),
     "plugins": ("core", "torch gymnasium", ""),
     "tasks": ("core", "", "torch"),  # Atari's behaviour policies are networks: torch inside functions only

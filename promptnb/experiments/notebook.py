@@ -370,16 +370,16 @@ def note_killed(paper, scale):
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #e0ba4909
-def judged_job(job: rc.Job, given, notebook, kernel=None):
-    "Run the job's notebook, then judge by the records: a stamp, or an error that names the first run that failed."
+def judged_job(job: rc.Job, given, work):
+    "Do a job by `work()`, then judge by the records: a stamp, or an error that names the first run that failed."
     seed, scale = given["seed"], given["scale"]
     runs = possible(runs_of(job, scale, seed))
     for run in runs:
         run.failed_path.unlink(missing_ok=True)  # an earlier attempt's reason is not this one's
-    trouble = "the notebook ended without it"
+    trouble = "the job ended without it"
     try:
         if not all(run.finished for run in runs):
-            execute(root() / TEMPLATE, given, notebook, kernel=kernel)
+            work()
     except Stopped:
         raise  # neither done nor failed
     except PromptnbError as e:
@@ -446,8 +446,12 @@ def asked_job(word, seed):
 def locked_job(job: rc.Job, given, kernel, wait):
     "One job, held against a second process on it; a finished one needs no kernel."
     name = run_id(job.id, given["scale"], given["seed"])
+
+    def work():
+        execute(root() / TEMPLATE, given, runs_dir() / "notebooks" / f"{name}.ipynb", kernel=kernel)
+
     with run_lock(runs_dir() / "locks" / name, wait=wait):
-        judged_job(job, given, runs_dir() / "notebooks" / f"{name}.ipynb", kernel)
+        judged_job(job, given, work)
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nksweep1
