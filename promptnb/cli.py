@@ -347,7 +347,7 @@ def owned(command, last_word=signal.SIGTERM) -> int:
 
     last_word: the signal that it gets then."""
     owner = owner_name()
-    env = {**os.environ, **ENVIRONMENT, OWNER: owner}
+    env = {**os.environ, **ENVIRONMENT, OWNER: owner, "PROMPTNB_HOME": str(root())}
     try:
         return subprocess.run(command, env=env, preexec_fn=lambda: die_with_parent(last_word)).returncode
     finally:
@@ -445,7 +445,7 @@ def run_arguments(p):
     p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--dry-run", action="store_true", help="what would run, and how long it would take")
     p.add_argument("--measure", action="store_true", help="time training steps again, for the forecast")
-    p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, gpu, slurm")
+    p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, gpu, slurm, kubernetes")
     p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
     job_settings(p)
 
