@@ -32,9 +32,15 @@ class Film:
     shots: list  # frames (H, W, 3) of each
     returns: list
 
+    @property
+    def name(self) -> str:
+        "What its files are called: the films of other recipes, seeds and tasks stay."
+        r = self.run.recipe
+        return f"film.{r.family}.{r.key}.s{self.run.seed}.task{self.task}"
+
 
 # %% ../../nbs/10h_experiments.film.ipynb #flfil002
-def check_film(run: Run):
+def check_film(run: Run, task=None):
     "Refuse what cannot be filmed, with what to do about it."
     from promptnb import tasks
     from promptnb.tuners.core import TUNERS, tuner_class
@@ -43,6 +49,10 @@ def check_film(run: Run):
     if not tuner_class(r.tune.tuner).ENTRIES:
         able = [name for name in TUNERS if tuner_class(name).ENTRIES]
         raise PromptnbError(f"{r.id} tunes no prompt: film takes {', '.join(able)}")
+    known = tasks.family(r.family).test
+    if task is not None and task not in range(len(known)):
+        count = f"{r.family} has {len(known)} test tasks, 0 to {len(known) - 1}"
+        raise PromptnbError(f"there is no test task {task}: {count}")
     if not tuned_folder(run).exists():
         raise PromptnbError(f"{run.id} has not been run: promptnb run {r.paper} --scale {run.scale}")
     if not tasks.gl_backend():
@@ -119,17 +129,17 @@ def beside(shots) -> list:
 def film(recipe, scale="laptop", seed=0, task=None, every=25) -> Path:
     """Render a finished run of a prompt tuner; returns the path of the strip.
 
-    Writes film.png and film.gif to figures/yours/<paper>/<scale>."""
+    Writes film.<family>.<recipe's key>.s<seed>.task<i>, as .png and .gif, to figures/yours/<paper>/<scale>."""
     import imageio
     import matplotlib.pyplot as plt
 
     run = Run(rc.resolve(rc.RECIPES[recipe], scale), scale, seed)
-    check_film(run)
+    check_film(run, task)
     made = shoot(run, task)
     folder = figures_dir("yours") / run.recipe.paper / scale
     folder.mkdir(parents=True, exist_ok=True)
     fig, _ = made.strip(every)
-    fig.savefig(folder / "film.png", dpi=100)
+    fig.savefig(folder / f"{made.name}.png", dpi=100)
     plt.close(fig)
-    imageio.mimsave(folder / "film.gif", beside(made.shots), duration=0.25, loop=0)
-    return folder / "film.png"
+    imageio.mimsave(folder / f"{made.name}.gif", beside(made.shots), duration=0.25, loop=0)
+    return folder / f"{made.name}.png"

@@ -5,6 +5,7 @@
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000003
 from __future__ import annotations
 
+import ast
 import os
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from dataclasses import asdict, replace
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import PromptnbError, root
+from ..core import PromptnbError, check_choice, root
 from . import cmt, lamo, prompts, rladapter
 from .style import note
 from .tables import save_figure, save_table, shown
@@ -23,6 +24,7 @@ _all_ = ["exhibit", "reported"]  # a paper's page needs no other import
 # %% auto #0
 __all__ = [
     "PAGES",
+    "TYPES",
     "WHERE",
     "page_of",
     "caption",
@@ -34,6 +36,8 @@ __all__ = [
     "show",
     "overview",
     "status_line",
+    "injected",
+    "checked",
     "Page",
     "parts_of",
     "sources",
@@ -181,15 +185,48 @@ def status_line(e, scale, whose="any") -> str:
     return text
 
 
+# %% ../../nbs/11h_report.exhibits.ipynb #ex0pgc01
+def injected() -> list:
+    "Names that papermill has set in this notebook; it puts them into a cell that begins with '# Parameters'."
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    cells = [s for s in (shell.user_ns.get("In", []) if shell else []) if s.lstrip().startswith("# Parameters")]
+    found = ast.walk(ast.parse(cells[-1])) if cells else ()
+    return [target.id for node in found if isinstance(node, ast.Assign) for target in node.targets]
+
+
+# %% ../../nbs/11h_report.exhibits.ipynb #ex0pgc02
+TYPES = dict(scale=str, exhibits=str, partial=bool, shipped=bool)  # the parameters of a paper's page
+
+
+def checked(paper, given) -> list:
+    "The ids of the exhibits that a page is to show. A parameter that is misspelt, or of another type, is refused."
+    check_choice(paper, rc.PAPERS, "paper")
+    for name in injected():
+        check_choice(name, TYPES, "parameter of this page")
+    for name, value in given.items():
+        if not isinstance(value, TYPES[name]):
+            raise PromptnbError(f"parameter '{name}' of this page is {TYPES[name].__name__}, not {value!r}")
+    check_choice(given["scale"], rc.SCALES, "scale")
+    every = {e.id: e for e in rc.exhibits(paper)}
+    wanted = [id.strip() for id in given["exhibits"].split(",") if id.strip()]
+    if wanted in ([], ["all"]):
+        return [id for id, e in every.items() if not e.unknown]
+    for id in wanted:
+        if every[check_choice(id, every, "exhibit")].unknown:
+            raise PromptnbError(f"exhibit '{id}' cannot be made: {every[id].unknown}")
+    return wanted
+
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000031
 class Page:
     "What a paper's notebook shows: its exhibits at a scale; `exhibits` are ids with commas between them, or 'all'."
 
     def __init__(self, paper, scale, exhibits="all", partial=False, shipped=False):
+        self.wanted = checked(paper, dict(scale=scale, exhibits=exhibits, partial=partial, shipped=shipped))
         self.paper, self.scale, self.partial = paper, scale, partial
         self.whose = "shipped" if shipped else "any"
-        known = [e.id for e in rc.exhibits(paper) if not e.unknown]
-        self.wanted = known if exhibits in ("", "all") else exhibits.split(",")
         self._views = {}
 
     def exhibit(self, id) -> rc.Exhibit:
