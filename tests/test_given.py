@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
+import yaml
 from homes import PAPER, ROOT, SMOKE, cli, env_for, went
 
 import promptnb
@@ -12,6 +14,7 @@ from promptnb import cli as command
 from promptnb import recipes, tasks
 from promptnb.experiments import film
 from promptnb.experiments.run import Run
+from promptnb.models import dt
 from promptnb.report import exhibits
 
 # ---- pages that papermill runs by hand
@@ -119,3 +122,72 @@ def test_a_module_that_is_not_there():
     with pytest.raises(AttributeError, match="module 'promptnb' has no attribute 'dta'"):
         _ = promptnb.dta
     assert hasattr(promptnb, "evaluate") and not hasattr(promptnb, "__path__s")
+
+
+# ---- saved policies
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    "A folder with a saved policy, 'cheetah'."
+    folder = tmp_path_factory.mktemp("policies")
+    facts = dict(environment="cheetah-vel", recipe="a/b/c", metrics={"return": -25.5}, notes=dict(scale="smoke"))
+    toy().save_pretrained(folder / "cheetah", model_card_kwargs=facts)
+    return folder
+
+
+def toy():
+    return dt.Policy(dict(state_dim=3, act_dim=2, width=8, layers=1, heads=2, prompt=False), K=2)
+
+
+def test_page_of_a_saved_policy(policies):
+    "It says what the policy is, in the form of the hub, and the code that it gives loads it."
+    text = (policies / "cheetah" / "README.md").read_text()
+    assert "More Information Needed" not in text
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["license"] == "mit" and {"promptnb", "cheetah-vel"} <= set(head["tags"])
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isalpha()]
+    table = dict(rows)
+    assert table["recipe"] == "a/b/c" and table["return"] == "-25.5" and table["scale"] == "smoke"
+    code = text.split("```python\n")[1].split("```")[0].replace("this folder, or owner/name", str(policies / "cheetah"))
+    known = {}
+    exec(code, known)
+    assert isinstance(known["model"], dt.Policy)
+
+
+def test_page_is_written_anew_unless_a_person_wrote_it(tmp_path):
+    toy().save_pretrained(tmp_path, model_card_kwargs=dict(environment="cheetah-dir"))
+    toy().save_pretrained(tmp_path, model_card_kwargs=dict(environment="cheetah-vel"))
+    assert "cheetah-vel" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine\n")
+    toy().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine\n"
+
+
+NOT_THERE = [
+    ("{}/cheetha", ["there is no folder", "did you mean", "cheetah'"]),
+    ("{}/nothing/cheetah", ["there is no folder"]),
+    ("./cheetah", ["there is no folder ./cheetah"]),
+    ("~/cheetah", ["there is no folder"]),
+    ("cheetah", ["there is no folder cheetah"]),
+    ("owner/cheetah", ["there is no folder owner/cheetah, and the hub does not answer"]),
+    ("{}", ["does not hold a Policy", "no config.json"]),
+]
+
+
+@pytest.mark.parametrize("name, says", NOT_THERE, ids=str)
+def test_a_policy_that_is_not_there(name, says, policies, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    start = time.perf_counter()
+    refused(dt.Policy.from_pretrained, name.format(policies), says=says)
+    assert time.perf_counter() - start < 3
+
+
+def test_offline_the_hub_is_not_tried_for_half_a_minute(monkeypatch, refused):
+    "Without HF_HUB_OFFLINE, on a machine from which nothing can be reached."
+    asked = []
+    monkeypatch.setattr(dt, "server_answers", lambda: asked.append(1) or False)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    refused(dt.Policy.from_pretrained, "owner/cheetah", says=["the hub does not answer"])
+    assert asked

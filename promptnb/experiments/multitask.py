@@ -437,7 +437,7 @@ def train(self: Pretraining):
     log = fit(self.policy.model, self.sampler(), self.config(), folder, self.data.hashes, run.id, self.point)
     rows = self.rows(log)
     if log.status == "ok":
-        self.policy.save_pretrained(folder / "policy")
+        self.policy.save_pretrained(folder / "policy", model_card_kwargs=run.card(rows))
     run.record(
         log.status,
         rows,
@@ -737,7 +737,7 @@ def tune(run: Run) -> Path:
     spent = dict(prepare_seconds=preparing, tuning_seconds=time.time() - begun)
     tuned = Tuned(run, tuner, demos, out, *play_tuned(run, out))
     if tuner.ENTRIES:
-        out.assignments[0][0].save_pretrained(tuned_folder(run))
+        out.assignments[0][0].save_pretrained(tuned_folder(run), model_card_kwargs=run.card(tuned.rows()))
     seconds = time.time() - start
     print(f"{run.id}: {r.method}: return {tuned.played.returns.mean():.1f} ({seconds:.0f} s)", flush=True)
     total = sum(x.numel() for x in policy.model.parameters())

@@ -441,7 +441,7 @@ def train(run: Run) -> Path:
     bad = failures(seen)
     rows = rows_of(run, seen, log, counted(policy)["trainable"]) if log.status == "ok" and not bad.lost else []
     if rows:
-        policy.save_pretrained(folder / "policy")
+        policy.save_pretrained(folder / "policy", model_card_kwargs=run.card(rows))
         score = next(w.value for w in rows if w.metric == "score")
         print(f"{run.id}: {r.method}, {r.dataset}: score {score:.1f} ({time.time() - start:.0f} s)", flush=True)
     return run.record(

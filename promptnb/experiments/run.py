@@ -323,6 +323,21 @@ def record(self: Run, status, rows=(), why="", seconds=0.0, remarks=(), **more) 
     return path
 
 
+# %% ../../nbs/10_experiments.run.ipynb #runcard1
+@patch
+def card(self: Run, rows) -> dict:
+    "What the page of a policy of this run says: environment, recipe, means of the last step's returns and scores."
+    known = {}
+    for row in rows:
+        if row.metric in ("return", "score", "success"):
+            known.setdefault(row.metric, {}).setdefault(row.step, []).append(row.value)
+    metrics = {name: sum(of[max(of)]) / len(of[max(of)]) for name, of in known.items()}
+    r = self.recipe
+    notes = dict(method=r.method, paper=rc.PAPERS.get(r.paper, r.paper), scale=self.scale, seed=self.seed, run=self.id)
+    family = getattr(r.pretrain, "family", r.family) if self.policy else r.family
+    return dict(environment=family, recipe=r.id, metrics=metrics, notes=notes)
+
+
 # %% ../../nbs/10_experiments.run.ipynb #4e4b92a9
 @patch(as_prop=True)
 def finished(self: Run) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
@@ -27,6 +28,7 @@ from promptnb.core import (
     check_file,
     choice_loss,
     read_sealed,
+    server_answers,
     sha256_file,
     write_sealed,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "ACTIVATIONS",
     "SAVED",
     "HASHES",
+    "WRITTEN",
     "check_sizes",
     "check_window",
     "check_heads",
@@ -51,6 +54,8 @@ __all__ = [
     "Prefix",
     "PromptDT",
     "check_hashes",
+    "place_of",
+    "model_card",
     "SafeHub",
     "blank_prompt",
     "Policy",
@@ -418,13 +423,67 @@ def check_hashes(folder):
         check_file(folder / name, known[name])
 
 
+# %% ../../nbs/03_models.dt.ipynb #hub00005
+def place_of(name, what) -> dict:
+    "How `from_pretrained` is to read a name, as its keyword arguments; PromptnbError where nothing of it can be had."
+    path = Path(name)
+    if path.is_dir():
+        lacking = [file for file in SAVED if not (path / file).exists()]
+        if lacking and not (path / "pytorch_model.bin").exists():  # a pickle has a refusal of its own
+            raise PromptnbError(f"{name} does not hold a {what}: there is no {lacking[0]} in it")
+        return {}
+    from huggingface_hub import try_to_load_from_cache
+
+    on_hub = str(name).count("/") == 1 and not str(name).startswith(("/", ".", "~"))
+    if on_hub and server_answers():
+        return {}
+    if on_hub and isinstance(try_to_load_from_cache(str(name), SAVED[0]), str):
+        return dict(local_files_only=True)
+    others = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, others, n=1)
+    hint = f": did you mean '{path.parent / near[0]}'?" if near else ""
+    hub = ", and the hub does not answer" if on_hub else ""
+    raise PromptnbError(f"there is no folder {name}{hub}{hint}")
+
+
+# %% ../../nbs/03_models.dt.ipynb #hub00006
+WRITTEN = "<!-- written by promptnb -->"  # in pages that may be written anew
+
+
+def model_card(model, environment="", recipe="", metrics=(), licence="mit", notes=()) -> str:
+    """The README.md of a saved model, as the hub reads it.
+
+    environment: family or Gymnasium id; recipe: its id; metrics: {name: value}; notes: more lines of the table."""
+    kind, count = type(model).__name__, sum(p.numel() for p in model.parameters())
+    facts = dict(environment=environment, recipe=recipe, parameters=f"{count:,}", licence=licence, **dict(notes))
+    if trunk := getattr(getattr(model, "config", None), "trunk", ""):
+        facts["language model"] = f"{trunk}, under a licence of its own"
+    facts |= {name: f"{value:,.4g}" for name, value in dict(metrics).items()}
+    table = [f"| {name} | {value} |" for name, value in facts.items() if value != ""]
+    tags = ["promptnb", "reinforcement-learning", "decision-transformer", *([environment] if environment else [])]
+    head = ["---", f"license: {licence}", "library_name: promptnb", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    title = [WRITTEN, "", f"# {kind}{f' for {environment}' if environment else ''}", "", "| | |", "|---|---|"]
+    code = [
+        f"from {type(model).__module__} import {kind}",
+        "",
+        f'model = {kind}.from_pretrained("this folder, or owner/name")',
+    ]
+    load = ["", "## How to load it", "", "`pip install promptnb`, then", "", "```python", *code, "```", ""]
+    return "\n".join([*head, *title, *table, *load])
+
+
 # %% ../../nbs/03_models.dt.ipynb #hub00002
 class SafeHub(PyTorchModelHubMixin):
     "Hugging Face's saving and loading: strict, with hashes, without pickles."
 
     def save_pretrained(self, folder, **kw):
-        "Save into a folder; the hashes of what was saved, written last, lie in hashes.json."
+        """Save into a folder; the hashes of what was saved, written last, lie in hashes.json.
+
+        model_card_kwargs: what `model_card` takes, for its README.md."""
         (Path(folder) / HASHES).unlink(missing_ok=True)
+        page = Path(folder) / "README.md"
+        if page.exists() and WRITTEN in page.read_text(encoding="utf-8", errors="replace"):
+            page.unlink()  # of what was saved here before; one that a person wrote stays
         url = super().save_pretrained(folder, **kw)
         write_sealed(Path(folder) / HASHES, {name: sha256_file(Path(folder) / name) for name in SAVED})
         return url
@@ -433,12 +492,20 @@ class SafeHub(PyTorchModelHubMixin):
     def from_pretrained(cls, folder, **kw):
         """The model saved in a folder or on the hub.
 
-        A damaged file is a DamagedError; weights that do not fit their configuration are a PromptnbError."""
+        A damaged file is a DamagedError; a folder that is not there, and weights that do not fit their configuration,
+        are a PromptnbError."""
+        where = place_of(folder, cls.__name__)
         check_hashes(folder)
         try:
-            return super().from_pretrained(folder, **{"strict": True, **kw})
-        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as e:
+            return super().from_pretrained(folder, **{"strict": True, **where, **kw})
+        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OSError) as e:
             raise PromptnbError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(e).split())}") from None
+
+    def generate_model_card(self, **facts):
+        "The page that describes the model; the hub shows it."
+        from huggingface_hub import ModelCard
+
+        return ModelCard(model_card(self, **facts))
 
     @classmethod
     def _load_as_pickle(cls, *_, **__):
