@@ -22,7 +22,16 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import PromptnbError, append_jsonl, check_choice, plain, read_jsonl, seed_for, write_atomic
+from promptnb.core import (
+    PromptnbError,
+    append_jsonl,
+    check_choice,
+    plain,
+    read_jsonl,
+    seed_for,
+    server_answers,
+    write_atomic,
+)
 
 # %% auto #0
 __all__ = [
@@ -985,6 +994,9 @@ def from_hub(name, what):
 
     why = None
     for stored_here in (True, False):
+        if not stored_here and not server_answers():
+            why = "the hub does not answer"  # asked all the same, its library would try for half a minute
+            break
         try:
             return Path(snapshot_download(name, local_files_only=stored_here, allow_patterns=HUB_FILES))
         except Exception as e:
