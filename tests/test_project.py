@@ -129,7 +129,7 @@ def imports(source, package=()):
 # ---- who may import whom: the table of the design
 
 # module: (ours that it may import, others that it never may, others not at module level)
-EVERYTHING_OURS = "core plugins tasks data experts collect models train evaluate tuners llm online recipes"
+EVERYTHING_OURS = "core plugins tasks data experts collect models captured train evaluate tuners llm online recipes"
 LAYERS = {
     "__init__": ("bare plugins", "torch gymnasium", ""),
     "__main__": ("cli", "", ""),
