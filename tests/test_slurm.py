@@ -4,8 +4,10 @@ Skipped where slurm-wlm or Snakemake's plug-in for it is not installed (apt-get 
 "promptnb[slurm]"). Every job here is of one small study, a plug-in: two policies on hopper."""
 
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import time
 import psutil
 import pytest
 import slurm_host
-from homes import cli, env_for, new_home, one_line, went
+from homes import ROOT, cli, env_for, new_home, one_line, went
 from test_resume import end, start, wait_for
 
 from promptnb import cli as command_line
@@ -116,6 +118,37 @@ def test_slurm_without_its_commands_is_refused(tmp_home, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name)
     assert command_line.main(["run", "lamo", "--scale", "smoke", "--profile", "slurm"]) == 2
     assert "sbatch, which is not on the PATH" in capsys.readouterr().err
+
+
+# ---- without a shared file system
+
+
+def test_a_pod_hands_stamps_to_the_storage(tmp_path):
+    "What Kubernetes runs in a pod: in a folder of its own, with the workbook on a volume."
+    if importlib.util.find_spec("snakemake_storage_plugin_fs") is None or not shutil.which("rsync"):
+        pytest.skip("needs rsync and Snakemake's storage plug-in fs")
+    home, pod, plan = tmp_path / "home", tmp_path / "pod", tmp_path / "plan.json"
+    (home / "data").mkdir(parents=True)
+    (home / "data" / "one.json").write_text("1")
+    command = 'cp "$PROMPTNB_HOME/data/one.json" "$PROMPTNB_HOME/data/two.json"'
+    rule = dict(name="two", inputs=["data/one.json"], outputs=["data/two.json"], command=command, threads=1)
+    plan.write_text(json.dumps([dict(rule, resources={}, params={})]))
+    pod.mkdir()
+    settings = dict(snakefile=ROOT / "workflow" / "Snakefile", cores=1, mode="remote", config=f"plan={plan}")
+    settings |= {"target-jobs": "two:", "allowed-rules": "two", "shared-fs-usage": "none"}
+    settings |= {"default-storage-provider": "fs", "default-storage-prefix": home}
+    options = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
+    p = subprocess.run(
+        [sys.executable, "-m", "snakemake", *options, "--nolock", "--force", "--ignore-incomplete"],
+        cwd=pod,
+        env=env_for(home),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert p.returncode == 0, p.stderr
+    assert (home / "data" / "two.json").read_text() == "1"
+    assert "Storing in storage" in p.stderr
 
 
 # ---- Slurm on this host

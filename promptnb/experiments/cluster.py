@@ -117,7 +117,7 @@ FEW = 600, 1800  # seconds: tasks up to the first share a job, up to about the s
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #clumem01
 LONGEST = 3000  # steps of an episode: an Atari game may last 27,000 and does not
-BASE = 2500  # MB: measured 1,900 on x86_64 with torch for CPUs and MuJoCo
+BASE = 2500  # MB: measured 1,040 on x86_64 with torch for CPUs; one for cards holds more
 FLOOR = 4000  # MB that a job asks for at least
 
 
