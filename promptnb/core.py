@@ -430,7 +430,7 @@ def write_atomic(path, data: bytes):
 
 # %% ../nbs/00_core.ipynb #61153399
 def disk_error(e: Exception, path):
-    "The one line for a full or read-only disk, whichever library met it; other errors come back as they are."
+    "The one line for a disk that is full, read-only, or refuses a name; other errors come back as they are."
     code = getattr(e, "errno", None)
     if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
         return PromptnbError(
@@ -438,6 +438,8 @@ def disk_error(e: Exception, path):
         )
     if code in (errno.EROFS, errno.EACCES):
         return PromptnbError(f"cannot write {path}: {os.strerror(code).lower()}")
+    if code == errno.ENAMETOOLONG:
+        return PromptnbError(f"cannot use {path}: its name is too long")
     return e
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from homes import DATA, PRETRAIN, RUN, SMOKE, cli, env_for, expected, finished_home, new_home, one_line, paths, went
+from shims import patched
 
 from promptnb import recipes
 from promptnb.core import PromptnbError, read_json, run_lock, sha256_file
@@ -19,36 +20,6 @@ from promptnb.experiments import job, multitask
 
 # ---- helpers: a process that is killed at a chosen place is a process with one function patched from outside
 
-SHIM = """
-import importlib.util, os, sys, time
-from pathlib import Path
-
-HERE = Path(__file__).parent
-
-def kill_all():
-    "kill -9 of the process group that started this kernel, and of the kernel, which has a group of its own."
-    os.killpg(os.getpgid(os.getppid()), 9)
-    os.kill(os.getpid(), 9)
-
-def patch(m):
-{body}
-
-class Hook:
-    def find_spec(self, name, path=None, target=None):
-        if name != {module!r}:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def exec_module(m):
-            load(m)
-            patch(m)
-        spec.loader.exec_module = exec_module
-        return spec
-
-if "ipykernel_launcher" in " ".join(sys.orig_argv):
-    sys.meta_path.insert(0, Hook())
-"""
 KILL_AT = """
     todo, step, save = HERE / "todo", m.step_once, m.Checkpoints.save
     def at(point):
@@ -84,9 +55,7 @@ STAND = """
 
 def shim(folder, body, module="promptnb.train"):
     "The environment that puts `body` after the module's own code, in kernels."
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(SHIM.format(body=body, module=module))
-    return dict(PYTHONPATH=os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    return patched(folder, **{module: f"if IN_KERNEL:\n{body}"})
 
 
 def start(home, log, *args, **env):
