@@ -23,9 +23,10 @@ from promptnb.tuners.core import make_tuner, prompt_loss, same_batch
 # ---- row 14: cards and jobs
 
 WORKER = """
-import os, sys
+import os, sys, types
+cuda = types.SimpleNamespace(device_count=lambda: 1 if "CUDA_VISIBLE_DEVICES" in os.environ else 2)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)  # the real one takes seconds to import
 from promptnb.experiments import cards
-cards.cards = lambda: ["0", "1"]
 with cards.own_card() as card:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == card
     print("has", card, flush=True)
@@ -100,6 +101,16 @@ def test_cards_are_those_that_the_user_leaves_visible(monkeypatch):
     assert cards.cards() == ["3", "1"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert cards.cards() == ["0", "1"]
+
+
+@pytest.mark.parametrize("visible, chosen", [(1, None), (2, 1)])
+def test_a_process_that_used_cuda_before_goes_to_its_card_by_number(visible, chosen, monkeypatch):
+    went_to = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", went_to.append)
+    cards.pin(["GPU-a", "GPU-b"], 1)
+    assert cards.os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b" and went_to == ([] if chosen is None else [chosen])
 
 
 def test_a_job_on_the_processor_takes_no_card(monkeypatch):

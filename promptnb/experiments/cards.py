@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core import PromptnbError
 
 # %% auto #0
-__all__ = ["PER_GPU", "cards", "uuids", "per_gpu", "slots", "free_slot", "own_card"]
+__all__ = ["PER_GPU", "cards", "uuids", "per_gpu", "slots", "free_slot", "pin", "own_card"]
 
 
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu002
@@ -65,7 +65,7 @@ def slots(names) -> dict:
 
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu006
 def free_slot(names, every=0.5):
-    "(a held lock, the name of its card): the first of some cards' slots that is free; it waits for one, and says so."
+    "(a held lock, the number of its card): the first of some cards' slots that is free; it waits for one, and says so."
     from filelock import FileLock, Timeout
 
     known, waited = slots(names), False
@@ -74,13 +74,23 @@ def free_slot(names, every=0.5):
             lock = FileLock(path)
             try:
                 lock.acquire(timeout=0)
-                return lock, name
+                return lock, names.index(name)
             except Timeout:
                 continue
         if not waited:
             print(f"waiting for a GPU: {len(names)} here, {per_gpu()} jobs on each", flush=True)
         waited = True
         time.sleep(every)
+
+
+# %% ../../nbs/10j_experiments.cards.ipynb #jbgpu008
+def pin(names, k):
+    "Let this process see card k of `names` alone."
+    import torch
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[k]
+    if torch.cuda.device_count() > 1:  # CUDA was in use before, and does not read the variable again
+        torch.cuda.set_device(k)
 
 
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu007
@@ -91,9 +101,9 @@ def own_card(accelerator="auto"):
     if not names:
         yield
         return
-    lock, name = free_slot(names)
-    os.environ["CUDA_VISIBLE_DEVICES"] = name
+    lock, k = free_slot(names)
     try:
-        yield name
+        pin(names, k)
+        yield names[k]
     finally:
         lock.release()
