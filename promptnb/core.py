@@ -78,6 +78,7 @@ __all__ = [
     "read_jsonl",
     "save_tensors",
     "load_tensors",
+    "only_safetensors",
     "differing",
     "Checkpoints",
     "server_answers",
@@ -612,6 +613,22 @@ def load_tensors(path, config=None):
         return load(data), meta
     except SafetensorError as e:
         raise DamagedError(f"{path} is damaged (not safetensors: {e})") from None
+
+
+# %% ../nbs/00_core.ipynb #c0deonl2
+@contextlib.contextmanager
+def only_safetensors(what):
+    "While libraries load the model `what`: torch.load, which unpickles, is a PromptnbError."
+    import torch
+
+    def refuse(*args, **kwargs):
+        raise PromptnbError(f"{what} has weights that are not safetensors: no others are opened, as they can run code")
+
+    load, torch.load = torch.load, refuse
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 # %% ../nbs/00_core.ipynb #52afc78c

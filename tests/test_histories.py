@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -77,6 +78,11 @@ class Patches:
         self.undo.append((setattr, owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
+    def everywhere(self, name, value):
+        "In every module of ours that has it."
+        for module in [m for key, m in sys.modules.items() if key.startswith("promptnb") and hasattr(m, name)]:
+            self.attribute(module, name, value)
+
     def item(self, owner, name, value):
         self.undo.append((dict.__setitem__, owner, name, owner[name]))
         owner[name] = value
@@ -108,10 +114,8 @@ class Home:
             for name in ("nbs/papers", "data/experts"):
                 shutil.copytree(ROOT / name, self.path / name)
             shutil.copy(ROOT / "settings.ini", self.path)
-        for module in (core, runs, plan):
-            self.patches.attribute(module, "code_fingerprint", self.fingerprint)
-        for module in (job, notebook):
-            self.patches.attribute(module, "find_job", {j.id: j for j in JOBS.values()}.get)
+        self.patches.everywhere("code_fingerprint", self.fingerprint)
+        self.patches.everywhere("find_job", {j.id: j for j in JOBS.values()}.get)
         self.patches.attribute(notebook, "execute", self.execute)
         short = dataclasses.replace(tasks.FAMILIES[FAMILY], horizon=20)
         self.patches.item(tasks.FAMILIES, FAMILY, short)
@@ -153,7 +157,7 @@ class Home:
         before = os.getcwd()
         os.chdir(self.path)
         try:
-            return cli.main(shlex.split(rule.command.removeprefix(plan.PROGRAM)))
+            return cli.main(shlex.split(rule.command.removeprefix(plan.program())))
         finally:
             os.chdir(before)
 

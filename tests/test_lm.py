@@ -1,5 +1,6 @@
 "The language model as trunk: LaMo's description, what is frozen, what is saved, and text that needs no network."
 
+import functools
 import json
 import math
 import os
@@ -11,11 +12,13 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import torch.nn.functional as F
 
 from promptnb.core import Batch, PromptnbError, Steps, action_loss, load_tensors, read_json
 from promptnb.evaluate import eval_tasks, rollout
+from promptnb.llm import adapter, backends
 from promptnb.models import lm as L
 from promptnb.models.lm import LamoBatch, LamoPolicy, LMConfig, WithText, chain, corpus, counts, entropy, pretrain_lm
 from promptnb.train import FitConfig, fit, optimiser
@@ -349,6 +352,58 @@ def test_code_that_comes_with_a_model_is_not_run(booby_trapped):
     folder, canary = booby_trapped
     with pytest.raises(PromptnbError, match="cannot read the language model") as e:
         L.load_lm(LMConfig(state_dim=3, act_dim=2, trunk=str(folder)))
+    assert "\n" not in str(e.value) and not canary.exists()
+
+
+class Bomb:
+    "Makes a folder when it is unpickled."
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def as_a_part(folder, bomb):
+    "The index of a model in several files names one that is no safetensors."
+    (folder / "model.safetensors").rename(folder / "stray.safetensors")
+    torch.save(bomb, folder / "part.bin")
+    with safetensors.safe_open(folder / "stray.safetensors", "pt") as weights:
+        names = list(weights.keys())
+    index = dict(metadata=dict(total_size=1), weight_map=dict.fromkeys(names, "part.bin"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def as_an_adapter(folder, bomb):
+    "peft finds an adapter beside the weights."
+    torch.save(bomb, folder / "adapter_model.bin")
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=2, target_modules=["c_attn"])
+    (folder / "adapter_config.json").write_text(json.dumps(config | dict(base_model_name_or_path=str(folder))))
+
+
+def as_a_trunk(folder):
+    L.load_lm(LMConfig(state_dim=3, act_dim=2, trunk=str(folder)))
+
+
+@pytest.mark.fault(7)
+@pytest.mark.parametrize("hidden", [as_a_part, as_an_adapter])
+@pytest.mark.parametrize("load", [as_a_trunk, adapter.load_lm, lambda f: backends.load_causal_lm(f, "auto")])
+def test_a_pickle_that_comes_with_a_model_is_not_opened(gpt, tmp_path, monkeypatch, load, hidden):
+    "Even where torch would unpickle anything."
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(gpt, folder)
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    hidden(folder, Bomb(canary))
+    unsafe = functools.partial(torch.load, weights_only=False)
+    monkeypatch.setattr(torch, "load", lambda f, weights_only=True, **kw: unsafe(f, **kw))
+    with pytest.raises((PromptnbError, OSError), match="safetensors") as e:
+        load(folder)
     assert "\n" not in str(e.value) and not canary.exists()
 
 

@@ -26,6 +26,7 @@ from promptnb.core import (
     PromptnbError,
     append_jsonl,
     check_choice,
+    only_safetensors,
     plain,
     read_jsonl,
     seed_for,
@@ -1053,7 +1054,7 @@ def load_sentence_transformer(folder):
     logging.disable_progress_bar()
     safe = dict(trust_remote_code=False, local_files_only=True, model_kwargs=dict(use_safetensors=True))
     try:
-        with one_thread():
+        with one_thread(), only_safetensors(folder):
             return (
                 sentence_transformers.SentenceTransformer(str(folder), device="cpu", **safe)
                 .eval()

@@ -23,6 +23,7 @@ from promptnb.core import (
     code_fingerprint,
     differing,
     fingerprint,
+    only_safetensors,
     plain,
     read_json,
     rng_for,
@@ -640,9 +641,10 @@ def load_lm(folder, quantise="", device="cpu"):
 
     logging.disable_progress_bar()
     safe = dict(use_safetensors=True, local_files_only=True, trust_remote_code=False)
-    if not check_choice(quantise, ("", "nf4"), "quantisation"):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **safe)
-    lm = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits(device), **safe)
+    with only_safetensors(folder):
+        if not check_choice(quantise, ("", "nf4"), "quantisation"):
+            return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **safe)
+        lm = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits(device), **safe)
     for m in lm.modules():
         # bitsandbytes 0.50: the layout it takes on such CPUs in eval mode has no gradient, and stays
         m.support_avx512bf16_for_cpu = False
@@ -708,7 +710,9 @@ def merged(base, lora, folder):
     "Write base + LoRA as an ordinary model into `folder`."
     from peft import PeftModel
 
-    PeftModel.from_pretrained(load_lm(base), str(lora)).merge_and_unload().save_pretrained(folder)
+    with only_safetensors(lora):
+        tuned = PeftModel.from_pretrained(load_lm(base), str(lora))
+    tuned.merge_and_unload().save_pretrained(folder)
 
 
 # %% ../../nbs/07b_llm.adapter.ipynb #163e9092

@@ -23,7 +23,16 @@ from urllib.request import getproxies, proxy_bypass
 
 from fastcore.basics import patch
 
-from ..core import PromptnbError, append_jsonl, check_choice, fingerprint, read_jsonl, rng_for, sha256_file
+from promptnb.core import (
+    PromptnbError,
+    append_jsonl,
+    check_choice,
+    fingerprint,
+    only_safetensors,
+    read_jsonl,
+    rng_for,
+    sha256_file,
+)
 from promptnb.llm import (
     GOAL_OF,
     GOALS,
@@ -216,7 +225,7 @@ def load_causal_lm(folder, dtype):
     safe = dict(local_files_only=True, trust_remote_code=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", truncation_side="left", **safe)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), only_safetensors(folder):
             model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype, **safe)
     except (OSError, ValueError, KeyError, ImportError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0]

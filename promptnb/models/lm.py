@@ -33,6 +33,7 @@ from promptnb.core import (
     check_file,
     differing,
     fingerprint,
+    only_safetensors,
     plain,
     read_sealed,
     rng_for,
@@ -268,7 +269,7 @@ def load_lm(c: LMConfig):
             return without_pooler(kind.from_config(shape, trust_remote_code=False, **how))
     where = packaged(c.trunk)
     how.update(config=shape, use_safetensors=True, output_loading_info=True)
-    with quiet_transformers():
+    with quiet_transformers(), only_safetensors(c.trunk):
         lm, info = fetch(where, lambda kw: kind.from_pretrained(where, **how, **kw))
     lost = sorted(str(k) for k in (*info["missing_keys"], *info["mismatched_keys"]))
     if lost := [k for k in lost if not k.startswith("pooler.")]:

@@ -1,0 +1,219 @@
+"""Killed at random moments: the graph, `promptnb run`, Snakemake, the kernel; and a job that is told to stop.
+
+After each, nothing that was started goes on, and the next `run` ends as an unbroken one and leaves nothing behind.
+"""
+
+import contextlib
+import functools
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from homes import FAMILY, PRETRAIN, RUN, SMOKE, TUNE, finished_home, new_home, paths
+from test_resume import same_records, start, weights
+
+from promptnb.core import sha256_file
+
+RUN_ALL = (*RUN, "--cores", "1")
+JOB = ("job", PRETRAIN, TUNE, *SMOKE)
+TIMES = 20  # of each kind, in the long test
+OF_TORCH = "torchinductor_root", "torchinductor_" + os.environ.get("USER", "")  # an empty folder, made on import
+
+
+# ---- a workbook in which a little is left to do
+
+
+def unfinished_home(home, args):
+    "A copy of the finished workbook without one policy and what was tuned from it; for `run` without a dataset too."
+    new_home(home, "data")
+    if args[0] == "run":
+        shutil.rmtree(home / "data" / "minari" / "promptnb" / f"{FAMILY}-00")
+    for path in [*home.glob("data/runs/policies/*mt-orl*"), *home.glob("data/runs/mt-orl*")]:
+        shutil.rmtree(path)
+    for name in ("jobs", "collect", "notebooks", "locks", "graph", "logs"):
+        shutil.rmtree(home / "data" / "runs" / name, ignore_errors=True)
+    for name, path in paths(home).items():
+        if "mt-orl" in name:
+            path.unlink()
+    return home
+
+
+def datasets(home):
+    "{dataset: hash of what is read of it}."
+    root = home / "data" / "minari"
+    return {str(p.relative_to(root)): sha256_file(p) for p in root.rglob("columns.safetensors")}
+
+
+def as_unbroken(home):
+    "Its records, weights and datasets are those of the finished workbook, but for times and places."
+    assert set(paths(home)) == set(paths(finished_home()))
+    same_records(home, paths(home))
+    assert weights(home) == weights(finished_home())
+    assert datasets(home) == datasets(finished_home())
+
+
+def litter(home, tmp):
+    "What has no business to be there once all processes have ended."
+    names = [p for p in home.rglob("*") if ".tmp" in p.name or p.name.startswith((".collect-", ".pnb", ".plan"))]
+    return names + [p for p in tmp.iterdir() if p.name not in OF_TORCH]
+
+
+# ---- whom to kill
+
+
+@dataclass
+class Command:
+    "A command under way in a workbook, with a folder of its own for temporary files."
+
+    home: Path
+    tmp: Path
+    log: Path
+    args: tuple
+    process: object = None
+
+    def __post_init__(self):
+        self.tmp.mkdir(exist_ok=True)
+        self.process = start(self.home, self.log, *self.args, TMPDIR=str(self.tmp))
+
+    def alive(self):
+        "All processes that it has started and that have not ended: they share its folder for temporary files."
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                own = process.environ().get("TMPDIR") == str(self.tmp) and process.pid != os.getpid()
+                if own and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def find(self, word):
+        "The process whose command line has a word, once it is there; None if the command ends without it."
+        while self.process.poll() is None:
+            for process in self.alive():
+                with contextlib.suppress(psutil.Error):
+                    if word in " ".join(process.cmdline()):
+                        return process
+            time.sleep(0.05)
+
+    def spent(self):
+        "Seconds that processors have worked on it: these do not depend on what else the machine does."
+        times = [0.0]
+        for process in self.alive():
+            with contextlib.suppress(psutil.Error):
+                times.append(sum(process.cpu_times()[:4]))
+        return sum(times)
+
+    def until(self, moment):
+        "Wait until this share of the work that is left is done, or it has ended."
+        begun = self.spent()
+        goal = begun + moment * max(0, work(self.args) - begun)
+        while self.process.poll() is None and self.spent() < goal:
+            time.sleep(0.1)
+
+
+def kill_group(command, moment):
+    command.until(moment)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(command.process.pid, signal.SIGKILL)
+
+
+def kill_run(command, moment):
+    command.until(moment)
+    command.process.kill()
+
+
+def kill_found(word, command, moment):
+    process = command.find(word)
+    command.until(moment)
+    if process:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def tell_to_stop(command, moment):
+    command.until(moment)
+    command.process.terminate()
+
+
+KILLS = {  # name: (what is called, how it is killed)
+    "group": (RUN_ALL, kill_group),
+    "run": (RUN_ALL, kill_run),
+    "snakemake": (RUN_ALL, functools.partial(kill_found, "-m snakemake")),
+    "kernel": (JOB, functools.partial(kill_found, "ipykernel_launcher")),
+    "job told to stop": (JOB, tell_to_stop),
+}
+
+
+def slowness():
+    "How many processes share a core."
+    return max(1.0, os.getloadavg()[0] / os.cpu_count())
+
+
+@functools.cache
+def work(args):
+    "Seconds of processors that a command takes in the unfinished workbook."
+    home = finished_home().parent / "timed"
+    before = os.times()
+    command = Command(unfinished_home(home, args), home.with_name("tmp"), home.with_name("timed.log"), args)
+    assert command.process.wait(timeout=900) == 0, command.log.read_text()[-3000:]
+    shutil.rmtree(home)
+    return sum(os.times()[2:4]) - sum(before[2:4])
+
+
+def killed(kind, home, where, moment):
+    "Start, kill at a moment (a share of the work), and wait until all has ended; returns the status."
+    args, kill = KILLS[kind]
+    total = work(args)
+    command = Command(home, where / "t", where / "log", args)
+    kill(command, moment)
+    status = command.process.wait(timeout=60 * slowness())
+    late, begun = 5 * slowness(), time.monotonic()
+    while left := command.alive():
+        assert time.monotonic() - begun < late, f"{kind} at {moment:.2f}: {[p.cmdline() for p in left]}"
+        time.sleep(0.1)
+    ended = f"status {status}, all ended after {time.monotonic() - begun:.1f} s"
+    print(f"{kind} at {moment:.2f} of {total:.1f} s: {ended}", file=sys.stderr)
+    if kind == "job told to stop":
+        assert status in (75, 0, -signal.SIGTERM), command.log.read_text()[-3000:]
+    return status
+
+
+def goes_on(home, where):
+    "The next run ends as an unbroken one, and nothing is left behind."
+    command = Command(home, where / "t", where / "log", RUN_ALL)
+    assert command.process.wait(timeout=900) == 0, command.log.read_text()[-3000:]
+    as_unbroken(home)
+    assert not litter(home, where / "t")
+
+
+def moments(kind, n):
+    draw = random.Random(kind)
+    return [draw.random() for _ in range(n)]
+
+
+@pytest.mark.fault(1)
+@pytest.mark.fault(3)
+@pytest.mark.fault(16)
+@pytest.mark.fault(18)
+def test_killed_in_every_way_one_after_the_other(tmp_path):
+    "Each finds what the one before has left; the run after the last makes it whole."
+    home = unfinished_home(tmp_path / "home", JOB)
+    for kind in random.Random(0).sample(sorted(KILLS), len(KILLS)):
+        killed(kind, home, tmp_path, moments(kind, 1)[0])
+    goes_on(home, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("k", range(TIMES))
+@pytest.mark.parametrize("kind", KILLS)
+def test_killed_at_a_random_moment(tmp_path, kind, k):
+    home = unfinished_home(tmp_path / "home", KILLS[kind][0])
+    killed(kind, home, tmp_path, moments(kind, TIMES)[k])
+    goes_on(home, tmp_path)
+    shutil.rmtree(home)
