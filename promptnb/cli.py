@@ -67,7 +67,7 @@ from promptnb.experiments.notebook import (
 )
 from .experiments.plain import plain_jobs
 from .experiments.plan import Request, chosen, is_finished, plan, tasks_of, within_means, write_plan
-from .experiments.run import relative
+from .experiments.run import RETRAIN, relative
 
 # %% auto #0
 __all__ = [
@@ -116,6 +116,7 @@ __all__ = [
     "cmd_verify",
     "records_arguments",
     "cmd_records",
+    "cmd_policies",
     "status_arguments",
     "status_line",
     "cmd_status",
@@ -407,6 +408,7 @@ def job_settings(p):
     p.add_argument("--accept-changed-data", action="store_true", help=accept)
     p.add_argument("--time-limit", type=whole, metavar="SECONDS", help="that a cell of a job's notebook may take")
     p.add_argument("--per-gpu", type=whole, metavar="N", help="jobs that share a GPU (default: 1)")
+    p.add_argument("--retrain", action="store_true", help="train policies here, although they ship")
     p.add_argument("--compile", choices=("auto", "on", "off"), help="torch.compile on a GPU (default: in long runs)")
 
 
@@ -415,6 +417,7 @@ def job_settings(p):
 def in_force(a):
     "The settings of `job_settings`, in the environment that jobs and their kernels inherit."
     given = {ACCEPT: "1" if a.accept_changed_data else None, LIMIT: a.time_limit, PER_GPU: a.per_gpu}
+    given[RETRAIN] = "1" if a.retrain else None
     if a.compile:
         from promptnb.captured import COMPILE
 
@@ -651,8 +654,8 @@ def cmd_verify(a):
 
 # %% ../nbs/12_cli.ipynb #clirec01
 def records_arguments(p):
-    "Declare what `records` takes."
-    p.add_argument("action", choices=("pack",), help="pack: add your finished runs to those that ship")
+    "Declare what `records` and `policies` take."
+    p.add_argument("action", choices=("pack",), help="pack: add what you have finished to what ships")
     paper_argument(p)
 
 
@@ -664,6 +667,21 @@ def cmd_records(a):
     check_choice(a.paper, rc.PAPERS, "paper")
     path = records.pack(a.paper, check_choice(a.scale, rc.SCALES, "scale"))
     print(f"{path}: {many(len(records.shipped(a.paper, a.scale)), 'record')}, {path.stat().st_size / 1e3:.0f} kB")
+
+
+# %% ../nbs/12_cli.ipynb #clipol01
+def cmd_policies(a):
+    "Pack the finished policies of a paper into data/policies."
+    from promptnb.experiments import policies
+
+    check_choice(a.scale, rc.SCALES, "scale")
+    runs = [run for task in tasks_of(Request(a.paper, scale=a.scale)) for run in task.runs]
+    done = [run for run in runs if run.policy and run.finished]
+    if not done:
+        raise PromptnbError(f"no policy of {a.paper} is finished at {a.scale} scale: promptnb run {a.paper}")
+    for run in done:
+        path = policies.pack(run)
+        print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 
 # %% ../nbs/12_cli.ipynb #clista01
@@ -832,6 +850,7 @@ COMMANDS = dict(
     report=(cmd_report, report_arguments, "all exhibits on one HTML page"),
     verify=(cmd_verify, verify_arguments, "do your runs agree with the shipped ones?"),
     records=(cmd_records, records_arguments, "pack finished runs, to ship them"),
+    policies=(cmd_policies, records_arguments, "pack finished policies, to ship them"),
     status=(cmd_status, status_arguments, "what is finished, failed, stale, and how long the rest will take"),
     film=(cmd_film, film_arguments, "an agent before and after tuning, as a strip and a GIF"),
     doctor=(cmd_doctor, None, "what this machine has"),

@@ -32,6 +32,7 @@ from promptnb.core import (
 )
 from .job import module_of, runs_of
 from .plan import Request, is_finished, tasks_of
+from .policies import shipped_card
 from .run import Run
 
 # %% auto #0
@@ -40,6 +41,7 @@ __all__ = [
     "RATE",
     "GUESS",
     "UNKNOWN",
+    "UNPACKING",
     "CGROUPS",
     "ALLOCATED",
     "many",
@@ -225,10 +227,15 @@ RATE = "extrapolated from a measured rate, evaluation along the way not in it"
 GUESS = "guessed from like ones"
 UNKNOWN = "of unknown length"
 
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcship01
+UNPACKING = 2.0  # seconds, of a policy that ships
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #334e936e
 def run_seconds(run: Run, rates=None):
     "(expected seconds of a run, where they come from)."
+    if run.policy and shipped_card(run):
+        return UNPACKING, "its policy ships"
     if records := good_records(run):
         return median(x["seconds"] for x in records), HERE
     shipped = shipped_seconds(run.recipe.paper)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from promptnb.core import (
     fingerprint,
     kept,
     plain,
+    process_name,
     run_lock,
     runs_dir,
     seed_for,
@@ -33,6 +35,7 @@ from promptnb.core import (
     sound_record,
     write_json,
 )
+from .policies import shipped_card, unpack
 from .run import CHANGED, Rows, Run, TrainData, failed_episodes, relative, stored
 
 # %% auto #0
@@ -462,14 +465,35 @@ def remarks(self: Pretraining, log) -> dict:
     return failed_episodes(asked * len(good) - sum(good), asked * len(good), why)
 
 
+# %% ../../nbs/10a_experiments.multitask.ipynb #mtpre011
+@patch
+def taken(self: Pretraining):
+    "The policy that ships for this pre-training, in place of one that is trained here; None where none does."
+    if shipped_card(self.run) is None:
+        return None
+    run, place = self.run, self.folder / "policy"
+    with tempfile.TemporaryDirectory(prefix=f".pnb.{process_name()}.") as folder:
+        card = unpack(run, folder)
+        policy = load_policy(folder, run.recipe.pretrain)
+    policy.save_pretrained(place)
+    own = dict(paper=run.recipe.paper, run_id=run.id, scale=run.scale)
+    made = {k: card[k] for k in ("seconds", "where", "code")}
+    rows = [dict(row, **own) for row in card["rows"]]
+    run.record(
+        "ok", rows, data=card["data"], weights=sha256_file(self.weights), folder=relative(self.folder), shipped=made
+    )
+    return policy.to(run.device).eval()
+
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #42da96b3
 def pretrain(run: Run):
-    """Load the policy of a run's recipe, or train it, or go on; returns it, or None if it diverged.
+    """Load the policy of a run's recipe, or take the one that ships, or train it, or go on; None if it diverged.
 
     Papers share policies: one process trains, the others wait for it."""
     now = begin_pretraining(run.pretraining())
     with run_lock(runs_dir() / "locks" / now.folder.name, wait=-1):
         policy = now.saved()
+        policy = now.taken() if policy is None else policy
         return now.train() if policy is None else policy
 
 
@@ -778,6 +802,7 @@ def record_tuned(tuned: Tuned, seconds, **more) -> Path:
         tuner=asdict(tuned.tuner),  # all its hyper-parameters: a recipe names only those that differ from its own
         look=tuned.look(),
         floor=floor_of(run.recipe),
+        shipped=bool((sound_record(run.pretraining().path) or {}).get("shipped")),  # the policy that it starts from
         **more,
     )
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ __all__ = [
     "CHANGED",
     "FAILED",
     "ACCEPTED",
+    "RETRAIN",
     "run_id",
     "Run",
     "Rows",
@@ -323,6 +325,10 @@ def record(self: Run, status, rows=(), why="", seconds=0.0, remarks=(), **more) 
     return path
 
 
+# %% ../../nbs/10_experiments.run.ipynb #runretr1
+RETRAIN = "PROMPTNB_RETRAIN"  # environment variable: 1 trains policies here, although they ship
+
+
 # %% ../../nbs/10_experiments.run.ipynb #runcard1
 @patch
 def card(self: Run, rows) -> dict:
@@ -343,7 +349,10 @@ def card(self: Run, rows) -> dict:
 def finished(self: Run) -> bool:
     "Is there a good record, of this very recipe, this code and these facts?"
     record = sound_record(self.path)
-    return bool(record) and record["status"] in ("ok", "diverged") and is_current(record, self.digest, self.facts)
+    if not record or record["status"] not in ("ok", "diverged"):
+        return False
+    again = os.environ.get(RETRAIN) == "1" and record.get("shipped")
+    return not again and is_current(record, self.digest, self.facts)
 
 
 # %% ../../nbs/10_experiments.run.ipynb #runchg01
