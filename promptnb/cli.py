@@ -91,6 +91,7 @@ __all__ = [
     "handed_over",
     "summary",
     "owned",
+    "cache_folder",
     "die_with_parent",
     "stop_descendants",
     "descendants",
@@ -349,10 +350,23 @@ def owned(command, last_word=signal.SIGTERM) -> int:
     last_word: the signal that it gets then."""
     owner = owner_name()
     env = {**os.environ, **ENVIRONMENT, OWNER: owner, "PROMPTNB_HOME": str(root())}
+    if not cache_folder():
+        env["XDG_CACHE_HOME"] = str(runs_dir() / "cache")  # Snakemake makes one before anything else
     try:
         return subprocess.run(command, env=env, preexec_fn=lambda: die_with_parent(last_word)).returncode
     finally:
         stop_descendants(owner)
+
+
+# %% ../nbs/12_cli.ipynb #clicach1
+def cache_folder() -> bool:
+    "Can the user's cache folder be had? In containers without a home it cannot."
+    try:
+        folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        os.makedirs(folder, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    except OSError:
+        return False
 
 
 # %% ../nbs/12_cli.ipynb #cliown02
@@ -892,6 +906,8 @@ def settle_environment():
         if not folder.is_dir() and (folder.exists() or name == "PROMPTNB_HOME"):
             raise PromptnbError(f"{name} is {os.environ[name]}, which is no folder")
         os.environ[name] = str(folder)
+    os.environ["MPLBACKEND"] = "Agg"  # commands draw into files
+    os.environ.pop("SNAKEMAKE_PROFILE", None)  # jobs run where --profile says
 
 
 def check_workbook(command):

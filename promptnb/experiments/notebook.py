@@ -275,7 +275,8 @@ def patient_engine(kernel):
             kw |= dict(startup_timeout=start_timeout, timeout=time_limit(), extra_arguments=bare)
             client = Patient(nb_man, kernel.manager, kernel_name=kernel_name, **kw)
             client.kc = kernel.client
-            return client.execute()
+            shows = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # pictures, inline
+            return client.execute(env=shows)
 
     return Engine
 

@@ -265,8 +265,15 @@ def provenance(device="cpu") -> dict:
     "Where a result comes from: commit, versions, device, threads."
     from promptnb.train import where
 
+    # GIT_DIR and its like, which hooks of another repository set, would name that one's commit
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
     def git(*a):
-        return subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True).stdout.strip()
+        try:
+            found = subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True, env=env)
+        except OSError:  # not installed
+            return ""
+        return found.stdout.strip()
 
     return dict(
         where(device),
