@@ -228,6 +228,7 @@ def test_an_environment_that_misbehaves_fails_its_episodes(slide):
     assert "1 with failed episodes" in said and "of the runs, 2 with failed episodes" in said
 
 
+@pytest.mark.long
 @pytest.mark.fault(19)
 def test_an_environment_that_always_raises_fails_the_run_with_its_reason(slide):
     home, env = slide
@@ -355,15 +356,13 @@ def played_in_a_process(what, names, hashes):
     return dict(line.split(" ", 1) for line in p.stdout.splitlines())
 
 
-QUICK = [name for name, fam in tasks.FAMILIES.items() if fam.kind in ("control", "locomotion", "kitchen")]
+QUICK = [name for name, fam in tasks.FAMILIES.items() if fam.kind in ("control", "locomotion")]
 SLOW = [name for name in tasks.FAMILIES if name not in QUICK]
 
 
 @pytest.mark.fault(20)
 @pytest.mark.parametrize(
-    "names",
-    [[*QUICK, "crafter", "ml1-reach", "breakout", "smax-3m"], pytest.param(SLOW, marks=pytest.mark.long)],
-    ids=["one of each kind", "the others"],
+    "names", [[*QUICK, "crafter"], pytest.param(SLOW, marks=pytest.mark.long)], ids=["quick ones", "the others"]
 )
 def test_two_processes_play_alike_with_and_without_pictures(names):
     drawn, plain = played_in_a_process("draw", names, 1), played_in_a_process("plain", names, 2)
@@ -371,6 +370,7 @@ def test_two_processes_play_alike_with_and_without_pictures(names):
     assert len({*drawn.values()}) == len(names)
 
 
+@pytest.mark.long
 @pytest.mark.fault(20)
 def test_two_commands_collect_the_same(tmp_path):
     "Datasets of two processes have the same hashes, though one of them has drawn its page before the second."
