@@ -45,6 +45,7 @@ __all__ = [
     "PLAIN_NUMBER",
     "RESUME",
     "GRACE",
+    "TOLD",
     "LIMIT",
     "OWNER",
     "notebook_parameters",
@@ -69,6 +70,7 @@ __all__ = [
     "stop_without",
     "asked_job",
     "locked_job",
+    "stoppable",
     "sweep",
     "job_command",
 ]
@@ -160,6 +162,9 @@ def quiet_papermill():
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop01
 RESUME = 75  # exit status of a job that was told to stop
 GRACE = 30  # seconds that its kernel has to write a checkpoint
+
+
+TOLD = "told to stop (SIGTERM): the same command goes on from the last checkpoint"
 
 
 class Stopped(PromptnbError):
@@ -258,7 +263,7 @@ def patient_engine(kernel):
                 run_sync(kernel.manager.shutdown_kernel)(now=True)  # a busy one does not answer
                 raise PromptnbError(f"a cell took longer than {self.timeout} s (--time-limit)") from None
             if kernel.told:
-                raise Stopped("told to stop (SIGTERM): the same command goes on from the last checkpoint")
+                raise Stopped(TOLD)
 
         def tell(self):
             if not kernel.told:
@@ -455,6 +460,21 @@ def locked_job(job: rc.Job, given, kernel, wait):
         judged_job(job, given, work)
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkstop04
+@contextlib.contextmanager
+def stoppable():
+    "While inside, SIGTERM is `Stopped` where no notebook is run that passes it on: before, between, after."
+
+    def stop(*_):
+        raise Stopped(TOLD)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nksweep1
 def sweep():
     "Remove what killed processes have left under temporary names, in the system's folder and in the data's."
@@ -479,7 +499,7 @@ def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
         stop_without(owner)
     sweep()
     failed = []
-    with Kernel() as kernel:
+    with stoppable(), Kernel() as kernel:
         for found, given in todo:
             try:
                 locked_job(found, given, kernel, wait=GRACE + 5 if owner else 0)
