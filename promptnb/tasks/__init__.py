@@ -575,7 +575,8 @@ def kind_module(fam):
 
 
 # %% ../../nbs/01_tasks.ipynb #17bb9f7e
-_BASES = dict(locomotion=("control",), metaworld=("wrapped",), kitchen=("wrapped",))  # kinds that stand on another
+# kinds that stand on another module
+_BASES = dict(locomotion=("control",), metaworld=("wrapped",), kitchen=("wrapped",), wrapped=("spaces",))
 
 
 def code_modules(fam):
