@@ -7,16 +7,34 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
-from homes import DATA, PRETRAIN, RUN, SMOKE, cli, env_for, expected, finished_home, new_home, one_line, paths, went
+from homes import (
+    DATA,
+    PAPER,
+    PRETRAIN,
+    RUN,
+    SMOKE,
+    cli,
+    env_for,
+    expected,
+    finished_home,
+    new_home,
+    one_line,
+    paths,
+    went,
+)
 from shims import patched
 
 from promptnb import recipes
 from promptnb.core import PromptnbError, read_json, run_lock, sha256_file
 from promptnb.experiments import job, multitask
+from promptnb.experiments.run import Run
+
+OTHER = "prompt_diffuser"  # it starts from the same policies
 
 # ---- helpers: a process that is killed at a chosen place is a process with one function patched from outside
 
@@ -384,8 +402,62 @@ def test_second_process_on_the_same_job_is_refused(tmp_path):
 @pytest.mark.fault(4)
 def test_second_graph_is_refused(tmp_path):
     home = new_home(tmp_path / "home")
-    with run_lock(home / "data" / "runs" / "graph" / PRETRAIN.split("/")[0]):
+    with run_lock(home / "data" / "runs" / "graph" / PAPER):
         one_line(cli(home, *RUN), f"in use by process {os.getpid()}")
+
+
+@pytest.mark.parametrize("args", [("status", PAPER, *SMOKE), (*RUN, "--dry-run"), ("run", OTHER, *SMOKE, "--dry-run")])
+def test_others_may_look_while_a_graph_runs(tmp_path, args):
+    home = new_home(tmp_path / "home")
+    with run_lock(home / "data" / "runs" / "graph" / PAPER):
+        before = mtimes(home)
+        went(cli(home, *args))
+        assert mtimes(home) == before
+
+
+def test_two_papers_train_a_policy_that_both_want_once(tmp_path, monkeypatch):
+    "At the same time: the second waits for the first, and each has its record."
+    from promptnb import train
+
+    monkeypatch.setenv("PROMPTNB_HOME", str(new_home(tmp_path / "home", *DATA)))
+    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
+    step, updates = train.step_once, []
+
+    def step_once(*a):
+        updates.append(a)
+        return step(*a)
+
+    monkeypatch.setattr(train, "step_once", step_once)
+    first, second = (recipes.resolve(recipes.RECIPES[f"{paper}/cheetah-dir/pdt"], "smoke") for paper in (PAPER, OTHER))
+    runs = [Run(r, "smoke").pretraining() for r in (first, second)]
+    assert first.pretrain == second.pretrain and runs[0].path != runs[1].path
+    with ThreadPoolExecutor() as pool:
+        assert all(pool.map(multitask.pretrain, runs))
+    assert len(updates) == first.pretrain.steps
+    a, b = (read_json(run.path) for run in runs)
+    assert a["weights"] == b["weights"] and a["folder"] == b["folder"] and all(run.finished for run in runs)
+
+
+@pytest.mark.long
+def test_two_papers_run_at_once(tmp_path):
+    "From nothing: data and a policy that both want are made once, and both end as they would alone."
+    home, logs = new_home(tmp_path / "home"), [tmp_path / "0", tmp_path / "1"]
+    other = ("run", OTHER, "--exhibit", "conflict", "--family", "cheetah-dir", *SMOKE)
+    ps = [start(home, log, *args, "--cores", "1") for log, args in zip(logs, (RUN, other), strict=True)]
+    try:
+        codes = [p.wait(timeout=900) for p in ps]
+    finally:
+        for p in ps:
+            end(p)
+    said = "".join(log.read_text() for log in logs)
+    assert codes == [0, 0], said[-4000:]
+    assert said.count("cheetah-dir expert: 2 of 2 datasets written") == 1
+    assert weights(home).items() >= weights(finished_home()).items()
+    same_records(home, paths(finished_home()))
+    alone = new_home(tmp_path / "alone", *DATA)
+    went(cli(alone, *other))
+    for path in (alone / "data" / "results" / OTHER).glob("*.json"):
+        assert read_json(path)["rows"] == read_json(home / "data" / "results" / OTHER / path.name)["rows"]
 
 
 def test_a_dead_holder_is_taken_over(tmp_path):
