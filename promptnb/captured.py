@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from dataclasses import fields, replace
 
 import torch
 from fastcore.basics import patch
@@ -27,6 +26,7 @@ __all__ = [
     "no_waiting",
     "cuda_graph",
     "chunk_end",
+    "tensors_of",
     "stacked",
     "Captured",
     "kept",
@@ -95,11 +95,24 @@ def chunk_end(c, t) -> int:
     return min(c.steps, *((t // n + 1) * n for n in (CHUNK, c.checkpoint_every)))
 
 
+# %% ../nbs/04a_captured.ipynb #capt0030
+def tensors_of(draw) -> list:
+    "The tensors of a draw in the order in which its `map` visits them."
+    found = []
+
+    def note(x):
+        found.append(x)
+        return x
+
+    draw.map(note)
+    return found
+
+
 # %% ../nbs/04a_captured.ipynb #capt0012
 def stacked(draws):
     "Draws of n batches as one, with n in front of every shape."
-    columns = {f.name: [getattr(d, f.name) for d in draws] for f in fields(draws[0])}
-    return replace(draws[0], **{k: None if v[0] is None else torch.stack(v) for k, v in columns.items()})
+    columns = iter([torch.stack(column) for column in zip(*map(tensors_of, draws), strict=True)])
+    return draws[0].map(lambda _: next(columns))
 
 
 # %% ../nbs/04a_captured.ipynb #capt0014
@@ -145,9 +158,8 @@ class Captured:
 def fill(self: Captured, draws, first):
     "Give the device the draws (n, ...) and rates of the chunk whose first update is `first`, and go to its beginning."
     n = chunk_end(self.fit.config, first) - first
-    for f in fields(draws):
-        if (values := getattr(draws, f.name)) is not None:
-            getattr(self.draws, f.name)[:n].copy_(values, non_blocking=True)
+    for buffer, values in zip(tensors_of(self.draws), tensors_of(draws), strict=True):
+        buffer[:n].copy_(values, non_blocking=True)
     self.rates[:n].copy_(torch.tensor(self.fit.rates(first, n)))
     self.at.zero_()
     self.bad.zero_()

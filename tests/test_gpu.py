@@ -12,12 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from homes import FAMILY, PRETRAIN, RUN, SMOKE
+from test_lm import A, S
+from test_lm import K as LM_K
+from test_lm import policy as language_policy
 from toys import K, toy
 
 from promptnb import captured, collect, core, data, train
 from promptnb import cli as command
 from promptnb.experiments import cards, job
 from promptnb.models.dt import PromptDT
+from promptnb.models.lm import WithText
+from promptnb.models.pixels import PixelLamo
 from promptnb.tuners.core import make_tuner, prompt_loss, same_batch
 
 # ---- row 14: cards and jobs
@@ -560,3 +565,58 @@ def test_tuners_by_gradients_can_be_captured(tuner, graphs, monkeypatch, capsys)
     assert "launched" not in capsys.readouterr().out
     monkeypatch.delitem(captured.GRAPHS, "cpu")
     assert losses == pytest.approx(tuned(), rel=1e-3)
+
+
+# ---- the same of LaMo, whose batches have text
+
+
+def lamo(**kw):
+    "A LaMo policy without dropout, and batches of 6 windows with 4 rows of text."
+    g = torch.Generator().manual_seed(0)
+    n = 60
+    trajectories = [
+        dict(
+            observations=torch.randn(n, S, generator=g).numpy(),
+            actions=torch.randn(n, A, generator=g).tanh().numpy(),
+            rewards=torch.rand(n, generator=g).numpy(),
+        )
+    ]
+    store = data.from_arrays(trajectories)
+    model = language_policy(dropout=0.0, lora_dropout=0.0, lam=0.1, **kw)
+    sampler = data.Sampler(store, *data.state_stats(store), 2.0, K=LM_K, per_task=6, H=0)
+    stream = torch.randint(30, (3, 40), generator=g)
+    return model, WithText(sampler, stream, seqs=4, length=9)
+
+
+def test_lamo_with_text_can_be_captured(graphs, monkeypatch, capsys):
+    c = dataclasses.replace(CHUNKY, steps=45)
+    model, sampler = lamo()
+    log = train.fit(model, sampler, c)
+    assert "launched" not in capsys.readouterr().out
+    monkeypatch.delitem(captured.GRAPHS, "cpu")
+    eager, _ = lamo()
+    assert [v for _, v in log.losses] == pytest.approx([v for _, v in train.fit(eager, sampler, c).losses], rel=1e-4)
+
+
+def test_a_chunk_holds_the_text_too(graphs):
+    model, sampler = lamo()
+    chunk = captured.Captured(train.Trainer(model, CHUNKY), sampler, None)
+    chunk.fill(chunk.drawn(0), 0)
+    for t in range(20):
+        got, wanted = sampler.take(chunk.draws.map(chunk.read)), sampler.batch(t)
+        assert torch.equal(got.text, wanted.text) and torch.equal(got.history.s, wanted.history.s)
+        chunk.at.add_(1)
+
+
+@pytest.mark.fault(13)
+def test_lamo_goes_on_in_parts_its_text_apart(monkeypatch):
+    model, sampler = lamo()
+    batch = sampler.batch(0)
+    parts = model.parts(batch, 4)
+    assert [len(b.history) if b.history else -len(b.text) for _, b in parts] == [1, 2, 1, 2, -1, -1, -1, -1]
+    total = sum(share * model.loss(part) for share, part in parts)
+    torch.testing.assert_close(total, model.loss(batch), rtol=1e-5, atol=1e-6)
+
+
+def test_pictures_are_not_captured():
+    assert "how many there are varies" in PixelLamo.uncaptured

@@ -53,6 +53,7 @@ __all__ = [
     "Embed",
     "Prefix",
     "PromptDT",
+    "spans",
     "check_hashes",
     "place_of",
     "model_card",
@@ -382,6 +383,13 @@ def loss(self: PromptDT, batch: Batch):
     return self.error(pred, torch.cat([prompt.a, h.a], 1), torch.cat([prompt.mask, h.mask], 1))
 
 
+# %% ../../nbs/03_models.dt.ipynb #dtspans1
+def spans(rows, n) -> list:
+    "Slices of nearly equal length that cover so many rows: n, or one for each row where there are fewer."
+    n = min(n, rows)
+    return [slice(rows * k // n, rows * (k + 1) // n) for k in range(n)]
+
+
 # %% ../../nbs/03_models.dt.ipynb #dtparts1
 @patch
 def parts(self: PromptDT, batch: Batch, n) -> list:
@@ -392,11 +400,9 @@ def parts(self: PromptDT, batch: Batch, n) -> list:
     real = history.mask.sum(-1)
     if self.config.loss_on_prompt:
         real = real + prompt.mask.sum(-1)
-    B, out = len(history), []
-    n = min(n, B)
-    for k in range(n):
-        at = slice(B * k // n, B * (k + 1) // n)
-        shared = prompt is None or len(prompt) != B  # one prompt for all rows
+    out = []
+    for at in spans(len(history), n):
+        shared = prompt is None or len(prompt) != len(history)  # one prompt for all rows
         part = Batch(history[at], prompt if shared else prompt[at], None if task is None else task[at])
         out.append((real[at].sum() / real.sum(), part))
     return out

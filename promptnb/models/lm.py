@@ -44,7 +44,7 @@ from promptnb.core import (
     sha256_file,
     write_sealed,
 )
-from .dt import SafeHub, check_heads, check_sizes, check_window, tokens3
+from .dt import SafeHub, check_heads, check_sizes, check_window, spans, tokens3
 
 # %% auto #0
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "inputs_of_attention",
     "add_lora",
     "LamoBatch",
+    "LamoDraw",
     "WithText",
     "Residual",
     "who_sees_whom",
@@ -283,6 +284,8 @@ def load_lm(c: LMConfig):
 class LanguageModel(nn.Module):
     "A causal language model: `forward` takes vectors (B, T, d), `loss` takes a batch with text (B, T)."
 
+    uncaptured = ""  # its loss is made of tensors alone: a GPU's graph can hold it
+
     def __init__(self, lm):
         super().__init__()
         self.trunk, out = lm.base_model, lm.get_output_embeddings()
@@ -414,6 +417,19 @@ class LamoBatch:
         return len(self.history)
 
 
+# %% ../../nbs/03a_models.lm.ipynb #lmdraw01
+@dataclass(frozen=True)
+class LamoDraw:
+    "What was chosen for a batch: a draw of windows, if there are any, and text."
+
+    windows: object | None  # of another sampler
+    text: torch.Tensor  # (M, T) int64
+
+    def map(self, f):
+        "The draw with `f` applied to every tensor."
+        return LamoDraw(self.windows and self.windows.map(f), f(self.text))
+
+
 # %% ../../nbs/03a_models.lm.ipynb #f0f60985
 @dataclass
 class WithText:
@@ -430,13 +446,25 @@ class WithText:
         if self.stream.shape[1] < self.length:
             raise PromptnbError(f"the text has {self.stream.shape[1]} tokens in a row, fewer than length={self.length}")
 
-    def text(self, t):
-        "The windows of step t: (seqs, length) int64."
+    def words(self, t):
+        "The windows of step t, where the stream lies: (seqs, length) int64."
         g = torch.Generator().manual_seed(seed_for(self.seed, "text", t))
         rows, width = self.stream.shape
         row = torch.randint(rows, (self.seqs, 1), generator=g)
         at = torch.randint(width - self.length + 1, (self.seqs, 1), generator=g)
-        return self.stream[row, at + torch.arange(self.length)].long().to(self.device)
+        return self.stream[row, at + torch.arange(self.length)].long()
+
+    def text(self, t):
+        "The same on the device."
+        return self.words(t).to(self.device)
+
+    def draw(self, t) -> LamoDraw:
+        "What the batch of step t is made of, on the CPU."
+        return LamoDraw(self.sampler and self.sampler.draw(t), self.words(t))
+
+    def take(self, d: LamoDraw) -> LamoBatch:
+        "The batch of a draw, which is on the device."
+        return LamoBatch(self.sampler and self.sampler.take(d.windows).history, d.text)
 
     def batch(self, t):
         "The batch of step t: history, where there is a sampler, and text."
@@ -510,6 +538,8 @@ def action_head(c: LMConfig, d):
 class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "lamo"]):
     "A Decision Transformer on a language model, with its normaliser."
 
+    uncaptured = ""
+
     def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000.0):
         super().__init__()
         self.config = c = LMConfig(**model)
@@ -581,11 +611,27 @@ def forward(self: LamoPolicy, x: Steps, last=False):
 # %% ../../nbs/03a_models.lm.ipynb #55830f01
 @patch
 def loss(self: LamoPolicy, batch):
-    "Mean squared error of actions over real steps, plus lam x the language loss where the batch has text."
+    """Mean squared error of actions over real steps, plus lam x the language loss where the batch has text.
+
+    Of a batch without windows the latter alone."""
     x, c, text = batch.history, self.config, getattr(batch, "text", None)
+    if x is None:
+        return c.lam * self.lm.loss(batch)
     pred = self(replace(x, a=x.a.where(x.mask[..., None] > 0, c.act_pad)))
     loss = action_loss(pred.to(x.a.dtype), x.a, x.mask)
     return loss if text is None or not c.lam else loss + c.lam * self.lm.loss(batch)
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmparts2
+@patch
+def parts(self: LamoPolicy, batch, n) -> list:
+    "The batch in parts: [(share, LamoBatch)], at most n of windows, and as many of its text."
+    history, text = batch.history, getattr(batch, "text", None)
+    real = history.mask.sum(-1)
+    out = [(real[at].sum() / real.sum(), LamoBatch(history[at])) for at in spans(len(history), n)]
+    if text is None or not self.config.lam:
+        return out
+    return out + [((at.stop - at.start) / len(text), LamoBatch(None, text[at])) for at in spans(len(text), n)]
 
 
 # %% ../../nbs/03a_models.lm.ipynb #b03e4962

@@ -90,6 +90,7 @@ class PixelLamo(LamoPolicy):
     "A LamoPolicy that reads pictures (B, K, C, H, W) uint8 and scores discrete actions (B, K, A)."
 
     pictures = True
+    uncaptured = "its loss picks the real steps, and how many there are varies"
 
     def __init__(self, model: dict, K: int = 30, rtg_scale: float = 1.0, frames=None):
         # `frames` may stand here or in `model`
@@ -130,6 +131,8 @@ def positions(self: PixelLamo):
 def loss(self: PixelLamo, batch):
     "Cross-entropy of the actions taken over real steps, plus lam x the language loss where the batch has text."
     x, lam, text = batch.history, self.config.lam, getattr(batch, "text", None)
+    if x is None:
+        return lam * self.lm.loss(batch)
     real = x.mask > 0
     loss = F.cross_entropy(self(x)[real].float(), x.a[real].argmax(-1))
     return loss if text is None or not lam else loss + lam * self.lm.loss(batch)

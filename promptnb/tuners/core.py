@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import Batch, PromptnbError, Steps, check_choice, seed_for
-from ..models.dt import Prefix
+from ..models.dt import Prefix, spans
 from ..train import FitConfig, autocast, fit, memory_error
 
 # %% auto #0
@@ -420,12 +420,10 @@ class _Prompts(nn.Module):
     def parts(self, drawn, n):
         "The windows of all tasks in at most n parts: [(share, drawn)]. The loss is a mean over them."
         history, weight = drawn if isinstance(drawn, tuple) else (drawn, None)
-        B = history.t.shape[1]
-        n, out = min(n, B), []
-        for k in range(n):
-            at = slice(B * k // n, B * (k + 1) // n)
+        B, out = history.t.shape[1], []
+        for at in spans(B, n):
             part = history[:, at]
-            out.append((len(range(B)[at]) / B, part if weight is None else (part, weight[:, at])))
+            out.append(((at.stop - at.start) / B, part if weight is None else (part, weight[:, at])))
         return out
 
 
