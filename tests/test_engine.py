@@ -152,6 +152,7 @@ def one_each(tmp_path_factory):
     return home
 
 
+@pytest.mark.long
 def test_jobs_of_one_kernel_make_what_they_make_alone(one_each):
     "`run` gave the jobs of the finished home to one process: a notebook for each, a log for each run."
     home = finished_home()
@@ -180,6 +181,7 @@ def test_a_kernel_that_dies_takes_no_other_job_along(tmp_path):
     assert len([name for name in paths(home) if name.endswith(".s1.failed.json")]) == 3
 
 
+@pytest.mark.long
 def test_told_to_stop_it_begins_no_other_job(tmp_path):
     home, log = new_home(tmp_path / "home", *DATA), tmp_path / "log"
     p = start(home, log, "job", f"{PRETRAIN}@1", f"{PRETRAIN}@0", *SMOKE, **shim(tmp_path / "slow", SLOW))
