@@ -319,6 +319,7 @@ class Failures:
     lost: int  # evaluations of a target that have no other episode
 
 
+# %% ../../nbs/10b_experiments.offline.ipynb #offlok05
 def failures(seen) -> Failures:
     "Of evaluations {step: what `Curve.point` gives}."
     failed, of, why, lost = zip(*(m["failed"] for m in seen.values()), strict=True)
