@@ -11,24 +11,28 @@ import itertools
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
 from .. import recipes as rc
-from ..core import check_choice, kept, seed_for, write_json
+from ..core import check_choice, kept, read_jsonl, seed_for, sound_record, write_json
 from .run import Rows, Run, failed_episodes, relative
 
 # %% auto #0
 __all__ = [
     "SENTENCE",
+    "EVERY",
     "FEWEST",
+    "TAPES",
     "NEEDS",
     "LIFE",
     "language_model",
     "decider",
+    "asked_first",
+    "server_facts",
     "guidance",
     "use",
     "encoder_of",
@@ -52,6 +56,8 @@ __all__ = [
     "final_metrics",
     "rows_of",
     "remarks",
+    "heard",
+    "begin_anew",
     "train",
     "missing_extra",
     "weights_of",
@@ -66,12 +72,15 @@ SENTENCE = "play well"  # of the constant guide: outside of the list of sub-goal
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #a6f36c3d
-def language_model(name, kind, device="cpu", url=""):
-    "The backend of a model's name: 'tiny' (trained here), a folder or a Hub name, or a model of a server."
+def language_model(x: rc.Online, device="cpu"):
+    "The decision LM of a recipe: a model of a server; or 'tiny' (trained here), a folder or a Hub name."
     from promptnb.llm.adapter import tiny
     from promptnb.llm.backends import Local, Server
 
-    return Server(url, name) if url else Local(tiny(kind) if name == "tiny" else name, device)
+    if not x.url:
+        return Local(tiny("decision") if x.decision == "tiny" else x.decision, device)
+    known = dict(version=x.version, key_env=x.key_env, retries=x.retries, extra=dict(x.extra))
+    return Server(x.url, x.decision, timeout=x.timeout, deadline=max(60.0, x.timeout), **known)
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #fd94a38f
@@ -84,14 +93,43 @@ def decider(x: rc.Online, device):
         return Constant(SENTENCE)
     if x.guide in ("random", "rules"):
         return dict(random=RandomGoals, rules=Rules)[x.guide]()
-    return language_model(x.decision, "decision", device, x.url)
+    return language_model(x, device)
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #p3pref01
+def asked_first(x: rc.Online, decision, tape):
+    "A server's reply to a first question, asked as work will ask; None where no server is asked, or is only on tape."
+    from promptnb.llm.backends import Server, Unreachable
+
+    if not isinstance(decision, Server):
+        return None
+    try:
+        return decision.preflight(x.tokens, x.temperature)
+    except Unreachable as e:
+        if not read_jsonl(tape):
+            raise
+        print(f"{e}; going on with the replies that are on tape", flush=True)
+        return None
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #p3pref02
+def server_facts(decision, reply) -> dict:
+    "What a record says of the server that was asked: who it says it is, and what it takes of a request; {} of none."
+    if not hasattr(decision, "takes"):
+        return {}
+    first = reply and dict(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, attempts=reply.attempts)
+    return dict(name=decision.name, model=reply.model if reply else "", takes=asdict(decision.takes), preflight=first)
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #1f63a876
-def guidance(x: rc.Online, seed, folder, device, encode, decision=None):
+EVERY = 60.0  # seconds between two lines about what language models answered
+
+
+def guidance(x: rc.Online, seed, folder, device, encode, decision=None, name=""):
     """What asks for advice and keeps account of it; None without guidance. Its adapter comes with the stage.
 
-    encode: texts -> vectors, for the comprehension score; decision: a backend that is loaded already."""
+    encode: texts -> vectors, for the comprehension score; decision: a backend that is loaded already; name: begins its
+    lines on the screen."""
     from promptnb.llm import Guidance
     from promptnb.llm.backends import Budget, Cassette
 
@@ -114,6 +152,8 @@ def guidance(x: rc.Online, seed, folder, device, encode, decision=None):
         seed=seed,
         max_tokens=x.tokens,
         temperature=x.temperature,
+        name=name,
+        every=EVERY if x.guide in ("decision", "adapter") else None,
     )
 
 
@@ -184,8 +224,16 @@ class Outcome:
     sft: list = field(default_factory=list)  # facts of each tuning of the adapter
     failed: list = field(default_factory=list)  # of the episodes that failed: step, environment, why
     texts: int = 0  # different sentences that the policy has read
-    cost: dict = field(default_factory=dict)  # queries, calls, tokens, seconds
+    counts: dict = field(default_factory=dict)  # llm.COUNTS of training
+    final_counts: dict = field(default_factory=dict)  # of the final episodes
+    server: dict = field(default_factory=dict)  # server_facts
     parameters: int = 0
+
+    @property
+    def cost(self):
+        "What all of its guidance took, of training and of the final episodes: queries, calls, tokens, seconds."
+        names = dict(seconds="llm_seconds")  # beside the run's own seconds
+        return {names.get(k, k): n + self.final_counts.get(k, 0) for k, n in self.counts.items()}
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #39aa91a4
@@ -218,8 +266,11 @@ class GuidedAgent:
         x = run.recipe.online
         self.run, self.x, self.folder = run, x, Path(folder)
         self.config = ppo_config(x, run.device)
+        decision = None if x.guide == "off" else decider(x, run.device)
+        self.first = asked_first(x, decision, self.folder / "decision.jsonl")
         self.encode, self.judge = self.encoders()
-        self.advise = guidance(x, seed_for(run.seed, "advice"), self.folder, run.device, self.judge)
+        seed = seed_for(run.seed, "advice")
+        self.advise = guidance(x, seed, self.folder, run.device, self.judge, decision, run.id)
         every = max(x.envs * x.rollout, min(20_000, x.steps // 5))  # steps between checkpoints
         state = dict(recipe=rc.digest(run.recipe))
         self.trainer = Trainer(
@@ -245,6 +296,17 @@ def encoders(self: GuidedAgent):
     return encoder.encode, judge.encode
 
 
+# %% ../../nbs/10c_experiments.guided.ipynb #p3book01
+@patch
+def book_first(self: GuidedAgent):
+    "Count the question that was asked before work: it was paid for like any other."
+    if not self.first:
+        return
+    self.advise.book(self.first)
+    if self.advise.budget:
+        self.advise.budget.spend([self.first], self.first.seconds)
+
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt003
 @patch
 def tune_adapter(self: GuidedAgent, k, bounds):
@@ -264,6 +326,7 @@ def learn(self: GuidedAgent):
     if self.adapts:
         use(self.advise, self.adapter, self.folder, self.run.device)
     t.begin()
+    self.book_first()
     for k, end in enumerate(bounds[1:]):
         if k and self.adapts and self.x.tune:
             self.tune_adapter(k, bounds)
@@ -289,8 +352,9 @@ def progress(run: Run, trainer, shown, every=15.0):
 
 # %% ../../nbs/10c_experiments.guided.ipynb #93278973
 def played(folder, f):
-    "The final episodes: those in the folder, or played by `f` and kept there."
-    return kept(Path(folder) / "final.json", lambda: dict(episodes=f()))["episodes"]
+    "The final episodes and the counts of their guidance: those in the folder, or what `f` gives, kept there."
+    found = kept(Path(folder) / "final.json", lambda: dict(zip(("episodes", "counts"), f())))
+    return found["episodes"], found.get("counts", {})
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt006
@@ -305,17 +369,23 @@ def budget_left(self: GuidedAgent) -> tuple:
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt005
 @patch
-def play_final(self: GuidedAgent) -> list:
-    "Facts of the final episodes."
+def play_final(self: GuidedAgent) -> tuple:
+    "(facts of the final episodes, counts of their guidance)."
     from promptnb.online import play
 
     folder, seed, device = self.folder / "final", seed_for(self.run.seed, "final"), self.run.device
     loaded = self.advise and getattr(self.advise.decision, "backend", self.advise.decision)
-    advise = guidance(replace(self.x, budget=self.budget_left()), seed, folder, device, self.judge, loaded)
+    x, name = replace(self.x, budget=self.budget_left()), f"{self.run.id}, final episodes"
+    advise = guidance(x, seed, folder, device, self.judge, loaded, name)
     if self.adapts:
         use(advise, self.adapter, folder, device)
     n, policy = self.run.recipe.eval_episodes, self.trainer.policy
-    return played(self.folder, lambda: play(policy, self.config, n, seed, advise, self.encode))
+
+    def play_now():
+        episodes = play(policy, self.config, n, seed, advise, self.encode)
+        return episodes, dict(advise.counts) if advise else {}
+
+    return played(self.folder, play_now)
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #4979d6af
@@ -326,12 +396,16 @@ def staged(run: Run, folder) -> Outcome:
     agent = GuidedAgent(run, folder)
     agent.learn()
     advise, envs = agent.advise, agent.trainer.envs
-    names = dict(seconds="llm_seconds")  # beside the run's own seconds
+    if advise:
+        advise.tell(now=True)
+    final, final_counts = agent.play_final()
     return Outcome(
         episodes=envs.episodes,
-        cost={names.get(k, k): v for k, v in advise.counts.items()} if advise else {},
+        counts=dict(advise.counts) if advise else {},
         said=exchanges(advise.log) if advise else [],
-        final=agent.play_final(),
+        final=final,
+        final_counts=final_counts,
+        server=server_facts(advise.decision.backend, agent.first) if agent.first else {},
         failed=envs.failed,
         sft=agent.sft,
         texts=len(envs.texts) - 1,
@@ -484,11 +558,40 @@ def remarks(run: Run, out: Outcome) -> dict:
     return failed_episodes(failed, failed + len(out.episodes) + len(out.final), why)
 
 
+# %% ../../nbs/10c_experiments.guided.ipynb #p3ungu01
+def heard(out: Outcome) -> tuple:
+    "('ok', ''), or ('unguided', why) where more than a bounded share of the queries got no reply."
+    from promptnb.llm import BOUND, unheard_share
+
+    share = max(unheard_share(counts) for counts in (out.counts, out.final_counts))
+    if share <= BOUND:
+        return "ok", ""
+    first = next((e["why"] for e in out.said if e["why"]), "see final/exchanges.jsonl")
+    return "unguided", f"{share:.0%} of the queries got no reply, more than {BOUND:.0%}; the first: {first}"
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #p3ungu03
+TAPES = ("decision.jsonl", "adapter.jsonl")
+
+
+def begin_anew(run: Run, folder):
+    "Set aside what an unguided run left in its folder; replies that are on tape stay in use."
+    record = sound_record(run.path)
+    if not record or record["status"] != "unguided" or not (folder / "final.json").exists():
+        return
+    aside = folder / f"unguided-{len(list(folder.glob('unguided-*')))}"
+    aside.mkdir()
+    for path in sorted(folder.iterdir(), key=lambda p: p.name == "final.json"):  # the last: until then it is not done
+        if path.name not in TAPES and not path.name.startswith("unguided-"):
+            os.replace(path, aside / path.name)
+
+
 # %% ../../nbs/10c_experiments.guided.ipynb #9c26f544
 def train(run: Run) -> Path:
     "Train in stages, tune between them, play at the end; writes the record and returns its path."
     r, x, start = run.recipe, run.recipe.online, time.time()
     folder = run.folder()
+    begin_anew(run, folder)
     write_json(folder / "config.json", dict(recipe=r, seed=run.seed))
     agent = dict(ppo=staged, random=random_agent)[check_choice(x.learner, ("ppo", "random"), "learner")]
     try:
@@ -501,11 +604,15 @@ def train(run: Run) -> Path:
     rows = rows_of(run, out, seconds)
     score = {w.metric: w.value for w in rows if w.step == x.steps}
     line = f"score {score.get('score', np.nan):.2f}, last part {score.get('score_last', np.nan):.2f}"
+    status, why = heard(out)
+    line = f"unguided: {why}" if why else line
     print(f"{run.id}: {r.method}: {line} ({len(out.episodes)} episodes, {seconds:.0f} s)", flush=True)
     return run.record(
-        "ok",
+        status,
         rows,
+        why,
         seconds=seconds,
+        server=out.server,
         remarks=remarks(run, out),
         counts=dict(total=out.parameters, trainable=out.parameters),
         guides=examples(out.said),
@@ -549,8 +656,8 @@ def out_of_reach(r: rc.Recipe, can_be_had=lambda lm: True) -> str:
     x = r.online
     if extra := missing_extra(x):
         return f"needs the extra '{extra}': pip install 'promptnb[{extra}]'"
-    if x.url and x.guide in ("decision", "adapter") and not os.environ.get("OPENAI_API_KEY"):
-        asks = f"asks {x.url} for '{x.decision}', which needs a key in the environment variable OPENAI_API_KEY"
+    if x.url and x.guide in ("decision", "adapter") and not os.environ.get(x.key_env):
+        asks = f"asks {x.url} for '{x.decision}', which needs a key in the environment variable {x.key_env}"
         return f"{asks} (of a server of your own: any text)"
     for name in weights_of(x):
         if not can_be_had(name):

@@ -32,6 +32,7 @@ from promptnb.core import (
     root,
     run_lock,
     runs_dir,
+    sound_record,
     swept,
     write_json,
 )
@@ -342,6 +343,10 @@ def unfinished(runs, trouble) -> list:
     out = []
     for run in runs:
         if run.finished:
+            continue
+        record = sound_record(run.path)
+        if record and record["status"] == "unguided":
+            out.append(f"{run.id} (unguided: {record['why']})")
             continue
         if not run.failed_path.exists():
             run.record("failed", why=trouble)

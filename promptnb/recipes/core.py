@@ -245,6 +245,11 @@ class Online:
     url: str = "https://api.openai.com/v1"  # of the decision LM; '': in this process
     tokens: int = 100  # an analysis has at most so many
     temperature: float = 1.0
+    version: str = ""  # of that server's model: your own mark, where its name does not say which weights answer
+    key_env: str = "OPENAI_API_KEY"  # the environment variable with the server's key
+    timeout: float = 10.0  # seconds that it may take for a reply
+    retries: int = 5  # of a question that got no reply
+    extra: tuple = ()  # more of a request's body, as pairs; None takes a field out
     budget: tuple = ()  # of the decision LM: llm.backends.Budget's fields, as pairs
     targets: str = "own"  # what the adapter is tuned on; 'gain', 'gain-weighted', 'achievements': llm.adapter
     sft: tuple = ()  # llm.adapter.SFT's fields, as pairs
@@ -326,6 +331,11 @@ LATER = dict(
     markup_twice=False,
     block=0,
     eps=1e-8,
+    version="",
+    key_env="OPENAI_API_KEY",
+    timeout=10.0,
+    retries=5,
+    extra=(),
 )
 
 

@@ -57,7 +57,7 @@ def policy_file(r, scale, seed):
 # %% ../../nbs/11a_report.view.ipynb #vw000009
 @dataclass(frozen=True)
 class RunState:
-    "One run of an exhibit; `state` is 'ok', 'stale', 'failed', 'diverged', 'damaged' or 'missing'."
+    "One run of an exhibit; `state`: 'ok', 'stale', 'failed', 'diverged', 'unguided', 'damaged' or 'missing'."
 
     label: str  # of its row in the table
     recipe: rc.Recipe  # at the scale of the view
@@ -170,7 +170,7 @@ class View:
         if theirs:
             found.append(RunState(label, r, seed, shipped_state(theirs, r, shared), theirs["why"], theirs, "shipped"))
         found.append(RunState(label, r, seed, "missing"))
-        return next((run for run in found if run.state in ("ok", "diverged")), found[0])
+        return next((run for run in found if run.state in ("ok", "diverged", "unguided")), found[0])
 
     @property
     def good(self) -> list:
@@ -285,7 +285,7 @@ def flaws(view) -> str:
 # %% ../../nbs/11a_report.view.ipynb #vw000019
 def status(view) -> dict:
     "How many runs an exhibit has in all, done and stale, and what failed."
-    bad = [run for run in view.runs if run.state in ("failed", "diverged", "damaged")]
+    bad = [run for run in view.runs if run.state in ("failed", "diverged", "unguided", "damaged")]
     return dict(
         total=len(view.runs),
         done=len(view.good),
