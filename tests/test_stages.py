@@ -145,6 +145,11 @@ class Finished:
         return exchanges(self.folder / "exchanges.jsonl")
 
     @property
+    def said_in_all(self):
+        "The exchanges of training and of the final episodes."
+        return [*self.said, *exchanges(self.folder / "final" / "exchanges.jsonl")]
+
+    @property
     def final(self):
         return read_json(self.folder / "final.json")["episodes"]
 
@@ -426,7 +431,8 @@ def test_the_return_along_is_of_the_quarter(arm, run, episodes):
 
 @of_guided_arms
 def test_every_query_leaves_an_exchange(arm, run):
-    assert (run.last["queries"], run.last["failed"]) == (len(run.said), 0)
+    assert (run.last["queries"], run.last["failed"]) == (len(run.said_in_all), 0)
+    assert len(run.said_in_all) > len(run.said)
 
 
 @of_guided_arms
@@ -456,7 +462,7 @@ def test_replies_are_no_longer_than_allowed(arm, run, x):
 @of_guided_arms
 def test_a_call_is_counted_for_each_model(arm, run):
     two = arm in TWO_MODELS
-    assert run.last["calls"] == len(run.said) * (1 + two)
+    assert run.last["calls"] == len(run.said_in_all) * (1 + two)
     assert all(bool(e["response"]) <= two for e in run.said)
 
 

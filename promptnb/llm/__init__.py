@@ -797,9 +797,8 @@ def __call__(self: Guidance, scenes):
 def tally(self: Guidance) -> str:
     "The counts in a line: asked, answered, failed, retried, tokens."
     c = self.counts
-    asked = c["calls"] + c["cached"] + c["unasked"]
     answered = c["queries"] - c["withheld"] - c["unheard"]
-    heard = f"asked {asked:,} times, answered {answered:,} of {c['queries']:,} queries"
+    heard = f"asked {c['calls']:,} times, answered {answered:,} of {c['queries']:,} queries"
     spent = f"{c['tokens_in']:,} tokens in, {c['tokens_out']:,} out"
     return f"{heard}, failed {c['failed']:,}, retried {c['retried']:,}, {spent}"
 

@@ -61,8 +61,8 @@ PAGES = {
 
 
 def page_of(e: rc.Exhibit):
-    "The page that draws an exhibit: the first of its paper's that knows its kind."
-    pages = PAGES.get(e.paper, (prompts,))
+    "The page that draws an exhibit: the first of its paper's that knows its kind; of a study of yours, any that does."
+    pages = PAGES.get(e.paper, (prompts, lamo, cmt, rladapter))
     return next(page for page in pages if e.kind in page.DRAW)
 
 

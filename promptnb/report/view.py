@@ -221,7 +221,7 @@ class View:
 def reported(paper) -> pd.DataFrame:
     "The published numbers of a paper with their sources; a study of yours has none."
     path = data_dir() / "reported" / f"{paper}.csv"
-    columns = "exhibit method family value std n_seeds source other_protocol".split()
+    columns = "exhibit method family value std steps n_seeds source other_protocol".split()
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
 
 
