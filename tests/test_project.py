@@ -144,6 +144,7 @@ LAYERS = {
     "captured": ("core", "gymnasium", ""),
     "train": ("core captured", "gymnasium", ""),
     "evaluate": ("core tasks", "", ""),
+    "predict": ("core tasks evaluate", "", ""),
     "tuners": ("core models train", "gymnasium minari", ""),
     "llm": ("core", "gymnasium", ""),
     "online": ("core tasks", "", ""),
