@@ -18,7 +18,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 DAEMONS = ("slurmd", "slurmctld", "munged")
-PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+# the system's programs first: the PATH may lead to the wrappers of another Slurm of this script's
+PATH = os.pathsep.join(("/usr/bin", "/usr/sbin", os.environ.get("PATH", "")))
 PLUGIN = "snakemake_executor_plugin_slurm"
 CONF = """
 ClusterName=promptnb

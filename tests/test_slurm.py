@@ -213,7 +213,7 @@ class Cluster:
         "Has a policy trained long enough to have a checkpoint?"
         return bool(list(self.home.glob("data/runs/offline/*/step-*.json")))
 
-    def ends(self, p, seconds=120):
+    def ends(self, p, seconds=300):
         "The status of the command, and all that it and its jobs have said."
         try:
             status = p.wait(timeout=seconds)
@@ -256,7 +256,7 @@ def test_a_job_that_fails_ends_the_run(cluster):
     profile = cluster.home / "workflow" / "profiles" / "slurm" / "config.yaml"
     profile.write_text(re.sub("retries: .*", "retries: 0", profile.read_text()))
     p = cluster.start()
-    status, said = cluster.ends(p, 90)
+    status, said = cluster.ends(p)
     assert status == 2 and "the card fell off the bus" in said, said
     assert set(cluster.records().values()) == {"failed"}
     assert "RUNNING" not in cluster.jobs().values() and "PENDING" not in cluster.jobs().values()
