@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from promptnb.core import (
     disk_error,
     figures_dir,
     folder_named_by,
+    process_name,
     root,
     run_lock,
     runs_dir,
@@ -62,6 +64,7 @@ from promptnb.experiments.notebook import (
     job_command,
     note_killed,
     owner_name,
+    socket_folder,
     sweep,
     time_limit,
 )
@@ -352,10 +355,13 @@ def owned(command, last_word=signal.SIGTERM) -> int:
     env = {**os.environ, **ENVIRONMENT, OWNER: owner, "PROMPTNB_HOME": str(root())}
     if not cache_folder():
         env["XDG_CACHE_HOME"] = str(runs_dir() / "cache")  # Snakemake makes one before anything else
-    try:
-        return subprocess.run(command, env=env, preexec_fn=lambda: die_with_parent(last_word)).returncode
-    finally:
-        stop_descendants(owner)
+    # what any of them leaves when it is killed lies in one folder, which the next run removes if this one cannot
+    place = dict(prefix=f".pnb.{process_name()}.", dir=socket_folder(), ignore_cleanup_errors=True)
+    with tempfile.TemporaryDirectory(**place) as env["TMPDIR"]:
+        try:
+            return subprocess.run(command, env=env, preexec_fn=lambda: die_with_parent(last_word)).returncode
+        finally:
+            stop_descendants(owner)
 
 
 # %% ../nbs/12_cli.ipynb #clicach1
