@@ -466,8 +466,8 @@ NEVER = re.compile(
     r"|\b(?:nicht|kein\w*|niemals|jamais|nunca|não|nicht|никогда|не)\b|不|別|别|勿|避|ません|ない|禁|마세요|않"
 )
 AVOID = re.compile(
-    r"\b(?:avoid\w*|skip\w*|stop\w*|without|instead of|rather than|except|unless|refrain\w*|ignor\w*|prevent\w*"
-    r"|forget\w*|neither|nor|evit\w*|sans|ohne|sin|statt|no(?!\W*\d))\b"
+    r"\b(?:(?P<verb>avoid\w*|skip\w*|stop\w*|refrain\w*|ignor\w*|prevent\w*|forget\w*|evit\w*|neither)"
+    r"|without|instead of|rather than|except|unless|nor|sans|ohne|sin|statt|no(?!\W*\d))\b"
 )
 REASON = re.compile(r"\b(?:because|since|so that|so as|so (?:you|i|we)|in order|to avoid|as (?:you|i|we|there|it))\b")
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n|;")
@@ -484,7 +484,8 @@ def affirmed(part):
     if NEVER.search(part):
         return "", 2 if ":" in part else 1
     if avoid := AVOID.search(part):
-        return part[: avoid.start()], 2 if GOAL.search(part, avoid.end()) else 0
+        begins = bool(avoid["verb"]) and not GOAL.search(part[: avoid.start()]) and GOAL.search(part, avoid.end())
+        return part[: avoid.start()], 2 if begins else 0
     return part, 0
 
 
