@@ -909,7 +909,11 @@ def settle_environment():
         folder = folder_named_by(name)
         if folder is None:
             continue
-        if not folder.is_dir() and (folder.exists() or name == "PROMPTNB_HOME"):
+        try:
+            usable = folder.is_dir() or not (folder.exists() or name == "PROMPTNB_HOME")
+        except OSError as e:  # a name that is too long, or a folder that is not ours to look into
+            raise PromptnbError(f"{name} is {os.environ[name]}: {os.strerror(e.errno).lower()}") from None
+        if not usable:
             raise PromptnbError(f"{name} is {os.environ[name]}, which is no folder")
         os.environ[name] = str(folder)
     os.environ["MPLBACKEND"] = "Agg"  # commands draw into files

@@ -372,6 +372,14 @@ def test_a_file_where_a_folder_should_be(variable, tmp_path):
     one_line(cli(tmp_path, "list", **{variable: str(tmp_path / "file")}), f"{variable} is", "no folder")
 
 
+@pytest.mark.parametrize("variable", command.FOLDERS)
+def test_a_folder_whose_name_is_too_long(variable, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "/tmp/" + "x" * 300)
+    assert command.main(["list"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"promptnb: {variable} is /tmp/xxx") and said.endswith(": file name too long\n")
+
+
 def test_a_folder_that_is_no_workbook(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PROMPTNB_HOME", str(tmp_path))
     for args in (("run", PAPER), ("status", PAPER), ("render", PAPER)):
