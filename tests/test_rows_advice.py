@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("crafter")
 pytest.importorskip("openai")
 pytest.importorskip("trl")
-from advisors import FAULTS, Far, chat, echo, send
+from advisors import FAULTS, GOOD, Far, chat, echo, send
 from homes import SMOKE, cli, new_home, went
 from shims import patched
 from test_backends import BAD_TEXTS
@@ -24,13 +24,21 @@ JOB, SECRET = "rladapter/main/crafter/online/decision", "sk-no-file-may-hold-987
 # smoke recipes that ask a server, impatiently: a query every five steps
 RECIPES = """
 for online in m.SMOKE["Online"].values():
-    online.update(url=os.environ["FAR"], decision=os.environ.get("MODEL", "toy-2"), interval=5, steps=256, stages=1)
+    online.update(url=os.environ["FAR"], decision=os.environ.get("MODEL", "toy-2"), interval=5, steps=512, stages=1)
     online.update(budget=(("calls", int(os.environ["CALLS"])),) if "CALLS" in os.environ else ())
 """
 HURRY = """
-def language_model(name, kind, device="cpu", url=""):
-    from promptnb.llm.backends import Server
-    return Server(url, name, timeout=0.4, deadline=1.5, retries=1, backoff=0.02, patience=99)
+real = m.language_model
+def language_model(x, device="cpu"):
+    server = real(x, device)
+    server.retries, server.backoff, server.patience = 1, 0.02, 99
+    asked = server.preflight
+    def preflight(*a):
+        reply = asked(*a)
+        server.timeout, server.deadline = 0.4, 1.5
+        return reply
+    server.preflight = preflight
+    return server
 m.language_model = language_model
 """
 
@@ -70,7 +78,8 @@ def says(text):
 def hostile(tmp_path_factory):
     "Advised by a server that breaks each of its requests in another way, each twice, and says what it should not."
     home, far = new_home(tmp_path_factory.mktemp("hostile") / "home"), Far()
-    far.faults = [fault for fault in FAULTS.values() for _ in range(2)]
+    far.faults = [says(GOOD[0])]  # the first question, before work
+    far.faults += [fault for fault in FAULTS.values() for _ in range(2)]
     far.faults += [says(text) for text in (*BAD_TEXTS.values(), *ATTACKS)]
     far.faults += [lambda h: echo(h, 200), lambda h: echo(h, 401), lambda h: echo(h, 401)]
     many = len(far.faults)
@@ -150,10 +159,10 @@ def test_tapes_give_the_same_run_without_the_server(hostile):
     forget(run)
     again = advised(run.home, url)
     assert again.last["cached"] > 20
-    told = {*VARY, "failed", "unasked"}
+    told = {*VARY, "failed", "unasked", "retried", "unheard", "withheld"}  # what the server's absence changes
     assert [w for w in again.rec["rows"] if w["metric"] not in told] == [
         w for w in run.rec["rows"] if w["metric"] not in told
     ]
     assert [e["sentence"] for e in again.said] == [e["sentence"] for e in run.said]
-    other = advised(run.home, url, MODEL="toy-9")
-    assert other.last["cached"] == 0 and {e["sentence"] for e in other.said} == {""}
+    with pytest.raises(AssertionError, match="runs of .* failed"):
+        advised(run.home, url, MODEL="toy-9")
