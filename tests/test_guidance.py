@@ -908,6 +908,7 @@ def test_published_values_are_those_of_the_released_code():
 def test_every_field_has_a_released_value_or_is_ours():
     "A new field of Online must be looked up, or be named here."
     ours = {"guide", "learner", "precision", "last", "points", "budget", "sft", "preset"}
+    ours |= {"version", "key_env", "timeout", "retries", "extra"}  # of a server
     known = {p.field.removeprefix("online.") for p in PAPER.published if p.covers(rc.rladapter.ARMS["adapter"])}
     assert {f.name for f in fields(rc.Online)} == ours | known - {"eval_episodes", "seeds"}
 
