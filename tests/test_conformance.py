@@ -260,3 +260,11 @@ def test_windows_have_the_form_of_the_policy():
     h = checks.windows(policy)
     assert h.s.shape == (9, K, S) and h.a.shape == (9, K, A)
     assert h.mask[:, -1].all() and (h.mask == 0).any()
+
+
+@each_tuner
+def test_refuses_a_policy_that_reads_no_prompt(name, refused):
+    from promptnb.models.lm import LamoPolicy
+
+    lamo = LamoPolicy(dict(state_dim=S, act_dim=A, layers=1, width=16, heads=1, max_timestep=30), K=K)
+    refused(make_tuner(name).adapt, lamo, toy()[1], 0, says=("LamoPolicy reads no prompt", "models.dt"))

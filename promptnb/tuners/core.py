@@ -23,6 +23,7 @@ __all__ = [
     "TUNERS",
     "FIELDS",
     "Adapted",
+    "for_prompted",
     "Tuner",
     "tuner_module",
     "tuner_class",
@@ -62,12 +63,31 @@ class Adapted:
     unread: int = 0  # of `trainable`, numbers that no policy reads, so that none keeps them
 
 
+# %% ../../nbs/06_tuners.core.ipynb #tnr00008
+def for_prompted(adapt):
+    "A tuner's `adapt` that refuses, in one line, a policy which reads no prompt."
+
+    @functools.wraps(adapt)
+    def checked(self, policy, *args, **kw):
+        if not hasattr(type(policy), "prompted"):
+            kind = type(policy).__name__
+            raise PromptnbError(f"a {kind} reads no prompt, so no tuner takes it: give a Policy of promptnb.models.dt")
+        return adapt(self, policy, *args, **kw)
+
+    return checked
+
+
 # %% ../../nbs/06_tuners.core.ipynb #01db455e
 @dataclass
 class Tuner:
     """Base of all tuners: hyper-parameters are dataclass fields with defaults, `adapt` does the work.
 
     One that runs the model often may have a field `precision`, 'fp32' or 'bf16'; others are not told it."""
+
+    def __init_subclass__(cls, **kw):
+        super().__init_subclass__(**kw)
+        if "adapt" in vars(cls):
+            cls.adapt = for_prompted(cls.adapt)
 
     PREPARES = ()  # hyper-parameters that `prepare` depends on; none: there is nothing to prepare
     ENTRIES = False  # it changes a drawn prompt's entries: what they were and became is kept, for figures and films

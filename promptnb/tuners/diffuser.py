@@ -17,7 +17,7 @@ from torch import nn
 from ..core import PromptnbError, Steps, check_choice, seed_for
 from ..models.dt import SafeHub
 from ..train import FitConfig
-from .core import Adapted, Tuner, fitted, frozen, prompt_loss, same_batch, windows_loss
+from .core import Adapted, Tuner, fitted, for_prompted, frozen, prompt_loss, same_batch, windows_loss
 
 # %% auto #0
 __all__ = [
@@ -482,6 +482,7 @@ def chosen(self: PromptDiffuser, policy, prompts, held, score=None):
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00031
 @patch
+@for_prompted
 def adapt(self: PromptDiffuser, policy, demos, rng, score=None) -> Adapted:
     "A net for each task, adapted on its demonstrations, and the prompt that it writes. Step 0 of the log: as drawn."
     self.check(policy)

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import PromptnbError, Steps, check_choice, seed_for
-from .core import Adapted, Tuner, frozen, pack, prompt_loss, same_batch, unpack
+from .core import Adapted, Tuner, for_prompted, frozen, pack, prompt_loss, same_batch, unpack
 
 # %% auto #0
 __all__ = [
@@ -230,6 +230,7 @@ class BestSoFar:
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00012
 @patch
+@for_prompted
 def adapt(self: PromptSearch, policy, demos, rng, score=None) -> Adapted:
     "Propose, judge, update, `steps` times, for all tasks at once."
     self.check(policy, score)
