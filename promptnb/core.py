@@ -687,7 +687,7 @@ def server_answers(seconds=3):
     import urllib.error
     import urllib.request
 
-    if not os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
+    if not (os.environ.get("MINARI_REMOTE") or "hf://").startswith("hf://"):
         return True
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         return False
