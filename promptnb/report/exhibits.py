@@ -204,7 +204,7 @@ def checked(paper, given) -> list:
     "The ids of the exhibits that a page is to show. A parameter that is misspelt, or of another type, is refused."
     check_choice(paper, rc.PAPERS, "paper")
     for name in injected():
-        check_choice(name, TYPES, "parameter of this page")
+        check_choice(name, ("paper", *TYPES), "parameter of this page")  # a study's page is told whose it is
     for name, value in given.items():
         if not isinstance(value, TYPES[name]):
             raise PromptnbError(f"parameter '{name}' of this page is {TYPES[name].__name__}, not {value!r}")
