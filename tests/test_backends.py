@@ -12,6 +12,7 @@ import pytest
 from advisors import FAULTS, GOOD, Far, Scripted, chat, echo, send, situations
 
 from promptnb import llm
+from promptnb.core import PromptnbError
 from promptnb.llm import GOALS, Guidance, Request, decision_prompt, exchanges, scene
 
 pytest.importorskip("openai")
@@ -297,6 +298,12 @@ REFUSALS = {
         no_system("Conversation roles must alternate user/assistant/user/assistant/..."),
         dict(system=False),
     ),
+    "system, contracted": (no_system("This model doesn't support system prompts."), dict(system=False)),
+    "system, as an instruction": (no_system("Developer instruction is not enabled for models/toy"), dict(system=False)),
+    "system, by the roles there are": (
+        no_system("messages[0].role must be one of ['user','assistant']"),
+        dict(system=False),
+    ),
     "max_tokens": (
         no_field("max_tokens", "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."),
         dict(limit="max_completion_tokens"),
@@ -325,8 +332,19 @@ def test_what_a_server_refuses_is_left_out_from_then_on_and_said_once(far, what,
     assert all(m["content"] in text for m in requests(1)[0].messages)  # nothing of the prompt is lost
 
 
-def test_a_refusal_of_a_size_teaches_nothing(far):
-    far.answer = picky(lambda body: "max_tokens is too large: 100. This model supports at most 7.")
+@pytest.mark.parametrize(
+    "said",
+    [
+        "max_tokens is too large: 100. This model supports at most 7.",
+        "Invalid 'max_tokens': integer above maximum value. Expected a value <= 7, but got 100 instead.",
+        "max_tokens is too large: this model supports only 7.",
+        "This model's maximum context length is 7 tokens, max_tokens included: invalid request",
+        "Invalid 'temperature': decimal above maximum value. Expected a value <= 1, but got 3 instead.",
+        "Internal system error: unexpected failure",
+    ],
+)
+def test_a_refusal_of_a_size_or_a_failure_teaches_nothing(said, far):
+    far.answer = picky(lambda body: said)
     s = server(far.url, retries=0)
     assert not s.complete(requests(1))[0].ok and s.takes == type(s.takes)() and len(far.seen) == 1
 
@@ -450,7 +468,10 @@ def test_a_silent_server_may_have_been_paid(far):
     assert len(r.retries) == 1
 
 
-@pytest.mark.parametrize("path, hint", [("", "/v1"), ("/api", "/api/v1"), ("/v1", "is 'toy' a model")])
+@pytest.mark.parametrize(
+    "path, hint",
+    [("", "/v1"), ("/api", "/api/v1"), ("/v1", "is 'toy' a model"), ("/api/v1/models", "/api/v1)"), ("/V1", "/v1)")],
+)
 def test_a_url_that_lacks_its_version_gets_a_hint(far, path, hint):
     far.faults = [lambda h: send(h, b"{}", 404)]
     r = server(far.url.removesuffix("/v1") + path, retries=0).complete(requests(1))[0]
@@ -461,6 +482,45 @@ def test_a_web_page_where_the_protocol_should_be_gets_the_hint(far):
     far.faults = [FAULTS["html"]]
     r = server(far.url.removesuffix("/v1"), retries=0).complete(requests(1))[0]
     assert "no choices" in r.why and "try http" in r.why
+
+
+NO_URLS = (
+    "http://[::1/v1",
+    "http://x:abc/v1",
+    "http://x:99999/v1",
+    "http://x y/v1",
+    "http://../v1",
+    "http://a\x00b/v1",
+)
+TOLD = ("me:hidden@host/v1", "http//me:hidden@host/v1", "https://me:hid@den@host/v1", "http://host/api?key=hidden")
+
+
+@pytest.mark.parametrize("url", NO_URLS)
+def test_a_url_that_cannot_be_asked_is_refused_before_work(url, refused):
+    refused(server, url, says=("is no URL",))
+
+
+@pytest.mark.parametrize("url", TOLD)
+def test_a_secret_in_a_url_is_refused_and_not_shown(url):
+    with pytest.raises(PromptnbError, match="PNB_TEST_KEY") as e:
+        server(url)
+    assert "hid" not in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("variable", ["OPENAI_ORG_ID", "OPENAI_PROJECT_ID"])
+def test_what_the_client_sends_along_is_named_too(variable, far, monkeypatch):
+    monkeypatch.setenv(variable, "hidden\u2013word")
+    asked = Unsent(far.url)
+    (reply,) = asked.guidance.decision.complete(requests(1))
+    assert f"{variable} has a sign" in reply.why and "hidden" not in reply.why and asked.free and not far.seen
+
+
+def test_certificates_that_cannot_be_read_are_named(monkeypatch, tmp_path):
+    (tmp_path / "file.pem").write_text("no certificate")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "file.pem"))
+    asked = Unsent("https://far.invalid/v1")
+    (reply,) = asked.guidance.decision.complete(requests(1))
+    assert "SSL_CERT_FILE" in reply.why and "certificates" in reply.why and asked.free
 
 
 def test_a_url_of_the_whole_call_is_refused(refused):

@@ -58,6 +58,7 @@ __all__ = [
     "VITAL",
     "LOW",
     "UNTAKEN",
+    "SIZE",
     "NO_SYSTEM",
     "Constant",
     "RandomGoals",
@@ -80,7 +81,9 @@ __all__ = [
     "Takes",
     "learned",
     "merged_turns",
+    "check_url",
     "Server",
+    "check_header",
     "content_text",
     "Unreachable",
     "Cassette",
@@ -433,6 +436,10 @@ def transport(url):
         raise PromptnbError(
             f"{variable} names a SOCKS proxy, which needs a package: pip install socksio (or set {without})"
         ) from None
+    except OSError as e:  # of reading certificates
+        given = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        where = f"{' or '.join(given)} names" if given else "this machine has"
+        raise PromptnbError(f"{where} no certificates that can be read ({type(e).__name__})") from None
     except Exception as e:
         raise PromptnbError(f"{variable or 'the URL'} names no proxy that can be used ({type(e).__name__})") from None
 
@@ -497,10 +504,20 @@ class Takes:
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2take02
-_NO = r"not (?:support|permitted|allowed|accepted)|unsupported|unrecogni[sz]ed|unknown|unexpected|invalid|extra|instead"
+_NO = (
+    r"n[o'’]t (?:be )?(?:support|permitted|allowed|accepted|enabled|available)|unsupported|unrecogni[sz]ed|unknown"
+    r"|unexpected|invalid|extra|instead"
+)
 UNTAKEN = re.compile(rf"{_NO}|deprecated|only")  # a refusal of a thing itself, not of its size
+SIZE = re.compile(
+    r"too (?:large|big|high|long|small|low|many)|m(?:ax|in)imum (?:value|context)|at (?:most|least)|[<>]=?|\brange\b"
+    r"|exceed|(?:less|greater|larger|smaller|more|fewer) than|\bbetween\b|context length"
+)
+_SYSTEM = r"(?:\bsystem (?:role|messages?|prompts?|instructions?)\b|['\"]system['\"]|developer instruction)"
 NO_SYSTEM = re.compile(
-    rf"(?:{_NO}).{{0,60}}\bsystem\b|\bsystem\b.{{0,60}}(?:{_NO})|roles? must alternate|only user", re.S
+    rf"(?:{_NO}).{{0,60}}{_SYSTEM}|{_SYSTEM}.{{0,60}}(?:{_NO})|roles? must alternate|only user"
+    r"|['\"]user['\"](?: or |, ?| and )['\"]assistant['\"]",
+    re.S,
 )
 
 
@@ -510,7 +527,7 @@ def learned(takes, message):
     text = message.lower()
     if NO_SYSTEM.search(text):
         return replace(takes, system=False)
-    if not UNTAKEN.search(text):
+    if SIZE.search(text) or not UNTAKEN.search(text):
         return takes
     if takes.limit and takes.limit in text:
         return replace(takes, limit="max_completion_tokens" if takes.limit == "max_tokens" else "")
@@ -529,6 +546,27 @@ def merged_turns(messages):
         return rest
     first, *later = rest or [dict(content="")]
     return [dict(role="user", content="\n\n".join([*system, first["content"]]).strip()), *later]
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2urlc01
+def check_url(url, key_env):
+    "Raise an error unless a URL can be asked; one that may hold a secret is not shown."
+    try:
+        parts = urlsplit(url)
+        asked = parts.scheme in ("http", "https") and parts.port != 0 and bool(parts.hostname.encode("idna"))
+        asked = asked and not re.search(r"[\x00- \x7f]", parts.hostname)
+    except (ValueError, AttributeError):  # UnicodeError is a ValueError; without a host there is nothing to encode
+        parts, asked = None, False
+    if "@" in (parts.netloc if asked else url):
+        raise PromptnbError(f"no user or key in a URL: put the key into the environment variable {key_env}")
+    if "?" in url or "#" in url:
+        raise PromptnbError(
+            "leave '?', '#' and what follows off the URL; a key goes into the environment variable " + key_env
+        )
+    if not asked:
+        raise PromptnbError(f"'{clean(url)}' is no URL: write http://host:port/v1 or https://...")
+    if parts.path.rstrip("/").endswith("/chat/completions"):
+        raise PromptnbError(f"'{clean(url)}': leave '/chat/completions' off the URL")
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #ca77f0a0
@@ -550,13 +588,7 @@ class Server(Backend):
     extra: dict = field(default_factory=dict)  # more of the request's body; None takes a field out
 
     def __post_init__(self):
-        parts = urlsplit(self.url)
-        if parts.username or parts.password:
-            raise PromptnbError(f"no user or key in a URL: put the key into the environment variable {self.key_env}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise PromptnbError(f"'{clean(self.url)}' is no URL: write http://host:port/v1 or https://...")
-        if parts.path.rstrip("/").endswith("/chat/completions"):
-            raise PromptnbError(f"'{clean(self.url)}': leave '/chat/completions' off the URL")
+        check_url(self.url, self.key_env)
         # imported now, since that takes a second: better than within a deadline
         import_optional("openai", "servers are asked through openai: pip install 'promptnb[llm]'")
         self.name = f"server:{self.model}@{self.version}" if self.version else f"server:{self.model}"
@@ -576,19 +608,26 @@ class Server(Backend):
         return text.replace(secret, "(key)") if len(secret) >= 8 else text
 
 
-# %% ../../nbs/07a_llm.backends.ipynb #p2keyy01
-@patch
-def key(self: Server):
-    "The key to send; one that no header can hold is a PromptnbError that names the sign."
-    secret = self.secret()
-    for place, c in enumerate(secret, 1):
+# %% ../../nbs/07a_llm.backends.ipynb #p2keyy03
+def check_header(variable):
+    "Raise an error that names the sign if a header cannot hold what an environment variable has; that is not shown."
+    value = os.environ.get(variable, "").strip()
+    for place, c in enumerate(value, 1):
         if not "!" <= c <= "~":
             sign = unicodedata.name(c, f"U+{ord(c):04X}")
             raise PromptnbError(
-                f"the key in the environment variable {self.key_env} has a sign that no header can hold: {sign}, "
-                f"at place {place} of {len(secret)}; copy it again as plain text"
+                f"the environment variable {variable} has a sign that no header can hold: {sign}, "
+                f"at place {place} of {len(value)}; copy it again as plain text"
             )
-    return secret or "none"
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #p2keyy01
+@patch
+def key(self: Server):
+    "The key to send; a variable that no header can hold is a PromptnbError that names the sign."
+    for variable in (self.key_env, "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):  # openai sends them along
+        check_header(variable)
+    return self.secret() or "none"
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2hint01
@@ -598,8 +637,11 @@ def hint(self: Server, status):
     if status in (401, 403):
         known = f"is the key in {self.key_env} right?" if self.secret() else f"{self.key_env} holds no key"
         return f" ({known})"
-    if status in (200, 404, 405) and not re.search(r"/v\d\w*/?$", urlsplit(self.url).path):
-        return f" (the URL does not end in /v1: try {self.url.rstrip('/')}/v1)"
+    url = self.url.rstrip("/")
+    version = re.match(r"(.*?)/(v\d\w*)(?:/|$)", urlsplit(url).path, re.I)
+    path = f"{version[1]}/{version[2].lower()}" if version else f"{urlsplit(url).path}/v1"
+    if status in (200, 404, 405) and path != urlsplit(url).path:
+        return f" (the URL does not end in /v1: try {urlsplit(url)._replace(path=path).geturl()})"
     return f" (is '{self.model}' a model that it has?)" if status == 404 else ""
 
 
