@@ -51,14 +51,17 @@ __all__ = [
     "GOAL",
     "READ",
     "THINKING",
+    "ESCAPED",
     "CHANNEL",
     "ANSWER",
     "KEYS",
     "KEY",
     "STRUCK",
     "BREAK",
+    "MARK",
     "DRESS",
     "SPREAD",
+    "ASIDE",
     "CAMEL",
     "CAMELS",
     "NEVER",
@@ -334,9 +337,11 @@ READ = 2_000  # characters of an answer
 
 # %% ../../nbs/07_llm.ipynb #p1thnk01
 _THINKS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad)"
-THINKING = re.compile(rf"[<\[◁]\|?\s*(/?)\s*{_THINKS}\s*\|?[>\]▷]|<!(--)|--(>)", re.I)  # tags, and HTML's comments
+_TAG = rf"[<\[◁]\|?\s*(/|end_(?:of_)?)?(?:(?:begin|start)_(?:of_)?)?\s*{_THINKS}\s*\|?[>\]▷]"
+THINKING = re.compile(rf"{_TAG}|<!(--)|--(>)", re.I)  # tags, and HTML's comments
+ESCAPED = re.compile(r"&lt;(\|?/?[\w|:]{1,40})&gt;", re.I)  # tags, as HTML writes them
 CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>|(?<=[a-z.!?)])assistantfinal", re.I)  # of gpt-oss
-_FINAL = r"(?:my |the |so )?(?:(?:final|best|next|chosen) )?(?:answer|(?:sub-?)?goals)(?: is| are)?"
+_FINAL = r"(?:my |the |so )?(?:(?:(?:final|best|next|chosen) )?(?:answer|(?:sub-?)?goals)(?: is| are)?|final(?:ly)?)"
 ANSWER = re.compile(rf"^[ \t*#>_-]{{0,12}}{_FINAL}[ \t*_]*[:：]", re.I | re.M)  # begins the line of an answer
 
 
@@ -357,6 +362,7 @@ def untagged(text):
 # %% ../../nbs/07_llm.ipynb #p1thnk03
 def without_thinking(text):
     "A reply without the thinking of a reasoning model; '' where it never came to an answer."
+    text = ESCAPED.sub(r"<\1>", text)
     if finals := list(CHANNEL.finditer(text)):
         text = text[finals[-1].end() :]
     elif "<|channel|>" in text:
@@ -432,9 +438,11 @@ def opened(text):
 # %% ../../nbs/07_llm.ipynb #p1plai01
 STRUCK = re.compile(r"~~[^~]{0,200}~~|<(del|s|strike)>[^<]{0,200}</\1>", re.I)
 BREAK = re.compile(r"</?(?:br|li|p|tr|ul|ol|div)\b[^<>]{0,40}>|\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", re.I)
-DRESS = re.compile(r"</?[a-z][^<>]{0,40}>|<\|[^<>|]{0,40}\|>|\x1b\[[\d;]*[a-z]|[*`~]", re.I)
+MARK = re.compile(r"<\|[^<>|]{0,40}\|>")  # of a chat template
+DRESS = re.compile(r"</?[a-z][^<>]{0,40}>|\x1b\[[\d;]*[a-z]|[*`~]", re.I)
 _BETWEEN = r"(?: ?\n ?| )"  # the words of a goal: one may be in the next line
 SPREAD = re.compile(rf"(?<!\w)(?:{'|'.join(_BETWEEN.join(g.split()) for g in sorted(GOALS, key=len)[::-1])})(?!\w)")
+ASIDE = re.compile(r"\(((?:but |and |do )?(?:not|never|no|avoid|don't|without|instead of|rather than)\b[^()]{0,200})\)")
 CAMEL = {"".join(w.capitalize() for w in g.split()): g for g in GOALS if " " in g}  # MineCoal, mineCoal
 CAMELS = re.compile(rf"(?<!\w)(?:{'|'.join(f'[{c[0]}{c[0].lower()}]{c[1:]}' for c in CAMEL)})(?!\w)")
 
@@ -451,19 +459,20 @@ def visible(c):
 # %% ../../nbs/07_llm.ipynb #p1plai03
 def made_plain(text):
     "A text in lower case, without markup, hidden signs and odd spaces; each goal in one line, with single spaces."
-    text = BREAK.sub("\n", STRUCK.sub(" ", html.unescape(text)))
+    text = BREAK.sub("\n", MARK.sub(" ", STRUCK.sub(" ", html.unescape(text))))
     text = "".join(map(visible, unicodedata.normalize("NFKC", DRESS.sub("", text))))
     text = re.sub("[\u2018\u2019\u02bc\u00b4]", "'", text)
     text = CAMELS.sub(lambda m: CAMEL[m[0][0].upper() + m[0][1:]], text)
     text = re.sub(r"(?<=\w)[-\u2010-\u2015_](?=\w)|_", " ", text.lower())
     text = re.sub(r"[^\S\n]+", " ", re.sub(r"(?<=[\w ])[&+](?=[\w ])", " and ", text))
+    text = ASIDE.sub(r" ;\1; ", text)
     return SPREAD.sub(lambda m: " ".join(m[0].split()), text)
 
 
 # %% ../../nbs/07_llm.ipynb #p1says01
 NEVER = re.compile(
     r"\b(?:not|cannot|never|impossible|unable|unnecessary|already|(?:do|can|wo|should|must|need|is|are)nt)\b|n['`]t\b"
-    r"|\b(?:nicht|kein\w*|niemals|jamais|nunca|não|nicht|никогда|не)\b|不|別|别|勿|避|ません|ない|禁|마세요|않"
+    r"|\b(?:nicht|kein\w*|niemals|jamais|nunca|não|nicht|никогда|не)\b|不|別|别|勿|避|ません|ない|禁|마세요|않|[❌🚫⛔✗✘]"
 )
 AVOID = re.compile(
     r"\b(?:(?P<verb>avoid\w*|skip\w*|stop\w*|refrain\w*|ignor\w*|prevent\w*|forget\w*|evit\w*|neither)"
