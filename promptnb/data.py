@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,74 +40,17 @@ from promptnb.core import (
 from .tasks import spaces
 
 # %% auto #0
-__all__ = [
-    "COLUMNS",
-    "NEEDED",
-    "KINDS",
-    "RANKED",
-    "Store",
-    "sizes",
-    "listed",
-    "trajectory_of",
-    "Coding",
-    "by_key",
-    "newest",
-    "coding_of",
-    "arrays_of",
-    "are_pictures",
-    "check_shapes",
-    "single",
-    "check_trajectory",
-    "check_legal",
-    "family_sizes",
-    "check_family",
-    "returns_to_go",
-    "flat",
-    "checked_ids",
-    "from_arrays",
-    "coded",
-    "columns_header",
-    "columns_parts",
-    "write_columns",
-    "open_columns",
-    "cut",
-    "memory_left",
-    "join",
-    "minari_root",
-    "minari_coding",
-    "minari_trajectories",
-    "from_minari",
-    "minari_spec",
-    "load",
-    "subset",
-    "of_tasks",
-    "subsample",
-    "keep_of_each",
-    "drop_lowest",
-    "rank_span",
-    "pool",
-    "in_order",
-    "chunks_of",
-    "mean_of",
-    "state_stats",
-    "gather",
-    "zero_padding",
-    "Table",
-    "prompt_rows",
-    "joined",
-    "prompt_steps",
-    "pick",
-    "Spans",
-    "spans_of",
-    "Draw",
-    "Sampler",
-    "Demos",
-    "demos",
-]
+__all__ = ['COLUMNS', 'NEEDED', 'KINDS', 'RANKED', 'Store', 'sizes', 'listed', 'trajectory_of', 'Coding', 'by_key', 'newest',
+           'coding_of', 'arrays_of', 'are_pictures', 'check_shapes', 'single', 'check_trajectory', 'check_legal',
+           'family_sizes', 'check_family', 'returns_to_go', 'flat', 'checked_ids', 'from_arrays', 'coded',
+           'columns_header', 'columns_parts', 'write_columns', 'open_columns', 'cut', 'memory_left', 'join',
+           'minari_root', 'minari_coding', 'minari_trajectories', 'minari_ids', 'from_minari', 'minari_spec',
+           'check_new_id', 'load', 'subset', 'of_tasks', 'subsample', 'keep_of_each', 'drop_lowest', 'rank_span',
+           'pool', 'in_order', 'chunks_of', 'mean_of', 'state_stats', 'gather', 'zero_padding', 'Table', 'prompt_rows',
+           'joined', 'prompt_steps', 'pick', 'Spans', 'spans_of', 'Draw', 'Sampler', 'Demos', 'demos']
 
 # %% ../nbs/02_data.ipynb #datacols
 COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")  # in the order of their files: widest numbers first
-
 
 # %% ../nbs/02_data.ipynb #e3c0414a
 @dataclass(frozen=True)
@@ -159,12 +102,10 @@ class Store:
         spread = f" ± {self.returns.std():.1f}" if len(self) > 1 else ""
         return f"Store({size}, return {self.returns.mean():.1f}{spread})"
 
-
 # %% ../nbs/02_data.ipynb #a648c127
 def sizes(x):
     "The size of a state as text: 39, or 84 x 84. `x`: states (N, ...), or the shape of one."
     return " x ".join(map(str, x.shape[1:] if hasattr(x, "shape") else x))
-
 
 # %% ../nbs/02_data.ipynb #datawhat
 def listed(trajectories) -> list:
@@ -180,7 +121,6 @@ def listed(trajectories) -> list:
     if not trajectories:
         raise PromptnbError("no trajectories were given: wanted a list of dicts")
     return trajectories
-
 
 # %% ../nbs/02_data.ipynb #datatraj
 NEEDED = ("observations", "actions", "rewards")
@@ -199,7 +139,6 @@ def trajectory_of(d, i) -> Mapping:
         if d[name] is None:
             raise PromptnbError(f"trajectory {i}: '{name}' is None")
     return d
-
 
 # %% ../nbs/02_data.ipynb #datacod1
 @dataclass(frozen=True)
@@ -227,10 +166,10 @@ class Coding:
         rows = spaces.flat_steps(self.action, x, name)
         return spaces.bounds(self.action, name).scale(rows)
 
-
 # %% ../nbs/02_data.ipynb #datacod2
 def by_key(x, name):
     "Observations of no known space: an array as it is; a dict's arrays (or a list of dicts') end to end, by key."
+    x = spaces.steps_of(x)
     if isinstance(x, list) and x and all(isinstance(step, Mapping) for step in x):
         known = x[0].keys()
         x = {key: [spaces.pick_one(step, key, known, name) for step in x] for key in known}
@@ -243,7 +182,6 @@ def by_key(x, name):
         )
     return np.hstack([c.reshape(len(c), -1) for c in columns])
 
-
 # %% ../nbs/02_data.ipynb #datacod3
 def newest(x, name):
     "Pictures (T, H, W) as they are; of stacks of frames (T, 4, H, W) the newest frame, if each follows the one before."
@@ -255,7 +193,6 @@ def newest(x, name):
         )
     return x[:, -1]
 
-
 # %% ../nbs/02_data.ipynb #datacod4
 def coding_of(fam) -> Coding:
     "The `Coding` of a family's arrays (None: of arrays that no family is named for)."
@@ -264,7 +201,6 @@ def coding_of(fam) -> Coding:
     observation, action = spaces.spaces_of(fam)
     observation = None if fam.frames else observation
     return Coding(observation, action, spaces.short(action), bool(fam.frames), fam.name)
-
 
 # %% ../nbs/02_data.ipynb #dataarrs
 def arrays_of(d, i, coding=None):
@@ -279,12 +215,10 @@ def arrays_of(d, i, coding=None):
     s = coding.observations(d["observations"], names["observations"])
     return s, coding.actions(d["actions"], names["actions"]), r
 
-
 # %% ../nbs/02_data.ipynb #dataisim
 def are_pictures(s):
     "Are observations (T, ...) pictures?"
     return s.dtype == np.uint8 and s.ndim == 3
-
 
 # %% ../nbs/02_data.ipynb #datashap
 def check_shapes(s, a, r, i, S=None, A=None):
@@ -301,13 +235,11 @@ def check_shapes(s, a, r, i, S=None, A=None):
             f"trajectory {i}: state and action sizes {sizes(s)}, {a.shape[1]}, but {sizes(S)}, {A} are wanted"
         )
 
-
 # %% ../nbs/02_data.ipynb #datasing
 def single(x):
     "An array as float32; numbers that are too large for it become infinity, without a warning."
     with np.errstate(over="ignore"):
         return x.astype(np.float32, copy=False)
-
 
 # %% ../nbs/02_data.ipynb #36b548df
 def check_trajectory(d, i, S=None, A=None, coding=None):
@@ -331,26 +263,25 @@ def check_trajectory(d, i, S=None, A=None, coding=None):
         raise PromptnbError(f"trajectory {i}: the action at step {step} lies outside {coding.within}")
     return s, a, r
 
-
 # %% ../nbs/02_data.ipynb #59025957
 def check_legal(d, i, T, A):
     "The 'legal' of trajectory i as (T, A) bool."
     if "legal" not in d:
         raise PromptnbError(f"trajectory {i} has no 'legal', but others have")
     try:
-        x = spaces.as_array(d["legal"], "legal").astype(bool)[:T]
+        x = spaces.as_array(d["legal"], "legal")[:T]
     except (PromptnbError, IndexError):
         x = np.zeros(0)
     if x.shape != (T, A):
         raise PromptnbError(f"trajectory {i}: 'legal' is {x.shape or 'no array'}, but {(T, A)} is wanted")
-    return x
-
+    if not np.isin(x, (0, 1)).all():
+        raise PromptnbError(f"trajectory {i}: 'legal' has other values than 0 and 1")
+    return x.astype(bool)
 
 # %% ../nbs/02_data.ipynb #datafams
 def family_sizes(fam):
     "(shape of a stored state, number of actions) of a family."
     return fam.frames[1:] or (fam.state_dim,), fam.act_dim
-
 
 # %% ../nbs/02_data.ipynb #bf80a51e
 def check_family(fam, s, a, task_ids):
@@ -366,30 +297,28 @@ def check_family(fam, s, a, task_ids):
             known = ", ".join(map(str, fam.task_ids[:8])) + (", ..." if fam.n_tasks > 8 else "")
             raise PromptnbError(f"trajectory {i} is of task {task}, but {fam.name} has tasks {known}")
 
-
 # %% ../nbs/02_data.ipynb #datartg1
 def returns_to_go(r):
     "Rewards (T,) -> undiscounted sums from each step to the end, summed in float64."
     return single(np.cumsum(r[::-1].astype(np.float64))[::-1])
-
 
 # %% ../nbs/02_data.ipynb #dataflat
 def flat(arrays):
     "Arrays end to end, as one tensor."
     return torch.from_numpy(np.concatenate(arrays))
 
-
 # %% ../nbs/02_data.ipynb #dataordt
-def checked_ids(task_ids, n):
-    "Task ids of n trajectories as an array of whole numbers (default: all 0)."
+def checked_ids(task_ids, n, what="trajectories"):
+    "Task ids of n trajectories (or of `what`) as an array of whole numbers (default: all 0)."
+    if isinstance(task_ids, Iterator):
+        task_ids = list(task_ids)
     task_ids = np.zeros(n, int) if task_ids is None else spaces.as_array(task_ids, "task_ids")
     if task_ids.dtype.kind not in "iu":
         raise PromptnbError(f"task ids are {task_ids.dtype}, but whole numbers are wanted")
     if task_ids.shape != (n,):
-        count = len(task_ids) if task_ids.ndim == 1 else f"{task_ids.shape}"
-        raise PromptnbError(f"{n} trajectories, but {count} task ids")
+        count = len(task_ids) if task_ids.ndim == 1 else "not a list of"
+        raise PromptnbError(f"{n} {what}, but {count} task ids")
     return task_ids
-
 
 # %% ../nbs/02_data.ipynb #fa78e500
 def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
@@ -400,7 +329,6 @@ def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
     fam = None if family is None else tasks.family(family)
     trajectories = listed(trajectories)
     return coded([coding_of(fam)] * len(trajectories), trajectories, task_ids, hashes, fam)
-
 
 # %% ../nbs/02_data.ipynb #datacode
 def coded(codings, trajectories, task_ids=None, hashes=(), fam=None) -> Store:
@@ -431,10 +359,8 @@ def coded(codings, trajectories, task_ids=None, hashes=(), fam=None) -> Store:
         hashes=tuple(hashes),
     )
 
-
 # %% ../nbs/02_data.ipynb #datakind
 KINDS = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
-
 
 # %% ../nbs/02_data.ipynb #datahead
 def columns_header(stores):
@@ -448,7 +374,6 @@ def columns_header(stores):
     text = json.dumps(head).encode()
     return text + b" " * (-len(text) % 8)
 
-
 # %% ../nbs/02_data.ipynb #datapart
 def columns_parts(stores):
     "The bytes of a file of columns, piece by piece: never more than one Store's part of one column in memory."
@@ -459,12 +384,10 @@ def columns_parts(stores):
             x = np.ascontiguousarray(getattr(store, name).numpy())
             yield memoryview(x).cast("B") if len(x) else b""
 
-
 # %% ../nbs/02_data.ipynb #03bf5ea0
 def write_columns(path, stores):
     "Write Stores one after the other as one file of columns; returns the path."
     return write_atomic(path, columns_parts(list(stores)))
-
 
 # %% ../nbs/02_data.ipynb #bc0a6010
 def open_columns(path, hashes=()) -> Store:
@@ -477,7 +400,6 @@ def open_columns(path, hashes=()) -> Store:
     except (SafetensorError, FileNotFoundError, TypeError) as e:
         raise DamagedError(f"{path} is damaged (not columns of a dataset: {e})") from None
 
-
 # %% ../nbs/02_data.ipynb #7929f6d8
 def cut(store, episodes) -> Store:
     "The first `episodes` trajectories; views, not copies."
@@ -485,12 +407,10 @@ def cut(store, episodes) -> Store:
     per_trajectory = ("length", "task")
     return replace(store, **{k: x[: episodes if k in per_trajectory else steps] for k, x in store.columns.items()})
 
-
 # %% ../nbs/02_data.ipynb #6e895c1f
 def memory_left():
     "Free memory in bytes."
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
 
 # %% ../nbs/02_data.ipynb #9595a362
 def join(stores, folder, mapped=None) -> Store:
@@ -511,7 +431,6 @@ def join(stores, folder, mapped=None) -> Store:
     path = Path(folder) / f"{name}.safetensors"
     return open_columns(path if path.exists() else write_columns(path, stores), hashes)
 
-
 # %% ../nbs/02_data.ipynb #90d7289a
 @contextlib.contextmanager
 def minari_root(root):
@@ -526,7 +445,6 @@ def minari_root(root):
             os.environ.pop("MINARI_DATASETS_PATH", None)
         else:
             os.environ["MINARI_DATASETS_PATH"] = before
-
 
 # %% ../nbs/02_data.ipynb #datamin1
 def minari_coding(dataset, fam=None) -> Coding:
@@ -548,7 +466,6 @@ def minari_coding(dataset, fam=None) -> Coding:
         return Coding(observation, None, "[-1, 1], and its space has no bounds to scale by", pictures)
     return Coding(observation, action, spaces.short(action), pictures)
 
-
 # %% ../nbs/02_data.ipynb #datamina
 def minari_trajectories(id_, episodes=None, download=False, fam=None):
     "(`Coding`, trajectories) of one Minari dataset, at most `episodes`."
@@ -561,6 +478,17 @@ def minari_trajectories(id_, episodes=None, download=False, fam=None):
         raise PromptnbError(f"Minari dataset '{id_}': {e}") from None
     return coding, [trajectory_of(episode, i) for i, episode in enumerate(dataset.iterate_episodes(range(n)))]
 
+# %% ../nbs/02_data.ipynb #datamini
+def minari_ids(ids) -> list:
+    "One id, or several, as a list of texts; PromptnbError for what is none."
+    if hasattr(ids, "iterate_episodes"):
+        raise PromptnbError("that is a Minari dataset: give its id, as text")
+    ids = [ids] if isinstance(ids, str) or not np.iterable(ids) else list(ids)
+    other = [id_ for id_ in ids if not isinstance(id_, str)]
+    if other or not ids:
+        here = type(other[0]).__name__ if other else "none"
+        raise PromptnbError(f"Minari ids are texts such as 'mujoco/hopper/expert-v0': not {here}")
+    return ids
 
 # %% ../nbs/02_data.ipynb #d62a22bc
 def from_minari(ids, task_ids=None, episodes=None, download=False, root=None, family=None) -> Store:
@@ -570,11 +498,11 @@ def from_minari(ids, task_ids=None, episodes=None, download=False, root=None, fa
     `family`: whose tasks, sizes and actions they must have; parts of observations are then in its order.
     """
     fam = None if family is None else tasks.family(family)
-    ids = [ids] if isinstance(ids, str) else list(ids)
-    task_ids = range(len(ids)) if task_ids is None else task_ids
-    if len(task_ids) < len(ids):
-        raise PromptnbError(f"{len(ids)} Minari datasets, but {len(task_ids)} task ids")
-    if root is None and str(ids[0]).startswith("promptnb/"):
+    ids = minari_ids(ids)
+    task_ids = checked_ids(range(len(ids)) if task_ids is None else task_ids, len(ids), "Minari datasets")
+    if episodes is not None and not (isinstance(episodes, int | np.integer) and episodes >= 1):
+        raise PromptnbError(f"episodes is {episodes!r}, but must be a whole number of at least 1, or None for all")
+    if root is None and ids[0].startswith("promptnb/"):
         root = minari_dir()
     codings, trajectories, of_task = [], [], []
     with minari_root(root):
@@ -591,7 +519,6 @@ def from_minari(ids, task_ids=None, episodes=None, download=False, root=None, fa
             of_task += [task] * len(found)
     return coded(codings, listed(trajectories), of_task, fam=fam)
 
-
 # %% ../nbs/02_data.ipynb #datamin4
 def minari_spec(fam, task):
     "Gymnasium's spec of a task, for Minari to recover the environment by; None where it cannot be written down."
@@ -605,7 +532,6 @@ def minari_spec(fam, task):
     except (TypeError, ValueError):  # an entry point that is no text, or a goal that is no JSON
         return None
     return spec
-
 
 # %% ../nbs/02_data.ipynb #datamin5
 @patch
@@ -627,7 +553,6 @@ def episode_buffer(self: Store, i, observation, action):
         infos=None if self.legal is None else dict(legal=self.legal[rows].numpy()),
     )
 
-
 # %% ../nbs/02_data.ipynb #datamin6
 @patch
 def minari_spaces(self: Store, fam=None):
@@ -644,6 +569,19 @@ def minari_spaces(self: Store, fam=None):
         observation = spaces.Box(0, 255, self.s.shape[1:], np.uint8)
     return observation, action
 
+# %% ../nbs/02_data.ipynb #dataminj
+def check_new_id(id_):
+    "Raise an error unless Minari takes an id for a dataset; it would make folders before it refused."
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        version = parse_dataset_id(id_)[2]
+    except (ValueError, TypeError):
+        version = None
+    if version is None:
+        raise PromptnbError(
+            f"'{id_}' is no id for a Minari dataset: write one such as 'me/walker-v0', with its version"
+        )
 
 # %% ../nbs/02_data.ipynb #datamin7
 @patch
@@ -654,17 +592,18 @@ def to_minari(self: Store, ids, family=None, root=None):
     `root`: Minari's folder, as for `from_minari`. What is there already is not overwritten.
     """
     fam = None if family is None else tasks.family(family)
-    ids = [ids] if isinstance(ids, str) else list(ids)
+    ids = minari_ids(ids)
     if len(ids) != len(self.task_ids):
         raise PromptnbError(f"{len(ids)} ids, but {len(self.task_ids)} tasks: {', '.join(map(str, self.task_ids))}")
     if fam is not None:
         check_family(fam, self.s, self.a, self.task.tolist())
     if root is None and ids[0].startswith("promptnb/"):
         root = minari_dir()
+    for id_ in ids:
+        check_new_id(id_)
     for id_, task in zip(ids, self.task_ids):
         self.write_minari(id_, task, fam, root)
     return ids
-
 
 # %% ../nbs/02_data.ipynb #datamin8
 @patch
@@ -702,7 +641,6 @@ def write_minari(self: Store, id_, task, fam, root):
             f"cannot write Minari dataset '{id_}': {(str(e) or type(e).__name__).splitlines()[0]}"
         ) from e
 
-
 # %% ../nbs/02_data.ipynb #e4f971a9
 def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=True, mapped=None) -> Store:
     """The collected data of a family, all tasks or some; hashes are checked against the manifest first.
@@ -733,7 +671,6 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
         stores.append(store)
     return join(stores, root / "promptnb" / ".joined", mapped)
 
-
 # %% ../nbs/02_data.ipynb #a42d5ac3
 def subset(store, trajs) -> Store:
     "A Store of these trajectories only (indices into the Store, which is in order of task)."
@@ -745,12 +682,10 @@ def subset(store, trajs) -> Store:
     per_trajectory = ("length", "task")
     return replace(store, **{k: x[trajs if k in per_trajectory else rows] for k, x in store.columns.items()})
 
-
 # %% ../nbs/02_data.ipynb #81884bd4
 def of_tasks(store, task_ids) -> Store:
     "A Store of these tasks only."
     return subset(store, torch.isin(store.task, torch.tensor(list(task_ids))).nonzero()[:, 0])
-
 
 # %% ../nbs/02_data.ipynb #cd605413
 def subsample(store, ratio, seed=0):
@@ -767,13 +702,11 @@ def subsample(store, ratio, seed=0):
         chosen += own[torch.randperm(len(own), generator=gen)[:n]].sort().values.tolist()
     return subset(store, chosen), chosen
 
-
 # %% ../nbs/02_data.ipynb #datapo02
 def keep_of_each(store, choose) -> Store:
     "Of each task the trajectories that `choose` keeps. choose: indices (n,) in the order of play -> indices to keep."
     kept = [choose((store.task == i).nonzero()[:, 0]).sort().values for i in store.task_ids]
     return subset(store, torch.cat(kept))
-
 
 # %% ../nbs/02_data.ipynb #datapo03
 def drop_lowest(store) -> Store:
@@ -783,7 +716,6 @@ def drop_lowest(store) -> Store:
         return own[store.returns[own].argsort(stable=True)][1:] if len(own) > 1 else own
 
     return keep_of_each(store, choose)
-
 
 # %% ../nbs/02_data.ipynb #datapo04
 RANKED = 55  # trajectories that a task needs for its ranks to be counted one by one
@@ -800,7 +732,6 @@ def rank_span(n, first, count) -> slice:
     begin = first % n
     return slice(begin, min(begin + count, n))
 
-
 # %% ../nbs/02_data.ipynb #datapo05
 def pool(store, first, count, ranked=True) -> Store:
     "Of each task, `count` trajectories from rank `first` on (`rank_span`); not `ranked`: from there on as played."
@@ -812,13 +743,11 @@ def pool(store, first, count, ranked=True) -> Store:
 
     return keep_of_each(store, choose)
 
-
 # %% ../nbs/02_data.ipynb #294a67bc
 def in_order(store, task) -> Store:
     "The same trajectories as those of other tasks (one id per trajectory), in order of these."
     task = torch.as_tensor(task)
     return subset(replace(store, task=task), task.argsort(stable=True))
-
 
 # %% ../nbs/02_data.ipynb #datachnk
 def chunks_of(stores, task_ids=None, size=65_536):
@@ -831,7 +760,6 @@ def chunks_of(stores, task_ids=None, size=65_536):
         for states, keep in zip(store.s.split(size), wanted):
             yield states[keep].double()
 
-
 # %% ../nbs/02_data.ipynb #datamean
 def mean_of(pieces):
     "Mean over the rows of all pieces."
@@ -840,7 +768,6 @@ def mean_of(pieces):
         total = total + x.sum(0)
         n += len(x)
     return total / n
-
 
 # %% ../nbs/02_data.ipynb #37aa55e5
 def state_stats(stores, task_ids=None, chunk=65_536, floor=1e-6):
@@ -856,18 +783,15 @@ def state_stats(stores, task_ids=None, chunk=65_536, floor=1e-6):
     std = mean_of((x - mean) ** 2 for x in chunks_of(stores, task_ids, chunk)).sqrt()
     return mean.float(), torch.where(std < floor, 1.0, std.float() + 1e-6)
 
-
 # %% ../nbs/02_data.ipynb #datagath
 def gather(x, at):
     "The rows `at` (B, ...) of a column (N, .): (B, ..., .)."
     return x.index_select(0, at.flatten()).unflatten(0, at.shape)
 
-
 # %% ../nbs/02_data.ipynb #datazero
 def zero_padding(x, mask):
     "Steps (B, K, .) with zeros where `mask` (B, K) is False."
     return x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
-
 
 # %% ../nbs/02_data.ipynb #56b61f14
 @dataclass(frozen=True)
@@ -918,7 +842,6 @@ class Table:
         at, mask, _ = self.span(rows, K)
         return self.store.r[at].mul(mask).unsqueeze(-1) / self.scale
 
-
 # %% ../nbs/02_data.ipynb #c072e08a
 def prompt_rows(tab, traj, H, position="tail", gen=None, place=None):
     """Where segments of H steps begin in trajectories `traj` (B, J): rows (B, J).
@@ -934,7 +857,6 @@ def prompt_rows(tab, traj, H, position="tail", gen=None, place=None):
         start = (place.to(room.device) * (room + 1)).long()
     return store.first[traj] + start
 
-
 # %% ../nbs/02_data.ipynb #49c86075
 def joined(x, shape, gap=False):
     "Segments (B*J, H, .) side by side: (B, J*H, .); with `gap`, after each one step of zeros: (B, J*(H + 1), .)."
@@ -942,13 +864,11 @@ def joined(x, shape, gap=False):
         x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
     return x.unflatten(0, shape).flatten(1, 2)
 
-
 # %% ../nbs/02_data.ipynb #5ad68bf5
 def prompt_steps(tab, traj, H, position="tail", gen=None, gap=False, place=None) -> Steps:
     "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .); with `gap`, an empty step after each."
     rows = prompt_rows(tab, traj, H, position, gen, place).flatten()
     return tab.windows(rows, H).map(lambda x: joined(x, traj.shape, gap))
-
 
 # %% ../nbs/02_data.ipynb #61039b1c
 def pick(store, task_ids, n, gen, least=1):
@@ -960,7 +880,6 @@ def pick(store, task_ids, n, gen, least=1):
             raise PromptnbError(f"there is no trajectory of task {i} with {least} steps")
         out.append(own[torch.randint(len(own), (n,), generator=gen)])
     return torch.stack(out)
-
 
 # %% ../nbs/02_data.ipynb #dataspan
 @dataclass(frozen=True)
@@ -975,7 +894,6 @@ class Spans:
         first, count = (x[g].view(-1, *[1] * (len(shape) - 1)) for x in (self.first, self.count))
         return first + (torch.rand(shape, generator=gen, dtype=torch.float64) * count).long()
 
-
 # %% ../nbs/02_data.ipynb #dataspa2
 def spans_of(store, task_ids, of="rows"):
     "The `Spans` of tasks in a Store, of their 'rows' or their 'trajectories'."
@@ -986,7 +904,6 @@ def spans_of(store, task_ids, of="rows"):
             raise PromptnbError(f"there is no trajectory of task {i} to take prompts from")
     first = torch.stack([weight[store.task < i].sum() for i in task_ids]).cpu()
     return Spans(first, count)
-
 
 # %% ../nbs/02_data.ipynb #datadrw1
 @dataclass(frozen=True)
@@ -1005,7 +922,6 @@ class Draw:
     def to(self, device):
         "The draw on a device."
         return self.map(lambda x: x.to(device))
-
 
 # %% ../nbs/02_data.ipynb #fb19d3c7
 @dataclass
@@ -1084,7 +1000,6 @@ class Sampler:
         "Batch t."
         return self.take(self.draw(t).to(self.device))
 
-
 # %% ../nbs/02_data.ipynb #89864d61
 @dataclass
 class Demos:
@@ -1115,7 +1030,6 @@ class Demos:
         "The windows (G, B, K, .) of a draw of its sampler."
         return self.sampler.take(draw).history.map(lambda x: x.unflatten(0, (self.G, -1)))
 
-
 # %% ../nbs/02_data.ipynb #datasegm
 @patch
 def segments(self: Demos, m, P, gen) -> Steps:
@@ -1123,7 +1037,6 @@ def segments(self: Demos, m, P, gen) -> Steps:
     traj = pick(self.sampler.store, self.task_ids, m, gen, least=P)
     steps = prompt_steps(self.sampler.table, traj.flatten()[:, None], P, "random", gen)
     return steps.map(lambda x: x.unflatten(0, traj.shape))
-
 
 # %% ../nbs/02_data.ipynb #datadraw
 @patch
@@ -1148,7 +1061,6 @@ def draw(self: Demos, t, m, tasks=None, seed=0):
     windows = s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1)))
     return prompts, rewards, windows
 
-
 # %% ../nbs/02_data.ipynb #databest
 @patch
 def best(self: Demos, share=0.1):
@@ -1159,7 +1071,6 @@ def best(self: Demos, share=0.1):
         return own[store.returns[own].argsort(descending=True, stable=True)[: max(1, round(share * len(own)))]]
 
     return replace(self, sampler=replace(self.sampler, store=keep_of_each(store, choose), prompts=None))
-
 
 # %% ../nbs/02_data.ipynb #4866e07c
 def demos(

@@ -27,27 +27,8 @@ from .tasks import crafter
 from .tasks.rows import fault
 
 # %% auto #0
-__all__ = [
-    "NETS",
-    "GAINS",
-    "nature",
-    "spcnn",
-    "Residual",
-    "impala",
-    "Extractor",
-    "PPOConfig",
-    "Guided",
-    "init_policy",
-    "make_ppo",
-    "Quiet",
-    "Trainer",
-    "play",
-    "play_random",
-    "seconds_of",
-    "Rehearsal",
-    "seconds_a_step",
-]
-
+__all__ = ['NETS', 'GAINS', 'nature', 'spcnn', 'Residual', 'impala', 'Extractor', 'PPOConfig', 'Guided', 'init_policy',
+           'make_ppo', 'Quiet', 'Trainer', 'play', 'play_random', 'seconds_of', 'Rehearsal', 'seconds_a_step']
 
 # %% ../nbs/08_online.ipynb #07a2fb11
 def nature(features=512):
@@ -64,7 +45,6 @@ def nature(features=512):
         nn.ReLU(),
     )
 
-
 # %% ../nbs/08_online.ipynb #15ae75db
 def spcnn(features=512):
     "The size-preserving net of AdaRefiner's released code: (B, 3, 64, 64) -> (B, features)."
@@ -72,7 +52,6 @@ def spcnn(features=512):
     for channels in (3, 64, 64, 64):
         convolutions += [nn.Conv2d(channels, 64, 5, 1, 2), nn.ReLU()]
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64 * 64 * 64, features), nn.ReLU())
-
 
 # %% ../nbs/08_online.ipynb #30af7c24
 class Residual(nn.Module):
@@ -86,7 +65,6 @@ class Residual(nn.Module):
         "(B, n, H, W) -> the same shape."
         return x + self.net(x)
 
-
 # %% ../nbs/08_online.ipynb #e7545162
 def impala(features=512, widths=(64, 128, 128)):
     "IMPALA's residual net, (B, 3, 64, 64) -> (B, features); widths as in Achievement Distillation."
@@ -96,10 +74,8 @@ def impala(features=512, widths=(64, 128, 128)):
         blocks += [nn.Conv2d(n_in, n_out, 3, 1, 1), nn.MaxPool2d(3, 2, 1), Residual(n_out), Residual(n_out)]
     return nn.Sequential(*blocks, nn.ReLU(), nn.Flatten(), nn.Linear(64 * widths[-1], features), nn.ReLU())
 
-
 # %% ../nbs/08_online.ipynb #5799b51a
 NETS = dict(nature=nature, impala=impala, spcnn=spcnn)
-
 
 # %% ../nbs/08_online.ipynb #a6e2565b
 class Extractor(BaseFeaturesExtractor):
@@ -120,7 +96,6 @@ class Extractor(BaseFeaturesExtractor):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             f = self.image(x)
         return f.float() if self.text is None else f.float() + self.text(self.table[obs["text"][:, 0].long()])
-
 
 # %% ../nbs/08_online.ipynb #e5cf17e9
 @dataclass(frozen=True)
@@ -146,7 +121,6 @@ class PPOConfig:
     ask_on_reset: bool = True  # a new life asks at once
     text_after_step: bool = False  # store a step with the sentence after it, as released
     empty_each_rollout: bool = False  # drop all advice at the start of a rollout, as released
-
 
 # %% ../nbs/08_online.ipynb #ea1c7e3d
 class Guided(VecEnv):
@@ -225,13 +199,11 @@ class Guided(VecEnv):
         "No environment is."
         return [False] * self.num_envs
 
-
 # %% ../nbs/08_online.ipynb #o1obse01
 @patch
 def observation(self: Guided):
     "Pictures and ids of sentences, as they are now."
     return dict(image=self.images, text=self.ids)
-
 
 # %% ../nbs/08_online.ipynb #o1step01
 @patch
@@ -257,7 +229,6 @@ def step_one(self: Guided, i, action):
     self.images[i] = image.transpose(2, 0, 1)
     return reward, dead or cut, last
 
-
 # %% ../nbs/08_online.ipynb #o1step04
 @patch
 def checked_step(self: Guided, i, action):
@@ -266,7 +237,6 @@ def checked_step(self: Guided, i, action):
     if np.shape(image) != np.shape(self.images[i].transpose(1, 2, 0)) or not np.isfinite(reward):
         raise ValueError(f"the environment gave a picture {np.shape(image)} and the reward {reward}")
     return image, reward, *others
-
 
 # %% ../nbs/08_online.ipynb #o1step05
 @patch
@@ -277,7 +247,6 @@ def break_off(self: Guided, i, error):
     self.images[i] = self.next_episode(i, last.transpose(1, 2, 0)).transpose(2, 0, 1)
     self.events[i] = []
     return {"TimeLimit.truncated": True, "terminal_observation": dict(image=last, text=self.ids[i].copy())}
-
 
 # %% ../nbs/08_online.ipynb #o1step02
 @patch
@@ -295,7 +264,6 @@ def note_episode(self: Guided, i, cut, info):
         )
     )
 
-
 # %% ../nbs/08_online.ipynb #o1step03
 @patch
 def next_episode(self: Guided, i, image):
@@ -305,7 +273,6 @@ def next_episode(self: Guided, i, image):
         self.over[i] = True
         return image
     return self.envs[i].reset()[0]
-
 
 # %% ../nbs/08_online.ipynb #o1ask001
 @patch
@@ -321,7 +288,6 @@ def scene(self: Guided, i, fresh):
         fresh=bool(fresh),
     )
 
-
 # %% ../nbs/08_online.ipynb #o1ask002
 @patch
 def ask(self: Guided, due, fresh):
@@ -332,7 +298,6 @@ def ask(self: Guided, due, fresh):
     self.add_sentences(sentences)
     for i, sentence in zip(due, sentences):
         self.ids[i], self.events[i] = self.texts[sentence], []
-
 
 # %% ../nbs/08_online.ipynb #o1ask003
 @patch
@@ -348,7 +313,6 @@ def add_sentences(self: Guided, sentences):
     if self.extractor is not None:
         self.extractor.table = torch.as_tensor(self.table, device=self.extractor.table.device)
 
-
 # %% ../nbs/08_online.ipynb #o1ask004
 @patch
 def begin_rollout(self: Guided):
@@ -361,7 +325,6 @@ def begin_rollout(self: Guided):
         self.advise.forget()
     for actions in self.past:
         actions.clear()
-
 
 # %% ../nbs/08_online.ipynb #59d0ce93
 @patch
@@ -381,7 +344,6 @@ def state(self: Guided):
         advise=self.advise.state() if self.advise is not None else None,
     )
 
-
 # %% ../nbs/08_online.ipynb #53cc97c1
 @patch
 def restore(self: Guided, state):
@@ -396,7 +358,6 @@ def restore(self: Guided, state):
     if self.advise is not None and state["advise"] is not None:
         self.advise.load(state["advise"])
     return self.observation()
-
 
 # %% ../nbs/08_online.ipynb #0f3d7106
 GAINS = dict(action_net=0.01, value_net=1.0)  # of orthogonal initialisation; sqrt 2 for the features
@@ -416,7 +377,6 @@ def init_policy(policy, seed):
             gain = GAINS.get(name, 2**0.5)
             part.to(memory_format=torch.contiguous_format).apply(functools.partial(policy.init_weights, gain=gain))
     parts["image"].to(memory_format=torch.channels_last)  # faster convolutions
-
 
 # %% ../nbs/08_online.ipynb #7c50dc37
 def make_ppo(c: PPOConfig, envs, device="cpu"):
@@ -447,14 +407,12 @@ def make_ppo(c: PPOConfig, envs, device="cpu"):
     ppo.set_logger(Logger(None, []))
     return ppo
 
-
 # %% ../nbs/08_online.ipynb #ed7c89a6
 class Quiet(BaseCallback):
     "stable-baselines3 wants a callback; this one does nothing."
 
     def _on_step(self):
         return True
-
 
 # %% ../nbs/08_online.ipynb #28995c5b
 class Trainer:
@@ -492,7 +450,6 @@ class Trainer:
         init_policy(self.policy, seed_for(self.seed, "restart", self.restarts))
         self.policy.optimizer = type(self.policy.optimizer)(self.policy.parameters(), lr=self.c.lr, eps=1e-5)
 
-
 # %% ../nbs/08_online.ipynb #o1chec01
 @patch
 def save(self: Trainer):
@@ -510,7 +467,6 @@ def save(self: Trainer):
         losses=self.losses,
         log=self.envs.episodes,
     )
-
 
 # %% ../nbs/08_online.ipynb #o1chec02
 @patch
@@ -533,14 +489,12 @@ def resume(self: Trainer, tensors, meta):
     m.num_timesteps, m._n_updates = meta["step"], meta["updates"]
     self.restarts, self.losses, self.envs.episodes = meta["restarts"], meta["losses"], meta["log"]
 
-
 # %% ../nbs/08_online.ipynb #o1upda01
 @patch
 def check_weights(self: Trainer):
     "Refuse weights that are not finite."
     if not all(p.isfinite().all() for p in self.policy.parameters()):
         raise FloatingPointError(f"weights are not finite at step {self.step}")
-
 
 # %% ../nbs/08_online.ipynb #o1upda02
 @patch
@@ -553,7 +507,6 @@ def note_losses(self: Trainer):
         raise FloatingPointError(f"loss is not finite at step {self.step}: {losses}")
     self.check_weights()
     self.losses.append(dict(step=self.step, **{k: round(x, 6) for k, x in losses.items()}))
-
 
 # %% ../nbs/08_online.ipynb #o1upda03
 @patch
@@ -571,7 +524,6 @@ def update(self: Trainer):
         raise
     self.note_losses()
 
-
 # %% ../nbs/08_online.ipynb #o1upda04
 @patch
 def go(self: Trainer, until, say=None):
@@ -584,7 +536,6 @@ def go(self: Trainer, until, say=None):
             last = self.step
         if say:
             say(self)
-
 
 # %% ../nbs/08_online.ipynb #0eb4e20e
 def play(policy, c: PPOConfig, episodes, seed, advise=None, encode=None):
@@ -605,7 +556,6 @@ def play(policy, c: PPOConfig, episodes, seed, advise=None, encode=None):
         extractor.table = kept
     return sorted(envs.episodes, key=lambda e: e["env"])
 
-
 # %% ../nbs/08_online.ipynb #b2f92b1e
 def play_random(c: PPOConfig, steps, seed):
     "Episodes of random actions that end within so many steps: (their facts, the episodes that failed)."
@@ -616,7 +566,6 @@ def play_random(c: PPOConfig, steps, seed):
         envs.step_wait()
     return envs.episodes, envs.failed
 
-
 # %% ../nbs/08_online.ipynb #o1time01
 def seconds_of(f, n=1):
     "Mean seconds of a call, over n calls."
@@ -624,7 +573,6 @@ def seconds_of(f, n=1):
     for _ in range(n):
         f()
     return (time.perf_counter() - start) / n
-
 
 # %% ../nbs/08_online.ipynb #o1time02
 class Rehearsal:
@@ -654,7 +602,6 @@ class Rehearsal:
     def step(self):
         "One step of the optimiser."
         self.policy.optimizer.step()
-
 
 # %% ../nbs/08_online.ipynb #3cca71a5
 def seconds_a_step(c: PPOConfig, device="cpu", limit=2.0):

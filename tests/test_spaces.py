@@ -371,6 +371,18 @@ def test_a_dict_of_arrays_needs_no_family():
         assert data.from_arrays([trajectory]).s.tolist() == [[0, 1, 0], [2, 3, 1], [4, 5, 2]]
 
 
+@pytest.mark.parametrize("container", [tuple, lambda x: np.array(x, object)], ids=["tuple", "objects"])
+def test_steps_that_are_dicts_may_lie_in_any_row(container):
+    "As a file of pickled steps gives them: an array of objects."
+    d = recorded(NESTED["dict"], gs.Discrete(2))
+    fam = world(NESTED["dict"])
+    wanted = data.from_arrays([d], family=fam)
+    given = dict(d, observations=container(d["observations"]))
+    assert torch.equal(data.from_arrays([given], family=fam).s, wanted.s)
+    unnamed = dict(given, actions=np.zeros((3, 1)))
+    assert torch.equal(data.from_arrays([unnamed]).s, data.from_arrays([dict(d, actions=np.zeros((3, 1)))]).s)
+
+
 def test_a_dict_that_does_not_fit_is_refused_by_key(refused):
     fam = world(NESTED["dict"])
     d = recorded(NESTED["dict"], gs.Discrete(2))
@@ -434,6 +446,9 @@ REFUSED = {
     "too-large": ([dict(PLAIN, rewards=np.full(3, 1e300))], "'rewards' has NaN or infinity at step 0"),
     "too-large-a-return": ([dict(PLAIN, rewards=np.full(3, 3e38))], "a return is too large"),
     "sparse": ([dict(PLAIN, actions=torch.ones(3, 1).to_sparse())], "trajectory 0: 'actions'"),
+    "meta": ([dict(PLAIN, rewards=torch.ones(3, device="meta"))], "trajectory 0: 'rewards'"),
+    "legal-is-nan": ([dict(PLAIN, legal=np.full((3, 1), np.nan))], "'legal' has other values than 0 and 1"),
+    "legal-is-a-score": ([dict(PLAIN, legal=np.full((3, 1), 0.3))], "'legal' has other values than 0 and 1"),
     "ragged-tensors": ([dict(PLAIN, actions=[torch.ones(1), torch.ones(2), torch.ones(1)])], "unequal length"),
     "dict-of-actions": ([dict(PLAIN, actions=dict(a=np.ones((3, 1))))], "trajectory 0: 'actions'"),
 }
@@ -449,6 +464,35 @@ def test_a_minari_dataset_itself_is_shown_the_way(minari_home, refused):
 
     id_ = write_minari("inputs/plain-v0", [recorded(BOX, gs.Discrete(2))], BOX, gs.Discrete(2))
     refused(data.from_arrays, minari.load_dataset(id_), says=["from_minari(its id)"])
+
+
+def test_task_ids_may_come_one_by_one(refused):
+    assert data.from_arrays([PLAIN, PLAIN], (i for i in (3, 1))).task.tolist() == [1, 3]
+    refused(data.from_arrays, [PLAIN], 0, says=["1 trajectories, but not a list of task ids"])
+
+
+@pytest.mark.parametrize("ids", [None, [], 5, [None], BOX, ["a/b-v0", 3]], ids=str)
+def test_ids_of_minari_that_are_no_texts(ids, refused):
+    refused(data.from_minari, ids, says=["Minari ids are texts"])
+    refused(flat_store("plain").to_minari, ids, says=["Minari ids are texts"])
+
+
+def test_what_is_asked_of_minari_is_checked(minari_home, refused):
+    import minari
+
+    id_ = write_minari("inputs/two-v0", [recorded(BOX, gs.Discrete(2))] * 2, BOX, gs.Discrete(2))
+    assert len(data.from_minari(id_, episodes=1)) == 1 and data.from_minari(id_, iter([4])).task_ids == (4,)
+    for episodes in (0, -1, 1.5, "all"):
+        refused(data.from_minari, id_, episodes=episodes, says=["episodes is", "at least 1"])
+    refused(data.from_minari, id_, task_ids=[0, 1], says=["1 Minari datasets, but 2 task ids"])
+    refused(data.from_minari, id_, task_ids=0, says=["not a list of task ids"])
+    refused(data.from_minari, minari.load_dataset(id_), says=["give its id"])
+
+
+@pytest.mark.parametrize("id_", ["walker", "a/b", "../../out-v0", "/out-v0", "a b-v0", ""])
+def test_an_id_that_minari_would_not_read_leaves_nothing(id_, minari_home, refused):
+    refused(flat_store("plain").to_minari, ["out/first-v0", id_], says=[f"'{id_}' is no id", "with its version"])
+    assert not list(minari_home.iterdir()) and not list(minari_home.parent.glob("out*"))
 
 
 def test_stacked_pictures_give_their_newest_frame(refused):

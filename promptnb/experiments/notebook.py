@@ -41,41 +41,10 @@ from .job import find_job, lacks, runs_of, stamp
 from .run import run_id
 
 # %% auto #0
-__all__ = [
-    "TEMPLATE",
-    "PLAIN_NUMBER",
-    "RESUME",
-    "GRACE",
-    "TOLD",
-    "LIMIT",
-    "OWNER",
-    "notebook_parameters",
-    "as_read",
-    "typed",
-    "check_values",
-    "check_parameters",
-    "quiet_papermill",
-    "Stopped",
-    "socket_folder",
-    "Kernel",
-    "time_limit",
-    "patient_engine",
-    "run_notebook",
-    "execute",
-    "unfinished",
-    "possible",
-    "note_killed",
-    "judged_job",
-    "owner_name",
-    "owner_gone",
-    "stop_without",
-    "asked_job",
-    "locked_job",
-    "stoppable",
-    "sweep",
-    "job_command",
-]
-
+__all__ = ['TEMPLATE', 'PLAIN_NUMBER', 'RESUME', 'GRACE', 'TOLD', 'LIMIT', 'OWNER', 'notebook_parameters', 'as_read', 'typed',
+           'check_values', 'check_parameters', 'quiet_papermill', 'Stopped', 'socket_folder', 'Kernel', 'time_limit',
+           'patient_engine', 'run_notebook', 'execute', 'unfinished', 'possible', 'note_killed', 'judged_job',
+           'owner_name', 'owner_gone', 'stop_without', 'asked_job', 'locked_job', 'stoppable', 'sweep', 'job_command']
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #f3a1d881
 def notebook_parameters(nb_path) -> dict:
@@ -85,7 +54,6 @@ def notebook_parameters(nb_path) -> dict:
         raise PromptnbError(f"{nb_path} has no cell tagged 'parameters'")
     assignments = [n for n in ast.parse("".join(cells[0]["source"])).body if isinstance(n, ast.Assign)]
     return {n.targets[0].id: ast.literal_eval(n.value) for n in assignments}
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar001
 TEMPLATE = "nbs/papers/run.ipynb"  # what computes a job
@@ -105,7 +73,6 @@ def as_read(value):
     is_number = isinstance(read, (int, float, complex)) and not isinstance(read, bool)
     return value if is_number and not PLAIN_NUMBER.fullmatch(value) else read
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar002
 def typed(value, like):
     """`value` with the type of `like`, read from text if need be; None if it has another type.
@@ -117,7 +84,6 @@ def typed(value, like):
     if want is float and type(value) is int:
         value = float(value)
     return value if type(value) is want else None
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar003
 def check_values(given: dict):
@@ -136,7 +102,6 @@ def check_values(given: dict):
         if given.get(name, least) < least:
             raise PromptnbError(f"parameter '{name}' is {given[name]}, but must be at least {least}")
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #7e9fd63b
 def check_parameters(nb_path, given: dict) -> dict:
     "Given values with the types of the notebook's defaults; anything misspelt, mistyped or out of its list is refused."
@@ -149,7 +114,6 @@ def check_parameters(nb_path, given: dict) -> dict:
     check_values(out)
     return out
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkexe001
 def quiet_papermill():
     "papermill, without the warnings of what it imports and without its own log."
@@ -158,7 +122,6 @@ def quiet_papermill():
     import papermill
 
     return papermill
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop01
 RESUME = 75  # exit status of a job that was told to stop
@@ -171,13 +134,11 @@ TOLD = "told to stop (SIGTERM): the same command goes on from the last checkpoin
 class Stopped(PromptnbError):
     "SIGTERM arrived: the same command goes on from the last checkpoint."
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nksock01
 def socket_folder() -> str:
     "The folder for temporary files; /tmp where its path is long, as those of sockets end at about 100 characters."
     folder = tempfile.gettempdir()
     return "/tmp" if len(folder) > 50 and os.access("/tmp", os.W_OK) else folder
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkker001
 class Kernel:
@@ -191,7 +152,6 @@ class Kernel:
 
     def __exit__(self, *error):
         self.end()
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkker002
 @patch
@@ -211,7 +171,6 @@ def begin(self: Kernel):
     own = KernelSpecManager(kernel_dirs=[])
     self.manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=own, **connection)
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkker003
 @patch
 def end(self: Kernel):
@@ -227,7 +186,6 @@ def end(self: Kernel):
         self.folder.cleanup()
     self.manager = self.client = self.folder = None
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop03
 LIMIT = "PROMPTNB_TIME_LIMIT"  # environment variable: seconds that a cell may take
 
@@ -240,7 +198,6 @@ def time_limit():
     if not given.isdigit() or int(given) < 1:
         raise PromptnbError(f"{LIMIT} is '{given}', but must be a whole number of seconds, at least 1")
     return int(given)
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop02
 def patient_engine(kernel):
@@ -286,7 +243,6 @@ def patient_engine(kernel):
 
     return Engine
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkexe002
 def run_notebook(nb_path, params, out, stream, kernel):
     "Run a notebook into the file `out` in a `Kernel`."
@@ -304,7 +260,6 @@ def run_notebook(nb_path, params, out, stream, kernel):
         engine_name="promptnb",
         **streams,
     )
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #9d349c6c
 def execute(nb_path, given, out, stream=True, kernel=None) -> Path:
@@ -336,7 +291,6 @@ def execute(nb_path, given, out, stream=True, kernel=None) -> Path:
         tmp.unlink(missing_ok=True)
     return out
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkver001
 def unfinished(runs, trouble) -> list:
     "'id (why)' of the runs without a good record; one without any gets a failed record with `trouble`."
@@ -353,7 +307,6 @@ def unfinished(runs, trouble) -> list:
         out.append(f"{run.id} ({read_record(run.failed_path)['why']})")
     return out
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkver002
 def possible(runs) -> list:
     "The runs that can be made here; those that cannot are named. PromptnbError where there is none."
@@ -366,7 +319,6 @@ def possible(runs) -> list:
         raise PromptnbError(f"{runs[0].id} {reasons[runs[0].id]}")
     return out
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkver004
 def note_killed(paper, scale):
     "The failed records of a paper's jobs whose process was killed: nobody else is left to write them."
@@ -378,7 +330,6 @@ def note_killed(paper, scale):
             why = f"its process, {who}, was killed: the same command goes on from the last checkpoint"
             unfinished(runs_of(job, scale, int(seed)), why)
             (folder / ".holder").unlink(missing_ok=True)
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #e0ba4909
 def judged_job(job: rc.Job, given, work):
@@ -399,7 +350,6 @@ def judged_job(job: rc.Job, given, work):
         raise PromptnbError(f"{len(missing)} of {len(runs)} runs of {job.id} failed: {missing[0]}")
     write_json(stamp(job, seed, scale), {run.id: read_record(run.path)["status"] for run in runs})
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkown001
 OWNER = "PROMPTNB_OWNER"  # environment variable of jobs: 'host pid time of start' of the run that started them
 
@@ -412,7 +362,6 @@ def owner_name(pid=None) -> str:
 
     process = psutil.Process(pid)
     return f"{platform.node()} {process.pid} {process.create_time():.2f}"
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkown002
 def owner_gone(name) -> bool:
@@ -429,7 +378,6 @@ def owner_gone(name) -> bool:
     except psutil.NoSuchProcess:
         return True
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkown004
 def stop_without(name, every=1.0):
     "A thread that sends SIGTERM to this process once the owner of that name has ended."
@@ -443,7 +391,6 @@ def stop_without(name, every=1.0):
 
     threading.Thread(target=watch, daemon=True).start()
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkjob001
 def asked_job(word, seed):
     "'id' or 'id@seed' -> (job, its seed)."
@@ -451,7 +398,6 @@ def asked_job(word, seed):
     if at and not own.isdigit():
         raise PromptnbError(f"'{word}' has no seed behind its @: a whole number, 0 or more")
     return find_job(id), int(own) if at else seed
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkjob002
 def locked_job(job: rc.Job, given, kernel, wait):
@@ -463,7 +409,6 @@ def locked_job(job: rc.Job, given, kernel, wait):
 
     with run_lock(runs_dir() / "locks" / name, wait=wait):
         judged_job(job, given, work)
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop04
 @contextlib.contextmanager
@@ -479,14 +424,12 @@ def stoppable():
     finally:
         signal.signal(signal.SIGTERM, before)
 
-
 # %% ../../nbs/10e_experiments.notebook.ipynb #nksweep1
 def sweep():
     "Remove what killed processes have left under temporary names, in the system's folder and in the data's."
     swept(socket_folder())
     for folder, _, _ in os.walk(data_dir()):
         swept(folder)
-
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #51d5c61b
 def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
