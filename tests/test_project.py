@@ -153,6 +153,7 @@ LAYERS = {
     # tasks: for the facts of a family, of which a result is stale when they change
     "report": ("core recipes tasks", "torch gymnasium", ""),
     "cli": (EVERYTHING_OURS + " experiments report", "", ""),
+    "explore": (EVERYTHING_OURS + " evaluate experiments report", "", ""),
 }
 DRAWS = "promptnb/experiments/film.py"  # the one module of its wing that may
 
