@@ -12,7 +12,8 @@ import sys
 from types import ModuleType
 
 # %% auto #0
-__all__ = ['patch', 'stand_in']
+__all__ = ["patch", "stand_in"]
+
 
 # %% ../nbs/00c_bare.ipynb #bare0002
 def patch(f=None, *, as_prop=False):
@@ -24,6 +25,7 @@ def patch(f=None, *, as_prop=False):
     owner = eval(owner, names) if isinstance(owner, str) else owner
     setattr(owner, f.__name__, property(f) if as_prop else f)
     return names.get(f.__name__)  # a function of the module with that name stays what it was
+
 
 # %% ../nbs/00c_bare.ipynb #bare0004
 def stand_in():

@@ -15,8 +15,26 @@ from fastcore.basics import patch
 from .core import check_choice, seed_for
 
 # %% auto #0
-__all__ = ['CHUNK', 'LEAST', 'COMPILE_FROM', 'COMPILE', 'GRAPHS', 'compile_setting', 'refusal', 'no_waiting', 'cuda_graph',
-           'chunk_end', 'tensors_of', 'stacked', 'Captured', 'kept', 'recorded', 'losses_of', 'attempt', 'captured']
+__all__ = [
+    "CHUNK",
+    "LEAST",
+    "COMPILE_FROM",
+    "COMPILE",
+    "GRAPHS",
+    "compile_setting",
+    "refusal",
+    "no_waiting",
+    "cuda_graph",
+    "chunk_end",
+    "tensors_of",
+    "stacked",
+    "Captured",
+    "kept",
+    "recorded",
+    "losses_of",
+    "attempt",
+    "captured",
+]
 
 # %% ../nbs/04a_captured.ipynb #capt0002
 CHUNK = 200  # updates between two looks at the device
@@ -29,6 +47,7 @@ def compile_setting() -> str:
     "Is `torch.compile` used: 'auto' (in long runs), 'on' or 'off'. No recipe's business: it changes rounding alone."
     return check_choice(os.environ.get(COMPILE, "auto"), ("auto", "on", "off"), f"setting of {COMPILE}")
 
+
 # %% ../nbs/04a_captured.ipynb #capt0004
 def refusal(model, sampler) -> str:
     "Why updates cannot be captured, in words; '' where they can."
@@ -36,6 +55,7 @@ def refusal(model, sampler) -> str:
         return f"{type(sampler).__name__} draws in Python (it has no `draw` and `take`)"
     silent = f"{type(model).__name__} does not say that its loss is made of tensors alone (`uncaptured = ''`)"
     return getattr(model, "uncaptured", silent)
+
 
 # %% ../nbs/04a_captured.ipynb #capt0006
 @contextlib.contextmanager
@@ -46,6 +66,7 @@ def no_waiting():
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
 
 # %% ../nbs/04a_captured.ipynb #capt0007
 def cuda_graph(update):
@@ -63,13 +84,16 @@ def cuda_graph(update):
         update()
     return graph.replay
 
+
 # %% ../nbs/04a_captured.ipynb #capt0008
 GRAPHS = dict(cuda=cuda_graph)  # type of device -> what makes a graph of an update
+
 
 # %% ../nbs/04a_captured.ipynb #capt0010
 def chunk_end(c, t) -> int:
     "The step at which the chunk of step t ends. c: `train.FitConfig`."
     return min(c.steps, *((t // n + 1) * n for n in (CHUNK, c.checkpoint_every)))
+
 
 # %% ../nbs/04a_captured.ipynb #capt0030
 def tensors_of(draw) -> list:
@@ -83,11 +107,13 @@ def tensors_of(draw) -> list:
     draw.map(note)
     return found
 
+
 # %% ../nbs/04a_captured.ipynb #capt0012
 def stacked(draws):
     "Draws of n batches as one, with n in front of every shape."
     columns = iter([torch.stack(column) for column in zip(*map(tensors_of, draws), strict=True)])
     return draws[0].map(lambda _: next(columns))
+
 
 # %% ../nbs/04a_captured.ipynb #capt0014
 class Captured:
@@ -126,6 +152,7 @@ class Captured:
         self.losses.index_copy_(0, self.at, loss.reshape(1))
         self.at.add_(1)
 
+
 # %% ../nbs/04a_captured.ipynb #capt0018
 @patch
 def fill(self: Captured, draws, first):
@@ -137,12 +164,14 @@ def fill(self: Captured, draws, first):
     self.at.zero_()
     self.bad.zero_()
 
+
 # %% ../nbs/04a_captured.ipynb #capt0019
 @patch
 def drawn(self: Captured, first):
     "The draws of the chunk that begins at a step, ready to be copied."
     draws = stacked([self.sampler.draw(t) for t in range(first, chunk_end(self.fit.config, first))])
     return draws.map(lambda x: x.pin_memory()) if self.fit.device.type == "cuda" else draws
+
 
 # %% ../nbs/04a_captured.ipynb #capt0020
 @patch
@@ -164,6 +193,7 @@ def run(self: Captured):
             yield value, step == end
         t = end
 
+
 # %% ../nbs/04a_captured.ipynb #capt0016
 @torch.no_grad()
 def kept(fit):
@@ -181,6 +211,7 @@ def kept(fit):
                 v.copy_(moments.get((p, k), torch.zeros_like(v)))
 
     return put_back
+
 
 # %% ../nbs/04a_captured.ipynb #capt0017
 def recorded(fit, sampler, loss):
@@ -204,6 +235,7 @@ def recorded(fit, sampler, loss):
             put_back()
         fit.split(sampler.take(sampler.draw(fit.step).map(lambda x: x.to(fit.device))), reason)
 
+
 # %% ../nbs/04a_captured.ipynb #capt0022
 def losses_of(model, steps) -> dict:
     "{name: loss} of what is tried, in order; through torch.compile where the setting or a long run asks for it."
@@ -215,6 +247,7 @@ def losses_of(model, steps) -> dict:
     options = dict(deterministic=True) if hasattr(config, "deterministic") else None
     return dict(compiled=torch.compile(model.loss, options=options), plain=model.loss)
 
+
 # %% ../nbs/04a_captured.ipynb #capt0023
 def attempt(fit, sampler, loss) -> tuple:
     "(the `Captured` updates of a fit, ''), or (None, why there are none)."
@@ -222,6 +255,7 @@ def attempt(fit, sampler, loss) -> tuple:
         return recorded(fit, sampler, loss), ""
     except RuntimeError as e:
         return None, (str(e).strip() or type(e).__name__).splitlines()[0]
+
 
 # %% ../nbs/04a_captured.ipynb #capt0024
 def captured(fit, sampler):

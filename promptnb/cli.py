@@ -56,6 +56,7 @@ from promptnb.experiments.notebook import (
     LIMIT,
     OWNER,
     RESUME,
+    SEEDS,
     TEMPLATE,
     Kernel,
     Stopped,
@@ -73,15 +74,72 @@ from .experiments.plan import Request, chosen, is_finished, plan, tasks_of, with
 from .experiments.run import RETRAIN, relative
 
 # %% auto #0
-__all__ = ['ENVIRONMENT', 'PACKAGES', 'COMMANDS', 'FOLDERS', 'cmd_list', 'scale_argument', 'whole', 'collect_arguments',
-           'print_table', 'print_collected', 'cmd_collect', 'snakemake', 'devices', 'a_card', 'run', 'alone',
-           'in_words', 'handed_over', 'summary', 'owned', 'cache_folder', 'die_with_parent', 'stop_descendants',
-           'descendants', 'paper_argument', 'job_settings', 'in_force', 'run_arguments', 'pairs', 'seeds_of',
-           'own_parameters', 'check_families', 'cmd_run', 'job_arguments', 'cmd_job', 'render_arguments', 'cmd_render',
-           'page_run', 'drawable', 'report_arguments', 'cmd_report', 'as_html', 'verify_arguments', 'cmd_verify',
-           'records_arguments', 'cmd_records', 'cmd_policies', 'status_arguments', 'status_line', 'cmd_status',
-           'film_arguments', 'cmd_film', 'version_of', 'machine_lines', 'family_line', 'cmd_doctor', 'new_arguments',
-           'check_new', 'cmd_new', 'parser', 'settle_environment', 'check_workbook', 'main']
+__all__ = [
+    "ENVIRONMENT",
+    "PACKAGES",
+    "COMMANDS",
+    "FOLDERS",
+    "cmd_list",
+    "scale_argument",
+    "whole",
+    "collect_arguments",
+    "print_table",
+    "print_collected",
+    "cmd_collect",
+    "snakemake",
+    "devices",
+    "a_card",
+    "run",
+    "alone",
+    "in_words",
+    "handed_over",
+    "summary",
+    "owned",
+    "cache_folder",
+    "die_with_parent",
+    "stop_descendants",
+    "descendants",
+    "paper_argument",
+    "job_settings",
+    "in_force",
+    "run_arguments",
+    "pairs",
+    "seeds_of",
+    "own_parameters",
+    "check_families",
+    "cmd_run",
+    "job_arguments",
+    "cmd_job",
+    "render_arguments",
+    "cmd_render",
+    "page_run",
+    "drawable",
+    "report_arguments",
+    "cmd_report",
+    "as_html",
+    "verify_arguments",
+    "cmd_verify",
+    "records_arguments",
+    "cmd_records",
+    "cmd_policies",
+    "status_arguments",
+    "status_line",
+    "cmd_status",
+    "film_arguments",
+    "cmd_film",
+    "version_of",
+    "machine_lines",
+    "family_line",
+    "cmd_doctor",
+    "new_arguments",
+    "check_new",
+    "cmd_new",
+    "parser",
+    "settle_environment",
+    "check_workbook",
+    "main",
+]
+
 
 # %% ../nbs/12_cli.ipynb #1270f85e
 def cmd_list(a):
@@ -92,10 +150,12 @@ def cmd_list(a):
             note = f"cannot be made: {e.unknown}" if e.unknown else f"{len(e.recipes)} recipes"
             print(f"  {e.id:14s} {e.title}  [{note}]")
 
+
 # %% ../nbs/12_cli.ipynb #clicol01
 def scale_argument(p):
     "Declare --scale."
     p.add_argument("--scale", default="laptop", help="smoke, laptop or paper")
+
 
 # %% ../nbs/12_cli.ipynb #cliwhol1
 def whole(text) -> int:
@@ -103,6 +163,7 @@ def whole(text) -> int:
     if not text.strip().removeprefix("-").isdecimal() or not text.isascii():
         raise ValueError(f"not a whole number: {text}")
     return int(text)
+
 
 # %% ../nbs/12_cli.ipynb #8d26fcf2
 def collect_arguments(p):
@@ -116,12 +177,14 @@ def collect_arguments(p):
     p.add_argument("--list", action="store_true", help="what is here, as a table")
     p.add_argument("--page", action="store_true", help="write figures/datasets/<family>.md: contents, returns, frames")
 
+
 # %% ../nbs/12_cli.ipynb #336dc795
 def print_table(rows):
     "Print rows (dicts) as a markdown table."
     import pandas as pd
 
     print(pd.DataFrame(rows).astype(object).fillna("").to_markdown(index=False, floatfmt=",.10g", intfmt=","))
+
 
 # %% ../nbs/12_cli.ipynb #clicol02
 def print_collected(family, quality, datasets):
@@ -130,6 +193,7 @@ def print_collected(family, quality, datasets):
     ret = sum(e["mean_return"] for e in datasets.values()) / len(datasets)
     what = f"{len(datasets)} datasets, {steps:,} steps, mean return {ret:.1f}, {size / 1e6:.0f} MB"
     print(f"{family} {quality}: {what}")
+
 
 # %% ../nbs/12_cli.ipynb #b8edf1b8
 def cmd_collect(a):
@@ -158,6 +222,7 @@ def cmd_collect(a):
     if a.stamp:
         write_json(a.stamp, {k: e["columns"] for datasets in known.values() for k, e in datasets.items()})
 
+
 # %% ../nbs/12_cli.ipynb #clirun01
 def snakemake(plan_file, cores=None, dry=False, profile="local", slots=0) -> list:
     "The command that runs a plan. slots: how many jobs may be on GPUs at the same time (0: no limit)."
@@ -167,6 +232,7 @@ def snakemake(plan_file, cores=None, dry=False, profile="local", slots=0) -> lis
     command += ["--resources", f"card={slots}"] if slots else []
     command += ["--config", f"plan={plan_file}"]
     return command + (["--dry-run", "--forceall"] if dry else [])  # a plan holds what is left: all of it would run
+
 
 # %% ../nbs/12_cli.ipynb #clidev01
 def devices(accelerator, profile, remote=False) -> tuple:
@@ -182,10 +248,12 @@ def devices(accelerator, profile, remote=False) -> tuple:
         pick_device(accelerator)
     return accelerator, len(cards()) * per_gpu() if profile == "gpu" else 0
 
+
 # %% ../nbs/12_cli.ipynb #clidev03
 def a_card(runs) -> dict:
     "The resources of a job on this machine's GPUs: one slot, unless it collects data (no runs)."
     return dict(card=[1]) if runs else {}
+
 
 # %% ../nbs/12_cli.ipynb #7c8fbd85
 ENVIRONMENT = dict(
@@ -220,6 +288,7 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
         last_word = signal.SIGINT if remote else signal.SIGTERM
         return handed_over(rules, tasks, lambda file: snakemake(file, cores, dry, profile, slots), dry, last_word)
 
+
 # %% ../nbs/12_cli.ipynb #clirun09
 @contextlib.contextmanager
 def alone(request: Request):
@@ -230,6 +299,7 @@ def alone(request: Request):
         sweep()
         yield
 
+
 # %% ../nbs/12_cli.ipynb #clirun06
 def in_words(request: Request) -> str:
     "What is asked for: the paper and its exhibits that have runs here, or all papers."
@@ -238,6 +308,7 @@ def in_words(request: Request) -> str:
     asked = {r.id for r in request.recipes()}
     exhibits = [e.id for e in chosen(request.paper, request.exhibits, request.scale) if asked & set(e.recipes)]
     return f"{request.paper} at {request.scale} scale: {', '.join(exhibits) or 'nothing that can be run here'}"
+
 
 # %% ../nbs/12_cli.ipynb #clirun07
 def handed_over(rules, tasks, command, dry=False, last_word=signal.SIGTERM) -> int:
@@ -255,6 +326,7 @@ def handed_over(rules, tasks, command, dry=False, last_word=signal.SIGTERM) -> i
     if not dry:
         print("\n".join(summary(tasks, time.monotonic() - start)), flush=True)
     return status
+
 
 # %% ../nbs/12_cli.ipynb #clirun08
 def summary(tasks, seconds, most=20) -> list:
@@ -274,6 +346,7 @@ def summary(tasks, seconds, most=20) -> list:
     paper = next(iter(papers)) if len(papers) == 1 else "all"
     return [*out, f"tables and figures: promptnb report {paper} --scale {tasks[0].scale}"]
 
+
 # %% ../nbs/12_cli.ipynb #cliown01
 def owned(command, last_word=signal.SIGTERM) -> int:
     """Run a command whose descendants end with it, and which ends with this process; returns its exit status.
@@ -291,6 +364,7 @@ def owned(command, last_word=signal.SIGTERM) -> int:
         finally:
             stop_descendants(owner)
 
+
 # %% ../nbs/12_cli.ipynb #clicach1
 def cache_folder() -> bool:
     "Can the user's cache folder be had? In containers without a home it cannot."
@@ -301,6 +375,7 @@ def cache_folder() -> bool:
     except OSError:
         return False
 
+
 # %% ../nbs/12_cli.ipynb #cliown02
 def die_with_parent(last_word=signal.SIGTERM):
     "Ask Linux for a signal when the parent of this process dies; elsewhere nothing."
@@ -310,6 +385,7 @@ def die_with_parent(last_word=signal.SIGTERM):
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last_word)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us in the background
+
 
 # %% ../nbs/12_cli.ipynb #cliown03
 def stop_descendants(owner):
@@ -325,6 +401,7 @@ def stop_descendants(owner):
         with contextlib.suppress(psutil.Error):
             process.kill()
 
+
 # %% ../nbs/12_cli.ipynb #cliown04
 def descendants(owner) -> list:
     "The processes, beside this one, whose environment names an owner."
@@ -337,11 +414,13 @@ def descendants(owner) -> list:
                 found.append(process)
     return found
 
+
 # %% ../nbs/12_cli.ipynb #clirun03
 def paper_argument(p, help=None):
     "Declare the paper, and --scale."
     p.add_argument("paper", help=help)
     scale_argument(p)
+
 
 # %% ../nbs/12_cli.ipynb #cliset01
 def job_settings(p):
@@ -352,6 +431,7 @@ def job_settings(p):
     p.add_argument("--per-gpu", type=whole, metavar="N", help="jobs that share a GPU (default: 1)")
     p.add_argument("--retrain", action="store_true", help="train policies here, although they ship")
     p.add_argument("--compile", choices=("auto", "on", "off"), help="torch.compile on a GPU (default: in long runs)")
+
 
 # %% ../nbs/12_cli.ipynb #cliset02
 @contextlib.contextmanager
@@ -377,6 +457,7 @@ def in_force(a):
             else:
                 os.environ[k] = v
 
+
 # %% ../nbs/12_cli.ipynb #aaa2054c
 def run_arguments(p):
     "Declare what `run` takes."
@@ -392,6 +473,7 @@ def run_arguments(p):
     p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
     job_settings(p)
 
+
 # %% ../nbs/12_cli.ipynb #548dcd83
 def pairs(given) -> dict:
     "['name=value'] -> {name: value}."
@@ -400,10 +482,11 @@ def pairs(given) -> dict:
             raise PromptnbError(f"-p takes name=value, not '{text}'")
     return dict(text.split("=", 1) for text in given)
 
+
 # %% ../nbs/12_cli.ipynb #clirun04
 def seeds_of(text, default=None):
     "'0,1,2' -> (0, 1, 2); without text the default."
-    if not text:
+    if text is None:
         return default
     try:
         seeds = tuple(whole(s) for s in text.split(","))
@@ -411,10 +494,13 @@ def seeds_of(text, default=None):
         raise PromptnbError(f"--seeds takes whole numbers with commas between them, not '{text}'") from None
     if min(seeds) < 0:
         raise PromptnbError(f"--seeds has {min(seeds)}, but seeds are 0 or more")
+    if max(seeds) >= SEEDS:
+        raise PromptnbError(f"--seeds has {max(seeds)}, but seeds are below {SEEDS:,}")
     twice = [seed for seed in seeds if seeds.count(seed) > 1]
     if twice:
         raise PromptnbError(f"--seeds has {twice[0]} twice: name each seed once")
     return seeds
+
 
 # %% ../nbs/12_cli.ipynb #clirun05
 def own_parameters(given) -> dict:
@@ -425,12 +511,14 @@ def own_parameters(given) -> dict:
             raise PromptnbError(f"-p {k} is set by the graph; `run` takes -p scale, -p accelerator, -p seed")
     return fixed
 
+
 # %% ../nbs/12_cli.ipynb #clirunfa
 def check_families(request):
     "Refuse a family that nothing asked for is run on: there would be nothing to do, and success."
     known = {r.family for r in replace(request, families=()).recipes()}
     for family in request.families:
         check_choice(family, sorted(known), "family of these exhibits")
+
 
 # %% ../nbs/12_cli.ipynb #aa65d808
 def cmd_run(a):
@@ -452,6 +540,7 @@ def cmd_run(a):
         see = "see above" if a.paper == "all" else f"see `promptnb status {a.paper} --scale {a.scale}`"
         raise PromptnbError(f"not everything ran: {see}; the same command goes on from here")
 
+
 # %% ../nbs/12_cli.ipynb #clijob01
 def job_arguments(p):
     "Declare what `job` takes: what Snakemake calls."
@@ -464,6 +553,7 @@ def job_arguments(p):
     p.add_argument("--plain", action="store_true", help="in this process, without a notebook: needs no papermill")
     p.add_argument("--minutes", type=float, help="with --plain: stop in time at a checkpoint, and say what is left")
     job_settings(p)
+
 
 # %% ../nbs/12_cli.ipynb #1bc5cc36
 def cmd_job(a):
@@ -478,6 +568,7 @@ def cmd_job(a):
             return plain_jobs(a.id, **given, minutes=a.minutes)
         job_command(**{**given, "job": a.id, **pairs(a.p)})
 
+
 # %% ../nbs/12_cli.ipynb #75ece5c3
 def render_arguments(p):
     "Declare what `render` takes."
@@ -487,6 +578,7 @@ def render_arguments(p):
     p.add_argument("--partial", action="store_true", help=partial)
     shipped = "of shipped records alone, into figures/<paper>: what this project commits"
     p.add_argument("--shipped", action="store_true", help=shipped)
+
 
 # %% ../nbs/12_cli.ipynb #9eb51754
 def cmd_render(a):
@@ -501,6 +593,7 @@ def cmd_render(a):
         if table.exists():
             print(f"\n{id}\n{table.read_text()}")
 
+
 # %% ../nbs/12_cli.ipynb #clirend4
 def page_run(paper, scale, kernel=None, **given):
     "Run a paper's page with these parameters; returns the path of the notebook."
@@ -509,6 +602,7 @@ def page_run(paper, scale, kernel=None, **given):
         page, given = root() / "nbs/papers/study.ipynb", dict(given, paper=paper)
     out = runs_dir() / "notebooks" / f"{scale}.{paper}.ipynb"
     return execute(page, dict(given, scale=scale), out, stream=False, kernel=kernel)
+
 
 # %% ../nbs/12_cli.ipynb #clirend1
 def drawable(a) -> list:
@@ -524,11 +618,13 @@ def drawable(a) -> list:
         print(f"runs are missing (promptnb status {a.paper}): {', '.join(v.exhibit.id for v in lacking)}")
     return [view for view in views if view not in lacking]
 
+
 # %% ../nbs/12_cli.ipynb #clirep01
 def report_arguments(p):
     "Declare what `report` takes."
     paper_argument(p, "a paper, or all")
     p.add_argument("--shipped", action="store_true", help="of shipped records alone")
+
 
 # %% ../nbs/12_cli.ipynb #clirep02
 def cmd_report(a):
@@ -542,6 +638,7 @@ def cmd_report(a):
             print(f"{paper}: {pages[-1]}", flush=True)
     name = ".".join([a.paper, a.scale, *(["shipped"] if a.shipped else []), "html"])
     print(f"report: {write_atomic(figures_dir('yours') / name, as_html(pages).encode())}")
+
 
 # %% ../nbs/12_cli.ipynb #clirep03
 def as_html(pages) -> str:
@@ -558,11 +655,13 @@ def as_html(pages) -> str:
         whole
     )[0]
 
+
 # %% ../nbs/12_cli.ipynb #cliver01
 def verify_arguments(p):
     "Declare what `verify` takes."
     paper_argument(p)
     p.add_argument("--exhibit", action="append", default=[])
+
 
 # %% ../nbs/12_cli.ipynb #cliver02
 def cmd_verify(a):
@@ -575,11 +674,13 @@ def cmd_verify(a):
     print(f"\n{verify.conclusion(t)}")
     return 0 if verify.all_agree(t) else 1
 
+
 # %% ../nbs/12_cli.ipynb #clirec01
 def records_arguments(p):
     "Declare what `records` and `policies` take."
     p.add_argument("action", choices=("pack",), help="pack: add what you have finished to what ships")
     paper_argument(p)
+
 
 # %% ../nbs/12_cli.ipynb #clirec02
 def cmd_records(a):
@@ -589,6 +690,7 @@ def cmd_records(a):
     check_choice(a.paper, rc.PAPERS, "paper")
     path = records.pack(a.paper, check_choice(a.scale, rc.SCALES, "scale"))
     print(f"{path}: {many(len(records.shipped(a.paper, a.scale)), 'record')}, {path.stat().st_size / 1e3:.0f} kB")
+
 
 # %% ../nbs/12_cli.ipynb #clipol01
 def cmd_policies(a):
@@ -604,11 +706,13 @@ def cmd_policies(a):
         path = policies.pack(run)
         print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
+
 # %% ../nbs/12_cli.ipynb #clista01
 def status_arguments(p):
     "Declare what `status` takes."
     paper_argument(p)
     p.add_argument("--seconds", action="store_true", help=argparse.SUPPRESS)  # writes data/seconds/<paper>.json
+
 
 # %% ../nbs/12_cli.ipynb #clista02
 def status_line(e: rc.Exhibit, scale, done, seconds) -> str:
@@ -638,6 +742,7 @@ def status_line(e: rc.Exhibit, scale, done, seconds) -> str:
         parts.append(f"{len(known['failed'])} failed: {known['failed'][0]}")
     return ", ".join(parts)
 
+
 # %% ../nbs/12_cli.ipynb #a9f168de
 def cmd_status(a):
     "Per exhibit: runs finished, stale, the time that `run` would take, failed (and why); what cannot be made."
@@ -651,6 +756,7 @@ def cmd_status(a):
     for e in rc.exhibits(a.paper):
         print(f"{e.id:14s} {status_line(e, a.scale, done, seconds)}")
 
+
 # %% ../nbs/12_cli.ipynb #2d5a37b3
 def film_arguments(p):
     "Declare what `film` takes."
@@ -659,6 +765,7 @@ def film_arguments(p):
     p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--task", type=whole, help="which test task, counted from 0 (default: the most changed)")
 
+
 # %% ../nbs/12_cli.ipynb #clifilm1
 def cmd_film(a):
     "An agent before and after tuning."
@@ -666,6 +773,7 @@ def cmd_film(a):
 
     check_choice(a.recipe, rc.RECIPES, "recipe")
     print(film(a.recipe, check_choice(a.scale, rc.SCALES, "scale"), a.seed, a.task))
+
 
 # %% ../nbs/12_cli.ipynb #clidoc01
 PACKAGES = "torch gymnasium mujoco minari papermill nbdev snakemake stable-baselines3 peft"
@@ -679,6 +787,7 @@ def version_of(package) -> str:
         return version(package)
     except PackageNotFoundError:
         return "missing"
+
 
 # %% ../nbs/12_cli.ipynb #clidoc02
 def machine_lines() -> list:
@@ -698,6 +807,7 @@ def machine_lines() -> list:
         f"rendering {tasks.gl_backend() or none}",
     ]
 
+
 # %% ../nbs/12_cli.ipynb #clidoc03
 def family_line(fam) -> str:
     "What is here of a task family: its expert and datasets, or how to install it."
@@ -711,6 +821,7 @@ def family_line(fam) -> str:
     expert = experts.load_card(fam)["expert_mean_return"]
     return f"{fam.name}: expert {expert:,.1f}, {datasets}"
 
+
 # %% ../nbs/12_cli.ipynb #e2a99250
 def cmd_doctor(a):
     "What this machine has, and what is missing."
@@ -721,10 +832,12 @@ def cmd_doctor(a):
     for fam in tasks.FAMILIES.values():
         print(family_line(fam))
 
+
 # %% ../nbs/12_cli.ipynb #clinew02
 def new_arguments(p):
     "Declare what `new` takes."
     p.add_argument("path", help="a folder that is not there yet; its name becomes your study's")
+
 
 # %% ../nbs/12_cli.ipynb #clinew03
 def check_new(path: Path):
@@ -737,6 +850,7 @@ def check_new(path: Path):
     if importlib.util.find_spec(name):
         raise PromptnbError(f"'{name}' is the name of a module that is installed: choose another")
 
+
 # %% ../nbs/12_cli.ipynb #clinew04
 def cmd_new(a):
     "Write a small plug-in that works, and say what to do with it."
@@ -748,6 +862,7 @@ def cmd_new(a):
         (path / file.name).write_text(text)
     print(f"written: {path}\n\nexport {plugins.VARIABLE}={path}")
     print(f"promptnb run {path.name} --scale smoke && promptnb render {path.name} --scale smoke")
+
 
 # %% ../nbs/12_cli.ipynb #clipar01
 COMMANDS = dict(
@@ -766,6 +881,7 @@ COMMANDS = dict(
     job=(cmd_job, job_arguments, None),
 )  # name: (function, its arguments, help; None: not shown)
 
+
 # %% ../nbs/12_cli.ipynb #03db37e6
 def parser() -> argparse.ArgumentParser:
     "The parser of all commands."
@@ -782,6 +898,7 @@ def parser() -> argparse.ArgumentParser:
         if arguments:
             arguments(p)
     return out
+
 
 # %% ../nbs/12_cli.ipynb #climain1
 FOLDERS = ("PROMPTNB_HOME", "MINARI_DATASETS_PATH", "PROMPTNB_DQN_REPLAY")  # environment variables that name one
@@ -812,6 +929,7 @@ def check_workbook(command):
     if needed and not (root() / TEMPLATE).exists():
         raise PromptnbError(f"{root()} is no workbook (it has no {TEMPLATE}): set PROMPTNB_HOME to a clone of it")
 
+
 # %% ../nbs/12_cli.ipynb #6e88e409
 def main(argv=None) -> int:
     "The console script. User errors print one line and exit with status 2."
@@ -839,6 +957,7 @@ def main(argv=None) -> int:
         print("promptnb: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
 
 # %% ../nbs/12_cli.ipynb #018bb006
 if __name__ == "__main__" and "__file__" in globals():

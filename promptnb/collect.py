@@ -42,17 +42,57 @@ from promptnb.core import (
 )
 
 # %% auto #0
-__all__ = ['COLOURS', 'HEIGHT', 'GAP', 'dataset_id', 'trajectories', 'start_seed', 'play_chunk', 'play_chunks', 'spaces_of',
-           'env_spec', 'episode_buffer', 'write_minari', 'store_of', 'whole_folder', 'check_room', 'write_dataset',
-           'manifest_path', 'manifest', 'mend_manifest', 'policy_of', 'Order', 'collect_task', 'fill', 'collect',
-           'repair', 'remote_trajectories', 'score', 'own_references', 'listed_row', 'absent_row', 'listed', 'moments',
-           'strip', 'ridges', 'draw_page', 'side_by_side', 'save_strip', 'page_cell', 'markdown_table', 'page_facts',
-           'target_fact', 'page']
+__all__ = [
+    "COLOURS",
+    "HEIGHT",
+    "GAP",
+    "dataset_id",
+    "trajectories",
+    "start_seed",
+    "play_chunk",
+    "play_chunks",
+    "spaces_of",
+    "env_spec",
+    "episode_buffer",
+    "write_minari",
+    "store_of",
+    "whole_folder",
+    "check_room",
+    "write_dataset",
+    "manifest_path",
+    "manifest",
+    "mend_manifest",
+    "policy_of",
+    "Order",
+    "collect_task",
+    "fill",
+    "collect",
+    "repair",
+    "remote_trajectories",
+    "score",
+    "own_references",
+    "listed_row",
+    "absent_row",
+    "listed",
+    "moments",
+    "strip",
+    "ridges",
+    "draw_page",
+    "side_by_side",
+    "save_strip",
+    "page_cell",
+    "markdown_table",
+    "page_facts",
+    "target_fact",
+    "page",
+]
+
 
 # %% ../nbs/02b_collect.ipynb #05a6447f
 def dataset_id(fam, task, quality):
     "Minari's id of a dataset: family and task, then the quality."
     return f"promptnb/{tasks.family(fam).task_name(task)}/{quality}-v0"
+
 
 # %% ../nbs/02b_collect.ipynb #a8a36107
 def trajectories(played):
@@ -74,10 +114,12 @@ def trajectories(played):
             trajectory["legal"] = np.concatenate([legal[:n], legal[n - 1 : n]])
         yield trajectory
 
+
 # %% ../nbs/02b_collect.ipynb #colseed1
 def start_seed(fam, task, quality, seed, game):
     "The seed with which a game begins: a film of a dataset starts from it too."
     return seed_for(seed, "start", fam.name, task, quality, game)
+
 
 # %% ../nbs/02b_collect.ipynb #b562d8e0
 def play_chunk(fam, task, quality, games, seed, vec):
@@ -87,6 +129,7 @@ def play_chunk(fam, task, quality, games, seed, vec):
     starts = [start_seed(fam, task, quality, seed, game) for game in games for _ in range(fam.agents)]
     for i, trajectory in enumerate(trajectories(experts.play(vec, act, starts))):
         yield dict(trajectory, game=games[i // fam.agents])
+
 
 # %% ../nbs/02b_collect.ipynb #rea18c12
 def play_chunks(fam, task, quality, episodes, seed, threads=None, vec=None):
@@ -110,6 +153,7 @@ def play_chunks(fam, task, quality, episodes, seed, threads=None, vec=None):
         if left == episodes and start >= 10 * fam.chunk:
             raise PromptnbError(f"{fam.name} {quality}: none of {start:,} episodes had a return above {bar:g}")
 
+
 # %% ../nbs/02b_collect.ipynb #2394bfd8
 def spaces_of(fam):
     "Gymnasium spaces of one stored step."
@@ -122,6 +166,7 @@ def spaces_of(fam):
     action = Discrete(fam.act_dim) if fam.discrete else Box(-1.0, 1.0, (fam.act_dim,), np.float32)
     return dict(observation_space=observation, action_space=action)
 
+
 # %% ../nbs/02b_collect.ipynb #33b6b912
 def env_spec(fam, task):
     "Gymnasium's spec of one task, which Minari stores: `dataset.recover_environment()` gives the task back."
@@ -130,6 +175,7 @@ def env_spec(fam, task):
     spec = copy.deepcopy(gym.spec(fam.env_id))
     spec.kwargs = dict(spec.kwargs, task=task)
     return spec
+
 
 # %% ../nbs/02b_collect.ipynb #colbuff1
 def episode_buffer(i, trajectory):
@@ -147,6 +193,7 @@ def episode_buffer(i, trajectory):
         truncations=last & (not trajectory["terminated"]),
         infos=dict(legal=trajectory["legal"]) if "legal" in trajectory else None,
     )
+
 
 # %% ../nbs/02b_collect.ipynb #beae8a94
 def write_minari(id_, trajs, fam, task, folder, description):
@@ -173,6 +220,7 @@ def write_minari(id_, trajs, fam, task, folder, description):
             **more,
         )
 
+
 # %% ../nbs/02b_collect.ipynb #94707598
 def store_of(trajs, fam, task):
     "Trajectories as a Store: discrete actions one-hot."
@@ -182,6 +230,7 @@ def store_of(trajs, fam, task):
         one_hot = np.eye(fam.act_dim, dtype=np.float32)
         trajs = [dict(d, actions=one_hot[d["actions"]]) for d in trajs]
     return from_arrays(trajs, [task] * len(trajs))
+
 
 # %% ../nbs/02b_collect.ipynb #colwhol1
 @contextlib.contextmanager
@@ -207,12 +256,14 @@ def whole_folder(root, id_):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
+
 # %% ../nbs/02b_collect.ipynb #colroom1
 def check_room(folder, nbytes):
     "Is there room for a dataset of this size? OSError if not."
     room = folder / "room"
     room.write_bytes(bytes(3 * nbytes + 2**18))
     room.unlink()
+
 
 # %% ../nbs/02b_collect.ipynb #660859f3
 def write_dataset(id_, trajs, fam, task, root, description, minari=True):
@@ -237,10 +288,12 @@ def write_dataset(id_, trajs, fam, task, root, description, minari=True):
             entry["sha256"] = sha256_file(new / "data" / "main_data.hdf5")
     return entry
 
+
 # %% ../nbs/02b_collect.ipynb #dc436103
 def manifest_path(fam, root=None):
     "The family's manifest."
     return Path(root or minari_dir()) / "promptnb" / f"{tasks.family(fam).name}.json"
+
 
 # %% ../nbs/02b_collect.ipynb #08b87caa
 def manifest(fam, root=None) -> dict:
@@ -258,6 +311,7 @@ def manifest(fam, root=None) -> dict:
         raise DamagedError(f"{path} is damaged (it does not hold what it should)")
     return known
 
+
 # %% ../nbs/02b_collect.ipynb #colmend1
 def mend_manifest(fam, root):
     "Before a manifest is written to: a damaged one is set aside, and its datasets are made again."
@@ -265,6 +319,7 @@ def mend_manifest(fam, root):
         manifest(fam, root)
     except DamagedError as e:
         set_aside(manifest_path(fam, root), e)
+
 
 # %% ../nbs/02b_collect.ipynb #d67afb8b
 def policy_of(fam, quality):
@@ -281,6 +336,7 @@ def policy_of(fam, quality):
     bar = experts.KEPT_ABOVE.get((fam.name, quality))
     kept = "" if bar is None else f" above {bar:g}"
     return f"{experts.load_card(fam)['sha256']} medium {fam.medium:.3g} noise {experts.NOISE[quality]}{kept}"
+
 
 # %% ../nbs/02b_collect.ipynb #colorde1
 @dataclass(frozen=True)
@@ -312,6 +368,7 @@ class Order:
         ids = {i: dataset_id(self.fam, i, self.quality) for i in task_ids}
         return [i for i, id_ in ids.items() if not self.is_done(id_, known.get(id_, {}))]
 
+
 # %% ../nbs/02b_collect.ipynb #colonetk
 def collect_task(order, task, vec=None):
     "Write one task's dataset and its line of the manifest. It is played in `vec`, or without one taken from elsewhere."
@@ -327,6 +384,7 @@ def collect_task(order, task, vec=None):
     entry |= dict(first_game=trajs[0].get("game", 0))  # a film of the dataset's first episode starts as this game did
     entry |= dict(seed=order.seed, policy=order.policy, seconds=round(time.time() - start, 2), asked=order.episodes)
     write_sealed(manifest_path(fam, order.root), dict(manifest(fam, order.root), **{id_: entry}))
+
 
 # %% ../nbs/02b_collect.ipynb #56c27515
 def fill(order, task_ids, say):
@@ -347,6 +405,7 @@ def fill(order, task_ids, say):
     say(f"{fam.name} {quality}: {len(missing)} of {len(task_ids)} datasets written{others}")
     return {id_: entry for id_, entry in manifest(fam, root).items() if id_.endswith(f"/{quality}-v0")}
 
+
 # %% ../nbs/02b_collect.ipynb #70c96b7b
 def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None, threads=None, say=print, wait=0):
     """Write the datasets of a family and quality (default: its best) that are missing; returns the manifest's entries.
@@ -366,6 +425,7 @@ def collect(name, quality=None, episodes=None, seed=0, task_ids=None, root=None,
         order = Order(fam, quality, episodes, seed, policy_of(fam, quality), root, threads)
         return fill(order, task_ids or fam.task_ids, say)
 
+
 # %% ../nbs/02b_collect.ipynb #colrep01
 def repair(name, quality, episodes, task_ids, root=None):
     "Make datasets again that are damaged: the same seed, and as many episodes as they had, at least `episodes`."
@@ -376,6 +436,7 @@ def repair(name, quality, episodes, task_ids, root=None):
         asked = max([episodes or 1, *(entry.get("asked", 0) for entry in known)])
         seed = max(entry.get("seed", 0) for entry in known)
         return fill(Order(fam, quality, asked, seed, policy_of(fam, quality), root), task_ids, print)
+
 
 # %% ../nbs/02b_collect.ipynb #f83ab53d
 def remote_trajectories(fam, quality, episodes):
@@ -406,12 +467,14 @@ def remote_trajectories(fam, quality, episodes):
             f"Minari dataset '{id_}' cannot be read ({reason}): delete its folder and fetch it again"
         ) from None
 
+
 # %% ../nbs/02b_collect.ipynb #cf648d74
 def score(fam, value, references):
     "D4RL's score of a return by (random, expert) references, to one decimal; None without references."
     if not references or None in references:
         return None
     return round(float(tasks.normalised(value, references)), 1)
+
 
 # %% ../nbs/02b_collect.ipynb #colownrf
 def own_references(fam):
@@ -420,6 +483,7 @@ def own_references(fam):
         return None
     card = experts.load_card(fam)
     return card.get("random_mean_return"), card.get("expert_mean_return")
+
 
 # %% ../nbs/02b_collect.ipynb #colrow01
 def listed_row(fam, quality, entries):
@@ -440,11 +504,13 @@ def listed_row(fam, quality, entries):
         "seconds to make": round(sum(e["seconds"] for e in entries), 1),
     }
 
+
 # %% ../nbs/02b_collect.ipynb #colrow02
 def absent_row(fam):
     "The row of a family without data: how to get some."
     extra = "" if tasks.installed(fam) else f", after pip install 'promptnb[{fam.extra}]'"
     return {"family": fam.name, "quality": "-", "note": f"promptnb collect --family {fam.name}{extra}"}
+
 
 # %% ../nbs/02b_collect.ipynb #ce046871
 def listed(names=None, root=None):
@@ -460,12 +526,14 @@ def listed(names=None, root=None):
         rows += here or [absent_row(fam)]
     return rows
 
+
 # %% ../nbs/02b_collect.ipynb #rea18c22
 def moments(states, n):
     "At most n timesteps of observations (T, S), first and last among them, with as much motion between any two."
     steps = np.abs(np.diff(states, axis=0) / (states.std(0) + 1e-6)).sum(-1)
     way = np.append(0, np.cumsum(steps / max(steps.sum(), 1e-6) + 0.1 / len(steps)))  # rises even where nothing moves
     return np.unique(np.searchsorted(way, np.linspace(0, way[-1], n) - 1e-9))
+
 
 # %% ../nbs/02b_collect.ipynb #21b4496d
 def strip(fam, task, quality, n=6, steps=None):
@@ -494,6 +562,7 @@ def strip(fam, task, quality, n=6, steps=None):
     shots = tasks.film(fam, task, actions, seed, every=1, at=set(at.tolist()))
     return shots, at[: len(shots)]
 
+
 # %% ../nbs/02b_collect.ipynb #rea18c24
 COLOURS = {  # quality -> its place in the colour-blind palette, the same in every family
     "expert": 0,
@@ -505,6 +574,7 @@ COLOURS = {  # quality -> its place in the colour-blind palette, the same in eve
     "medium-replay": 3,
     "medium-expert": 4,
 }
+
 
 # %% ../nbs/02b_collect.ipynb #88201d01
 def ridges(ax, returns):
@@ -528,6 +598,7 @@ def ridges(ax, returns):
     ax.set_xlabel("return of an episode (triangle: mean; right: share of the episodes in the highest bar)")
     ax.set_yticklabels([f"{quality} (n = {len(values)})" for quality, values in returns.items()])
     sns.despine(ax=ax, left=True)
+
 
 # %% ../nbs/02b_collect.ipynb #e2eb83a8
 def draw_page(fam, returns, path):
@@ -554,6 +625,7 @@ def draw_page(fam, returns, path):
     fig.savefig(path, dpi=80)
     plt.close(fig)
 
+
 # %% ../nbs/02b_collect.ipynb #colstr01
 HEIGHT, GAP = 192, 6  # pixels of a picture in a strip, and between two
 
@@ -569,6 +641,7 @@ def side_by_side(frames):
         out.paste(image.resize((width, HEIGHT), Image.Resampling.LANCZOS), (i * (width + GAP), 0))
     return out.quantize(256)
 
+
 # %% ../nbs/02b_collect.ipynb #colstr03
 def save_strip(fam, quality, path, n=3, steps=120):
     "Save n moments of a dataset's first steps side by side, as a PNG; nothing where nothing renders here."
@@ -577,12 +650,14 @@ def save_strip(fam, quality, path, n=3, steps=120):
         path.parent.mkdir(parents=True, exist_ok=True)
         side_by_side(found[0]).save(path, optimize=True)
 
+
 # %% ../nbs/02b_collect.ipynb #colcell1
 def page_cell(value):
     "A value as text: thousands with commas, None as nothing."
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int | float) else str(value)
+
 
 # %% ../nbs/02b_collect.ipynb #colmdtab
 def markdown_table(rows):
@@ -592,6 +667,7 @@ def markdown_table(rows):
     for row in rows:
         lines.append([page_cell(row.get(name)) for name in head])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
 
 # %% ../nbs/02b_collect.ipynb #colfacts
 def page_facts(fam):
@@ -614,6 +690,7 @@ def page_facts(fam):
         facts.append(fam.note)
     return facts
 
+
 # %% ../nbs/02b_collect.ipynb #rea18c25
 def target_fact(fam, returns):
     "Whether an episode of the data, {quality: returns}, reaches the family's target return, in words."
@@ -623,6 +700,7 @@ def target_fact(fam, returns):
         return f"target return {fam.target_return:,g}: reached by episodes of {', '.join(reached)}"
     quality = max(best, key=best.get)
     return f"target return {fam.target_return:,g}: above every episode here, up to {best[quality]:,.1f} ({quality})"
+
 
 # %% ../nbs/02b_collect.ipynb #fe347b04
 def page(name):

@@ -30,18 +30,69 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['HOST', 'RECORD', 'ACCEPT', 'FORMAT', 'PromptnbError', 'check_choice', 'folder_named_by', 'root', 'data_dir',
-           'minari_dir', 'runs_dir', 'results_dir', 'figures_dir', 'seed_for', 'rng_for', 'Steps', 'Batch',
-           'action_loss', 'choice_loss', 'over_steps', 'Row', 'plain', 'fingerprint', 'sha256_file', 'meaning',
-           'source_of', 'code_fingerprint', 'is_current', 'process_name', 'swept', 'write_atomic', 'disk_error',
-           'write_json', 'DamagedError', 'read_json', 'write_sealed', 'read_sealed', 'read_record', 'sound_record',
-           'check_file', 'accepts_changed_data', 'set_aside', 'kept', 'append_jsonl', 'read_jsonl', 'save_tensors',
-           'load_tensors', 'only_safetensors', 'differing', 'Checkpoints', 'server_answers', 'minari_dataset',
-           'run_lock', 'dead_holder', 'progress']
+__all__ = [
+    "HOST",
+    "RECORD",
+    "ACCEPT",
+    "FORMAT",
+    "PromptnbError",
+    "check_choice",
+    "folder_named_by",
+    "root",
+    "data_dir",
+    "minari_dir",
+    "runs_dir",
+    "results_dir",
+    "figures_dir",
+    "seed_for",
+    "rng_for",
+    "Steps",
+    "Batch",
+    "action_loss",
+    "choice_loss",
+    "over_steps",
+    "Row",
+    "plain",
+    "fingerprint",
+    "sha256_file",
+    "meaning",
+    "source_of",
+    "code_fingerprint",
+    "is_current",
+    "process_name",
+    "swept",
+    "write_atomic",
+    "disk_error",
+    "write_json",
+    "DamagedError",
+    "read_json",
+    "write_sealed",
+    "read_sealed",
+    "read_record",
+    "sound_record",
+    "check_file",
+    "accepts_changed_data",
+    "set_aside",
+    "kept",
+    "append_jsonl",
+    "read_jsonl",
+    "save_tensors",
+    "load_tensors",
+    "only_safetensors",
+    "differing",
+    "Checkpoints",
+    "server_answers",
+    "minari_dataset",
+    "run_lock",
+    "dead_holder",
+    "progress",
+]
+
 
 # %% ../nbs/00_core.ipynb #de71b579
 class PromptnbError(Exception):
     "A user error: its message is one line that says what is wrong and how to mend it."
+
 
 # %% ../nbs/00_core.ipynb #5ec7321f
 def check_choice(name, options, what="name"):
@@ -57,6 +108,7 @@ def check_choice(name, options, what="name"):
         hint = f"choose one of: {', '.join(options[:12])}"
     raise PromptnbError(f"unknown {what} '{name}': {hint}")
 
+
 # %% ../nbs/00_core.ipynb #c0deenv1
 def folder_named_by(variable) -> Path | None:
     "The folder that an environment variable names: absolute, a '~' at its beginning expanded; None if it is empty."
@@ -68,6 +120,7 @@ def folder_named_by(variable) -> Path | None:
         path = path.expanduser()
     return Path(os.path.abspath(path))
 
+
 # %% ../nbs/00_core.ipynb #9270879a
 def root() -> Path:
     "The workbook's root folder."
@@ -76,40 +129,48 @@ def root() -> Path:
     here = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
     return next((p for p in (here, *Path.cwd().parents, Path.cwd()) if (p / "settings.ini").exists()), Path.cwd())
 
+
 # %% ../nbs/00_core.ipynb #a110db6b
 def data_dir() -> Path:
     "Everything that is read or made: datasets, runs, results, published numbers."
     return root() / "data"
+
 
 # %% ../nbs/00_core.ipynb #ac5deee6
 def minari_dir() -> Path:
     "Datasets: $MINARI_DATASETS_PATH, else data/minari."
     return folder_named_by("MINARI_DATASETS_PATH") or data_dir() / "minari"
 
+
 # %% ../nbs/00_core.ipynb #70423043
 def runs_dir() -> Path:
     "Checkpoints and executed notebooks."
     return data_dir() / "runs"
+
 
 # %% ../nbs/00_core.ipynb #a70ac8dc
 def results_dir(paper) -> Path:
     "Records of a paper's finished runs."
     return data_dir() / "results" / paper
 
+
 # %% ../nbs/00_core.ipynb #518edc45
 def figures_dir(paper) -> Path:
     "Tables and figures of a paper."
     return root() / "figures" / paper
+
 
 # %% ../nbs/00_core.ipynb #364475e8
 def seed_for(*parts) -> int:
     "A 63-bit seed, the same on every machine and Python version, from the parts' names."
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
+
 # %% ../nbs/00_core.ipynb #6547580a
 def rng_for(*parts) -> np.random.Generator:
     "A NumPy generator that belongs to these parts alone."
     return np.random.default_rng(seed_for(*parts))
+
 
 # %% ../nbs/00_core.ipynb #bfec114f
 @dataclass(frozen=True)
@@ -141,6 +202,7 @@ class Steps:
     def __repr__(self):
         return f"Steps(s={tuple(self.s.shape)}, a={tuple(self.a.shape)}, real={self.mask.mean().item():.0%})"
 
+
 # %% ../nbs/00_core.ipynb #d1c62863
 @dataclass(frozen=True)
 class Batch:
@@ -161,6 +223,7 @@ class Batch:
     def __len__(self):
         return len(self.history)
 
+
 # %% ../nbs/00_core.ipynb #32b498d9
 def action_loss(pred, target, mask, reduction="mean"):
     """Mean squared error over real steps: pred, target (..., K, A), mask (..., K).
@@ -168,10 +231,12 @@ def action_loss(pred, target, mask, reduction="mean"):
     `reduction` is 'mean' over all real steps, or 'none': one value per row (...)."""
     return over_steps(((pred - target) ** 2).mean(-1), mask, reduction)
 
+
 # %% ../nbs/00_core.ipynb #8029ddb3
 def choice_loss(scores, target, mask, reduction="mean"):
     "Cross-entropy in nats over real steps: scores and one-hot target (..., K, A), mask (..., K)."
     return over_steps(-(scores.log_softmax(-1) * target).sum(-1), mask, reduction)
+
 
 # %% ../nbs/00_core.ipynb #0131fb88
 def over_steps(err, mask, reduction="mean"):
@@ -179,6 +244,7 @@ def over_steps(err, mask, reduction="mean"):
     if reduction == "none":
         return (err * mask).sum(-1) / mask.sum(-1).clamp(min=1)
     return (err * mask).sum() / mask.sum()
+
 
 # %% ../nbs/00_core.ipynb #4357d9c9
 @dataclass(frozen=True)
@@ -199,6 +265,7 @@ class Row:
     env_steps: int  # environment steps that tuning spent (0: offline)
     run_id: str
 
+
 # %% ../nbs/00_core.ipynb #f934d70e
 def plain(x):
     "Dataclasses, tuples, arrays and paths as JSON types; a NaN or infinity becomes a string, so files stay valid JSON."
@@ -216,16 +283,19 @@ def plain(x):
         return str(x)
     return x if isinstance(x, (str, int, float, bool, type(None))) else str(x)
 
+
 # %% ../nbs/00_core.ipynb #19abf008
 def fingerprint(x, n=12) -> str:
     "First `n` hex digits of the SHA-256 of `x` as canonical JSON."
     return hashlib.sha256(json.dumps(plain(x), sort_keys=True).encode()).hexdigest()[:n]
+
 
 # %% ../nbs/00_core.ipynb #3a9d69c4
 def sha256_file(path) -> str:
     "SHA-256 of a file's bytes."
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 # %% ../nbs/00_core.ipynb #c0defp01
 class _Meaning(ast.NodeTransformer):
@@ -256,6 +326,7 @@ class _Meaning(ast.NodeTransformer):
         node.annotation = ast.Constant(None)
         return node
 
+
 # %% ../nbs/00_core.ipynb #c0defp02
 def meaning(source: str) -> str:
     "The syntax tree of `source` as text, without docstrings, annotations, comments and layout."
@@ -264,11 +335,13 @@ def meaning(source: str) -> str:
     tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")]
     return ast.dump(_Meaning().visit(tree))
 
+
 # %% ../nbs/00_core.ipynb #fff24634
 @functools.cache
 def _module_fingerprint(path, changed_ns):
     # `changed_ns` is part of the key: an edited module is read again, an unchanged one once a process
     return fingerprint(meaning(Path(path).read_text(encoding="utf-8")))
+
 
 # %% ../nbs/00_core.ipynb #c0defp05
 def source_of(module) -> Path:
@@ -281,6 +354,7 @@ def source_of(module) -> Path:
         spec = None
     return Path(spec.origin if spec and spec.origin else module)
 
+
 # %% ../nbs/00_core.ipynb #c0defp04
 def code_fingerprint(*modules) -> str:
     """Fingerprint of what modules mean: "core", "models/dt", ":mass.tuner" of a plug-in; none named: all of ours.
@@ -290,6 +364,7 @@ def code_fingerprint(*modules) -> str:
     files = [f for f in files if f.name != "_modidx.py"]
     # a module that is gone has no meaning: what it made is stale
     return fingerprint([_module_fingerprint(f, f.stat().st_mtime_ns) if f.exists() else "" for f in files])
+
 
 # %% ../nbs/00_core.ipynb #c0defp06
 def is_current(record: dict, recipe_digest: str, facts: str = "") -> bool:
@@ -302,6 +377,7 @@ def is_current(record: dict, recipe_digest: str, facts: str = "") -> bool:
         and code.get("fingerprint") == code_fingerprint(*code.get("modules", ()))
     )
 
+
 # %% ../nbs/00_core.ipynb #c0depr01
 # short, as sockets lie below folders of this name; names of hosts often begin, or end, alike
 HOST = f"{platform.node()[:8]}-{fingerprint(platform.node(), 6)}"
@@ -310,6 +386,7 @@ HOST = f"{platform.node()[:8]}-{fingerprint(platform.node(), 6)}"
 def process_name(pid=None) -> str:
     "This process, or another on this host, as temporary files and holders of locks name it: 'pid@host'."
     return f"{pid or os.getpid()}@{HOST}"
+
 
 # %% ../nbs/00_core.ipynb #c0depr02
 def swept(folder) -> list:
@@ -327,6 +404,7 @@ def swept(folder) -> list:
         else:
             path.unlink(missing_ok=True)
     return dead
+
 
 # %% ../nbs/00_core.ipynb #8d4fb03a
 def write_atomic(path, data: bytes):
@@ -350,6 +428,7 @@ def write_atomic(path, data: bytes):
         raise disk_error(e, path) from e
     return path
 
+
 # %% ../nbs/00_core.ipynb #61153399
 def disk_error(e: Exception, path):
     "The one line for a disk that is full, read-only, or refuses a name; other errors come back as they are."
@@ -364,14 +443,17 @@ def disk_error(e: Exception, path):
         return PromptnbError(f"cannot use {path}: its name is too long")
     return e
 
+
 # %% ../nbs/00_core.ipynb #5dccd80d
 def write_json(path, x):
     "Write `x` as JSON, all or nothing; returns the path."
     return write_atomic(path, (json.dumps(plain(x), indent=1, allow_nan=False) + "\n").encode())
 
+
 # %% ../nbs/00_core.ipynb #c0dedm01
 class DamagedError(PromptnbError):
     "A file that is not what was written there."
+
 
 # %% ../nbs/00_core.ipynb #54996874
 def read_json(path):
@@ -381,11 +463,13 @@ def read_json(path):
     except (ValueError, RecursionError) as e:
         raise DamagedError(f"{path} is damaged (not JSON: {e})") from None
 
+
 # %% ../nbs/00_core.ipynb #c0dese01
 def write_sealed(path, x: dict):
     "Write a dict as JSON with its own hash under 'hash', all or nothing; returns the path."
     body = plain(x)
     return write_json(path, dict(body, hash=fingerprint(body, 64)))
+
 
 # %% ../nbs/00_core.ipynb #c0dese02
 def read_sealed(path, needs=()) -> dict:
@@ -397,6 +481,7 @@ def read_sealed(path, needs=()) -> dict:
         raise DamagedError(f"{path} is damaged (its hash is not that of its contents)")
     return x
 
+
 # %% ../nbs/00_core.ipynb #c0dese03
 RECORD = ("run_id", "status", "why", "recipe_digest", "rows", "seconds")  # what every record of a run holds
 
@@ -405,17 +490,20 @@ def read_record(path) -> dict:
     "The record of a run. DamagedError where it is damaged."
     return read_sealed(path, RECORD)
 
+
 # %% ../nbs/00_core.ipynb #c0dese07
 def sound_record(path):
     "The record of a run; None where there is none, or where it is damaged."
     with contextlib.suppress(DamagedError, FileNotFoundError):
         return read_record(path)
 
+
 # %% ../nbs/00_core.ipynb #c0dese08
 def check_file(path, sha256, remedy=""):
     "DamagedError, which ends with a `remedy`, unless a file is there and has this SHA-256."
     if not Path(path).exists() or sha256_file(path) != sha256:
         raise DamagedError(f"{path} is damaged (its hash is not the one recorded){remedy and f': {remedy}'}")
+
 
 # %% ../nbs/00_core.ipynb #c0dechg1
 ACCEPT = "PROMPTNB_ACCEPT_CHANGED_DATA"  # environment variable: 1 takes data whose hash is not the manifest's
@@ -425,6 +513,7 @@ def accepts_changed_data() -> bool:
     "Has the user said that data may be other than the manifest's? A record made from such data remarks it."
     return os.environ.get(ACCEPT) == "1"
 
+
 # %% ../nbs/00_core.ipynb #c0dese04
 def set_aside(path, why) -> Path:
     "Rename a damaged file or folder to a name that says so, and say it; returns the new path."
@@ -433,6 +522,7 @@ def set_aside(path, why) -> Path:
     os.replace(path, new)
     print(f"{why}: set aside as {new.name}, and made again", file=sys.stderr, flush=True)
     return new
+
 
 # %% ../nbs/00_core.ipynb #c0dese05
 def kept(path, make) -> dict:
@@ -444,6 +534,7 @@ def kept(path, make) -> dict:
             set_aside(path, e)
     write_sealed(path, make())
     return read_sealed(path)
+
 
 # %% ../nbs/00_core.ipynb #c0dejl01
 def append_jsonl(path, *records: dict):
@@ -461,6 +552,7 @@ def append_jsonl(path, *records: dict):
     except OSError as e:
         raise disk_error(e, path) from e
 
+
 # %% ../nbs/00_core.ipynb #c0dejl02
 def read_jsonl(path) -> list[dict]:
     "The objects of a JSON Lines file in order; torn lines, and lines that hold no object, are skipped."
@@ -472,6 +564,7 @@ def read_jsonl(path) -> list[dict]:
             if isinstance(record, dict):
                 records.append(record)
     return records
+
 
 # %% ../nbs/00_core.ipynb #aab68186
 FORMAT = 1  # of checkpoints; a newer one is refused by name
@@ -486,6 +579,7 @@ def save_tensors(path, tensors: dict, meta: dict):
     write_sealed(path.with_suffix(".json"), dict(meta, format=FORMAT, sha256=hashlib.sha256(data).hexdigest()))
     return path
 
+
 # %% ../nbs/00_core.ipynb #c0dechk1
 def _read_meta(path):
     # the JSON beside a checkpoint: there, its own, and of a format that we read
@@ -498,6 +592,7 @@ def _read_meta(path):
         newer = f"{path} has format {meta['format']}, newer than this promptnb reads ({FORMAT})"
         raise PromptnbError(f"{newer}: update promptnb")
     return meta
+
 
 # %% ../nbs/00_core.ipynb #b99732a6
 def load_tensors(path, config=None):
@@ -519,6 +614,7 @@ def load_tensors(path, config=None):
     except SafetensorError as e:
         raise DamagedError(f"{path} is damaged (not safetensors: {e})") from None
 
+
 # %% ../nbs/00_core.ipynb #c0deonl2
 @contextlib.contextmanager
 def only_safetensors(what):
@@ -534,6 +630,7 @@ def only_safetensors(what):
     finally:
         torch.load = load
 
+
 # %% ../nbs/00_core.ipynb #52afc78c
 def differing(a: dict, b: dict, at="") -> str:
     "The keys in which two configurations differ, with both values; empty if none. Nested ones are named 'fit.lr'."
@@ -547,6 +644,7 @@ def differing(a: dict, b: dict, at="") -> str:
         else:
             changed.append(f"{at}{key}: {there!r} there, {here!r} here")
     return ", ".join(changed)
+
 
 # %% ../nbs/00_core.ipynb #8d749570
 @dataclass
@@ -581,6 +679,7 @@ class Checkpoints:
             except DamagedError as e:
                 print(f"{e}; using the one before", file=sys.stderr)
 
+
 # %% ../nbs/00_core.ipynb #3f11c0d0
 def server_answers(seconds=3):
     "Does the host of Minari's data answer?"
@@ -599,6 +698,7 @@ def server_answers(seconds=3):
     except (OSError, ValueError, http.client.HTTPException):
         return False  # ValueError: the address, or that of a proxy, is none
     return True
+
 
 # %% ../nbs/00_core.ipynb #3d06d909
 def minari_dataset(id_, download=False):
@@ -622,6 +722,7 @@ def minari_dataset(id_, download=False):
         raise PromptnbError(
             f"cannot load Minari dataset '{id_}': {(str(e) or type(e).__name__).splitlines()[0]}"
         ) from None
+
 
 # %% ../nbs/00_core.ipynb #89b0c934
 @contextlib.contextmanager
@@ -648,6 +749,7 @@ def run_lock(folder, wait=0):
         who.unlink(missing_ok=True)
         lock.release()
 
+
 # %% ../nbs/00_core.ipynb #c0dehld1
 def dead_holder(folder) -> str:
     "'pid@host' of the process of this host that held a run folder when it was killed; '' if there is none."
@@ -657,6 +759,7 @@ def dead_holder(folder) -> str:
     name = who.read_text() if who.exists() else ""
     pid, _, host = name.partition("@")
     return name if host == HOST and pid.isdigit() and not psutil.pid_exists(int(pid)) else ""
+
 
 # %% ../nbs/00_core.ipynb #ebaf278a
 def progress(it, desc="", total=None, every=0.05, seconds=10.0, out=None):

@@ -40,17 +40,76 @@ from promptnb.core import (
 from .tasks import spaces
 
 # %% auto #0
-__all__ = ['COLUMNS', 'NEEDED', 'KINDS', 'RANKED', 'Store', 'sizes', 'listed', 'trajectory_of', 'Coding', 'by_key', 'newest',
-           'coding_of', 'arrays_of', 'are_pictures', 'check_shapes', 'single', 'check_trajectory', 'check_legal',
-           'family_sizes', 'check_family', 'returns_to_go', 'flat', 'checked_ids', 'from_arrays', 'coded',
-           'columns_header', 'columns_parts', 'write_columns', 'open_columns', 'cut', 'memory_left', 'join',
-           'minari_root', 'minari_coding', 'minari_trajectories', 'minari_ids', 'from_minari', 'minari_spec',
-           'check_new_id', 'load', 'subset', 'of_tasks', 'subsample', 'keep_of_each', 'drop_lowest', 'rank_span',
-           'pool', 'in_order', 'chunks_of', 'mean_of', 'state_stats', 'gather', 'zero_padding', 'Table', 'prompt_rows',
-           'joined', 'prompt_steps', 'pick', 'Spans', 'spans_of', 'Draw', 'Sampler', 'Demos', 'demos']
+__all__ = [
+    "COLUMNS",
+    "NEEDED",
+    "KINDS",
+    "RANKED",
+    "Store",
+    "sizes",
+    "listed",
+    "trajectory_of",
+    "Coding",
+    "by_key",
+    "newest",
+    "coding_of",
+    "arrays_of",
+    "are_pictures",
+    "check_shapes",
+    "single",
+    "check_trajectory",
+    "check_legal",
+    "family_sizes",
+    "check_family",
+    "returns_to_go",
+    "flat",
+    "checked_ids",
+    "from_arrays",
+    "coded",
+    "columns_header",
+    "columns_parts",
+    "write_columns",
+    "open_columns",
+    "cut",
+    "memory_left",
+    "join",
+    "minari_root",
+    "minari_coding",
+    "minari_trajectories",
+    "minari_ids",
+    "from_minari",
+    "minari_spec",
+    "check_new_id",
+    "load",
+    "subset",
+    "of_tasks",
+    "subsample",
+    "keep_of_each",
+    "drop_lowest",
+    "rank_span",
+    "pool",
+    "in_order",
+    "chunks_of",
+    "mean_of",
+    "state_stats",
+    "gather",
+    "zero_padding",
+    "Table",
+    "prompt_rows",
+    "joined",
+    "prompt_steps",
+    "pick",
+    "Spans",
+    "spans_of",
+    "Draw",
+    "Sampler",
+    "Demos",
+    "demos",
+]
 
 # %% ../nbs/02_data.ipynb #datacols
 COLUMNS = ("length", "task", "s", "a", "r", "rtg", "legal")  # in the order of their files: widest numbers first
+
 
 # %% ../nbs/02_data.ipynb #e3c0414a
 @dataclass(frozen=True)
@@ -102,10 +161,12 @@ class Store:
         spread = f" ± {self.returns.std():.1f}" if len(self) > 1 else ""
         return f"Store({size}, return {self.returns.mean():.1f}{spread})"
 
+
 # %% ../nbs/02_data.ipynb #a648c127
 def sizes(x):
     "The size of a state as text: 39, or 84 x 84. `x`: states (N, ...), or the shape of one."
     return " x ".join(map(str, x.shape[1:] if hasattr(x, "shape") else x))
+
 
 # %% ../nbs/02_data.ipynb #datawhat
 def listed(trajectories) -> list:
@@ -121,6 +182,7 @@ def listed(trajectories) -> list:
     if not trajectories:
         raise PromptnbError("no trajectories were given: wanted a list of dicts")
     return trajectories
+
 
 # %% ../nbs/02_data.ipynb #datatraj
 NEEDED = ("observations", "actions", "rewards")
@@ -139,6 +201,7 @@ def trajectory_of(d, i) -> Mapping:
         if d[name] is None:
             raise PromptnbError(f"trajectory {i}: '{name}' is None")
     return d
+
 
 # %% ../nbs/02_data.ipynb #datacod1
 @dataclass(frozen=True)
@@ -166,6 +229,7 @@ class Coding:
         rows = spaces.flat_steps(self.action, x, name)
         return spaces.bounds(self.action, name).scale(rows)
 
+
 # %% ../nbs/02_data.ipynb #datacod2
 def by_key(x, name):
     "Observations of no known space: an array as it is; a dict's arrays (or a list of dicts') end to end, by key."
@@ -182,6 +246,7 @@ def by_key(x, name):
         )
     return np.hstack([c.reshape(len(c), -1) for c in columns])
 
+
 # %% ../nbs/02_data.ipynb #datacod3
 def newest(x, name):
     "Pictures (T, H, W) as they are; of stacks of frames (T, 4, H, W) the newest frame, if each follows the one before."
@@ -193,6 +258,7 @@ def newest(x, name):
         )
     return x[:, -1]
 
+
 # %% ../nbs/02_data.ipynb #datacod4
 def coding_of(fam) -> Coding:
     "The `Coding` of a family's arrays (None: of arrays that no family is named for)."
@@ -201,6 +267,7 @@ def coding_of(fam) -> Coding:
     observation, action = spaces.spaces_of(fam)
     observation = None if fam.frames else observation
     return Coding(observation, action, spaces.short(action), bool(fam.frames), fam.name)
+
 
 # %% ../nbs/02_data.ipynb #dataarrs
 def arrays_of(d, i, coding=None):
@@ -215,10 +282,12 @@ def arrays_of(d, i, coding=None):
     s = coding.observations(d["observations"], names["observations"])
     return s, coding.actions(d["actions"], names["actions"]), r
 
+
 # %% ../nbs/02_data.ipynb #dataisim
 def are_pictures(s):
     "Are observations (T, ...) pictures?"
     return s.dtype == np.uint8 and s.ndim == 3
+
 
 # %% ../nbs/02_data.ipynb #datashap
 def check_shapes(s, a, r, i, S=None, A=None):
@@ -235,11 +304,13 @@ def check_shapes(s, a, r, i, S=None, A=None):
             f"trajectory {i}: state and action sizes {sizes(s)}, {a.shape[1]}, but {sizes(S)}, {A} are wanted"
         )
 
+
 # %% ../nbs/02_data.ipynb #datasing
 def single(x):
     "An array as float32; numbers that are too large for it become infinity, without a warning."
     with np.errstate(over="ignore"):
         return x.astype(np.float32, copy=False)
+
 
 # %% ../nbs/02_data.ipynb #36b548df
 def check_trajectory(d, i, S=None, A=None, coding=None):
@@ -263,6 +334,7 @@ def check_trajectory(d, i, S=None, A=None, coding=None):
         raise PromptnbError(f"trajectory {i}: the action at step {step} lies outside {coding.within}")
     return s, a, r
 
+
 # %% ../nbs/02_data.ipynb #59025957
 def check_legal(d, i, T, A):
     "The 'legal' of trajectory i as (T, A) bool."
@@ -278,10 +350,12 @@ def check_legal(d, i, T, A):
         raise PromptnbError(f"trajectory {i}: 'legal' has other values than 0 and 1")
     return x.astype(bool)
 
+
 # %% ../nbs/02_data.ipynb #datafams
 def family_sizes(fam):
     "(shape of a stored state, number of actions) of a family."
     return fam.frames[1:] or (fam.state_dim,), fam.act_dim
+
 
 # %% ../nbs/02_data.ipynb #bf80a51e
 def check_family(fam, s, a, task_ids):
@@ -297,15 +371,18 @@ def check_family(fam, s, a, task_ids):
             known = ", ".join(map(str, fam.task_ids[:8])) + (", ..." if fam.n_tasks > 8 else "")
             raise PromptnbError(f"trajectory {i} is of task {task}, but {fam.name} has tasks {known}")
 
+
 # %% ../nbs/02_data.ipynb #datartg1
 def returns_to_go(r):
     "Rewards (T,) -> undiscounted sums from each step to the end, summed in float64."
     return single(np.cumsum(r[::-1].astype(np.float64))[::-1])
 
+
 # %% ../nbs/02_data.ipynb #dataflat
 def flat(arrays):
     "Arrays end to end, as one tensor."
     return torch.from_numpy(np.concatenate(arrays))
+
 
 # %% ../nbs/02_data.ipynb #dataordt
 def checked_ids(task_ids, n, what="trajectories"):
@@ -320,6 +397,7 @@ def checked_ids(task_ids, n, what="trajectories"):
         raise PromptnbError(f"{n} {what}, but {count} task ids")
     return task_ids
 
+
 # %% ../nbs/02_data.ipynb #fa78e500
 def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
     """A Store from trajectories (dicts of arrays), in order of task; `task_ids`, one each, default 0.
@@ -329,6 +407,7 @@ def from_arrays(trajectories, task_ids=None, hashes=(), family=None) -> Store:
     fam = None if family is None else tasks.family(family)
     trajectories = listed(trajectories)
     return coded([coding_of(fam)] * len(trajectories), trajectories, task_ids, hashes, fam)
+
 
 # %% ../nbs/02_data.ipynb #datacode
 def coded(codings, trajectories, task_ids=None, hashes=(), fam=None) -> Store:
@@ -359,8 +438,10 @@ def coded(codings, trajectories, task_ids=None, hashes=(), fam=None) -> Store:
         hashes=tuple(hashes),
     )
 
+
 # %% ../nbs/02_data.ipynb #datakind
 KINDS = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
+
 
 # %% ../nbs/02_data.ipynb #datahead
 def columns_header(stores):
@@ -374,6 +455,7 @@ def columns_header(stores):
     text = json.dumps(head).encode()
     return text + b" " * (-len(text) % 8)
 
+
 # %% ../nbs/02_data.ipynb #datapart
 def columns_parts(stores):
     "The bytes of a file of columns, piece by piece: never more than one Store's part of one column in memory."
@@ -384,10 +466,12 @@ def columns_parts(stores):
             x = np.ascontiguousarray(getattr(store, name).numpy())
             yield memoryview(x).cast("B") if len(x) else b""
 
+
 # %% ../nbs/02_data.ipynb #03bf5ea0
 def write_columns(path, stores):
     "Write Stores one after the other as one file of columns; returns the path."
     return write_atomic(path, columns_parts(list(stores)))
+
 
 # %% ../nbs/02_data.ipynb #bc0a6010
 def open_columns(path, hashes=()) -> Store:
@@ -400,6 +484,7 @@ def open_columns(path, hashes=()) -> Store:
     except (SafetensorError, FileNotFoundError, TypeError) as e:
         raise DamagedError(f"{path} is damaged (not columns of a dataset: {e})") from None
 
+
 # %% ../nbs/02_data.ipynb #7929f6d8
 def cut(store, episodes) -> Store:
     "The first `episodes` trajectories; views, not copies."
@@ -407,10 +492,12 @@ def cut(store, episodes) -> Store:
     per_trajectory = ("length", "task")
     return replace(store, **{k: x[: episodes if k in per_trajectory else steps] for k, x in store.columns.items()})
 
+
 # %% ../nbs/02_data.ipynb #6e895c1f
 def memory_left():
     "Free memory in bytes."
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
 
 # %% ../nbs/02_data.ipynb #9595a362
 def join(stores, folder, mapped=None) -> Store:
@@ -431,6 +518,7 @@ def join(stores, folder, mapped=None) -> Store:
     path = Path(folder) / f"{name}.safetensors"
     return open_columns(path if path.exists() else write_columns(path, stores), hashes)
 
+
 # %% ../nbs/02_data.ipynb #90d7289a
 @contextlib.contextmanager
 def minari_root(root):
@@ -445,6 +533,7 @@ def minari_root(root):
             os.environ.pop("MINARI_DATASETS_PATH", None)
         else:
             os.environ["MINARI_DATASETS_PATH"] = before
+
 
 # %% ../nbs/02_data.ipynb #datamin1
 def minari_coding(dataset, fam=None) -> Coding:
@@ -466,6 +555,7 @@ def minari_coding(dataset, fam=None) -> Coding:
         return Coding(observation, None, "[-1, 1], and its space has no bounds to scale by", pictures)
     return Coding(observation, action, spaces.short(action), pictures)
 
+
 # %% ../nbs/02_data.ipynb #datamina
 def minari_trajectories(id_, episodes=None, download=False, fam=None):
     "(`Coding`, trajectories) of one Minari dataset, at most `episodes`."
@@ -478,6 +568,7 @@ def minari_trajectories(id_, episodes=None, download=False, fam=None):
         raise PromptnbError(f"Minari dataset '{id_}': {e}") from None
     return coding, [trajectory_of(episode, i) for i, episode in enumerate(dataset.iterate_episodes(range(n)))]
 
+
 # %% ../nbs/02_data.ipynb #datamini
 def minari_ids(ids) -> list:
     "One id, or several, as a list of texts; PromptnbError for what is none."
@@ -489,6 +580,7 @@ def minari_ids(ids) -> list:
         here = type(other[0]).__name__ if other else "none"
         raise PromptnbError(f"Minari ids are texts such as 'mujoco/hopper/expert-v0': not {here}")
     return ids
+
 
 # %% ../nbs/02_data.ipynb #d62a22bc
 def from_minari(ids, task_ids=None, episodes=None, download=False, root=None, family=None) -> Store:
@@ -519,6 +611,7 @@ def from_minari(ids, task_ids=None, episodes=None, download=False, root=None, fa
             of_task += [task] * len(found)
     return coded(codings, listed(trajectories), of_task, fam=fam)
 
+
 # %% ../nbs/02_data.ipynb #datamin4
 def minari_spec(fam, task):
     "Gymnasium's spec of a task, for Minari to recover the environment by; None where it cannot be written down."
@@ -532,6 +625,7 @@ def minari_spec(fam, task):
     except (TypeError, ValueError):  # an entry point that is no text, or a goal that is no JSON
         return None
     return spec
+
 
 # %% ../nbs/02_data.ipynb #datamin5
 @patch
@@ -553,6 +647,7 @@ def episode_buffer(self: Store, i, observation, action):
         infos=None if self.legal is None else dict(legal=self.legal[rows].numpy()),
     )
 
+
 # %% ../nbs/02_data.ipynb #datamin6
 @patch
 def minari_spaces(self: Store, fam=None):
@@ -569,6 +664,7 @@ def minari_spaces(self: Store, fam=None):
         observation = spaces.Box(0, 255, self.s.shape[1:], np.uint8)
     return observation, action
 
+
 # %% ../nbs/02_data.ipynb #dataminj
 def check_new_id(id_):
     "Raise an error unless Minari takes an id for a dataset; it would make folders before it refused."
@@ -582,6 +678,7 @@ def check_new_id(id_):
         raise PromptnbError(
             f"'{id_}' is no id for a Minari dataset: write one such as 'me/walker-v0', with its version"
         )
+
 
 # %% ../nbs/02_data.ipynb #datamin7
 @patch
@@ -604,6 +701,7 @@ def to_minari(self: Store, ids, family=None, root=None):
     for id_, task in zip(ids, self.task_ids):
         self.write_minari(id_, task, fam, root)
     return ids
+
 
 # %% ../nbs/02_data.ipynb #datamin8
 @patch
@@ -641,6 +739,7 @@ def write_minari(self: Store, id_, task, fam, root):
             f"cannot write Minari dataset '{id_}': {(str(e) or type(e).__name__).splitlines()[0]}"
         ) from e
 
+
 # %% ../nbs/02_data.ipynb #e4f971a9
 def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=True, mapped=None) -> Store:
     """The collected data of a family, all tasks or some; hashes are checked against the manifest first.
@@ -671,6 +770,7 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
         stores.append(store)
     return join(stores, root / "promptnb" / ".joined", mapped)
 
+
 # %% ../nbs/02_data.ipynb #a42d5ac3
 def subset(store, trajs) -> Store:
     "A Store of these trajectories only (indices into the Store, which is in order of task)."
@@ -682,10 +782,12 @@ def subset(store, trajs) -> Store:
     per_trajectory = ("length", "task")
     return replace(store, **{k: x[trajs if k in per_trajectory else rows] for k, x in store.columns.items()})
 
+
 # %% ../nbs/02_data.ipynb #81884bd4
 def of_tasks(store, task_ids) -> Store:
     "A Store of these tasks only."
     return subset(store, torch.isin(store.task, torch.tensor(list(task_ids))).nonzero()[:, 0])
+
 
 # %% ../nbs/02_data.ipynb #cd605413
 def subsample(store, ratio, seed=0):
@@ -702,11 +804,13 @@ def subsample(store, ratio, seed=0):
         chosen += own[torch.randperm(len(own), generator=gen)[:n]].sort().values.tolist()
     return subset(store, chosen), chosen
 
+
 # %% ../nbs/02_data.ipynb #datapo02
 def keep_of_each(store, choose) -> Store:
     "Of each task the trajectories that `choose` keeps. choose: indices (n,) in the order of play -> indices to keep."
     kept = [choose((store.task == i).nonzero()[:, 0]).sort().values for i in store.task_ids]
     return subset(store, torch.cat(kept))
+
 
 # %% ../nbs/02_data.ipynb #datapo03
 def drop_lowest(store) -> Store:
@@ -716,6 +820,7 @@ def drop_lowest(store) -> Store:
         return own[store.returns[own].argsort(stable=True)][1:] if len(own) > 1 else own
 
     return keep_of_each(store, choose)
+
 
 # %% ../nbs/02_data.ipynb #datapo04
 RANKED = 55  # trajectories that a task needs for its ranks to be counted one by one
@@ -732,6 +837,7 @@ def rank_span(n, first, count) -> slice:
     begin = first % n
     return slice(begin, min(begin + count, n))
 
+
 # %% ../nbs/02_data.ipynb #datapo05
 def pool(store, first, count, ranked=True) -> Store:
     "Of each task, `count` trajectories from rank `first` on (`rank_span`); not `ranked`: from there on as played."
@@ -743,11 +849,13 @@ def pool(store, first, count, ranked=True) -> Store:
 
     return keep_of_each(store, choose)
 
+
 # %% ../nbs/02_data.ipynb #294a67bc
 def in_order(store, task) -> Store:
     "The same trajectories as those of other tasks (one id per trajectory), in order of these."
     task = torch.as_tensor(task)
     return subset(replace(store, task=task), task.argsort(stable=True))
+
 
 # %% ../nbs/02_data.ipynb #datachnk
 def chunks_of(stores, task_ids=None, size=65_536):
@@ -760,6 +868,7 @@ def chunks_of(stores, task_ids=None, size=65_536):
         for states, keep in zip(store.s.split(size), wanted):
             yield states[keep].double()
 
+
 # %% ../nbs/02_data.ipynb #datamean
 def mean_of(pieces):
     "Mean over the rows of all pieces."
@@ -768,6 +877,7 @@ def mean_of(pieces):
         total = total + x.sum(0)
         n += len(x)
     return total / n
+
 
 # %% ../nbs/02_data.ipynb #37aa55e5
 def state_stats(stores, task_ids=None, chunk=65_536, floor=1e-6):
@@ -783,15 +893,18 @@ def state_stats(stores, task_ids=None, chunk=65_536, floor=1e-6):
     std = mean_of((x - mean) ** 2 for x in chunks_of(stores, task_ids, chunk)).sqrt()
     return mean.float(), torch.where(std < floor, 1.0, std.float() + 1e-6)
 
+
 # %% ../nbs/02_data.ipynb #datagath
 def gather(x, at):
     "The rows `at` (B, ...) of a column (N, .): (B, ..., .)."
     return x.index_select(0, at.flatten()).unflatten(0, at.shape)
 
+
 # %% ../nbs/02_data.ipynb #datazero
 def zero_padding(x, mask):
     "Steps (B, K, .) with zeros where `mask` (B, K) is False."
     return x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
+
 
 # %% ../nbs/02_data.ipynb #56b61f14
 @dataclass(frozen=True)
@@ -842,6 +955,7 @@ class Table:
         at, mask, _ = self.span(rows, K)
         return self.store.r[at].mul(mask).unsqueeze(-1) / self.scale
 
+
 # %% ../nbs/02_data.ipynb #c072e08a
 def prompt_rows(tab, traj, H, position="tail", gen=None, place=None):
     """Where segments of H steps begin in trajectories `traj` (B, J): rows (B, J).
@@ -857,6 +971,7 @@ def prompt_rows(tab, traj, H, position="tail", gen=None, place=None):
         start = (place.to(room.device) * (room + 1)).long()
     return store.first[traj] + start
 
+
 # %% ../nbs/02_data.ipynb #49c86075
 def joined(x, shape, gap=False):
     "Segments (B*J, H, .) side by side: (B, J*H, .); with `gap`, after each one step of zeros: (B, J*(H + 1), .)."
@@ -864,11 +979,13 @@ def joined(x, shape, gap=False):
         x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
     return x.unflatten(0, shape).flatten(1, 2)
 
+
 # %% ../nbs/02_data.ipynb #5ad68bf5
 def prompt_steps(tab, traj, H, position="tail", gen=None, gap=False, place=None) -> Steps:
     "Segments of H steps from trajectories `traj` (B, J): Steps (B, J*H, .); with `gap`, an empty step after each."
     rows = prompt_rows(tab, traj, H, position, gen, place).flatten()
     return tab.windows(rows, H).map(lambda x: joined(x, traj.shape, gap))
+
 
 # %% ../nbs/02_data.ipynb #61039b1c
 def pick(store, task_ids, n, gen, least=1):
@@ -880,6 +997,7 @@ def pick(store, task_ids, n, gen, least=1):
             raise PromptnbError(f"there is no trajectory of task {i} with {least} steps")
         out.append(own[torch.randint(len(own), (n,), generator=gen)])
     return torch.stack(out)
+
 
 # %% ../nbs/02_data.ipynb #dataspan
 @dataclass(frozen=True)
@@ -894,6 +1012,7 @@ class Spans:
         first, count = (x[g].view(-1, *[1] * (len(shape) - 1)) for x in (self.first, self.count))
         return first + (torch.rand(shape, generator=gen, dtype=torch.float64) * count).long()
 
+
 # %% ../nbs/02_data.ipynb #dataspa2
 def spans_of(store, task_ids, of="rows"):
     "The `Spans` of tasks in a Store, of their 'rows' or their 'trajectories'."
@@ -904,6 +1023,7 @@ def spans_of(store, task_ids, of="rows"):
             raise PromptnbError(f"there is no trajectory of task {i} to take prompts from")
     first = torch.stack([weight[store.task < i].sum() for i in task_ids]).cpu()
     return Spans(first, count)
+
 
 # %% ../nbs/02_data.ipynb #datadrw1
 @dataclass(frozen=True)
@@ -922,6 +1042,7 @@ class Draw:
     def to(self, device):
         "The draw on a device."
         return self.map(lambda x: x.to(device))
+
 
 # %% ../nbs/02_data.ipynb #fb19d3c7
 @dataclass
@@ -1000,6 +1121,7 @@ class Sampler:
         "Batch t."
         return self.take(self.draw(t).to(self.device))
 
+
 # %% ../nbs/02_data.ipynb #89864d61
 @dataclass
 class Demos:
@@ -1030,6 +1152,7 @@ class Demos:
         "The windows (G, B, K, .) of a draw of its sampler."
         return self.sampler.take(draw).history.map(lambda x: x.unflatten(0, (self.G, -1)))
 
+
 # %% ../nbs/02_data.ipynb #datasegm
 @patch
 def segments(self: Demos, m, P, gen) -> Steps:
@@ -1037,6 +1160,7 @@ def segments(self: Demos, m, P, gen) -> Steps:
     traj = pick(self.sampler.store, self.task_ids, m, gen, least=P)
     steps = prompt_steps(self.sampler.table, traj.flatten()[:, None], P, "random", gen)
     return steps.map(lambda x: x.unflatten(0, traj.shape))
+
 
 # %% ../nbs/02_data.ipynb #datadraw
 @patch
@@ -1061,6 +1185,7 @@ def draw(self: Demos, t, m, tasks=None, seed=0):
     windows = s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1)))
     return prompts, rewards, windows
 
+
 # %% ../nbs/02_data.ipynb #databest
 @patch
 def best(self: Demos, share=0.1):
@@ -1071,6 +1196,7 @@ def best(self: Demos, share=0.1):
         return own[store.returns[own].argsort(descending=True, stable=True)[: max(1, round(share * len(own)))]]
 
     return replace(self, sampler=replace(self.sampler, store=keep_of_each(store, choose), prompts=None))
+
 
 # %% ../nbs/02_data.ipynb #4866e07c
 def demos(

@@ -17,8 +17,26 @@ from .core import PromptnbError, Row, Steps, seed_for
 from .tasks.rows import fault
 
 # %% auto #0
-__all__ = ['EvalTask', 'eval_tasks', 'RolloutResult', 'Buffers', 'ImageBuffers', 'Group', 'groups_of', 'Actors', 'chosen',
-           'Tally', 'tally_result', 'SafeEnv', 'episode_seeds', 'say_failed', 'trace_of', 'rollout', 'to_rows']
+__all__ = [
+    "EvalTask",
+    "eval_tasks",
+    "RolloutResult",
+    "Buffers",
+    "ImageBuffers",
+    "Group",
+    "groups_of",
+    "Actors",
+    "chosen",
+    "Tally",
+    "tally_result",
+    "SafeEnv",
+    "episode_seeds",
+    "say_failed",
+    "trace_of",
+    "rollout",
+    "to_rows",
+]
+
 
 # %% ../nbs/05_evaluate.ipynb #6e95c47d
 @dataclass(frozen=True)
@@ -29,12 +47,14 @@ class EvalTask:
     task: int
     row: int | tuple = 0  # of the policy's prompts; in a game, one for each agent
 
+
 # %% ../nbs/05_evaluate.ipynb #3521ec9a
 def eval_tasks(policy, task_ids, rows=None):
     "One `EvalTask` per task id; prompt rows in order by default."
     if rows is None:
         rows = range(len(task_ids))
     return [EvalTask(policy, int(task), row) for task, row in zip(task_ids, rows)]
+
 
 # %% ../nbs/05_evaluate.ipynb #eaf0d56d
 @dataclass
@@ -52,6 +72,7 @@ class RolloutResult:
         "Each task's mean return (n_tasks,) over the episodes that did not fail; NaN where all did."
         kept = [own[~bad] for own, bad in zip(self.returns, self.failed)]
         return np.array([own.mean() if len(own) else np.nan for own in kept])
+
 
 # %% ../nbs/05_evaluate.ipynb #8273ff10
 class Buffers:
@@ -84,6 +105,7 @@ class Buffers:
         w = slice(t, t + self.K)
         return Steps(self.s[rows, w], self.a[rows, w], self.rtg[rows, w], self.t[rows, w], self.mask[rows, w])
 
+
 # %% ../nbs/05_evaluate.ipynb #61925882
 class ImageBuffers(Buffers):
     """Buffers of pictures: of each episode the last K, uint8, in a ring (N, 2K, C, H, W).
@@ -106,6 +128,7 @@ class ImageBuffers(Buffers):
         first = t % self.K + 1
         return replace(super().window(t, rows), s=self.s[rows, first : first + self.K])
 
+
 # %% ../nbs/05_evaluate.ipynb #evalgrp1
 class Group(NamedTuple):
     "The rows in which one policy acts."
@@ -113,6 +136,7 @@ class Group(NamedTuple):
     policy: object
     rows: np.ndarray  # (n,) of the lock-step environment
     prompt_rows: np.ndarray  # (n,) of the policy's prompts
+
 
 # %% ../nbs/05_evaluate.ipynb #258fa4da
 def groups_of(eval_tasks, rows_per_task):
@@ -126,6 +150,7 @@ def groups_of(eval_tasks, rows_per_task):
         prompt_rows = [np.resize(eval_tasks[i].row, rows_per_task) for i in own]
         groups.append(Group(eval_tasks[own[0]].policy, np.concatenate(rows), np.concatenate(prompt_rows)))
     return groups
+
 
 # %% ../nbs/05_evaluate.ipynb #evalact1
 class Actors:
@@ -150,12 +175,14 @@ class Actors:
                 self.actions[at] = group.policy.act(buffers.window(t, at), state)
         return self.actions
 
+
 # %% ../nbs/05_evaluate.ipynb #120981d0
 def chosen(scores, legal=None):
     "Scores of discrete actions (N, A) -> the best legal one, one-hot (N, A)."
     if legal is not None:
         scores = scores.masked_fill(~torch.as_tensor(legal, device=scores.device), -torch.inf)
     return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+
 
 # %% ../nbs/05_evaluate.ipynb #evaltal1
 class Tally:
@@ -189,6 +216,7 @@ class Tally:
             self.success |= self.alive & info["success"]
         self.alive &= ~ended
 
+
 # %% ../nbs/05_evaluate.ipynb #evaltal2
 def tally_result(tally, n_tasks, agents, trace):
     "The `RolloutResult` of a tally. An episode is its agents': they share reward and end."
@@ -201,6 +229,7 @@ def tally_result(tally, n_tasks, agents, trace):
         success=tally.success.reshape(shape).any(-1) if tally.reports_success else None,
         why=tally.why,
     )
+
 
 # %% ../nbs/05_evaluate.ipynb #evalsaf1
 class SafeEnv:
@@ -241,6 +270,7 @@ class SafeEnv:
             self.why = self.why or fault(e)
             return np.full(self.size, np.nan, np.float32), np.full(n, np.nan), np.ones(n, bool), {}
 
+
 # %% ../nbs/05_evaluate.ipynb #evalseed
 def episode_seeds(eval_tasks, fam, episodes, seed):
     """One seed per row: agents of an episode share it, and so do the same episodes of different policies.
@@ -254,6 +284,7 @@ def episode_seeds(eval_tasks, fam, episodes, seed):
             rows += [seed_for(own, "episode", fam.name, e.task, episode)] * fam.agents
     return rows
 
+
 # %% ../nbs/05_evaluate.ipynb #evalfail
 def say_failed(fam, tally):
     "One line on the screen if episodes failed."
@@ -261,12 +292,14 @@ def say_failed(fam, tally):
         line = f"{fam.name}: {tally.failed.sum()} of {len(tally.failed)} episodes failed: {tally.why}"
         print(line, file=sys.stderr, flush=True)
 
+
 # %% ../nbs/05_evaluate.ipynb #evaltrac
 def trace_of(buffers, tally, task_rows):
     "All steps of every row: s (N, T + 1, S) unless they are pictures, a (N, T, A), r (N, T), and the row's task (N,)."
     first = buffers.K - 1
     trace = {} if isinstance(buffers, ImageBuffers) else dict(s=buffers.s[:, first:].cpu().numpy())
     return trace | dict(a=buffers.a[:, first:-1].cpu().numpy(), r=tally.rewards, tasks=task_rows)
+
 
 # %% ../nbs/05_evaluate.ipynb #1ed3cbdc
 @torch.no_grad()
@@ -314,6 +347,7 @@ def rollout(
     say_failed(fam, tally)
     trace = trace_of(buffers, tally, task_rows) if keep else {}
     return tally_result(tally, len(eval_tasks), fam.agents, trace)
+
 
 # %% ../nbs/05_evaluate.ipynb #58f30665
 def to_rows(result: RolloutResult, eval_tasks, **known) -> list:

@@ -16,11 +16,43 @@ from . import tasks
 from .core import PromptnbError, data_dir, read_json, rng_for, sha256_file, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['NOISE', 'KEPT_ABOVE', 'LADDER', 'goal_features', 'Behaviour', 'expert_path', 'card_path', 'load_card', 'load_expert',
-           'save_expert', 'act_with', 'act_random', 'newest_frame', 'play', 'measured_episodes', 'returns_per_task',
-           'snapshots_for', 'acting', 'script_returns', 'measure_script', 'PPOSettings', 'GoalEpisodes', 'sb3_env',
-           'fold', 'choose', 'Snapshot', 'Recorder', 'sb3_callback', 'ppo_learner', 'train_expert', 'card_episodes',
-           'command_of', 'random_return', 'finish']
+__all__ = [
+    "NOISE",
+    "KEPT_ABOVE",
+    "LADDER",
+    "goal_features",
+    "Behaviour",
+    "expert_path",
+    "card_path",
+    "load_card",
+    "load_expert",
+    "save_expert",
+    "act_with",
+    "act_random",
+    "newest_frame",
+    "play",
+    "measured_episodes",
+    "returns_per_task",
+    "snapshots_for",
+    "acting",
+    "script_returns",
+    "measure_script",
+    "PPOSettings",
+    "GoalEpisodes",
+    "sb3_env",
+    "fold",
+    "choose",
+    "Snapshot",
+    "Recorder",
+    "sb3_callback",
+    "ppo_learner",
+    "train_expert",
+    "card_episodes",
+    "command_of",
+    "random_return",
+    "finish",
+]
+
 
 # %% ../nbs/02a_experts.ipynb #b23552c5
 def goal_features(fam, task_ids):
@@ -31,6 +63,7 @@ def goal_features(fam, task_ids):
     if fam.body == "ant":  # goals are angles
         return np.stack([np.cos(goals), np.sin(goals)], -1).astype(np.float32)
     return goals[:, None].astype(np.float32)
+
 
 # %% ../nbs/02a_experts.ipynb #ed3cd9eb
 @dataclass
@@ -71,16 +104,19 @@ class Behaviour:
         returns = [round(s["mean_return"], 1) for s in self.snapshots]
         return f"Behaviour({self.family}: {len(self.snapshots)} snapshots, returns {returns})"
 
+
 # %% ../nbs/02a_experts.ipynb #57eb856a
 def expert_path(name):
     "The weights of a family's behaviour policy; its card has the suffix .json."
     return data_dir() / "experts" / f"{name}.safetensors"
+
 
 # %% ../nbs/02a_experts.ipynb #expcard1
 def card_path(fam):
     "The card of who acts in a family: of the family whose expert it borrows, or its own."
     borrows = fam.expert not in ("", "script")
     return expert_path(fam.expert if borrows else fam.name).with_suffix(".json")
+
 
 # %% ../nbs/02a_experts.ipynb #5603ccac
 def load_card(name) -> dict:
@@ -97,6 +133,7 @@ def load_card(name) -> dict:
         remedy = f": promptnb.experts.measure_script('{fam.name}') writes one" if fam.expert == "script" else ""
         raise PromptnbError(f"no card {path}{remedy}")
     return read_json(path)
+
 
 # %% ../nbs/02a_experts.ipynb #0029471c
 def load_expert(name, path=None) -> Behaviour:
@@ -118,6 +155,7 @@ def load_expert(name, path=None) -> Behaviour:
         raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
     return Behaviour(name, [(weights[f"w{i}"], weights[f"b{i}"]) for i in range(3)], card)
 
+
 # %% ../nbs/02a_experts.ipynb #af093770
 def save_expert(behaviour: Behaviour, path=None):
     "Write weights (float16 safetensors) and card; returns the path of the weights."
@@ -132,6 +170,7 @@ def save_expert(behaviour: Behaviour, path=None):
     card = dict(behaviour.card, sha256=sha256_file(path), bytes=path.stat().st_size)
     write_json(path.with_suffix(".json"), card)
     return path
+
 
 # %% ../nbs/02a_experts.ipynb #10dc9aee
 def act_with(behaviour: Behaviour, fam, task_ids, c=-1, noise=0.0, rng=None, rows=0):
@@ -153,6 +192,7 @@ def act_with(behaviour: Behaviour, fam, task_ids, c=-1, noise=0.0, rng=None, row
 
     return act
 
+
 # %% ../nbs/02a_experts.ipynb #9d36e66e
 def act_random(fam, n, rng, rows=0):
     "A function obs (n, S) -> uniform actions of n rows; drawn for at least `rows`."
@@ -165,10 +205,12 @@ def act_random(fam, n, rng, rows=0):
 
     return act
 
+
 # %% ../nbs/02a_experts.ipynb #expnewfr
 def newest_frame(fam, obs):
     "What is kept of observations: of stacked pictures (N, C, H, W) the last frame, copied, as the stack is a buffer."
     return obs[:, -1].copy() if fam.frames else obs
+
 
 # %% ../nbs/02a_experts.ipynb #33af03fa
 def play(vec, act, seed):
@@ -202,10 +244,12 @@ def play(vec, act, seed):
     columns = {name: np.stack(steps, 1) for name, steps in kept.items() if steps}
     return dict(columns, length=length, terminated=fell, success=won)
 
+
 # %% ../nbs/02a_experts.ipynb #cda90a81
 def measured_episodes(fam):
     "Episodes per task when a policy is measured: at least 2, and 40 in all."
     return max(2, 40 // len(fam.task_ids))
+
 
 # %% ../nbs/02a_experts.ipynb #92fb3b2a
 def returns_per_task(behaviour, fam, c=-1, episodes=None, seed=10_000, threads=None):
@@ -215,6 +259,7 @@ def returns_per_task(behaviour, fam, c=-1, episodes=None, seed=10_000, threads=N
     vec = tasks.lock_step(fam, ids, threads=threads)
     played = play(vec, act_with(behaviour, fam, ids, c), seed)
     return played["r"].sum(-1).reshape(-1, episodes).mean(-1)
+
 
 # %% ../nbs/02a_experts.ipynb #expnoise
 NOISE = {  # standard deviation of the action noise
@@ -228,6 +273,7 @@ NOISE = {  # standard deviation of the action noise
 # %% ../nbs/02a_experts.ipynb #rea18c11
 KEPT_ABOVE = {("reacher2d", "medium"): 20.0}  # (family, quality) -> an episode is kept if its return is higher
 
+
 # %% ../nbs/02a_experts.ipynb #expsnaps
 def snapshots_for(behaviour, quality, n, rows, rng):
     "Which snapshot acts in each of n rows for a quality: an index, or (n,) of them, drawn for `rows` rows."
@@ -240,6 +286,7 @@ def snapshots_for(behaviour, quality, n, rows, rng):
     if quality == "medium-expert":
         return np.where(np.arange(n) % 2, last, medium)
     return behaviour.snapshot(quality)
+
 
 # %% ../nbs/02a_experts.ipynb #b68856a2
 def acting(vec, quality, rng, expert=None):
@@ -260,6 +307,7 @@ def acting(vec, quality, rng, expert=None):
     c = snapshots_for(behaviour, quality, n, rows, rng)
     return act_with(behaviour, fam, vec.task_ids, c, NOISE[quality], rng, rows)
 
+
 # %% ../nbs/02a_experts.ipynb #expscrip
 def script_returns(fam, quality, episodes):
     "((n_tasks,) mean return per task, success rate) of a scripted quality, `episodes` games per task."
@@ -269,6 +317,7 @@ def script_returns(fam, quality, episodes):
     played = play(vec, acting(vec, quality, rng_for("card", fam.name, quality)), seeds)
     vec.close()
     return played["r"].sum(-1).reshape(len(fam.task_ids), -1).mean(-1), played["success"].mean()
+
 
 # %% ../nbs/02a_experts.ipynb #6793822a
 def measure_script(name, episodes=None, best=None, out=None):
@@ -298,6 +347,7 @@ def measure_script(name, episodes=None, best=None, out=None):
     write_json(out or expert_path(fam.name).with_suffix(".json"), card)
     return card
 
+
 # %% ../nbs/02a_experts.ipynb #7a727cd0
 @dataclass(frozen=True)
 class PPOSettings:
@@ -325,6 +375,7 @@ class PPOSettings:
     every: float = 0.02  # of the steps, between snapshots
     until: float | None = None  # stop at the first snapshot whose mean return reaches it
     shaping: float = 0.0  # times the kind's SHAPING of the body, added to the reward that it learns from
+
 
 # %% ../nbs/02a_experts.ipynb #expgoal1
 class GoalEpisodes:
@@ -364,6 +415,7 @@ class GoalEpisodes:
             self.vec.set_tasks(np.where(done, self.draw_tasks(), self.vec.task_ids))
             seen = self.see(self.vec.reset(options=dict(reset_mask=done))[0])
         return seen, r.astype(np.float32), done, infos
+
 
 # %% ../nbs/02a_experts.ipynb #3bf704d4
 def sb3_env(fam, settings):
@@ -407,6 +459,7 @@ def sb3_env(fam, settings):
 
     return GoalEnv()
 
+
 # %% ../nbs/02a_experts.ipynb #b9076d8d
 def fold(actor, rms):
     """The actor's three layers as [(in, out), (out,)], with (x - mean) / std folded into the first.
@@ -423,6 +476,7 @@ def fold(actor, rms):
     # through float16, as shipped: what is measured is what is loaded
     return [(w.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32)) for w, b in layers]
 
+
 # %% ../nbs/02a_experts.ipynb #016fde62
 LADDER = (0, 1 / 6, 0.3, 1 / 2, 3 / 4, 1)  # of the way from the first return to the best
 
@@ -433,6 +487,7 @@ def choose(returns):
     nearest = {int(np.abs(r - (r[0] + rung * (r[-1] - r[0]))).argmin()) for rung in LADDER}
     return sorted({0, len(r) - 1} | nearest)
 
+
 # %% ../nbs/02a_experts.ipynb #expreco2
 @dataclass
 class Snapshot:
@@ -442,6 +497,7 @@ class Snapshot:
     steps: int  # of the environment, so far
     returns: np.ndarray  # (n_tasks,) without noise
     seconds: float  # of training, so far
+
 
 # %% ../nbs/02a_experts.ipynb #expreco3
 @dataclass
@@ -477,6 +533,7 @@ class Recorder:
             flush=True,
         )
 
+
 # %% ../nbs/02a_experts.ipynb #expreco4
 def sb3_callback(recorder):
     "stable-baselines3's callback that asks a recorder."
@@ -491,6 +548,7 @@ def sb3_callback(recorder):
                 recorder.take(self.model)
 
     return Snapshots()
+
 
 # %% ../nbs/02a_experts.ipynb #explearn
 def ppo_learner(env, settings):
@@ -514,6 +572,7 @@ def ppo_learner(env, settings):
         policy_kwargs=dict(net_arch=[settings.width] * 2, log_std_init=settings.log_std_init),
     )
 
+
 # %% ../nbs/02a_experts.ipynb #0e0f247b
 def train_expert(name, settings: PPOSettings = PPOSettings(), out=None):
     "Train a family's behaviour policy; writes weights and card, returns the Behaviour. Takes minutes on one core."
@@ -529,10 +588,12 @@ def train_expert(name, settings: PPOSettings = PPOSettings(), out=None):
         recorder.take(ppo)
     return finish(fam, settings, recorder.shots, time.time() - recorder.start, out)
 
+
 # %% ../nbs/02a_experts.ipynb #rea18c16
 def card_episodes(fam):
     "Episodes per task that a card is measured on: at least 2, and 400 in all."
     return max(2, 400 // len(fam.task_ids))
+
 
 # %% ../nbs/02a_experts.ipynb #8c45ec31
 def command_of(name, settings):
@@ -540,12 +601,14 @@ def command_of(name, settings):
     own = ", ".join(f"{k}={v!r}" for k, v in asdict(settings).items() if v != getattr(PPOSettings(), k))
     return f"promptnb.experts.train_expert('{name}', PPOSettings({own}))"
 
+
 # %% ../nbs/02a_experts.ipynb #exprando
 def random_return(fam):
     "Mean return of uniform actions."
     ids = np.repeat(fam.task_ids, measured_episodes(fam))
     played = play(tasks.lock_step(fam, ids), act_random(fam, len(ids), rng_for("random", fam.name)), 10_000)
     return played["r"].sum(-1).mean()
+
 
 # %% ../nbs/02a_experts.ipynb #07c29a3e
 def finish(fam, settings, shots, seconds, out=None):

@@ -27,8 +27,27 @@ from .tasks import crafter
 from .tasks.rows import fault
 
 # %% auto #0
-__all__ = ['NETS', 'GAINS', 'nature', 'spcnn', 'Residual', 'impala', 'Extractor', 'PPOConfig', 'Guided', 'init_policy',
-           'make_ppo', 'Quiet', 'Trainer', 'play', 'play_random', 'seconds_of', 'Rehearsal', 'seconds_a_step']
+__all__ = [
+    "NETS",
+    "GAINS",
+    "nature",
+    "spcnn",
+    "Residual",
+    "impala",
+    "Extractor",
+    "PPOConfig",
+    "Guided",
+    "init_policy",
+    "make_ppo",
+    "Quiet",
+    "Trainer",
+    "play",
+    "play_random",
+    "seconds_of",
+    "Rehearsal",
+    "seconds_a_step",
+]
+
 
 # %% ../nbs/08_online.ipynb #07a2fb11
 def nature(features=512):
@@ -45,6 +64,7 @@ def nature(features=512):
         nn.ReLU(),
     )
 
+
 # %% ../nbs/08_online.ipynb #15ae75db
 def spcnn(features=512):
     "The size-preserving net of AdaRefiner's released code: (B, 3, 64, 64) -> (B, features)."
@@ -52,6 +72,7 @@ def spcnn(features=512):
     for channels in (3, 64, 64, 64):
         convolutions += [nn.Conv2d(channels, 64, 5, 1, 2), nn.ReLU()]
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64 * 64 * 64, features), nn.ReLU())
+
 
 # %% ../nbs/08_online.ipynb #30af7c24
 class Residual(nn.Module):
@@ -65,6 +86,7 @@ class Residual(nn.Module):
         "(B, n, H, W) -> the same shape."
         return x + self.net(x)
 
+
 # %% ../nbs/08_online.ipynb #e7545162
 def impala(features=512, widths=(64, 128, 128)):
     "IMPALA's residual net, (B, 3, 64, 64) -> (B, features); widths as in Achievement Distillation."
@@ -74,8 +96,10 @@ def impala(features=512, widths=(64, 128, 128)):
         blocks += [nn.Conv2d(n_in, n_out, 3, 1, 1), nn.MaxPool2d(3, 2, 1), Residual(n_out), Residual(n_out)]
     return nn.Sequential(*blocks, nn.ReLU(), nn.Flatten(), nn.Linear(64 * widths[-1], features), nn.ReLU())
 
+
 # %% ../nbs/08_online.ipynb #5799b51a
 NETS = dict(nature=nature, impala=impala, spcnn=spcnn)
+
 
 # %% ../nbs/08_online.ipynb #a6e2565b
 class Extractor(BaseFeaturesExtractor):
@@ -96,6 +120,7 @@ class Extractor(BaseFeaturesExtractor):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             f = self.image(x)
         return f.float() if self.text is None else f.float() + self.text(self.table[obs["text"][:, 0].long()])
+
 
 # %% ../nbs/08_online.ipynb #e5cf17e9
 @dataclass(frozen=True)
@@ -121,6 +146,7 @@ class PPOConfig:
     ask_on_reset: bool = True  # a new life asks at once
     text_after_step: bool = False  # store a step with the sentence after it, as released
     empty_each_rollout: bool = False  # drop all advice at the start of a rollout, as released
+
 
 # %% ../nbs/08_online.ipynb #ea1c7e3d
 class Guided(VecEnv):
@@ -199,11 +225,13 @@ class Guided(VecEnv):
         "No environment is."
         return [False] * self.num_envs
 
+
 # %% ../nbs/08_online.ipynb #o1obse01
 @patch
 def observation(self: Guided):
     "Pictures and ids of sentences, as they are now."
     return dict(image=self.images, text=self.ids)
+
 
 # %% ../nbs/08_online.ipynb #o1step01
 @patch
@@ -229,6 +257,7 @@ def step_one(self: Guided, i, action):
     self.images[i] = image.transpose(2, 0, 1)
     return reward, dead or cut, last
 
+
 # %% ../nbs/08_online.ipynb #o1step04
 @patch
 def checked_step(self: Guided, i, action):
@@ -237,6 +266,7 @@ def checked_step(self: Guided, i, action):
     if np.shape(image) != np.shape(self.images[i].transpose(1, 2, 0)) or not np.isfinite(reward):
         raise ValueError(f"the environment gave a picture {np.shape(image)} and the reward {reward}")
     return image, reward, *others
+
 
 # %% ../nbs/08_online.ipynb #o1step05
 @patch
@@ -247,6 +277,7 @@ def break_off(self: Guided, i, error):
     self.images[i] = self.next_episode(i, last.transpose(1, 2, 0)).transpose(2, 0, 1)
     self.events[i] = []
     return {"TimeLimit.truncated": True, "terminal_observation": dict(image=last, text=self.ids[i].copy())}
+
 
 # %% ../nbs/08_online.ipynb #o1step02
 @patch
@@ -264,6 +295,7 @@ def note_episode(self: Guided, i, cut, info):
         )
     )
 
+
 # %% ../nbs/08_online.ipynb #o1step03
 @patch
 def next_episode(self: Guided, i, image):
@@ -273,6 +305,7 @@ def next_episode(self: Guided, i, image):
         self.over[i] = True
         return image
     return self.envs[i].reset()[0]
+
 
 # %% ../nbs/08_online.ipynb #o1ask001
 @patch
@@ -288,6 +321,7 @@ def scene(self: Guided, i, fresh):
         fresh=bool(fresh),
     )
 
+
 # %% ../nbs/08_online.ipynb #o1ask002
 @patch
 def ask(self: Guided, due, fresh):
@@ -298,6 +332,7 @@ def ask(self: Guided, due, fresh):
     self.add_sentences(sentences)
     for i, sentence in zip(due, sentences):
         self.ids[i], self.events[i] = self.texts[sentence], []
+
 
 # %% ../nbs/08_online.ipynb #o1ask003
 @patch
@@ -313,6 +348,7 @@ def add_sentences(self: Guided, sentences):
     if self.extractor is not None:
         self.extractor.table = torch.as_tensor(self.table, device=self.extractor.table.device)
 
+
 # %% ../nbs/08_online.ipynb #o1ask004
 @patch
 def begin_rollout(self: Guided):
@@ -325,6 +361,7 @@ def begin_rollout(self: Guided):
         self.advise.forget()
     for actions in self.past:
         actions.clear()
+
 
 # %% ../nbs/08_online.ipynb #59d0ce93
 @patch
@@ -344,6 +381,7 @@ def state(self: Guided):
         advise=self.advise.state() if self.advise is not None else None,
     )
 
+
 # %% ../nbs/08_online.ipynb #53cc97c1
 @patch
 def restore(self: Guided, state):
@@ -358,6 +396,7 @@ def restore(self: Guided, state):
     if self.advise is not None and state["advise"] is not None:
         self.advise.load(state["advise"])
     return self.observation()
+
 
 # %% ../nbs/08_online.ipynb #0f3d7106
 GAINS = dict(action_net=0.01, value_net=1.0)  # of orthogonal initialisation; sqrt 2 for the features
@@ -377,6 +416,7 @@ def init_policy(policy, seed):
             gain = GAINS.get(name, 2**0.5)
             part.to(memory_format=torch.contiguous_format).apply(functools.partial(policy.init_weights, gain=gain))
     parts["image"].to(memory_format=torch.channels_last)  # faster convolutions
+
 
 # %% ../nbs/08_online.ipynb #7c50dc37
 def make_ppo(c: PPOConfig, envs, device="cpu"):
@@ -407,12 +447,14 @@ def make_ppo(c: PPOConfig, envs, device="cpu"):
     ppo.set_logger(Logger(None, []))
     return ppo
 
+
 # %% ../nbs/08_online.ipynb #ed7c89a6
 class Quiet(BaseCallback):
     "stable-baselines3 wants a callback; this one does nothing."
 
     def _on_step(self):
         return True
+
 
 # %% ../nbs/08_online.ipynb #28995c5b
 class Trainer:
@@ -450,6 +492,7 @@ class Trainer:
         init_policy(self.policy, seed_for(self.seed, "restart", self.restarts))
         self.policy.optimizer = type(self.policy.optimizer)(self.policy.parameters(), lr=self.c.lr, eps=1e-5)
 
+
 # %% ../nbs/08_online.ipynb #o1chec01
 @patch
 def save(self: Trainer):
@@ -467,6 +510,7 @@ def save(self: Trainer):
         losses=self.losses,
         log=self.envs.episodes,
     )
+
 
 # %% ../nbs/08_online.ipynb #o1chec02
 @patch
@@ -489,12 +533,14 @@ def resume(self: Trainer, tensors, meta):
     m.num_timesteps, m._n_updates = meta["step"], meta["updates"]
     self.restarts, self.losses, self.envs.episodes = meta["restarts"], meta["losses"], meta["log"]
 
+
 # %% ../nbs/08_online.ipynb #o1upda01
 @patch
 def check_weights(self: Trainer):
     "Refuse weights that are not finite."
     if not all(p.isfinite().all() for p in self.policy.parameters()):
         raise FloatingPointError(f"weights are not finite at step {self.step}")
+
 
 # %% ../nbs/08_online.ipynb #o1upda02
 @patch
@@ -507,6 +553,7 @@ def note_losses(self: Trainer):
         raise FloatingPointError(f"loss is not finite at step {self.step}: {losses}")
     self.check_weights()
     self.losses.append(dict(step=self.step, **{k: round(x, 6) for k, x in losses.items()}))
+
 
 # %% ../nbs/08_online.ipynb #o1upda03
 @patch
@@ -524,6 +571,7 @@ def update(self: Trainer):
         raise
     self.note_losses()
 
+
 # %% ../nbs/08_online.ipynb #o1upda04
 @patch
 def go(self: Trainer, until, say=None):
@@ -536,6 +584,7 @@ def go(self: Trainer, until, say=None):
             last = self.step
         if say:
             say(self)
+
 
 # %% ../nbs/08_online.ipynb #0eb4e20e
 def play(policy, c: PPOConfig, episodes, seed, advise=None, encode=None):
@@ -556,6 +605,7 @@ def play(policy, c: PPOConfig, episodes, seed, advise=None, encode=None):
         extractor.table = kept
     return sorted(envs.episodes, key=lambda e: e["env"])
 
+
 # %% ../nbs/08_online.ipynb #b2f92b1e
 def play_random(c: PPOConfig, steps, seed):
     "Episodes of random actions that end within so many steps: (their facts, the episodes that failed)."
@@ -566,6 +616,7 @@ def play_random(c: PPOConfig, steps, seed):
         envs.step_wait()
     return envs.episodes, envs.failed
 
+
 # %% ../nbs/08_online.ipynb #o1time01
 def seconds_of(f, n=1):
     "Mean seconds of a call, over n calls."
@@ -573,6 +624,7 @@ def seconds_of(f, n=1):
     for _ in range(n):
         f()
     return (time.perf_counter() - start) / n
+
 
 # %% ../nbs/08_online.ipynb #o1time02
 class Rehearsal:
@@ -602,6 +654,7 @@ class Rehearsal:
     def step(self):
         "One step of the optimiser."
         self.policy.optimizer.step()
+
 
 # %% ../nbs/08_online.ipynb #3cca71a5
 def seconds_a_step(c: PPOConfig, device="cpu", limit=2.0):

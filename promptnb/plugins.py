@@ -12,7 +12,19 @@ import warnings
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['VARIABLE', 'GROUP', 'LOADED', 'FAILED', 'named', 'is_path', 'located', 'imported', 'load', 'load_all', 'check']
+__all__ = [
+    "VARIABLE",
+    "GROUP",
+    "LOADED",
+    "FAILED",
+    "named",
+    "is_path",
+    "located",
+    "imported",
+    "load",
+    "load_all",
+    "check",
+]
 
 # %% ../nbs/00a_plugins.ipynb #plg00005
 VARIABLE, GROUP = "PROMPTNB_PLUGINS", "promptnb.plugins"  # where plug-ins are named: environment, entry points
@@ -26,10 +38,12 @@ def named() -> list:
     given = [name.strip() for name in os.environ.get(VARIABLE, "").split(os.pathsep)]
     return [name for name in given if name] + [point.value for point in entry_points(group=GROUP)]
 
+
 # %% ../nbs/00a_plugins.ipynb #plg00007
 def is_path(name) -> bool:
     "Does a plug-in's name mean a place on the disk, and not a module?"
     return name.endswith(".py") or any(c in name for c in "/\\~")
+
 
 # %% ../nbs/00a_plugins.ipynb #plg00008
 def located(name) -> Path:
@@ -43,6 +57,7 @@ def located(name) -> Path:
     if not path.stem.isidentifier():
         raise PromptnbError(f"'{path.stem}' cannot be a module's name")
     return file
+
 
 # %% ../nbs/00a_plugins.ipynb #plg00009
 def imported(name):
@@ -60,6 +75,7 @@ def imported(name):
         raise PromptnbError(f"a module of that name is {module.__file__}: rename yours")
     return module
 
+
 # %% ../nbs/00a_plugins.ipynb #plg00011
 def load(name):
     "Load a plug-in; what goes wrong is noted in FAILED, in one line, and warned of."
@@ -72,6 +88,7 @@ def load(name):
         FAILED[name] = f"plug-in {name}: {kind}{e}".splitlines()[0]
         warnings.warn(FAILED[name], stacklevel=2)
 
+
 # %% ../nbs/00a_plugins.ipynb #plg00012
 def load_all():
     "Load the plug-ins that are named and not loaded yet."
@@ -82,6 +99,7 @@ def load_all():
     for name in named():
         if name not in LOADED and name not in FAILED:
             load(name)
+
 
 # %% ../nbs/00a_plugins.ipynb #plg00013
 def check():

@@ -15,7 +15,8 @@ from .core import PromptnbError, Steps
 from .evaluate import Buffers, chosen
 
 # %% auto #0
-__all__ = ['Watched', 'Memory', 'with_prompt', 'Predictor']
+__all__ = ["Watched", "Memory", "with_prompt", "Predictor"]
+
 
 # %% ../nbs/05a_predict.ipynb #pred0006
 class Watched(gym.Wrapper):
@@ -28,6 +29,7 @@ class Watched(gym.Wrapper):
         out = self.env.step(action)
         self.reward = float(out[1])
         return out
+
 
 # %% ../nbs/05a_predict.ipynb #pred0007
 class Memory:
@@ -52,6 +54,7 @@ class Memory:
         "Its last K steps: Steps (1, K, .)."
         return self.buffers.window(self.t)
 
+
 # %% ../nbs/05a_predict.ipynb #pred0009
 def with_prompt(policy, fam, prompt):
     """A policy, and which of its prompts (a row) to read.
@@ -66,6 +69,7 @@ def with_prompt(policy, fam, prompt):
         named = ", ".join(fam.task_name(i) for i in fam.test[:12])
         raise PromptnbError(f"'{prompt}' is no test task of {fam.name}, which has prompts for {named}")
     return policy, fam.test.index(task)
+
 
 # %% ../nbs/05a_predict.ipynb #pred0010
 class Predictor:
@@ -102,6 +106,7 @@ class Predictor:
         actions = self.act()
         return (actions if several else actions[0]), state
 
+
 # %% ../nbs/05a_predict.ipynb #pred0011
 @patch
 def begin(self: Predictor, n, episode_start):
@@ -110,6 +115,7 @@ def begin(self: Predictor, n, episode_start):
         self.memories, self.state = [None] * n, self.policy.begin([self.row] * n)
     fresh = np.broadcast_to(False if episode_start is None else episode_start, n)
     self.memories = [Memory(self) if new or old is None else old for old, new in zip(self.memories, fresh, strict=True)]
+
 
 # %% ../nbs/05a_predict.ipynb #pred0012
 @patch
@@ -124,6 +130,7 @@ def rewards(self: Predictor, given) -> list:
     if under_way and hasattr(self.policy, "rtg_scale"):
         raise PromptnbError("the return to come needs rewards: env = predictor.watch(env), or predict(..., reward=...)")
     return [0.0] * n
+
 
 # %% ../nbs/05a_predict.ipynb #pred0013
 @patch

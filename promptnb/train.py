@@ -20,9 +20,29 @@ from .captured import captured, compile_setting
 from .core import Checkpoints, PromptnbError, fingerprint, plain, progress, run_lock, seed_for
 
 # %% auto #0
-__all__ = ['FitConfig', 'FitLog', 'autocast', 'precision_of', 'pick_device', 'memory_error', 'where', 'optimiser',
-           'learning_rate', 'add_gradients', 'pieces', 'step_once', 'state_of', 'restore', 'checkpoints_of',
-           'Interrupted', 'Stop', 'on_sigterm', 'Trainer', 'fit']
+__all__ = [
+    "FitConfig",
+    "FitLog",
+    "autocast",
+    "precision_of",
+    "pick_device",
+    "memory_error",
+    "where",
+    "optimiser",
+    "learning_rate",
+    "add_gradients",
+    "pieces",
+    "step_once",
+    "state_of",
+    "restore",
+    "checkpoints_of",
+    "Interrupted",
+    "Stop",
+    "on_sigterm",
+    "Trainer",
+    "fit",
+]
+
 
 # %% ../nbs/04_train.ipynb #acad94ff
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class FitConfig:
     log_every: int = 100
     eps: float = 1e-8  # of AdamW; LaMo's code: 1e-6 for a pre-trained trunk
 
+
 # %% ../nbs/04_train.ipynb #a3b3efff
 @dataclass
 class FitLog:
@@ -52,6 +73,7 @@ class FitLog:
     why: str = ""
     points: dict = field(default_factory=dict)  # {step: what the callback returned there}, in order
 
+
 # %% ../nbs/04_train.ipynb #e0679cbe
 def autocast(precision, device="cpu"):
     "The context for a forward pass: bf16 autocast or nothing."
@@ -61,6 +83,7 @@ def autocast(precision, device="cpu"):
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
+
 # %% ../nbs/04_train.ipynb #f0prec01
 def precision_of(settings, device) -> str:
     "Precision of a recipe's part: its own, and for 'auto' bf16 where it is fast: a GPU, or a processor with bf16."
@@ -69,6 +92,7 @@ def precision_of(settings, device) -> str:
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if torch.device(device).type == "cuda" or has_bf16() else "fp32"
 
+
 # %% ../nbs/04_train.ipynb #74cf3a6e
 def pick_device(accelerator="auto"):
     "'auto', 'cpu' or 'cuda' -> torch device; asking for a GPU that is not there is an error, never a silent CPU run."
@@ -76,11 +100,13 @@ def pick_device(accelerator="auto"):
         raise PromptnbError("accelerator=cuda, but torch sees no GPU: use accelerator=auto or cpu")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
+
 # %% ../nbs/04_train.ipynb #trmem001
 def memory_error(reason) -> PromptnbError:
     "The one line for a GPU whose memory is full, whatever filled it. reason: the error, or its text."
     first = str(reason).split(". GPU")[0].rstrip(". ")
     return PromptnbError(f"{first}: give a card fewer jobs (--per-gpu 1), or use --accelerator cpu")
+
 
 # %% ../nbs/04_train.ipynb #c5bf5ace
 def where(device="cpu"):
@@ -98,6 +124,7 @@ def where(device="cpu"):
         device=torch.cuda.get_device_name(d) if d.type == "cuda" else platform.machine(),
     )
 
+
 # %% ../nbs/04_train.ipynb #48488f96
 def optimiser(params, c: FitConfig):
     "AdamW over those of `params` that train."
@@ -105,10 +132,12 @@ def optimiser(params, c: FitConfig):
     fused = all(p.is_floating_point() for p in params)
     return torch.optim.AdamW(params, lr=c.lr, eps=c.eps, weight_decay=c.weight_decay, fused=fused)
 
+
 # %% ../nbs/04_train.ipynb #trrate01
 def learning_rate(c: FitConfig, t) -> float:
     "The rate of update t: a linear warm-up, then `lr`."
     return c.lr * min(1.0, (t + 1) / max(c.warmup, 1))
+
 
 # %% ../nbs/04_train.ipynb #trgrad01
 def add_gradients(loss, pieces, precision, device):
@@ -125,10 +154,12 @@ def add_gradients(loss, pieces, precision, device):
         total = total + value.detach()
     return total
 
+
 # %% ../nbs/04_train.ipynb #trgrad03
 def pieces(model, batch, parts=1) -> list:
     "A batch as [(share of the loss, batch)]: whole, or in at most so many parts."
     return [(None, batch)] if parts == 1 else model.parts(batch, parts)
+
 
 # %% ../nbs/04_train.ipynb #d3ffea50
 def step_once(model, opt, batch, t, c: FitConfig, device, parts=1):
@@ -143,6 +174,7 @@ def step_once(model, opt, batch, t, c: FitConfig, device, parts=1):
         opt.step()
     return value
 
+
 # %% ../nbs/04_train.ipynb #7df8551b
 def state_of(model, opt):
     "Weights and optimiser moments as one flat dict of tensors."
@@ -150,6 +182,7 @@ def state_of(model, opt):
     for i, moments in opt.state_dict()["state"].items():
         tensors.update({f"opt.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()})
     return tensors
+
 
 # %% ../nbs/04_train.ipynb #00151164
 def restore(model, opt, tensors):
@@ -165,6 +198,7 @@ def restore(model, opt, tensors):
     model.load_state_dict(weights)
     opt.load_state_dict({**opt.state_dict(), "state": moments})
 
+
 # %% ../nbs/04_train.ipynb #tr000008
 def checkpoints_of(folder, model, config: FitConfig, data_hashes=()) -> Checkpoints:
     "The checkpoints of one fit: other settings, data, weights or another machine in the same folder are refused."
@@ -176,9 +210,11 @@ def checkpoints_of(folder, model, config: FitConfig, data_hashes=()) -> Checkpoi
     )
     return Checkpoints(Path(folder), plain(agree))
 
+
 # %% ../nbs/04_train.ipynb #ad93bce7
 class Interrupted(Exception):
     "SIGTERM arrived; the checkpoint is written."
+
 
 # %% ../nbs/04_train.ipynb #tr000018
 @dataclass
@@ -190,6 +226,7 @@ class Stop:
     def tell(self, *_):
         "A signal handler. It sets one attribute, so a second signal in the middle of it does no harm."
         self.told = True
+
 
 # %% ../nbs/04_train.ipynb #5afd00cb
 @contextlib.contextmanager
@@ -204,6 +241,7 @@ def on_sigterm(stop: Stop):
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
+
 
 # %% ../nbs/04_train.ipynb #tr000012
 @dataclass
@@ -225,6 +263,7 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         self.opt = optimiser(self.model.parameters(), self.config)
 
+
 # %% ../nbs/04_train.ipynb #tr000013
 @patch
 def resume(self: Trainer):
@@ -244,6 +283,7 @@ def resume(self: Trainer):
     if self.callback and (self.step % self.config.checkpoint_every == 0 or self.step == steps):
         self.points[self.step] = self.callback(self.step)
 
+
 # %% ../nbs/04_train.ipynb #tr000014
 @patch
 def update(self: Trainer, batch):
@@ -254,6 +294,7 @@ def update(self: Trainer, batch):
         except torch.OutOfMemoryError as e:
             reason = str(e)  # and not the error: it holds on to what the update had computed
         self.split(batch, reason)
+
 
 # %% ../nbs/04_train.ipynb #trsplt01
 @patch
@@ -272,17 +313,20 @@ def split(self: Trainer, batch, reason):
         flush=True,
     )
 
+
 # %% ../nbs/04_train.ipynb #trupd001
 @patch
 def gradients(self: Trainer, batch, loss):
     "Add the gradients of a loss on a batch, in as many parts as memory asks for; returns its value."
     return add_gradients(loss, pieces(self.model, batch, self.parts), self.config.precision, self.device)
 
+
 # %% ../nbs/04_train.ipynb #trupd002
 @patch
 def rates(self: Trainer, first, n) -> list:
     "The learning rates of n updates from the first on."
     return [learning_rate(self.config, t) for t in range(first, first + n)]
+
 
 # %% ../nbs/04_train.ipynb #trupd003
 @patch
@@ -297,6 +341,7 @@ def updates(self: Trainer, sampler):
     for t in range(self.step, self.config.steps):
         yield self.update(sampler.batch(t)), True
 
+
 # %% ../nbs/04_train.ipynb #trcnt001
 @patch
 def count(self: Trainer, value):
@@ -308,6 +353,7 @@ def count(self: Trainer, value):
         self.losses.append((self.step, sum(self.recent) / len(self.recent)))
         self.recent = []
 
+
 # %% ../nbs/04_train.ipynb #tr000015
 @patch
 def save(self: Trainer, call=True):
@@ -318,6 +364,7 @@ def save(self: Trainer, call=True):
     if self.callback and call:
         self.points[self.step] = self.callback(self.step)
         self.model.train()  # a callback that evaluates leaves it in evaluation mode
+
 
 # %% ../nbs/04_train.ipynb #92bce667
 def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="train", callback=None) -> FitLog:

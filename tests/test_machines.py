@@ -97,9 +97,20 @@ def test_a_job_where_everything_is_in_the_way(finished_job, hostile, tmp_path):
 # ---- numbers as they are typed
 
 
-@pytest.mark.parametrize("text", ["1_2", "٣", "0x1", "1e1", "1.0", "0,", "0,,1", " ", "0 1", "one"])
+@pytest.mark.parametrize("text", ["1_2", "٣", "0x1", "1e1", "1.0", "0,", "0,,1", " ", "", "0 1", "one"])
 def test_seeds_that_are_no_plain_numbers(text, refused):
     refused(command.seeds_of, text, says=["--seeds takes whole numbers", f"'{text}'"])
+
+
+def test_seeds_that_no_library_takes(tmp_home, capsys, refused):
+    refused(command.seeds_of, f"0,{2**32}", says=[f"--seeds has {2**32}", "below 4,294,967,296"])
+    for args in (("--seed", str(10**20)), ("-p", f"seed={2**32}")):
+        assert command.main(["job", TUNE, *args]) == 2
+        assert "must be below 4,294,967,296" in capsys.readouterr().err
+    for odd in ("\u00b2", "\u0663", f"{10**20}"):
+        assert command.main(["job", f"{TUNE}@{odd}", *SMOKE]) == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("promptnb: ") and "seed" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("text, twice", [("0,0", 0), ("1,2,1", 1), ("3, 4,3", 3)])

@@ -15,7 +15,8 @@ from pathlib import Path
 from ..core import PromptnbError
 
 # %% auto #0
-__all__ = ['PER_GPU', 'cards', 'uuids', 'per_gpu', 'slots', 'free_slot', 'pin', 'own_card']
+__all__ = ["PER_GPU", "cards", "uuids", "per_gpu", "slots", "free_slot", "pin", "own_card"]
+
 
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu002
 def cards() -> list:
@@ -26,6 +27,7 @@ def cards() -> list:
     n = torch.cuda.device_count()
     return [name.strip() for name in names.split(",")[:n]] if names else [str(i) for i in range(n)]
 
+
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu003
 def uuids() -> dict:
     "{'0': UUID} of this machine's GPUs, as nvidia-smi has them; empty without it."
@@ -35,6 +37,7 @@ def uuids() -> dict:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(line.split(", ", 1) for line in listed.splitlines() if ", " in line)
+
 
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu004
 PER_GPU = "PROMPTNB_PER_GPU"  # environment variable: how many jobs share a card
@@ -47,6 +50,7 @@ def per_gpu() -> int:
         raise PromptnbError(f"--per-gpu ({PER_GPU}) is {text}, but must be a whole number of at least 1")
     return int(text)
 
+
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu005
 def slots(names) -> dict:
     """{lock file: card} of the slots on some cards, in the order in which they are taken.
@@ -57,6 +61,7 @@ def slots(names) -> dict:
     folder = Path(tempfile.gettempdir()) / f"promptnb-gpu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return {folder / f"{known.get(name, name)}.{k}.lock": name for k in range(per_gpu()) for name in names}
+
 
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu006
 def free_slot(names, every=0.5):
@@ -77,6 +82,7 @@ def free_slot(names, every=0.5):
         waited = True
         time.sleep(every)
 
+
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu008
 def pin(names, k):
     "Let this process see card k of `names` alone."
@@ -85,6 +91,7 @@ def pin(names, k):
     os.environ["CUDA_VISIBLE_DEVICES"] = names[k]
     if torch.cuda.device_count() > 1:  # CUDA was in use before, and does not read the variable again
         torch.cuda.set_device(k)
+
 
 # %% ../../nbs/10j_experiments.cards.ipynb #jbgpu007
 @contextlib.contextmanager

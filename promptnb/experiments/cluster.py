@@ -22,9 +22,31 @@ from .plan import data_needs
 from .run import Run
 
 # %% auto #0
-__all__ = ['BUILT_IN', 'EXTRAS', 'COMMANDS', 'HEADROOM', 'LEAST', 'UNMEASURED', 'FEW', 'LONGEST', 'BASE', 'FLOOR', 'ATTEMPTS',
-           'profiles_dir', 'settings_of', 'longest_job', 'executor_of', 'minutes', 'data_mb', 'net_mb', 'model_mb',
-           'billions', 'memory_mb', 'asked', 'requeue']
+__all__ = [
+    "BUILT_IN",
+    "EXTRAS",
+    "COMMANDS",
+    "HEADROOM",
+    "LEAST",
+    "UNMEASURED",
+    "FEW",
+    "LONGEST",
+    "BASE",
+    "FLOOR",
+    "ATTEMPTS",
+    "profiles_dir",
+    "settings_of",
+    "longest_job",
+    "executor_of",
+    "minutes",
+    "data_mb",
+    "net_mb",
+    "model_mb",
+    "billions",
+    "memory_mb",
+    "asked",
+    "requeue",
+]
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #cluprf01
 BUILT_IN = ("local", "dryrun", "touch")  # executors that come with Snakemake
@@ -35,6 +57,7 @@ COMMANDS = dict(slurm=("sbatch", "srun", "squeue", "scancel"))  # what an execut
 def profiles_dir() -> Path:
     "Where the profiles lie."
     return root() / "workflow" / "profiles"
+
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #cluprf02
 def settings_of(name) -> dict:
@@ -58,6 +81,7 @@ def longest_job(name) -> float:
     named = defaults.get("runtime") if isinstance(defaults, dict) else None
     return named if isinstance(named, int) else math.inf
 
+
 # %% ../../nbs/10i_experiments.cluster.ipynb #cluprf03
 def executor_of(name) -> str:
     "The executor of a profile, which is installed; PromptnbError with what to install where it is not."
@@ -74,6 +98,7 @@ def executor_of(name) -> str:
         raise PromptnbError(f"{what}: call promptnb on a machine from which {executor} takes jobs")
     return executor
 
+
 # %% ../../nbs/10i_experiments.cluster.ipynb #clutim01
 HEADROOM = 2.0  # times the forecast
 LEAST = 30  # minutes that a job asks for at least: starting Python twice on a slow file system takes some
@@ -85,6 +110,7 @@ def minutes(runs, seconds) -> int:
     known = [seconds(run) for run in runs]
     total = sum(60.0 * UNMEASURED if took is None else took for took in known)
     return max(LEAST, math.ceil(HEADROOM * total / 60))
+
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #clufew01
 FEW = 600, 1800  # seconds: tasks up to the first share a job, up to about the second
@@ -108,11 +134,13 @@ def data_mb(run: Run) -> float:
     steps = min(fam.horizon, LONGEST) * fam.agents * (1 if r.offline else len(fam.train))
     return sum(episodes for _, episodes in data_needs(r)) * steps * step / 1e6
 
+
 # %% ../../nbs/10i_experiments.cluster.ipynb #clumem02
 def net_mb(layers, width, tokens, vocab=0) -> float:
     "MB of a transformer in training: weights with AdamW's state, activations of `tokens` tokens, and their logits."
     weights = layers * 12 * width**2 + vocab * width
     return (16 * weights + 40 * tokens * layers * width + 12 * tokens * vocab) / 1e6
+
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #clumem03
 def model_mb(run: Run) -> float:
@@ -132,6 +160,7 @@ def model_mb(run: Run) -> float:
     rows = p.per_task * min(p.tasks_per_batch or len(fam.train), len(fam.train))
     return net_mb(p.layers, p.width, 3 * (p.K + p.J * p.H * p.prompt) * rows)
 
+
 # %% ../../nbs/10i_experiments.cluster.ipynb #clumem04
 def billions(name) -> float:
     "Parameters of a language model, in 1e9, as its name states them ('Llama-2-7b': 7); 0 where it does not."
@@ -143,6 +172,7 @@ def memory_mb(runs) -> int:
     "MB that a job with these runs asks for, one run at a time, in steps of 500."
     most = max((HEADROOM * (3 * data_mb(run) + model_mb(run)) for run in runs), default=0)
     return max(FLOOR, 500 * math.ceil((BASE + most) / 500))
+
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #cluask01
 ATTEMPTS = (1, 2, 3)  # times as much at each
@@ -157,6 +187,7 @@ def asked(runs, accelerator, seconds, longest=math.inf) -> dict:
         mem_mb=[n * memory_mb(runs) for n in ATTEMPTS],
     )
     return {**out, "gpu": [1 for _ in ATTEMPTS]} if accelerator == "cuda" and runs else out
+
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #clureq01
 def requeue() -> bool:

@@ -17,7 +17,7 @@ from .multitask import load_policy, prompts_for, tune, tuned_folder
 from .run import Run
 
 # %% auto #0
-__all__ = ['EVERY', 'Film', 'check_film', 'tuned_policy', 'shoot', 'beside', 'film']
+__all__ = ["EVERY", "Film", "check_film", "tuned_policy", "shoot", "beside", "film"]
 
 # %% ../../nbs/10h_experiments.film.ipynb #flfil001
 EVERY = 5  # environment steps between two frames of the GIF
@@ -38,6 +38,7 @@ class Film:
         r = self.run.recipe
         return f"film.{r.family}.{r.key}.s{self.run.seed}.task{self.task}"
 
+
 # %% ../../nbs/10h_experiments.film.ipynb #flfil002
 def check_film(run: Run, task=None):
     "Refuse what cannot be filmed, with what to do about it."
@@ -57,6 +58,7 @@ def check_film(run: Run, task=None):
     if not tasks.gl_backend():
         tasks.film(tasks.family(r.family), tasks.family(r.family).test[0], [], 0)  # says what to install
 
+
 # %% ../../nbs/10h_experiments.film.ipynb #flfil004
 def tuned_policy(run: Run):
     "The policy of a finished run with its tuned prompts; a damaged one is set aside and made again."
@@ -67,6 +69,7 @@ def tuned_policy(run: Run):
         set_aside(folder, e)
         tune(run)
         return load_policy(folder, run.recipe.pretrain).eval()
+
 
 # %% ../../nbs/10h_experiments.film.ipynb #flfil003
 def shoot(run: Run, task=None) -> Film:
@@ -87,6 +90,7 @@ def shoot(run: Run, task=None) -> Film:
     actions = [p.trace["a"][g][: p.lengths[g, 0]] for p in played]
     shots = [tasks.film(fam, fam.test[g], a, start, every=EVERY) for a in actions]
     return Film(run, g, shots, [x[g] for x in returns])
+
 
 # %% ../../nbs/10h_experiments.film.ipynb #flstr001
 @patch
@@ -113,11 +117,13 @@ def strip(self: Film, every=25):
     fig.suptitle(title, fontsize=10)
     return fig, axes
 
+
 # %% ../../nbs/10h_experiments.film.ipynb #flgif001
 def beside(shots) -> list:
     "Frames of several films side by side, at half their size; one that has ended shows its last frame."
     length = max(map(len, shots))
     return [np.concatenate([s[min(k, len(s) - 1)] for s in shots], 1)[::2, ::2] for k in range(length)]
+
 
 # %% ../../nbs/10h_experiments.film.ipynb #e5cba237
 def film(recipe, scale="laptop", seed=0, task=None, every=25) -> Path:

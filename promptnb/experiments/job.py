@@ -19,8 +19,25 @@ from .cards import own_card
 from .run import Run, run_id
 
 # %% auto #0
-__all__ = ['WORK', 'hub_answers', 'find_job', 'job_recipes', 'runs_of', 'module_of', 'work_on', 'within_reach', 'lacks',
-           'record_failure', 'log_path', 'Both', 'logged', 'attempt', 'run_job', 'stamp']
+__all__ = [
+    "WORK",
+    "hub_answers",
+    "find_job",
+    "job_recipes",
+    "runs_of",
+    "module_of",
+    "work_on",
+    "within_reach",
+    "lacks",
+    "record_failure",
+    "log_path",
+    "Both",
+    "logged",
+    "attempt",
+    "run_job",
+    "stamp",
+]
+
 
 # %% ../../nbs/10d_experiments.job.ipynb #fc7ab9a2
 def find_job(id) -> rc.Job:
@@ -28,16 +45,19 @@ def find_job(id) -> rc.Job:
     every = {k: v for paper in rc.PAPERS for k, v in rc.jobs(paper).items()}
     return every[check_choice(id, every, "job")]
 
+
 # %% ../../nbs/10d_experiments.job.ipynb #26afab6f
 def job_recipes(job: rc.Job, scale) -> list:
     "Its recipes that are run at a scale, resolved."
     return [rc.resolve(rc.RECIPES[i], scale) for i in job.recipes if rc.run_at(rc.RECIPES[i], scale)]
+
 
 # %% ../../nbs/10d_experiments.job.ipynb #3dc9b11a
 def runs_of(job: rc.Job, scale, seed, device="cpu", threads=1) -> list:
     "The runs of a job, in order."
     runs = [Run(r, scale, seed, device, threads) for r in job_recipes(job, scale)]
     return [run.pretraining() for run in runs] if job.kind == "pretrain" else runs
+
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbkind01
 def module_of(kind):
@@ -54,6 +74,7 @@ def module_of(kind):
 
     return multitask
 
+
 # %% ../../nbs/10d_experiments.job.ipynb #jbkind02
 WORK = dict(pretrain="pretrain", tune="tune", offline="train", online="train")  # kind -> function of its module
 
@@ -61,6 +82,7 @@ WORK = dict(pretrain="pretrain", tune="tune", offline="train", online="train")  
 def work_on(run: Run):
     "Do a run; it leaves its record."
     return getattr(module_of(run.kind), WORK[run.kind])(run)
+
 
 # %% ../../nbs/10d_experiments.job.ipynb #bb6c1a1a
 hub_answers = functools.cache(server_answers)  # asked once a process
@@ -75,6 +97,7 @@ def within_reach(lm) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(lm, "config.json"), str) or hub_answers()
+
 
 # %% ../../nbs/10d_experiments.job.ipynb #plrea001
 def lacks(r: rc.Recipe) -> str:
@@ -94,6 +117,7 @@ def lacks(r: rc.Recipe) -> str:
     remedy = "give the Hub's cache or a network, or a folder of that name"
     return f"needs the weights of '{text.kind}', which are not here and cannot be fetched: {remedy}"
 
+
 # %% ../../nbs/10d_experiments.job.ipynb #jbfail01
 def record_failure(run: Run, error: Exception):
     "A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it."
@@ -110,10 +134,12 @@ def record_failure(run: Run, error: Exception):
     if not isinstance(error, PromptnbError):
         traceback.print_exception(error)
 
+
 # %% ../../nbs/10d_experiments.job.ipynb #jblog001
 def log_path(run: Run) -> Path:
     "The file that keeps what a run has printed, over all attempts."
     return runs_dir() / "logs" / f"{run.id}.log"
+
 
 # %% ../../nbs/10d_experiments.job.ipynb #jblog002
 class Both:
@@ -131,6 +157,7 @@ class Both:
             self.log.write(text)
         return self.screen.write(text)
 
+
 # %% ../../nbs/10d_experiments.job.ipynb #jblog003
 @contextlib.contextmanager
 def logged(run: Run):
@@ -146,6 +173,7 @@ def logged(run: Run):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
 
+
 # %% ../../nbs/10d_experiments.job.ipynb #jbtry001
 def attempt(run: Run):
     "Work on a run, with a log; what breaks it is its failed record, and no more than that."
@@ -158,6 +186,7 @@ def attempt(run: Run):
             raise
         except Exception as e:
             record_failure(run, e)
+
 
 # %% ../../nbs/10d_experiments.job.ipynb #ca26dd4c
 def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1) -> list:
@@ -174,6 +203,7 @@ def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1) -> list:
             if not run.finished and not lacks(run.recipe):
                 attempt(run)
     return [run.path for run in runs if run.path.exists()]
+
 
 # %% ../../nbs/10d_experiments.job.ipynb #77ed7a22
 def stamp(job: rc.Job, seed, scale) -> Path:

@@ -39,13 +39,52 @@ from .policies import shipped_card, unpack
 from .run import CHANGED, Rows, Run, TrainData, failed_episodes, relative, stored
 
 # %% auto #0
-__all__ = ['train_tasks', 'train_data', 'histories', 'context_store', 'policy_class', 'context_settings', 'new_policy',
-           'played_tasks', 'prompt_store', 'borrowed', 'of_others', 'zero_prompt', 'by_agent', 'cut_as', 'windows_as',
-           'prompts_for', 'on_device', 'evaluate_policy', 'load_policy', 'Pretraining', 'begin_pretraining',
-           'curve_prompts', 'pretrain', 'worst_where_failed', 'EnvScore', 'train_demos', 'prepared_folder', 'prepare',
-           'Tuned', 'recipe_tuner', 'final_assignments', 'score_rows', 'prompt_entries', 'protocol', 'floor_of',
-           'tuned_folder', 'tune', 'play_tuned', 'policy_remarks', 'record_tuned', 'size_of', 'random_steps',
-           'step_seconds']
+__all__ = [
+    "train_tasks",
+    "train_data",
+    "histories",
+    "context_store",
+    "policy_class",
+    "context_settings",
+    "new_policy",
+    "played_tasks",
+    "prompt_store",
+    "borrowed",
+    "of_others",
+    "zero_prompt",
+    "by_agent",
+    "cut_as",
+    "windows_as",
+    "prompts_for",
+    "on_device",
+    "evaluate_policy",
+    "load_policy",
+    "Pretraining",
+    "begin_pretraining",
+    "curve_prompts",
+    "pretrain",
+    "worst_where_failed",
+    "EnvScore",
+    "train_demos",
+    "prepared_folder",
+    "prepare",
+    "Tuned",
+    "recipe_tuner",
+    "final_assignments",
+    "score_rows",
+    "prompt_entries",
+    "protocol",
+    "floor_of",
+    "tuned_folder",
+    "tune",
+    "play_tuned",
+    "policy_remarks",
+    "record_tuned",
+    "size_of",
+    "random_steps",
+    "step_seconds",
+]
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #f970e90b
 def train_tasks(p: rc.Pretrain) -> tuple:
@@ -53,6 +92,7 @@ def train_tasks(p: rc.Pretrain) -> tuple:
     from promptnb import tasks
 
     return tuple(sorted(p.train)) or tasks.family(p.family).train
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #90ca95cf
 def train_data(p: rc.Pretrain) -> TrainData:
@@ -69,12 +109,14 @@ def train_data(p: rc.Pretrain) -> TrainData:
     hashes = tuple(h for s in normalising for h in s.hashes)
     return TrainData(store, data.state_stats(normalising), hashes, drawn if p.ratio < 1 else None)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mthist01
 def histories(store, p: rc.Pretrain):
     "The trajectories of a `data.Store` that windows of history are cut from."
     from promptnb import data
 
     return data.drop_lowest(store) if p.drop_lowest else store
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #ce64c5f8
 def context_store(p: rc.Pretrain):
@@ -89,12 +131,14 @@ def context_store(p: rc.Pretrain):
     joined = data.join(every, None, mapped=False)
     return data.in_order(joined, joined.task)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #07ded62c
 def policy_class(p: rc.Pretrain):
     "The class of a recipe's policy: with a context encoder or without."
     from promptnb.models import context, dt
 
     return context.ContextPolicy if p.context else dt.Policy
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtctx001
 def context_settings(p: rc.Pretrain) -> dict:
@@ -107,6 +151,7 @@ def context_settings(p: rc.Pretrain) -> dict:
     if x.encoder not in ("mean", "transformer"):
         own |= dict(w_nce=0.0, w_class=0.0)  # those losses compare contexts of trajectories
     return own
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #c28fda7a
 def new_policy(p: rc.Pretrain, stats, seed):
@@ -127,10 +172,12 @@ def new_policy(p: rc.Pretrain, stats, seed):
     policy.mean, policy.std = stats
     return policy
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #5b1c3f56
 def played_tasks(fam, t: rc.Tune) -> tuple:
     "The tasks that are tuned on and played."
     return fam.test if check_choice(t.play, ("test", "all"), "play") == "test" else fam.task_ids
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpool01
 def prompt_store(fam, t: rc.Tune, task_ids, episodes):
@@ -139,6 +186,7 @@ def prompt_store(fam, t: rc.Tune, task_ids, episodes):
 
     store, named = stored(fam.name, t.prompt_data, task_ids, episodes), rc.POOLS.get(t.prompt_quality)
     return data.pool(store, named.first, named.count, named.ranked) if named else store
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #04aea7d8
 def borrowed(fam, t: rc.Tune, episodes, seed):
@@ -156,6 +204,7 @@ def borrowed(fam, t: rc.Tune, episodes, seed):
     lent = [replace(s, task=torch.full_like(s.task, i)) for s, i in zip(lenders, fam.test, strict=True)]
     return data.join(lent, None, mapped=False)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #ee9ddcab
 def of_others(prompt):
     "Control: swap prompts between tasks. prompt: Steps (G, P, .)."
@@ -163,10 +212,12 @@ def of_others(prompt):
         raise PromptnbError("prompt_from='other' takes another task's prompt, but there is one task")
     return prompt.map(lambda x: x.roll(len(x) // 2, 0))
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #058eedc6
 def zero_prompt(prompt):
     "Control: an empty prompt, whose steps are all masked."
     return prompt.map(lambda x: x * 0)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #8e505627
 def by_agent(store, fam):
@@ -182,15 +233,18 @@ def by_agent(store, fam):
         )
     return data.in_order(store, torch.arange(len(store)) % fam.agents)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtcut001
 def cut_as(policy, p: rc.Pretrain, seed) -> dict:
     "How demonstrations and prompts are cut for a policy: as in its training."
     return dict(policy=policy, J=p.J, H=p.H or 1, position=p.position, seed=seed, gap=bool(p.context))
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtcut002
 def windows_as(t: rc.Tune) -> dict:
     "How windows of demonstrations are cut and drawn."
     return dict(n=t.demos, K=t.demo_K, batch=t.demo_batch, windows=t.demo_position)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #b4ddbb2d
 def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
@@ -218,10 +272,12 @@ def prompts_for(policy, p: rc.Pretrain, t: rc.Tune, seed):
         return replace(out, prompt=zero_prompt(out.prompt))
     return out
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #5f40c0f6
 def on_device(demos, device):
     "The same demonstrations, drawn on a device."
     return replace(demos, prompt=demos.prompt.to(device), sampler=replace(demos.sampler, device=str(device)))
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #669661e4
 def evaluate_policy(run: Run, assignments, task_ids, episodes, seed):
@@ -233,11 +289,13 @@ def evaluate_policy(run: Run, assignments, task_ids, episodes, seed):
     options = dict(seed=seed, target=r.target, threads=run.threads, device=run.device)
     return eval_tasks, rollout(eval_tasks, r.family, episodes, **options)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #110a44f1
 def load_policy(folder, p: rc.Pretrain):
     "A saved policy, without the hub library's remark on every load."
     with contextlib.redirect_stdout(None):
         return policy_class(p).from_pretrained(folder)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre001
 @dataclass
@@ -261,6 +319,7 @@ class Pretraining:
         "The file of the points of the curve."
         return self.folder / "metrics.jsonl"
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre002
 def begin_pretraining(run: Run) -> Pretraining:
     "Read the data of a pre-training and find its folder."
@@ -269,6 +328,7 @@ def begin_pretraining(run: Run) -> Pretraining:
     if contexts is not None:
         read = replace(read, hashes=read.hashes + contexts.hashes)
     return Pretraining(run, read, contexts, run.folder(read.hashes))
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre003
 @patch
@@ -283,6 +343,7 @@ def saved(self: Pretraining):
     except DamagedError as e:
         set_aside(self.folder / "policy", e)
         return None
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre004
 @patch
@@ -307,6 +368,7 @@ def sampler(self: Pretraining):
         device=self.run.device,
     )
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre005
 @patch
 def config(self: Pretraining):
@@ -326,6 +388,7 @@ def config(self: Pretraining):
         log_every=max(1, p.steps // 50),
     )
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre006
 def curve_prompts(policy, p: rc.Pretrain, seed):
     """The prompts that the test tasks are played with along the way.
@@ -333,6 +396,7 @@ def curve_prompts(policy, p: rc.Pretrain, seed):
     A policy without a prompt reads nothing of them."""
     only_data = {} if p.H else dict(demo_quality=p.quality, prompt_quality=p.quality)
     return prompts_for(policy, p, rc.Tune(demos=1, demo_batch=1, **only_data), seed)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre007
 @patch
@@ -347,6 +411,7 @@ def point(self: Pretraining, step):
     print(f"{self.run.id}: step {step}, return on test tasks {sum(returns) / len(returns):.1f}", flush=True)
     return dict(returns=plain(returns), episodes=(~played.failed).sum(1).tolist(), why=played.why)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre008
 @patch
 def rows(self: Pretraining, log) -> list:
@@ -359,6 +424,7 @@ def rows(self: Pretraining, log) -> list:
     for step, value in log.losses:
         rows.add(step, "loss", value)
     return rows.rows
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre010
 @patch
@@ -388,6 +454,7 @@ def train(self: Pretraining):
     )
     return self.policy.eval() if log.status == "ok" else None
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre009
 @patch
 def remarks(self: Pretraining, log) -> dict:
@@ -396,6 +463,7 @@ def remarks(self: Pretraining, log) -> dict:
     good = [n for point in points for n in point["episodes"]]
     why = next((point["why"] for point in points if point["why"]), "")
     return failed_episodes(asked * len(good) - sum(good), asked * len(good), why)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre011
 @patch
@@ -416,6 +484,7 @@ def taken(self: Pretraining):
     )
     return policy.to(run.device).eval()
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #42da96b3
 def pretrain(run: Run):
     """Load the policy of a run's recipe, or take the one that ships, or train it, or go on; None if it diverged.
@@ -427,6 +496,7 @@ def pretrain(run: Run):
         policy = now.taken() if policy is None else policy
         return now.train() if policy is None else policy
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtenv003
 def worst_where_failed(returns, why):
     """Returns (G, m) of each task's prompts, where a prompt whose episodes all failed counts as its task's worst.
@@ -437,6 +507,7 @@ def worst_where_failed(returns, why):
     if np.isnan(returns).all(1).any():
         raise PromptnbError(f"all episodes of a task failed: {why}")
     return np.where(np.isnan(returns), np.nanmin(returns, 1, keepdims=True), returns)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #4aef7178
 @dataclass
@@ -454,6 +525,7 @@ class EnvScore:
         played = self.rollout(prompts, self.run.recipe.tune.score_episodes)
         returns = worst_where_failed(played.means().reshape(prompts.t.shape[:2]), played.why)
         return torch.tensor(returns, dtype=torch.float32, device=self.run.device)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtenv001
 @patch
@@ -473,6 +545,7 @@ def rollout(self: EnvScore, prompts, episodes, apart=False, **options):
     self.calls += 1
     self.env_steps += int(played.lengths.sum())
     return played
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtenv002
 @patch
@@ -498,6 +571,7 @@ def play(self: EnvScore, prompts):
     returns = torch.as_tensor(worst_where_failed(played.returns[:, 0].reshape(shape), played.why), dtype=torch.float32)
     return returns, seen.map(lambda x: x.unflatten(0, shape))
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #704767c4
 def train_demos(run: Run, policy):
     "All trajectories of the train tasks as demonstrations: what a tuner prepares on."
@@ -507,6 +581,7 @@ def train_demos(run: Run, policy):
     store = train_data(p).store
     windows = windows_as(replace(t, demos=0, demo_batch=max(1, t.demo_batch // 2)))
     return on_device(data.demos(histories(store, p), store, **windows, **cut_as(policy, p, run.seed)), run.device)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtprp001
 def prepared_folder(run: Run, tuner) -> Path:
@@ -522,6 +597,7 @@ def prepared_folder(run: Run, tuner) -> Path:
     ]
     return runs_dir() / "prepared" / f"{r.family}.{r.tune.tuner}.{fingerprint(depends)}.s{run.seed}"
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #0050a488
 def prepare(run: Run, tuner, policy) -> float:
     "Let a tuner prepare on the train tasks; returns the seconds that it took, in the process that finished it."
@@ -533,6 +609,7 @@ def prepare(run: Run, tuner, policy) -> float:
         families = (train_demos(run, policy) for _ in range(1))  # read only if there is something to do
         tuner.prepare(policy, families, run.seed, folder)
         return kept(folder / "seconds.json", lambda: dict(seconds=round(time.time() - start, 1)))["seconds"]
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun001
 @dataclass
@@ -551,6 +628,7 @@ class Tuned:
         "The tuning step at which it was played: the last."
         return getattr(self.tuner, "steps", 0)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun002
 def recipe_tuner(run: Run):
     "The tuner of a recipe with its hyper-parameters, and the run's precision where it takes one."
@@ -562,6 +640,7 @@ def recipe_tuner(run: Run):
     more = tuner_class(r.tune.tuner).accepted(precision=precision)
     return make_tuner(r.tune.tuner, **dict(r.tune.hyper), **more)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun003
 def final_assignments(out, t: rc.Tune) -> list:
     "Who plays what at the end; with `per_agent` one game, a prompt row for each agent."
@@ -569,6 +648,7 @@ def final_assignments(out, t: rc.Tune) -> list:
         return out.assignments
     policy = out.assignments[0][0]
     return [(policy, tuple(row for _, row in out.assignments))]
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #d47004fd
 def score_rows(rows):
@@ -582,12 +662,14 @@ def score_rows(rows):
         if w.metric == "success" and fam.agents > 1:
             yield replace(w, metric="score", value=100 * w.value)
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun004
 @patch
 def note(self: Tuned, rows: Rows, metric, value, task=-1, step=None):
     "A row of the tuning itself. task: index of the tuned task (-1: of none)."
     task_id = self.demos.task_ids[task] if task >= 0 else -1
     rows.add(self.step if step is None else step, metric, value, task_id=task_id)
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun005
 @patch
@@ -605,10 +687,12 @@ def rows(self: Tuned) -> list:
         self.note(rows, **fact)
     return rows.rows
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #47045eb6
 def prompt_entries(prompt, digits=4) -> dict:
     "The first prompt (of G) as rounded lists, for a record: {'s', 'a', 'rtg'}."
     return {n: [[round(v, digits) for v in row] for row in getattr(prompt, n)[0].tolist()] for n in ("s", "a", "rtg")}
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun006
 @patch
@@ -616,6 +700,7 @@ def prompts(self: Tuned) -> dict:
     "The first task's prompt before and after tuning."
     after = self.out.assignments[0][0].prompt
     return dict(before=prompt_entries(self.demos.prompt), after=prompt_entries(after))
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun007
 @patch
@@ -629,6 +714,7 @@ def look(self: Tuned) -> dict:
         arrays["goals"] = [goals[i] for i in self.out.look["embedded"].tolist()]
     return arrays
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #38811a5e
 def protocol(r: rc.Recipe) -> dict:
     "How a recipe's policy is prompted and played, in words, for the record."
@@ -641,6 +727,7 @@ def protocol(r: rc.Recipe) -> dict:
         policy="last",
     )
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #c3ca067e
 def floor_of(r: rc.Recipe):
     "Percentage of games won by random legal actions and by the data's behaviour; None where nothing is won."
@@ -652,10 +739,12 @@ def floor_of(r: rc.Recipe):
     won = experts.load_card(fam).get("success")
     return won and dict(random=100 * won["random"], behaviour=100 * won[r.pretrain.quality])
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #a33db7c7
 def tuned_folder(run: Run) -> Path:
     "Where the policy with its tuned prompts lies, for `film`."
     return runs_dir() / "tuned" / run.id
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #99eb6d9c
 def tune(run: Run) -> Path:
@@ -679,6 +768,7 @@ def tune(run: Run) -> Path:
     prompts = plain(tuned.prompts()) if tuner.ENTRIES else {}
     return record_tuned(tuned, seconds, prompts=prompts, spent=spent, counts=dict(trainable=out.trainable, total=total))
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun008
 def play_tuned(run: Run, out):
     "The final episodes of a tuned recipe: (EvalTasks, RolloutResult)."
@@ -688,11 +778,13 @@ def play_tuned(run: Run, out):
     ids = played_tasks(tasks.family(r.family), r.tune)
     return evaluate_policy(run, final_assignments(out, r.tune), ids, r.eval_episodes, seed_for("final"))
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun010
 def policy_remarks(run: Run) -> dict:
     "What the record of a run's pre-training remarks of the data that it was trained on."
     record = sound_record(run.pretraining().path) or {}
     return {k: v for k, v in record.get("remarks", {}).items() if k == CHANGED}
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun009
 def record_tuned(tuned: Tuned, seconds, **more) -> Path:
@@ -714,6 +806,7 @@ def record_tuned(tuned: Tuned, seconds, **more) -> Path:
         **more,
     )
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #b8e3e389
 def size_of(r: rc.Recipe) -> tuple:
     "What the time of a pre-training step depends on: state, action, prompt steps, rows of a batch, and the net."
@@ -726,6 +819,7 @@ def size_of(r: rc.Recipe) -> tuple:
     net = (p.K, p.layers, p.heads, p.width, p.loss_on_prompt, p.precision, p.context)
     return fam.state_dim, fam.act_dim, p.J * p.H * p.prompt, rows, *net
 
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtsec001
 def random_steps(rows, K, S, A) -> Steps:
     "Noise in the shape of training windows: (rows, K, .)."
@@ -734,6 +828,7 @@ def random_steps(rows, K, S, A) -> Steps:
     t = torch.arange(K).expand(rows, K)
     shapes = [(rows, K, n) for n in (S, A, 1)]
     return Steps(*(torch.randn(shape) for shape in shapes), t, torch.ones(rows, K))
+
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #182f64a1
 def step_seconds(r: rc.Recipe, accelerator="auto", limit=3.0) -> float:

@@ -41,10 +41,42 @@ from .job import find_job, lacks, runs_of, stamp
 from .run import run_id
 
 # %% auto #0
-__all__ = ['TEMPLATE', 'PLAIN_NUMBER', 'RESUME', 'GRACE', 'TOLD', 'LIMIT', 'OWNER', 'notebook_parameters', 'as_read', 'typed',
-           'check_values', 'check_parameters', 'quiet_papermill', 'Stopped', 'socket_folder', 'Kernel', 'time_limit',
-           'patient_engine', 'run_notebook', 'execute', 'unfinished', 'possible', 'note_killed', 'judged_job',
-           'owner_name', 'owner_gone', 'stop_without', 'asked_job', 'locked_job', 'stoppable', 'sweep', 'job_command']
+__all__ = [
+    "TEMPLATE",
+    "PLAIN_NUMBER",
+    "SEEDS",
+    "RESUME",
+    "GRACE",
+    "TOLD",
+    "LIMIT",
+    "OWNER",
+    "notebook_parameters",
+    "as_read",
+    "typed",
+    "check_values",
+    "check_parameters",
+    "quiet_papermill",
+    "Stopped",
+    "socket_folder",
+    "Kernel",
+    "time_limit",
+    "patient_engine",
+    "run_notebook",
+    "execute",
+    "unfinished",
+    "possible",
+    "note_killed",
+    "judged_job",
+    "owner_name",
+    "owner_gone",
+    "stop_without",
+    "asked_job",
+    "locked_job",
+    "stoppable",
+    "sweep",
+    "job_command",
+]
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #f3a1d881
 def notebook_parameters(nb_path) -> dict:
@@ -54,6 +86,7 @@ def notebook_parameters(nb_path) -> dict:
         raise PromptnbError(f"{nb_path} has no cell tagged 'parameters'")
     assignments = [n for n in ast.parse("".join(cells[0]["source"])).body if isinstance(n, ast.Assign)]
     return {n.targets[0].id: ast.literal_eval(n.value) for n in assignments}
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar001
 TEMPLATE = "nbs/papers/run.ipynb"  # what computes a job
@@ -73,6 +106,7 @@ def as_read(value):
     is_number = isinstance(read, (int, float, complex)) and not isinstance(read, bool)
     return value if is_number and not PLAIN_NUMBER.fullmatch(value) else read
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar002
 def typed(value, like):
     """`value` with the type of `like`, read from text if need be; None if it has another type.
@@ -84,6 +118,11 @@ def typed(value, like):
     if want is float and type(value) is int:
         value = float(value)
     return value if type(value) is want else None
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkseed01
+SEEDS = 2**32  # how many there are: what every library takes
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar003
 def check_values(given: dict):
@@ -101,6 +140,9 @@ def check_values(given: dict):
     for name, least in (("threads", 1), ("seed", 0)):
         if given.get(name, least) < least:
             raise PromptnbError(f"parameter '{name}' is {given[name]}, but must be at least {least}")
+    if given.get("seed", 0) >= SEEDS:
+        raise PromptnbError(f"parameter 'seed' is {given['seed']}, but must be below {SEEDS:,}")
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #7e9fd63b
 def check_parameters(nb_path, given: dict) -> dict:
@@ -114,6 +156,7 @@ def check_parameters(nb_path, given: dict) -> dict:
     check_values(out)
     return out
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkexe001
 def quiet_papermill():
     "papermill, without the warnings of what it imports and without its own log."
@@ -122,6 +165,7 @@ def quiet_papermill():
     import papermill
 
     return papermill
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop01
 RESUME = 75  # exit status of a job that was told to stop
@@ -134,11 +178,13 @@ TOLD = "told to stop (SIGTERM): the same command goes on from the last checkpoin
 class Stopped(PromptnbError):
     "SIGTERM arrived: the same command goes on from the last checkpoint."
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nksock01
 def socket_folder() -> str:
     "The folder for temporary files; /tmp where its path is long, as those of sockets end at about 100 characters."
     folder = tempfile.gettempdir()
     return "/tmp" if len(folder) > 50 and os.access("/tmp", os.W_OK) else folder
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkker001
 class Kernel:
@@ -152,6 +198,7 @@ class Kernel:
 
     def __exit__(self, *error):
         self.end()
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkker002
 @patch
@@ -171,6 +218,7 @@ def begin(self: Kernel):
     own = KernelSpecManager(kernel_dirs=[])
     self.manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=own, **connection)
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkker003
 @patch
 def end(self: Kernel):
@@ -186,6 +234,7 @@ def end(self: Kernel):
         self.folder.cleanup()
     self.manager = self.client = self.folder = None
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop03
 LIMIT = "PROMPTNB_TIME_LIMIT"  # environment variable: seconds that a cell may take
 
@@ -198,6 +247,7 @@ def time_limit():
     if not given.isdigit() or int(given) < 1:
         raise PromptnbError(f"{LIMIT} is '{given}', but must be a whole number of seconds, at least 1")
     return int(given)
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop02
 def patient_engine(kernel):
@@ -243,6 +293,7 @@ def patient_engine(kernel):
 
     return Engine
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkexe002
 def run_notebook(nb_path, params, out, stream, kernel):
     "Run a notebook into the file `out` in a `Kernel`."
@@ -260,6 +311,7 @@ def run_notebook(nb_path, params, out, stream, kernel):
         engine_name="promptnb",
         **streams,
     )
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #9d349c6c
 def execute(nb_path, given, out, stream=True, kernel=None) -> Path:
@@ -291,6 +343,7 @@ def execute(nb_path, given, out, stream=True, kernel=None) -> Path:
         tmp.unlink(missing_ok=True)
     return out
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkver001
 def unfinished(runs, trouble) -> list:
     "'id (why)' of the runs without a good record; one without any gets a failed record with `trouble`."
@@ -307,6 +360,7 @@ def unfinished(runs, trouble) -> list:
         out.append(f"{run.id} ({read_record(run.failed_path)['why']})")
     return out
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkver002
 def possible(runs) -> list:
     "The runs that can be made here; those that cannot are named. PromptnbError where there is none."
@@ -319,6 +373,7 @@ def possible(runs) -> list:
         raise PromptnbError(f"{runs[0].id} {reasons[runs[0].id]}")
     return out
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkver004
 def note_killed(paper, scale):
     "The failed records of a paper's jobs whose process was killed: nobody else is left to write them."
@@ -330,6 +385,7 @@ def note_killed(paper, scale):
             why = f"its process, {who}, was killed: the same command goes on from the last checkpoint"
             unfinished(runs_of(job, scale, int(seed)), why)
             (folder / ".holder").unlink(missing_ok=True)
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #e0ba4909
 def judged_job(job: rc.Job, given, work):
@@ -350,6 +406,7 @@ def judged_job(job: rc.Job, given, work):
         raise PromptnbError(f"{len(missing)} of {len(runs)} runs of {job.id} failed: {missing[0]}")
     write_json(stamp(job, seed, scale), {run.id: read_record(run.path)["status"] for run in runs})
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkown001
 OWNER = "PROMPTNB_OWNER"  # environment variable of jobs: 'host pid time of start' of the run that started them
 
@@ -362,6 +419,7 @@ def owner_name(pid=None) -> str:
 
     process = psutil.Process(pid)
     return f"{platform.node()} {process.pid} {process.create_time():.2f}"
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkown002
 def owner_gone(name) -> bool:
@@ -378,6 +436,7 @@ def owner_gone(name) -> bool:
     except psutil.NoSuchProcess:
         return True
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkown004
 def stop_without(name, every=1.0):
     "A thread that sends SIGTERM to this process once the owner of that name has ended."
@@ -391,13 +450,15 @@ def stop_without(name, every=1.0):
 
     threading.Thread(target=watch, daemon=True).start()
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkjob001
 def asked_job(word, seed):
     "'id' or 'id@seed' -> (job, its seed)."
     id, at, own = word.partition("@")
-    if at and not own.isdigit():
-        raise PromptnbError(f"'{word}' has no seed behind its @: a whole number, 0 or more")
+    if at and not (own.isdecimal() and own.isascii() and int(own) < SEEDS):
+        raise PromptnbError(f"'{word}' has no seed behind its @: a whole number, 0 or more and below {SEEDS:,}")
     return find_job(id), int(own) if at else seed
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkjob002
 def locked_job(job: rc.Job, given, kernel, wait):
@@ -409,6 +470,7 @@ def locked_job(job: rc.Job, given, kernel, wait):
 
     with run_lock(runs_dir() / "locks" / name, wait=wait):
         judged_job(job, given, work)
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop04
 @contextlib.contextmanager
@@ -424,12 +486,14 @@ def stoppable():
     finally:
         signal.signal(signal.SIGTERM, before)
 
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nksweep1
 def sweep():
     "Remove what killed processes have left under temporary names, in the system's folder and in the data's."
     swept(socket_folder())
     for folder, _, _ in os.walk(data_dir()):
         swept(folder)
+
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #51d5c61b
 def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):

@@ -41,10 +41,40 @@ from .run import Rows, Run, TrainData, failed_episodes, relative, stored
 from ..train import FitConfig, autocast, fit, optimiser, pick_device, precision_of, step_once
 
 # %% auto #0
-__all__ = ['TRUNKS', 'trunk_of', 'corpus_options', 'sha256_of_tokens', 'kept_tokens', 'own_tokens', 'hub_tokens', 'text_of',
-           'offline_data', 'new_lamo', 'new_learner', 'counted', 'sampler_of', 'play', 'language_loss', 'Curve',
-           'Failures', 'failures', 'own_references', 'scores', 'd4rl', 'curve_rows', 'rows_of', 'text_facts',
-           'fit_config', 'train', 'measures', 'noise_store', 'rehearsal', 'size_of', 'step_seconds']
+__all__ = [
+    "TRUNKS",
+    "trunk_of",
+    "corpus_options",
+    "sha256_of_tokens",
+    "kept_tokens",
+    "own_tokens",
+    "hub_tokens",
+    "text_of",
+    "offline_data",
+    "new_lamo",
+    "new_learner",
+    "counted",
+    "sampler_of",
+    "play",
+    "language_loss",
+    "Curve",
+    "Failures",
+    "failures",
+    "own_references",
+    "scores",
+    "d4rl",
+    "curve_rows",
+    "rows_of",
+    "text_facts",
+    "fit_config",
+    "train",
+    "measures",
+    "noise_store",
+    "rehearsal",
+    "size_of",
+    "step_seconds",
+]
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #05ef32f0
 def trunk_of(t: rc.Text, device="cpu"):
@@ -68,6 +98,7 @@ def trunk_of(t: rc.Text, device="cpu"):
     with run_lock(runs_dir() / "lm" / f"making-{t.kind}-{rc.digest(t)}", wait=-1):
         return pretrain_lm(t.kind, fit, config, **shape, **size, **corpus_options(t))
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #offcor01
 def corpus_options(t: rc.Text) -> dict:
     "Options of `models.lm.corpus`: how many sequences of a synthetic text, which words, files and order of English."
@@ -76,10 +107,12 @@ def corpus_options(t: rc.Text) -> dict:
     own = dict(vocab=t.vocab, files=t.files or None)
     return own | dict(block=t.block) if t.kind == "shuffled" else own
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #7f5af860
 def sha256_of_tokens(t) -> str:
     "Hash of the tokens to train on and of those held out."
     return "".join(hashlib.sha256(t[k].numpy().data).hexdigest() for k in ("train", "held"))
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #ad29f6e2
 def kept_tokens(path, of_what):
@@ -88,6 +121,7 @@ def kept_tokens(path, of_what):
         tokens, meta = {k: f.get_tensor(k) for k in ("train", "held")}, f.metadata() or {}
         if meta.get("of") == of_what and meta.get("sha256") == sha256_of_tokens(tokens):
             return tokens
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offtok01
 def own_tokens(t: rc.Text):
@@ -105,6 +139,7 @@ def own_tokens(t: rc.Text):
         write_atomic(path, save(found, dict(of=of_what, sha256=sha256_of_tokens(found))))
     return found
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #offtok02
 def hub_tokens(t: rc.Text):
     "Docstrings as a Hub model's tokens, {'train', 'held'}: one row each, a twentieth held out."
@@ -119,12 +154,14 @@ def hub_tokens(t: rc.Text):
     cut = -ids.shape[1] // 20
     return dict(train=ids[:, :cut], held=ids[:, cut:])
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #cf3557de
 @functools.lru_cache(maxsize=4)
 def text_of(t: rc.Text):
     "(tokens to co-train on, tokens held out), each (rows, tokens): in the language that the trunk has read."
     tokens = own_tokens(t) if t.kind in rc.CORPORA else hub_tokens(t)
     return tokens["train"], tokens["held"]
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #0501b7fe
 def offline_data(r: rc.Recipe) -> TrainData:
@@ -138,8 +175,10 @@ def offline_data(r: rc.Recipe) -> TrainData:
         store, drawn = data.subset(store, keep), [drawn[i] for i in keep]
     return TrainData(store, data.state_stats(store), every.hashes, drawn)
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #17a667d7
 TRUNKS = ("lamo", "pixel-lamo")  # learners with a language model's trunk
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offlrn01
 def new_lamo(run: Run, trunk, longest):
@@ -156,6 +195,7 @@ def new_lamo(run: Run, trunk, longest):
     if x.learner == "lamo":
         return LamoPolicy(config, x.K, fam.rtg_scale)
     return PixelLamo(config, x.K, fam.rtg_scale, frames=list(fam.frames))
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #996b1fee
 def new_learner(run: Run, stats, trunk="", longest=0):
@@ -174,12 +214,14 @@ def new_learner(run: Run, stats, trunk="", longest=0):
     out.mean, out.std = stats
     return out
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #1c426821
 def counted(policy) -> dict:
     "Parameters as measured: all, those that train, LoRA's."
     from promptnb.models.lm import counts
 
     return counts(policy)
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #3bc18202
 def sampler_of(run: Run, d: TrainData):
@@ -196,6 +238,7 @@ def sampler_of(run: Run, d: TrainData):
         return windows
     stream = text_of(x.text)[0]
     return WithText(windows, stream, x.seqs, min(x.tokens, stream.shape[1]), draws["seed"], run.device)
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #d9af3fa5
 def play(run: Run, policy):
@@ -219,6 +262,7 @@ def play(run: Run, policy):
         means[f"{target:g}"] = (float(ret), float(lengths[~failed].mean()) if not failed.all() else np.nan)
     return means, played
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #5a5a50c8
 def language_loss(run: Run, policy):
     "Nats per token on held-out text; None for a policy that has read none, or that has no head that says words."
@@ -230,6 +274,7 @@ def language_loss(run: Run, policy):
     loss = held_loss(policy.lm, text_of(x.text)[1], x.tokens, batches=4, seqs=8, device=run.device)
     policy.train()
     return loss
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offlok01
 @dataclass
@@ -243,6 +288,7 @@ class Curve:
     def before(self) -> dict:
         "The evaluation at step 0, made once."
         return kept(self.folder / "before.json", lambda: self.point(0))
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offlok02
 @patch
@@ -261,6 +307,7 @@ def point(self: Curve, step):
     append_jsonl(self.folder / "metrics.jsonl", dict(seen, step=step))  # for who watches
     return seen
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #offlok03
 @dataclass(frozen=True)
 class Failures:
@@ -271,11 +318,13 @@ class Failures:
     why: str
     lost: int  # evaluations of a target that have no other episode
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #offlok05
 def failures(seen) -> Failures:
     "Of evaluations {step: what `Curve.point` gives}."
     failed, of, why, lost = zip(*(m["failed"] for m in seen.values()), strict=True)
     return Failures(sum(failed), sum(of), next(filter(None, why), ""), sum(lost))
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #98392260
 def own_references(fam):
@@ -285,6 +334,7 @@ def own_references(fam):
     with contextlib.suppress(PromptnbError, KeyError):
         card = experts.load_card(fam)
         return card["random_mean_return"], card["expert_mean_return"]
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #53d0e6f3
 def scores(points, x: rc.Offline, fam, steps) -> dict:
@@ -306,10 +356,12 @@ def scores(points, x: rc.Offline, fam, steps) -> dict:
         out["own_score"] = float(tasks.normalised(mean[best], own))
     return out
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #offscr01
 def d4rl(fam, value) -> float:
     "A return as D4RL's normalised score: 0 is random, 100 the expert."
     return float(tasks.normalised(value, fam.references))
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offrow01
 def curve_rows(rows: Rows, r: rc.Recipe, seen):
@@ -327,6 +379,7 @@ def curve_rows(rows: Rows, r: rc.Recipe, seen):
         if m["lm"] is not None:
             rows.add(step, "lm_loss", m["lm"], 0, fam.test[0])
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #21f748e1
 def rows_of(run: Run, seen, log, trainable) -> list:
     "The rows of a finished training: its curve, the training loss, and the scores at the end."
@@ -340,6 +393,7 @@ def rows_of(run: Run, seen, log, trainable) -> list:
         rows.add(r.offline.steps, metric, value, r.eval_episodes, fam.test[0])
     return rows.rows
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #4144aa99
 def text_facts(trunk, t: rc.Text):
     "What is known of a pre-trained trunk: kind, losses, entropy, sizes; None without text."
@@ -350,6 +404,7 @@ def text_facts(trunk, t: rc.Text):
         return dict(kind=t.kind)
     known = read_json(path)
     return dict(kind=t.kind, steps=t.steps, **{k: known[k] for k in ("held", "entropy", "uniform", "losses")})
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offtrn01
 def fit_config(run: Run) -> FitConfig:
@@ -367,6 +422,7 @@ def fit_config(run: Run) -> FitConfig:
         log_every=max(1, x.steps // 20),
         eps=x.eps,
     )
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #ff38930f
 def train(run: Run) -> Path:
@@ -403,6 +459,7 @@ def train(run: Run) -> Path:
         **measures(r),
     )
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #offtrn02
 def measures(r: rc.Recipe) -> dict:
     "How an offline recipe is measured, for the record: references and protocol."
@@ -411,6 +468,7 @@ def measures(r: rc.Recipe) -> dict:
         references=dict(d4rl=fam.references, own=own_references(fam)),
         protocol=dict(targets=x.targets, episodes=r.eval_episodes, last=x.last),
     )
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #a820e814
 def noise_store(fam, steps=64):
@@ -426,6 +484,7 @@ def noise_store(fam, steps=64):
         a = torch.rand(*n, fam.act_dim) * 2 - 1
     return data.Store(s, a, torch.randn(n), torch.randn(n), torch.tensor([steps]), torch.tensor([fam.test[0]]))
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #offsec01
 def rehearsal(r: rc.Recipe) -> rc.Recipe:
     "A recipe whose steps can be timed: with a trunk two rows a batch, a new trunk of the text's shape, no text."
@@ -437,11 +496,13 @@ def rehearsal(r: rc.Recipe) -> rc.Recipe:
         shape |= {k: getattr(x.text, k) for k in ("layers", "heads", "width", "activation", "vocab")}
     return replace(r, offline=replace(x, batch=min(2, x.batch), model=tuple({**dict(x.model), **shape}.items())))
 
+
 # %% ../../nbs/10b_experiments.offline.ipynb #offsec02
 def size_of(r: rc.Recipe) -> tuple:
     "What the time of a training step depends on: equal ones are measured once."
     x, fam = r.offline, tasks.family(r.family)
     return fam.state_dim, fam.act_dim, x.K, x.batch, x.learner, x.model, x.text, x.precision
+
 
 # %% ../../nbs/10b_experiments.offline.ipynb #0398a177
 def step_seconds(r: rc.Recipe, accelerator="auto") -> float:

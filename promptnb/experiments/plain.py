@@ -17,16 +17,19 @@ from .notebook import Stopped, asked_job, check_values, judged_job
 from .run import run_id
 
 # %% auto #0
-__all__ = ['TimeUp', 'lead', 'ending', 'plain_job', 'left_over', 'plain_jobs']
+__all__ = ["TimeUp", "lead", "ending", "plain_job", "left_over", "plain_jobs"]
+
 
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0002
 class TimeUp(BaseException):
     "SIGTERM arrived where nothing else was waiting for it. Not an Exception: no run must take it for its own failure."
 
+
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0003
 def lead(seconds) -> float:
     "How long before the end work is told to stop: a tenth of the time, at most 30 s, which checkpoints may take."
     return min(30.0, seconds / 10)
+
 
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0004
 @contextlib.contextmanager
@@ -54,6 +57,7 @@ def ending(minutes=None):
             clock.cancel()
         signal.signal(signal.SIGTERM, before)
 
+
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0007
 def plain_job(job: rc.Job, given):
     "One job, held against a second process on it, in this process; judged by its records."
@@ -65,6 +69,7 @@ def plain_job(job: rc.Job, given):
     with run_lock(runs_dir() / "locks" / name):
         judged_job(job, given, work)
 
+
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0008
 def left_over(todo) -> list:
     "Lines on the jobs [(job, parameters)] that still have runs to do."
@@ -75,6 +80,7 @@ def left_over(todo) -> list:
         if left:
             lines.append(f"left: {job.id}@{given['seed']}: {left} of {len(runs)} runs")
     return lines
+
 
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0009
 def plain_jobs(words, seed=0, scale="laptop", accelerator="auto", threads=1, minutes=None):

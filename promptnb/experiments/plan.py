@@ -30,9 +30,31 @@ from .job import job_recipes, lacks, runs_of, stamp
 from .run import Run
 
 # %% auto #0
-__all__ = ['SHORT', 'ENOUGH', 'Request', 'chosen', 'within_means', 'named', 'Task', 'is_finished', 'tasks_of', 'Rule',
-           'data_needs', 'relative_to_root', 'Collection', 'program', 'collections', 'spelt', 'batches', 'batch_rule',
-           'inputs_of', 'plan', 'drop_stamps', 'write_plan']
+__all__ = [
+    "SHORT",
+    "ENOUGH",
+    "Request",
+    "chosen",
+    "within_means",
+    "named",
+    "Task",
+    "is_finished",
+    "tasks_of",
+    "Rule",
+    "data_needs",
+    "relative_to_root",
+    "Collection",
+    "program",
+    "collections",
+    "spelt",
+    "batches",
+    "batch_rule",
+    "inputs_of",
+    "plan",
+    "drop_stamps",
+    "write_plan",
+]
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plreq001
 @dataclass(frozen=True)
@@ -51,6 +73,7 @@ class Request:
         "The papers that it is about."
         return tuple(rc.PAPERS) if self.paper == "all" else (self.paper,)
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #c463fca1
 def chosen(paper, exhibit_ids=(), scale=None) -> list:
     "The runnable exhibits asked for; one that cannot be made, or not at this scale, is refused."
@@ -66,6 +89,7 @@ def chosen(paper, exhibit_ids=(), scale=None) -> list:
     makeable = [e for e in every.values() if not e.unknown and rc.run_at(e, scale)]
     return [e for e in makeable if (e.id in exhibit_ids if exhibit_ids else not e.asked)]
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plrecip1
 @patch
 def recipes(self: Request) -> list:
@@ -74,6 +98,7 @@ def recipes(self: Request) -> list:
     for e in (e for paper in self.papers for e in chosen(paper, self.exhibits, self.scale)):
         out += [r for r in rc.recipes_of(e, self.scale) if not self.families or r.family in self.families]
     return [r for r in rc.unique(out) if r.id not in self.without]
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plwant01
 @patch
@@ -91,6 +116,7 @@ def jobs(self: Request) -> list:
             owners.add(job.id)
     return [job for job in every if job.id in owners]
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plwant02
 @patch
 def work(self: Request) -> list:
@@ -100,6 +126,7 @@ def work(self: Request) -> list:
         seeds = job_recipes(job, self.scale)[0].seeds if self.seeds is None else self.seeds
         out += [(job, seed) for seed in seeds]
     return out
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plreach1
 def within_means(request: Request) -> Request:
@@ -117,6 +144,7 @@ def within_means(request: Request) -> Request:
         print(f"left out: {named(arms)} ({reason})", file=sys.stderr)
     return replace(request, without=frozenset(reasons))
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plreach2
 def named(recipes, most=12) -> str:
     "Recipes by family and method; of a family with many, how many."
@@ -125,6 +153,7 @@ def named(recipes, most=12) -> str:
         methods.setdefault(r.family, {}).setdefault(r.method)
     many = {family: f"{len(found)} methods" for family, found in methods.items() if len(found) > most}
     return "; ".join(f"{family}: {many.get(family) or ', '.join(found)}" for family, found in methods.items())
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #pltask01
 @dataclass(frozen=True)
@@ -147,6 +176,7 @@ class Task:
         "How `promptnb job` is told of it."
         return f"{self.job.id}@{self.seed}"
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #pltask02
 def is_finished(run: Run) -> bool:
     "Is there a good, current record of a run?"
@@ -161,6 +191,7 @@ def tasks_of(request: Request, done=is_finished) -> list:
         out.append(Task(job, seed, request.scale, runs, tuple(run for run in runs if not done(run))))
     return out
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #6765a066
 @dataclass(frozen=True)
 class Rule:
@@ -173,6 +204,7 @@ class Rule:
     threads: int = 1
     resources: dict = field(default_factory=dict)  # what its job asks of a cluster
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #e697728e
 def data_needs(r: rc.Recipe) -> set:
     "The (quality, episodes) pairs of its family's datasets that a resolved recipe reads."
@@ -184,10 +216,12 @@ def data_needs(r: rc.Recipe) -> set:
     contexts = p.context.qualities if p.context and p.H else ()
     return {(quality, p.episodes) for quality in (p.quality, t.demo_quality, t.prompt_data, *contexts)}
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol001
 def relative_to_root(path) -> str:
     "A path as Snakemake names it."
     return os.path.relpath(path, root())
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol002
 @dataclass
@@ -211,6 +245,7 @@ class Collection:
         name = f"{self.scale}.{self.family}.{'-'.join(self.qualities)}.json"
         return relative_to_root(runs_dir() / "collect" / graph / name)
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol006
 @patch
 def is_there(self: Collection) -> bool:
@@ -232,10 +267,12 @@ def is_there(self: Collection) -> bool:
                 return False
     return True
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol003
 def program() -> str:
     "What the rules call, as a shell reads it: this interpreter, whatever its path holds."
     return f"{shlex.quote(sys.executable)} -m promptnb.cli"
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol004
 @patch
@@ -246,6 +283,7 @@ def rule(self: Collection) -> Rule:
     command = f"{program()} collect --family {self.family} {qualities} --episodes {episodes} --stamp {self.stamp}"
     name = f"collect_{self.family}".replace("-", "_")
     return Rule(name, [], [self.stamp], command)
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol005
 def collections(jobs, scale) -> dict:
@@ -258,10 +296,12 @@ def collections(jobs, scale) -> dict:
             collection.papers.add(r.paper)
     return out
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #pljob002
 def spelt(*parts) -> str:
     "Parts of a name as Snakemake takes it for a rule."
     return "_".join(p for p in parts if p).replace("-", "_").replace(".", "_")
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat001
 SHORT, ENOUGH = 30, 90  # seconds
@@ -286,6 +326,7 @@ def batches(tasks, seconds, share=(SHORT, ENOUGH)) -> list:
         open_batches[where] = batch, total + took
     return out
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat002
 def batch_rule(batch, number, inputs, accelerator, asks) -> Rule:
     "The rule of the tasks of one process. asks: of the runs of a job, its resources."
@@ -299,6 +340,7 @@ def batch_rule(batch, number, inputs, accelerator, asks) -> Rule:
     needs = sorted({i for task in batch for i in inputs[task.stamp]} - set(outputs))
     resources = asks([run for task in batch for run in task.left])
     return Rule(name, needs, outputs, command, resources=resources)
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat003
 def inputs_of(tasks, collected) -> dict:
@@ -322,6 +364,7 @@ def inputs_of(tasks, collected) -> dict:
             ]
     return out
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #5a05838b
 def plan(
     request: Request,
@@ -342,11 +385,13 @@ def plan(
     rules = [replace(c.rule(), resources=asks([])) for c in missing.values()]
     return rules + [batch_rule(b, i, inputs, accelerator, asks) for i, b in enumerate(batches(left, seconds, share))]
 
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plstamp1
 def drop_stamps(rules):
     "Remove the stamps of what rules will do again."
     for name in (name for rule in rules for name in rule.outputs):
         (root() / name).unlink(missing_ok=True)
+
 
 # %% ../../nbs/10f_experiments.plan.ipynb #413c9f89
 def write_plan(rules, dry=False) -> Path:

@@ -24,7 +24,7 @@ from promptnb.core import (
 from .run import RETRAIN, Run
 
 # %% auto #0
-__all__ = ['LIMIT', 'NEEDS', 'packed_path', 'shipped_card', 'halved', 'pack', 'unpack']
+__all__ = ["LIMIT", "NEEDS", "packed_path", "shipped_card", "halved", "pack", "unpack"]
 
 # %% ../../nbs/10l_experiments.policies.ipynb #pol00005
 LIMIT = 2_000_000  # bytes of a file that ships
@@ -36,6 +36,7 @@ def packed_path(run: Run) -> Path:
     p = run.recipe.pretrain
     return data_dir() / "policies" / f"{p.family}.{p.name}-{run.digest}.s{run.seed}.safetensors"
 
+
 # %% ../../nbs/10l_experiments.policies.ipynb #pol00006
 def shipped_card(run: Run):
     "The card of the policy that ships for a pre-training; None where none does, or where policies are to be retrained."
@@ -45,6 +46,7 @@ def shipped_card(run: Run):
     card = read_sealed(path, NEEDS)
     return card if (card["recipe_digest"], card["facts"]) == (run.digest, run.facts) else None
 
+
 # %% ../../nbs/10l_experiments.policies.ipynb #pol00007
 def halved(tensors) -> dict:
     "The weights of the model as float16; all else as it is."
@@ -52,6 +54,7 @@ def halved(tensors) -> dict:
 
     wide = {k for k, v in tensors.items() if k.startswith("model.") and v.dtype == torch.float32}
     return {k: v.half().contiguous() if k in wide else v.contiguous() for k, v in tensors.items()}
+
 
 # %% ../../nbs/10l_experiments.policies.ipynb #pol00008
 def pack(run: Run) -> Path:
@@ -73,6 +76,7 @@ def pack(run: Run) -> Path:
     config = read_json(folder / "config.json")
     write_sealed(path.with_suffix(".json"), dict(card, pretrain=pretrain, config=config, weights=sha256_file(path)))
     return path
+
 
 # %% ../../nbs/10l_experiments.policies.ipynb #pol00010
 def unpack(run: Run, folder) -> dict:

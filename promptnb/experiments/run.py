@@ -33,14 +33,34 @@ from promptnb.core import (
 )
 
 # %% auto #0
-__all__ = ['COMMON', 'CHANGED', 'FAILED', 'ACCEPTED', 'RETRAIN', 'run_id', 'Run', 'Rows', 'tuner_modules', 'learner_modules',
-           'guide_modules', 'relative', 'record_path', 'provenance', 'failed_episodes', 'accepted', 'changed_data',
-           'stored', 'TrainData']
+__all__ = [
+    "COMMON",
+    "CHANGED",
+    "FAILED",
+    "ACCEPTED",
+    "RETRAIN",
+    "run_id",
+    "Run",
+    "Rows",
+    "tuner_modules",
+    "learner_modules",
+    "guide_modules",
+    "relative",
+    "record_path",
+    "provenance",
+    "failed_episodes",
+    "accepted",
+    "changed_data",
+    "stored",
+    "TrainData",
+]
+
 
 # %% ../../nbs/10_experiments.run.ipynb #567b1234
 def run_id(name, scale, seed) -> str:
     "The id of a run or a job: scale, name, seed; it is also a file's name."
     return f"{scale}.{name.replace('/', '.')}.s{seed}"
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runrun01
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class Run:
     def __repr__(self):
         return f"Run({self.id}, {self.kind}, {self.recipe.method})"
 
+
 # %% ../../nbs/10_experiments.run.ipynb #runknd01
 @patch(as_prop=True)
 def kind(self: Run) -> str:
@@ -67,11 +88,13 @@ def kind(self: Run) -> str:
         return "offline"
     return "pretrain" if self.policy else "tune"
 
+
 # %% ../../nbs/10_experiments.run.ipynb #rundig01
 @patch(as_prop=True)
 def digest(self: Run) -> str:
     "Fingerprint of what it computes: of the pre-training alone, where it trains a policy that recipes share."
     return rc.digest(self.recipe.pretrain if self.policy else self.recipe)
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runid001
 @patch(as_prop=True)
@@ -80,6 +103,7 @@ def id(self: Run) -> str:
     r, p = self.recipe, self.recipe.pretrain
     name = f"pretrain/{p.family}/{p.name}-{self.digest}" if self.policy else f"{r.family}/{r.key}"
     return run_id(name, self.scale, self.seed)
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runpol01
 @patch
@@ -90,6 +114,7 @@ def pretraining(self: Run) -> Run:
     p = self.recipe.pretrain
     bare = rc.Recipe(self.recipe.paper, p.family, p.name, p.name, p, seeds=())
     return replace(self, recipe=bare, policy=True)
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runcol01
 @patch
@@ -107,6 +132,7 @@ def columns(self: Run, trainable, env_steps=0) -> dict:
         run_id=self.id,
     )
 
+
 # %% ../../nbs/10_experiments.run.ipynb #runrow01
 @dataclass
 class Rows:
@@ -120,8 +146,10 @@ class Rows:
         row = Row(task_id=task_id, step=step, metric=metric, value=value, n_episodes=n_episodes, **self.shared)
         self.rows.append(row)
 
+
 # %% ../../nbs/10_experiments.run.ipynb #6a133869
 COMMON = ("core", "data", "models/dt", "train", "evaluate")  # of any policy that is trained on data and plays
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runmod01
 def tuner_modules(r: rc.Recipe) -> list:
@@ -132,12 +160,14 @@ def tuner_modules(r: rc.Recipe) -> list:
     ours = name.startswith("promptnb.")
     return sorted({"tuners/core", name.removeprefix("promptnb.").replace(".", "/") if ours else f":{name}"})
 
+
 # %% ../../nbs/10_experiments.run.ipynb #runmod02
 def learner_modules(r: rc.Recipe, fam) -> list:
     "The modules of an offline recipe's learner: a trunk, with an eye where states are pictures, or a baseline."
     if "lamo" not in r.offline.learner:
         return ["experiments/offline", "models/value"]
     return ["experiments/offline", "models/lm"] + (["models/pixels"] if fam.frames else [])
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runmod03
 def guide_modules(r: rc.Recipe) -> list:
@@ -148,6 +178,7 @@ def guide_modules(r: rc.Recipe) -> list:
     if r.online.guide in ("decision", "adapter"):
         modules += ["llm/adapter"]
     return modules
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runmod04
 @patch(as_prop=True)
@@ -169,11 +200,13 @@ def modules(self: Run) -> list:
         own.append("captured")  # on a CPU it makes no number
     return [*COMMON, *own, *tasks.code_modules(fam)]
 
+
 # %% ../../nbs/10_experiments.run.ipynb #runcod01
 @patch(as_prop=True)
 def code(self: Run) -> dict:
     "The code that the run depends on, as a record holds it: modules and their fingerprint."
     return dict(modules=self.modules, fingerprint=code_fingerprint(*self.modules))
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runfac01
 @patch(as_prop=True)
@@ -184,6 +217,7 @@ def facts(self: Run) -> str:
     from promptnb import tasks
 
     return tasks.facts(self.recipe.family)
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runfol01
 @patch
@@ -198,16 +232,19 @@ def folder(self: Run, hashes=()) -> Path:
     depends = [self.digest, hashes, self.code["fingerprint"], self.facts, where(self.device)]
     return runs_dir() / what / f"{name}.{fingerprint(depends)}{f'.s{self.seed}' if self.policy else ''}"
 
+
 # %% ../../nbs/10_experiments.run.ipynb #runfol02
 def relative(path) -> str:
     "A path as a record names it: relative to the workbook where it lies in it."
     path = Path(path)
     return str(path.relative_to(root()) if path.is_relative_to(root()) else path)
 
+
 # %% ../../nbs/10_experiments.run.ipynb #ae0cb20a
 def record_path(paper, id) -> Path:
     "Where the record of a run lies."
     return results_dir(paper) / f"{id}.json"
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runpat01
 @patch(as_prop=True)
@@ -215,11 +252,13 @@ def path(self: Run) -> Path:
     "Its record's file."
     return record_path(self.recipe.paper, self.id)
 
+
 # %% ../../nbs/10_experiments.run.ipynb #runpat02
 @patch(as_prop=True)
 def failed_path(self: Run) -> Path:
     "The file that says why it failed."
     return record_path(self.recipe.paper, f"{self.id}.failed")
+
 
 # %% ../../nbs/10_experiments.run.ipynb #b4d9dcea
 def provenance(device="cpu") -> dict:
@@ -243,6 +282,7 @@ def provenance(device="cpu") -> dict:
         **{p: version(p) for p in ("gymnasium", "mujoco", "minari")},
     )
 
+
 # %% ../../nbs/10_experiments.run.ipynb #runrem01
 CHANGED, FAILED = "on changed data", "with failed episodes"  # remarks: runs that are ...
 
@@ -250,6 +290,7 @@ CHANGED, FAILED = "on changed data", "with failed episodes"  # remarks: runs tha
 def failed_episodes(failed, of, why) -> dict:
     "The remark of a run in which `failed` of so many episodes failed; {} if none did."
     return {FAILED: f"{failed} of {of}: {why}"} if failed else {}
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runrem02
 ACCEPTED = {}  # hash -> dataset, of those that were taken though they are not the manifest's
@@ -259,6 +300,7 @@ def accepted(hashes) -> dict:
     "The remark of a run that read data with these hashes; {} if all are the manifest's."
     ids = sorted({ACCEPTED[h] for h in hashes if h in ACCEPTED})
     return {CHANGED: ", ".join(ids)} if ids else {}
+
 
 # %% ../../nbs/10_experiments.run.ipynb #d027d1c5
 @patch
@@ -289,8 +331,10 @@ def record(self: Run, status, rows=(), why="", seconds=0.0, remarks=(), **more) 
         self.failed_path.unlink(missing_ok=True)
     return path
 
+
 # %% ../../nbs/10_experiments.run.ipynb #runretr1
 RETRAIN = "PROMPTNB_RETRAIN"  # environment variable: 1 trains policies here, although they ship
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runcard1
 @patch
@@ -306,6 +350,7 @@ def card(self: Run, rows) -> dict:
     family = getattr(r.pretrain, "family", r.family) if self.policy else r.family
     return dict(environment=family, recipe=r.id, metrics=metrics, notes=notes)
 
+
 # %% ../../nbs/10_experiments.run.ipynb #4e4b92a9
 @patch(as_prop=True)
 def finished(self: Run) -> bool:
@@ -315,6 +360,7 @@ def finished(self: Run) -> bool:
         return False
     again = os.environ.get(RETRAIN) == "1" and record.get("shipped")
     return not again and is_current(record, self.digest, self.facts)
+
 
 # %% ../../nbs/10_experiments.run.ipynb #runchg01
 def changed_data(family, quality, task_ids, episodes):
@@ -330,6 +376,7 @@ def changed_data(family, quality, task_ids, episodes):
             ACCEPTED[sha256] = id_
             print(f"{id_} is taken as it is, though it is not the manifest's", file=sys.stderr, flush=True)
     return store
+
 
 # %% ../../nbs/10_experiments.run.ipynb #363b9d27
 @functools.lru_cache(maxsize=4)
@@ -347,6 +394,7 @@ def stored(family, quality, task_ids, episodes):
             return changed_data(family, quality, task_ids, episodes)
         collect.repair(family, quality, episodes, task_ids)
         return data.load(family, quality, task_ids, episodes)
+
 
 # %% ../../nbs/10_experiments.run.ipynb #rundat01
 @dataclass(frozen=True)

@@ -47,12 +47,57 @@ from promptnb.llm import (
 from .backends import LOW, Local, Rules, weights_version
 
 # %% auto #0
-__all__ = ['VITALS', 'GOODS', 'TOOLS', 'SEEN', 'MADE', 'MOVES', 'HABIT', 'ROLES', 'TEMPLATE', 'TARGETS', 'pick', 'unlock',
-           'random_scene', 'random_scenes', 'evident', 'rule_goals', 'analysis', 'named_goals', 'Teacher', 'teach',
-           'token_ids', 'in_markup_again', 'encoded', 'goal_splitter', 'tiny_tokenizer', 'once', 'own_random', 'Tiny',
-           'new_llama', 'padded', 'reply_loss', 'copying_rows', 'learn', 'reply_quality', 'make_tiny', 'tiny', 'gain',
-           'shares', 'repeats', 'sft_rows', 'split', 'SFT', 'four_bits', 'load_lm', 'sft_config', 'trainer', 'merged',
-           'fit_lora', 'tune']
+__all__ = [
+    "VITALS",
+    "GOODS",
+    "TOOLS",
+    "SEEN",
+    "MADE",
+    "MOVES",
+    "HABIT",
+    "ROLES",
+    "TEMPLATE",
+    "TARGETS",
+    "pick",
+    "unlock",
+    "random_scene",
+    "random_scenes",
+    "evident",
+    "rule_goals",
+    "analysis",
+    "named_goals",
+    "Teacher",
+    "teach",
+    "token_ids",
+    "in_markup_again",
+    "encoded",
+    "goal_splitter",
+    "tiny_tokenizer",
+    "once",
+    "own_random",
+    "Tiny",
+    "new_llama",
+    "padded",
+    "reply_loss",
+    "copying_rows",
+    "learn",
+    "reply_quality",
+    "make_tiny",
+    "tiny",
+    "gain",
+    "shares",
+    "repeats",
+    "sft_rows",
+    "split",
+    "SFT",
+    "four_bits",
+    "load_lm",
+    "sft_config",
+    "trainer",
+    "merged",
+    "fit_lora",
+    "tune",
+]
 
 # %% ../../nbs/07b_llm.adapter.ipynb #717927ca
 VITALS = ("health", "food", "drink", "energy")
@@ -80,10 +125,12 @@ SEEN = dict(  # kind of thing -> how often it is in view
 MADE = dict(table="place_table", furnace="place_furnace", plant="place_plant")  # seen only once it is placed
 MOVES = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #7ef298f5
 def pick(rng, names):
     "One of the names, each equally likely."
     return names[int(rng.integers(len(names)))]
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #c244e817
 def unlock(rng, n) -> tuple:
@@ -93,6 +140,7 @@ def unlock(rng, n) -> tuple:
         open_ = [a for a, needs in PARENTS.items() if a not in done and set(needs) <= set(done)]
         done.append(pick(rng, open_))
     return tuple(done)
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a1scen01
 def random_scene(rng, env=0) -> dict:
@@ -115,11 +163,13 @@ def random_scene(rng, env=0) -> dict:
         fresh=not done,
     )
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #7be790cb
 def random_scenes(n, seed=0) -> list:
     "n made-up scenes, the same on every machine."
     rng = rng_for("scenes", seed)
     return [random_scene(rng, env) for env in range(n)]
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a85f62d7
 def evident(scene) -> tuple:
@@ -132,14 +182,17 @@ def evident(scene) -> tuple:
         done += [parent for parent in PARENTS[achievement] if parent not in done]
     return tuple(dict.fromkeys(done))
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #1551690f
 def rule_goals(scenes) -> list:
     "The rule advisor's three goals for each scene, from what its prompt shows."
     requests = [Request([], scene=dict(s, unlocked=evident(s))) for s in scenes]
     return [parse(reply.text)[0] for reply in Rules().complete(requests)]
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #e090c4b5
 HABIT = ("survival", "gardening", "wilderness survival")
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #cb54a1d2
 def analysis(scene, goals) -> str:
@@ -149,10 +202,12 @@ def analysis(scene, goals) -> str:
     missing = next((t.replace("_", " ") for t in TOOLS if t not in has), "nothing")
     return f"{'low ' + low + ', ' if low else ''}{missing} missing, next: {sentence(goals)}."
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #427ee43c
 def named_goals(text) -> tuple:
     "The goals that an analysis of this form names."
     return parse(str(text).rpartition("next:")[2].strip(" ."))[0]
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a1teac01
 @dataclass
@@ -196,6 +251,7 @@ class Teacher:
             prompt = decision_prompt(self.scenes[i], before)
         return dict(prompt=prompt, response=sentence(goals), goals=goals)
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #9e2f1cd2
 def teach(kind, scenes, seed=0, noise=0.0) -> list:
     "The teacher's rows, one per scene, for a tiny model of this kind."
@@ -203,6 +259,7 @@ def teach(kind, scenes, seed=0, noise=0.0) -> list:
     if kind == "adapter":
         return [teacher.adapter_row(i, noise) for i in range(len(scenes))]
     return [teacher.decision_row(i) for i in range(len(scenes))]
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a1toke01
 def token_ids(tok, chats, **template) -> list:
@@ -212,6 +269,7 @@ def token_ids(tok, chats, **template) -> list:
     texts = tok.apply_chat_template(chats, tokenize=False, **template)
     return tok(texts, add_special_tokens=False)["input_ids"]
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #a1twic01
 def in_markup_again(tok, row):
     "A row whose user message is the whole prompt in chat markup, system line included, as released."
@@ -219,6 +277,7 @@ def in_markup_again(tok, row):
     asked = asked.removeprefix(tok.bos_token or "")  # a text begins once
     system = [m for m in row["prompt"] if m["role"] == "system"]
     return dict(row, prompt=[*system, dict(role="user", content=asked)])
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #3fa754d7
 def encoded(tok, rows, whole_text=False, longest=1024, markup_twice=False) -> list:
@@ -234,12 +293,14 @@ def encoded(tok, rows, whole_text=False, longest=1024, markup_twice=False) -> li
         out.append(dict(input_ids=ids[:longest], labels=labels[:longest]))
     return out
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #e9f639e1
 ROLES = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a1tiny01
 def goal_splitter():
@@ -250,6 +311,7 @@ def goal_splitter():
     pieces = Regex(rf"(?:{goals})(?![a-z])|[,;:.] ?| ?[a-z_]+| ?[A-Z][a-z]*| ?\d|\s+| ?[^\sa-zA-Z\d_]")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), to_bytes])
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #bf95a919
 def tiny_tokenizer(rows, vocab):
@@ -276,6 +338,7 @@ def tiny_tokenizer(rows, vocab):
         clean_up_tokenization_spaces=False,
     )
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #858b4998
 def once(path, settings, make) -> dict:
     """The facts of the model folder `path`; another model under that name is refused.
@@ -296,6 +359,7 @@ def once(path, settings, make) -> dict:
         raise PromptnbError(f"{path} holds another model: {diff}; delete it, or name another folder")
     return facts
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #aab643ec
 @contextlib.contextmanager
 def own_random(seed):
@@ -312,6 +376,7 @@ def own_random(seed):
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a67c60fd
 @dataclass(frozen=True)
@@ -332,6 +397,7 @@ class Tiny:
     warm: int = 160
     lr: float = 1e-3  # falls to zero over the last third
     held: int = 64  # rows of other scenes, without the habit, that the facts are measured on
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #6dd615d3
 def new_llama(c, tok):
@@ -357,6 +423,7 @@ def new_llama(c, tok):
     lm.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, **ids)
     return lm
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #a1loss01
 def padded(rows, key, fill, start=0):
     "One field of encoded rows as a tensor (B, n), from position `start` on, padded on the right."
@@ -364,6 +431,7 @@ def padded(rows, key, fill, start=0):
 
     n = max(len(r["input_ids"]) for r in rows)
     return torch.tensor([r[key][start:] + [fill] * (n - len(r[key])) for r in rows])
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #3b137acc
 def reply_loss(lm, rows):
@@ -383,6 +451,7 @@ def reply_loss(lm, rows):
     target = padded(rows, "labels", -100, len(first))[:, 1:]
     return cross_entropy(lm.lm_head(h[target >= 0]), target[target >= 0])
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #fb605131
 def copying_rows(n, rng) -> list:
     "n rows dict(prompt, response) that only ask to repeat the goals an analysis names."
@@ -396,6 +465,7 @@ def copying_rows(n, rng) -> list:
             prompt = decision_prompt(s, goals[1:4], analysis(s, goals))
         out.append(dict(prompt=prompt, response=sentence(goals)))
     return out
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #be68fae6
 def learn(lm, tok, data, c):
@@ -423,6 +493,7 @@ def learn(lm, tok, data, c):
         opt.step()
     return loss.item()
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #fdc795b4
 def reply_quality(folder, rows, temperature=0.0, seed=0, max_tokens=32) -> dict:
     "Shares of a model's replies that name three goals, that name the teacher's, and the mean overlap with them."
@@ -434,6 +505,7 @@ def reply_quality(folder, rows, temperature=0.0, seed=0, max_tokens=32) -> dict:
         agree=np.mean([goals == want for goals, want in zip(named, right)]),
         overlap=np.mean([len({*goals} & {*want}) / 3 for goals, want in zip(named, right)]),
     )
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #f351d546
 def make_tiny(c, rows, held, new) -> dict:
@@ -455,6 +527,7 @@ def make_tiny(c, rows, held, new) -> dict:
     facts = dict(train_loss=last, held_loss=loss, parameters=lm.num_parameters(), **reply_quality(new, held))
     return dict(facts, seconds=time.perf_counter() - start)
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #65606176
 def tiny(kind, folder=None, scenes=None, **settings) -> Path:
     """The folder of a tiny language model in Hugging Face's format, made if it is not there.
@@ -470,14 +543,17 @@ def tiny(kind, folder=None, scenes=None, **settings) -> Path:
     once(path, key, lambda new: make_tiny(c, rows, held, new))
     return path
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #08027aa1
 TARGETS = ("own", "gain", "gain-weighted", "achievements")
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #d56f962a
 def gain(exchange) -> float:
     "By how much the comprehension score rose until the next exchange; 0 if it fell or is not known."
     before, after = exchange["l"], exchange["l_after"]
     return max(0.0, after - before) if before is not None and after is not None else 0.0
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #6538da95
 def shares(weights, n, seed=0):
@@ -489,6 +565,7 @@ def shares(weights, n, seed=0):
     # 1e-9: an end that is a whole number but for rounding counts as one
     start = ends[0] - weights[0] / total * n
     return np.diff(np.floor(np.append(start, ends) + 1e-9)).astype(int)
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a1shar01
 def repeats(exchanges, targets, seed=0):
@@ -502,6 +579,7 @@ def repeats(exchanges, targets, seed=0):
     rose = [int(g > 0) for g in gains]
     return rose if targets == "gain" else shares(np.array(gains), sum(rose), seed)
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #63bec5ff
 def sft_rows(exchanges, targets="own", seed=0) -> list:
     """Exchanges (llm.exchanges) -> rows dict(prompt, response) in the order of the log.
@@ -511,11 +589,13 @@ def sft_rows(exchanges, targets="own", seed=0) -> list:
     times = repeats(analysed, targets, seed)
     return [dict(prompt=x["prompt"], response=x["response"]) for x, k in zip(analysed, times) for _ in range(k)]
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #2539091c
 def split(rows):
     "The first 90 % to train on, the last 10 % (one at least) to judge by; no shuffling, as in the released code."
     k = int(0.9 * len(rows))
     return rows[:k], rows[k:]
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #838aa23b
 @dataclass(frozen=True)
@@ -539,6 +619,7 @@ class SFT:
     longest: int = 1024  # tokens of a row
     seed: int = 0
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #a1four01
 def four_bits(device):
     "Settings of a base in 4 bits (NF4), computing in float16 on a GPU."
@@ -550,6 +631,7 @@ def four_bits(device):
     )
     compute = torch.float32 if device == "cpu" else torch.float16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #2773b903
 def load_lm(folder, quantise="", device="cpu"):
@@ -567,6 +649,7 @@ def load_lm(folder, quantise="", device="cpu"):
         # bitsandbytes 0.50: the layout it takes on such CPUs in eval mode has no gradient, and stays
         m.support_avx512bf16_for_cpu = False
     return lm
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #a1sftc01
 def sft_config(c, scratch, gpu):
@@ -601,6 +684,7 @@ def sft_config(c, scratch, gpu):
         log_level="error",
     )
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #b876ee5e
 def trainer(lm, tok, train, held, c, scratch, device):
     "trl's SFTTrainer with LoRA on encoded rows."
@@ -620,6 +704,7 @@ def trainer(lm, tok, train, held, c, scratch, device):
     t.remove_callback(PrinterCallback)
     return t
 
+
 # %% ../../nbs/07b_llm.adapter.ipynb #d1346c1a
 def merged(base, lora, folder):
     "Write base + LoRA as an ordinary model into `folder`."
@@ -628,6 +713,7 @@ def merged(base, lora, folder):
     with only_safetensors(lora):
         tuned = PeftModel.from_pretrained(load_lm(base), str(lora))
     tuned.merge_and_unload().save_pretrained(folder)
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #163e9092
 def fit_lora(base, rows, c, new, device) -> dict:
@@ -657,6 +743,7 @@ def fit_lora(base, rows, c, new, device) -> dict:
         trainable=sum(p.numel() for p in t.model.parameters() if p.requires_grad),
         seconds=time.perf_counter() - start,
     )
+
 
 # %% ../../nbs/07b_llm.adapter.ipynb #dc23916e
 def tune(base, rows, folder, config=SFT(), device="cpu") -> dict:

@@ -52,11 +52,45 @@ from promptnb.llm import (
 )
 
 # %% auto #0
-__all__ = ['ORDER', 'WHERE', 'VITAL', 'LOW', 'UNTAKEN', 'SIZE', 'NO_SYSTEM', 'Constant', 'RandomGoals', 'next_step', 'plan',
-           'Rules', 'weights_version', 'as_text', 'load_causal_lm', 'Local', 'Failed', 'Effort', 'number',
-           'retry_after', 'about_tokens', 'direct', 'proxy_for', 'transport', 'http_client', 'Takes', 'learned',
-           'merged_turns', 'check_url', 'Server', 'check_header', 'content_text', 'Unreachable', 'Cassette', 'Budget',
-           'Budgeted']
+__all__ = [
+    "ORDER",
+    "WHERE",
+    "VITAL",
+    "LOW",
+    "UNTAKEN",
+    "SIZE",
+    "NO_SYSTEM",
+    "Constant",
+    "RandomGoals",
+    "next_step",
+    "plan",
+    "Rules",
+    "weights_version",
+    "as_text",
+    "load_causal_lm",
+    "Local",
+    "Failed",
+    "Effort",
+    "number",
+    "retry_after",
+    "about_tokens",
+    "direct",
+    "proxy_for",
+    "transport",
+    "http_client",
+    "Takes",
+    "learned",
+    "merged_turns",
+    "check_url",
+    "Server",
+    "check_header",
+    "content_text",
+    "Unreachable",
+    "Cassette",
+    "Budget",
+    "Budgeted",
+]
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #3972b73b
 class Constant(Backend):
@@ -69,6 +103,7 @@ class Constant(Backend):
         "The sentence, for each request."
         return [Reply(self.text) for _ in requests]
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #c7bd719d
 class RandomGoals(Backend):
     "3 of the 31 goals, by the request's seed."
@@ -79,6 +114,7 @@ class RandomGoals(Backend):
         "Three distinct goals, for each request."
         drawn = [rng_for("goals", r.seed).choice(list(GOALS), 3, replace=False).tolist() for r in requests]
         return [Reply(sentence(goals)) for goals in drawn]
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #3907fdaf
 ORDER = (  # of the tech tree, cheap ones first
@@ -117,6 +153,7 @@ WHERE = dict(  # achievement -> what must be in view for it
 VITAL = dict(drink="collect_drink", food="eat_cow", energy="wake_up")  # vital -> what raises it
 LOW = 4  # of 9
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1rule01
 def next_step(achievement, s):
     "The achievement to go for now: `achievement` itself, or the first thing on the way to it that is missing."
@@ -124,6 +161,7 @@ def next_step(achievement, s):
     missing = [SOURCE[item] for item, n in items.items() if s["status"].get(item, 0) < n]
     missing += [SOURCE[kind] for kind in near if kind not in s["seen"]]
     return next_step(missing[0], s) if missing else achievement
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #5ec85e80
 def plan(s, n=3):
@@ -145,6 +183,7 @@ def plan(s, n=3):
     achievements = [*(VITAL[v] for v in low), *danger, *steps, *always]
     return tuple(dict.fromkeys(GOAL_OF[a] for a in achievements))[:n]
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #5e18c361
 class Rules(Backend):
     "An advisor that knows the recipes. It reads the request's scene; without one it says nothing."
@@ -155,6 +194,7 @@ class Rules(Backend):
         "Three goals for each request's scene."
         return [Reply(sentence(plan(r.scene))) if r.scene else failure("rules need a scene") for r in requests]
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #107798bb
 def weights_version(folder):
     "12 hex digits: the commit of a stored Hub model, else a hash of the files that decide its answers."
@@ -162,6 +202,7 @@ def weights_version(folder):
         return folder.name[:12]
     deciding = (".safetensors", ".json", ".jinja", ".model", ".txt")
     return fingerprint({p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.suffix in deciding})
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #d97f47de
 def as_text(tokenizer, messages):
@@ -174,6 +215,7 @@ def as_text(tokenizer, messages):
     except Exception:  # some templates know no system role
         joined = "\n\n".join(m["content"] for m in messages)
         return tokenizer.apply_chat_template([dict(role="user", content=joined)], **how)
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1load00
 def load_causal_lm(folder, dtype):
@@ -192,6 +234,7 @@ def load_causal_lm(folder, dtype):
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise PromptnbError(f"{folder} is no causal language model that transformers can open: {why}") from None
     return tokenizer, model.eval().requires_grad_(False)
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #47c96d5d
 class Local(Backend):
@@ -222,6 +265,7 @@ class Local(Backend):
     def __repr__(self):
         return f"Local({self.name})"
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1comp01
 @patch
 def complete(self: Local, requests):
@@ -239,6 +283,7 @@ def complete(self: Local, requests):
                 replies[i] = reply
     return replies
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1gene01
 @patch
 def encode(self: Local, requests, max_tokens):
@@ -251,6 +296,7 @@ def encode(self: Local, requests, max_tokens):
         max_length=max(1, self.context - max_tokens),
         add_special_tokens=not self.tokenizer.chat_template,
     ).to(self.device)
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1gene02
 @patch
@@ -279,6 +325,7 @@ def generate(self: Local, requests, max_tokens, temperature):
     seconds = (time.monotonic() - start) / len(requests)
     return [replace(r, seconds=seconds) for r in replies]
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #1eda525e
 class Failed(Exception):
     """An attempt without a reply.
@@ -288,6 +335,7 @@ class Failed(Exception):
     def __init__(self, why, again=True, after=0.0, billed=False):
         super().__init__(why)
         self.again, self.after, self.billed = again, after, billed
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2effo01
 @dataclass
@@ -313,6 +361,7 @@ class Effort:
         "As fields of a reply."
         return dict(attempts=self.tries, sent=self.sent)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #fcfea0af
 def number(x, low=0.0):
     "A finite number >= `low` from whatever a server sent; 0 if it is none."
@@ -321,6 +370,7 @@ def number(x, low=0.0):
     except (TypeError, ValueError, OverflowError):
         return 0.0
     return x if math.isfinite(x) and x >= low else 0.0
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #8cabe252
 def retry_after(headers):
@@ -333,10 +383,12 @@ def retry_after(headers):
     except (TypeError, ValueError, OverflowError):
         return 0.0
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #df8d5103
 def about_tokens(request):
     "An estimate of a request's tokens, for servers that do not say: four characters a token."
     return sum(len(m["content"]) for m in request.messages) // 4
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2prox01
 def direct(host):
@@ -355,6 +407,7 @@ def direct(host):
                 return True
     return False
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2prox02
 def proxy_for(url):
     "(the environment variable, the proxy that it names) for a URL; ('', None) where it is asked directly."
@@ -366,6 +419,7 @@ def proxy_for(url):
             if proxy := os.environ.get(variable, "").strip():
                 return variable, proxy if "://" in proxy else f"http://{proxy}"
     return "", None
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2prox03
 def transport(url):
@@ -388,6 +442,7 @@ def transport(url):
         raise PromptnbError(f"{where} no certificates that can be read ({type(e).__name__})") from None
     except Exception as e:
         raise PromptnbError(f"{variable or 'the URL'} names no proxy that can be used ({type(e).__name__})") from None
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #b47bea0a
 def http_client(url, seconds, trace=None, size=4 * 2**20):
@@ -426,6 +481,7 @@ def http_client(url, seconds, trace=None, size=4 * 2**20):
     how = dict(event_hooks=hooks, follow_redirects=False, timeout=seconds)
     return openai.DefaultHttpxClient(transport=transport(url), **how)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2take01
 @dataclass(frozen=True)
 class Takes:
@@ -446,6 +502,7 @@ class Takes:
         changes += [f"takes no {x}" for x in ("temperature", "seed") if getattr(other, x) != getattr(self, x)]
         return ", ".join(changes)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2take02
 _NO = (
     r"n[o'’]t (?:be )?(?:support|permitted|allowed|accepted|enabled|available)|unsupported|unrecogni[sz]ed|unknown"
@@ -463,6 +520,7 @@ NO_SYSTEM = re.compile(
     re.S,
 )
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2take03
 def learned(takes, message):
     "What a server takes after it has refused a request with this message; as before where that says nothing of it."
@@ -478,6 +536,7 @@ def learned(takes, message):
             takes = replace(takes, **{field_: False})
     return takes
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2take05
 def merged_turns(messages):
     "Messages without a system role: what the system says begins the user's turn."
@@ -487,6 +546,7 @@ def merged_turns(messages):
         return rest
     first, *later = rest or [dict(content="")]
     return [dict(role="user", content="\n\n".join([*system, first["content"]]).strip()), *later]
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2urlc01
 def check_url(url, key_env):
@@ -507,6 +567,7 @@ def check_url(url, key_env):
         raise PromptnbError(f"'{clean(url)}' is no URL: write http://host:port/v1 or https://...")
     if parts.path.rstrip("/").endswith("/chat/completions"):
         raise PromptnbError(f"'{clean(url)}': leave '/chat/completions' off the URL")
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #ca77f0a0
 @dataclass
@@ -546,6 +607,7 @@ class Server(Backend):
         # a shorter one is no key, and might be a part of many words
         return text.replace(secret, "(key)") if len(secret) >= 8 else text
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2keyy03
 def check_header(variable):
     "Raise an error that names the sign if a header cannot hold what an environment variable has; that is not shown."
@@ -558,6 +620,7 @@ def check_header(variable):
                 f"at place {place} of {len(value)}; copy it again as plain text"
             )
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2keyy01
 @patch
 def key(self: Server):
@@ -565,6 +628,7 @@ def key(self: Server):
     for variable in (self.key_env, "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):  # openai sends them along
         check_header(variable)
     return self.secret() or "none"
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2hint01
 @patch
@@ -580,6 +644,7 @@ def hint(self: Server, status):
         return f" (the URL does not end in /v1: try {urlsplit(url)._replace(path=path).geturl()})"
     return f" (is '{self.model}' a model that it has?)" if status == 404 else ""
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2cont01
 def content_text(content):
     "The text of a reply's content: a string, or the text parts of a list; None where it has none."
@@ -592,6 +657,7 @@ def content_text(content):
         if kind in ("text", "output_text") and isinstance(text, str):
             texts.append(text)
     return "\n".join(texts) if texts else None
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1read01
 @patch
@@ -619,6 +685,7 @@ def read(self: Server, completion, request):
         ended=isinstance(end, str),
     )
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1atte01
 @patch
 def body(self: Server, request):
@@ -634,6 +701,7 @@ def body(self: Server, request):
         body[takes.limit] = request.max_tokens
     return {k: v for k, v in {**body, **self.extra}.items() if v is not None}
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2lear01
 @patch
 def learn(self: Server, status, message, asked):
@@ -647,6 +715,7 @@ def learn(self: Server, status, message, asked):
             said = self.takes.said(takes)
             print(f"{urlsplit(self.url).netloc}, {self.model}: the server {said}", file=sys.stderr, flush=True)
             self.takes = takes
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2send01
 @patch
@@ -662,6 +731,7 @@ def send(self: Server, client, request):
             self.learn(e.status_code, f"{e.message} {e.body}", takes)
             if self.body(request) == body:
                 raise
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1atte02
 @patch
@@ -695,6 +765,7 @@ def attempt(self: Server, request, seconds, effort):
     except Exception as e:
         raise Failed(f"no reply of the chat protocol ({type(e).__name__})", billed=effort.waiting) from None
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1one001
 @patch
 def answer(self: Server, request, end, effort):
@@ -720,6 +791,7 @@ def answer(self: Server, request, end, effort):
     spent = dict(tokens_in=effort.tokens, seconds=time.monotonic() - start, retries=tuple(effort.retries))
     return Reply(ok=False, why=why, **spent, **effort.facts)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1batc01
 @patch
 def answer_all(self: Server, requests, end, efforts):
@@ -744,6 +816,7 @@ def answer_all(self: Server, requests, end, efforts):
         worker.join(max(0.0, end - time.monotonic()))
     return list(replies)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2late01
 @patch
 def late(self: Server, request, effort):
@@ -752,6 +825,7 @@ def late(self: Server, request, effort):
     why = f"no reply within the deadline of {self.deadline:g} s"
     return failure(why, seconds=self.deadline, tokens_in=tokens, retries=tuple(effort.retries), **effort.facts)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2asks01
 @patch
 def ask_all(self: Server, requests):
@@ -759,6 +833,7 @@ def ask_all(self: Server, requests):
     efforts = [Effort() for _ in requests]
     found = self.answer_all(requests, time.monotonic() + self.deadline, efforts)
     return [reply or self.late(*tried) for reply, *tried in zip(found, requests, efforts)]
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1batc02
 @patch
@@ -775,9 +850,11 @@ def complete(self: Server, requests):
         self.resting = self.rest
     return replies
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #p2pref01
 class Unreachable(PromptnbError):
     "A server that gave no answer at all."
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #p2pref02
 @patch
@@ -797,6 +874,7 @@ def preflight(self: Server, max_tokens=100, temperature=1.0):
             " (online.extra)"
         )
     return reply
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #01054671
 class Cassette(Backend):
@@ -834,6 +912,7 @@ class Cassette(Backend):
         except (TypeError, KeyError):
             return failure("damaged on the cassette", attempts=0)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1tape01
 @patch
 def complete(self: Cassette, requests):
@@ -855,6 +934,7 @@ def complete(self: Cassette, requests):
         else:
             replies.append(failure("not on the cassette", attempts=0))
     return replies
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #666c2134
 @dataclass
@@ -902,6 +982,7 @@ class Budget:
         "Go on from `state()`."
         self.spent.update(spent)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1budg01
 @patch
 def fits(self: Budget, requests):
@@ -916,6 +997,7 @@ def fits(self: Budget, requests):
             return max(1, k)
     return len(requests)
 
+
 # %% ../../nbs/07a_llm.backends.ipynb #b1budg02
 @patch
 def spend(self: Budget, replies, seconds):
@@ -926,6 +1008,7 @@ def spend(self: Budget, replies, seconds):
     self.spent["tokens_in"] += sum(r.tokens_in for r in paid)
     self.spent["tokens_out"] += sum(r.tokens_out for r in paid)
     self.spent["seconds"] += seconds if paid else 0.0
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #b1budg03
 @patch
@@ -940,6 +1023,7 @@ def complete(self: Budget, backend, requests):
         replies += got
     unasked = failure("the budget is spent", attempts=0, withheld=True)
     return replies + [unasked] * (len(requests) - len(replies))
+
 
 # %% ../../nbs/07a_llm.backends.ipynb #67aa949d
 class Budgeted(Backend):

@@ -16,10 +16,20 @@ from ..core import Batch, PromptnbError, Steps, check_choice
 from .dt import DTConfig, Policy, PromptDT, clipped
 
 # %% auto #0
-__all__ = ['ENCODERS', 'ContextConfig', 'transitions', 'Encoder', 'info_nce', 'check_context', 'ContextDT', 'ContextPolicy']
+__all__ = [
+    "ENCODERS",
+    "ContextConfig",
+    "transitions",
+    "Encoder",
+    "info_nce",
+    "check_context",
+    "ContextDT",
+    "ContextPolicy",
+]
 
 # %% ../../nbs/03d_models.context.ipynb #98d12ea1
 ENCODERS = ("mean", "transformer", "one-hot", "none")
+
 
 # %% ../../nbs/03d_models.context.ipynb #36b18790
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class ContextConfig(DTConfig):
     temperature: float = 0.1  # of InfoNCE
     null: float = 0.0  # fraction of rows trained without context
 
+
 # %% ../../nbs/03d_models.context.ipynb #aac5f01f
 def transitions(x: Steps, scale=1.0):
     """The transitions of steps (M, P, .): (s, a, r, s') side by side, and which are real.
@@ -50,6 +61,7 @@ def transitions(x: Steps, scale=1.0):
     reward = (x.rtg[:, :-1] - x.rtg[:, 1:]) * scale
     rows = torch.cat([x.s[:, :-1], x.a[:, :-1], reward, x.s[:, 1:]], -1)
     return rows.masked_fill(real[..., None] == 0, 0.0), real
+
 
 # %% ../../nbs/03d_models.context.ipynb #c51b5a11
 class Encoder(nn.Module):
@@ -73,6 +85,7 @@ class Encoder(nn.Module):
             h = self.mix(h, src_key_padding_mask=(real == 0) & real.any(1, keepdim=True))
         return (h * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
+
 # %% ../../nbs/03d_models.context.ipynb #f00eea0f
 def info_nce(z, task, temperature=0.1):
     "InfoNCE in nats of embeddings z (B, d) of tasks (B,): how badly each finds its task's others among all, by cosine."
@@ -85,6 +98,7 @@ def info_nce(z, task, temperature=0.1):
     n = same.sum(-1)
     per_row = -score.masked_fill(~same, 0.0).sum(-1) / n.clamp(min=1)
     return per_row[n > 0].sum() / (n > 0).sum().clamp(min=1)
+
 
 # %% ../../nbs/03d_models.context.ipynb #1f11febc
 def check_context(c: ContextConfig):
@@ -101,6 +115,7 @@ def check_context(c: ContextConfig):
             raise PromptnbError(
                 f"{name} = {value} does nothing in a model with context vectors and encoder '{c.encoder}': leave it out"
             )
+
 
 # %% ../../nbs/03d_models.context.ipynb #edabcb32
 class ContextDT(PromptDT):
@@ -119,6 +134,7 @@ class ContextDT(PromptDT):
         self.next_return = nn.Linear(c.width, 1) if c.w_return else None
         self.classify = nn.Linear(c.width, len(c.tasks)) if c.w_class else None
 
+
 # %% ../../nbs/03d_models.context.ipynb #8c0b61cd
 @patch
 def embedding(self: ContextDT, context: Steps):
@@ -129,6 +145,7 @@ def embedding(self: ContextDT, context: Steps):
     x, real = transitions(context, self.config.reward_scale)
     return self.encode(x, real), real.any(1)
 
+
 # %% ../../nbs/03d_models.context.ipynb #c76d2d19
 @patch
 def tokens_of(self: ContextDT, z, some):
@@ -136,11 +153,13 @@ def tokens_of(self: ContextDT, z, some):
     x = self.vectors(z).unflatten(-1, (self.config.L, -1)) * some[:, None, None]
     return x, x.new_ones(x.shape[:2])
 
+
 # %% ../../nbs/03d_models.context.ipynb #ba3d2139
 @patch
 def prompt_tokens(self: ContextDT, prompt: Steps):
     "Contexts (M, P, .) -> context vectors (M, L, d), zeros for an empty one, and their mask."
     return self.tokens_of(*self.embedding(prompt))
+
 
 # %% ../../nbs/03d_models.context.ipynb #750bfd6d
 @patch
@@ -149,12 +168,14 @@ def task_tokens(self: ContextDT, k):
     x = self.table[k]
     return x, x.new_ones(x.shape[:2])
 
+
 # %% ../../nbs/03d_models.context.ipynb #cb7b6d99
 @patch
 def forgotten(self: ContextDT, context: Steps):
     "The same contexts, a random fraction `null` of them emptied."
     keep = torch.rand(len(context), device=context.mask.device) >= self.config.null
     return replace(context, mask=context.mask * keep[:, None])
+
 
 # %% ../../nbs/03d_models.context.ipynb #13a58cf0
 @patch
@@ -167,6 +188,7 @@ def task_losses(self: ContextDT, z, some, task):
         each = F.cross_entropy(self.classify(z).float(), task, reduction="none")
         out["class"] = c.w_class * each[some].sum() / some.sum().clamp(min=1)
     return out
+
 
 # %% ../../nbs/03d_models.context.ipynb #9860fc78
 @patch
@@ -185,6 +207,7 @@ def next_losses(self: ContextDT, x, history: Steps):
         error = (head(after).to(target.dtype) - target).square().mean(-1)
         out[name] = weight * ((error * real).sum() / real.sum().clamp(min=1))
     return out
+
 
 # %% ../../nbs/03d_models.context.ipynb #5e3652b2
 @patch
@@ -210,11 +233,13 @@ def losses(self: ContextDT, batch: Batch):
     out.update(self.next_losses(x, h))
     return dict(out, action=self.error(self.read(x[:, 1::3]), h.a, h.mask))
 
+
 # %% ../../nbs/03d_models.context.ipynb #d06e971b
 @patch
 def loss(self: ContextDT, batch: Batch):
     "The sum of all parts."
     return sum(self.losses(batch).values())
+
 
 # %% ../../nbs/03d_models.context.ipynb #ctxparts
 @patch
@@ -223,6 +248,7 @@ def parts(self: ContextDT, batch: Batch, n) -> list:
     c = self.config
     more = batch.task is not None and (c.w_state or c.w_return or c.w_nce or c.w_class)
     return [(None, batch)] if more else PromptDT.parts(self, batch, n)
+
 
 # %% ../../nbs/03d_models.context.ipynb #ctxuncap
 @patch(as_prop=True)
@@ -233,6 +259,7 @@ def uncaptured(self: ContextDT) -> str:
         "a loss over tasks picks the rows with a context, and how many there are varies" if c.w_nce or c.w_class else ""
     )
 
+
 # %% ../../nbs/03d_models.context.ipynb #2926eca2
 @patch
 def tunable(self: ContextDT):
@@ -240,6 +267,7 @@ def tunable(self: ContextDT):
     heads = [m for m in (self.next_state, self.next_return, self.classify) if m is not None]
     theirs = {id(p) for m in heads for p in m.parameters()}
     return [p for p in self.parameters() if id(p) not in theirs]
+
 
 # %% ../../nbs/03d_models.context.ipynb #a5eb209a
 class ContextPolicy(Policy, tags=["promptnb", "contextual-meta-transformer"]):

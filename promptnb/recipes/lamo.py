@@ -11,12 +11,61 @@ from dataclasses import dataclass, replace
 from .core import Offline, Paper, Recipe, Text
 
 # %% auto #0
-__all__ = ['LAMO', 'DT', 'DT_FIT', 'MEDIUM', 'ARMS', 'MINILM', 'ATARI_DT', 'ATARI_FIT', 'ATARI_ARMS', 'VALUE', 'DISCRETE',
-           'MILLION', 'BASELINES', 'ATARI_NET', 'ATARI_TASK', 'TASKS', 'PICTURES', 'MEDIUM_CELLS', 'PROTOCOL', 'MAIN',
-           'SMALL', 'MLP', 'LAPTOP', 'METHODS', 'DENSE', 'KITCHEN', 'OWN_KITCHEN', 'REACHER', 'ATARI', 'ABLATED',
-           'MORE_GAMES', 'PAPER', 'REAL', 'TABLE6', 'WHY_TABLE', 'WHY_OTHER', 'TABLE7', 'CODE6', 'ALIKE', 'CONTROL',
-           'READS', 'TRUNKED', 'GAMES', 'BASIC', 'DISCRETES', 'known_or_similar', 'eps_of', 'arm_on', 'baseline_on',
-           'offline_recipe', 'grid', 'Setting', 'cells']
+__all__ = [
+    "LAMO",
+    "DT",
+    "DT_FIT",
+    "MEDIUM",
+    "ARMS",
+    "MINILM",
+    "ATARI_DT",
+    "ATARI_FIT",
+    "ATARI_ARMS",
+    "VALUE",
+    "DISCRETE",
+    "MILLION",
+    "BASELINES",
+    "ATARI_NET",
+    "ATARI_TASK",
+    "TASKS",
+    "PICTURES",
+    "MEDIUM_CELLS",
+    "PROTOCOL",
+    "MAIN",
+    "SMALL",
+    "MLP",
+    "LAPTOP",
+    "METHODS",
+    "DENSE",
+    "KITCHEN",
+    "OWN_KITCHEN",
+    "REACHER",
+    "ATARI",
+    "ABLATED",
+    "MORE_GAMES",
+    "PAPER",
+    "REAL",
+    "TABLE6",
+    "WHY_TABLE",
+    "WHY_OTHER",
+    "TABLE7",
+    "CODE6",
+    "ALIKE",
+    "CONTROL",
+    "READS",
+    "TRUNKED",
+    "GAMES",
+    "BASIC",
+    "DISCRETES",
+    "known_or_similar",
+    "eps_of",
+    "arm_on",
+    "baseline_on",
+    "offline_recipe",
+    "grid",
+    "Setting",
+    "cells",
+]
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #30dd2d33
 LAMO = "lamo"
@@ -137,6 +186,7 @@ PICTURES = ("breakout", "qbert", "pong")
 MEDIUM_CELLS = (("kitchen", "partial", 1.0), ("kitchen", "complete", 0.3))  # Table 7: LaMo has GPT-2 medium there
 PROTOCOL = ("episodes", "limit", "steps", "points", "last")  # what the baselines share with LaMo on a task
 
+
 # %% ../../nbs/09d_recipes.lamo.ipynb #lamknow1
 def known_or_similar(name, known):
     "Nothing for a known name; else a ValueError with the most similar one."
@@ -144,10 +194,12 @@ def known_or_similar(name, known):
         similar = difflib.get_close_matches(name, known, 1, 0)[0]
         raise ValueError(f"unknown '{name}': did you mean '{similar}'?")
 
+
 # %% ../../nbs/09d_recipes.lamo.ipynb #lameps01
 def eps_of(text, model) -> float:
     "AdamW's eps in LaMo's released code for MuJoCo and Kitchen: 1e-6 where a pre-trained trunk is read."
     return 1e-6 if text and model.get("init") != "random" else 1e-8
+
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #lamarms1
 def arm_on(arm, family, cell) -> tuple:
@@ -164,12 +216,14 @@ def arm_on(arm, family, cell) -> tuple:
         text = replace(text, **MEDIUM)
     return label, Offline(learner, tuple({**net, **model}.items()), text, **{**task, **own, **cell})
 
+
 # %% ../../nbs/09d_recipes.lamo.ipynb #lambase1
 def baseline_on(arm, family, cell) -> tuple:
     "(label, Offline) of one baseline on a dataset; `cell` has its quality and ratio."
     label, learner, model, own = BASELINES[arm]
     task = {k: v for k, v in TASKS[family][0].items() if k in PROTOCOL}
     return label, Offline(learner, tuple(model.items()), **{**task, **VALUE, **own, **cell})
+
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #lamrcp01
 def offline_recipe(arm, family, quality="medium", ratio=1.0, **kw):
@@ -182,6 +236,7 @@ def offline_recipe(arm, family, quality="medium", ratio=1.0, **kw):
     return Recipe(
         LAMO, family, label, f"{arm}-{quality}-{ratio:g}", None, eval_episodes=TASKS[family][2], offline=x, **kw
     )
+
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #b59a7bac
 MAIN = (("hopper", 0.01), ("hopper", 0.1), ("walker2d", 0.01), ("walker2d", 0.1), ("reacher2d", 0.1))
@@ -221,6 +276,7 @@ def grid(arms, cells):
     "Recipes of arms on cells (family, ratio[, quality]); those that a laptop does not run are marked."
     out = [(a, c[0], c[2] if len(c) > 2 else "medium", c[1]) for c in cells for a in arms]
     return [offline_recipe(*x, only=() if x in _laptop else ("paper",)) for x in out]
+
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #78fdcef9
 METHODS = ("lamo", "dt", "wiki", "cql", "iql", "td3bc", "bc")
@@ -629,6 +685,7 @@ TABLE6 = {  # Offline's fields by task
 WHY_TABLE = dict(targets="the table's; the code tries more", steps="the table's")  # why ours is not the code's
 WHY_OTHER = {("reacher2d", "steps"): "App. D"}  # why ours is not the table's
 
+
 # %% ../../nbs/09d_recipes.lamo.ipynb #lmt07001
 @dataclass(frozen=True)
 class Setting:
@@ -641,6 +698,7 @@ class Setting:
     default: object = None  # the models' own, which holds where no recipe gives the field
     arm: str = "lamo"  # whose recipe is looked at
     why: str = ""  # why ours differs, where it does
+
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #lmt07002
 TABLE7 = (
@@ -760,10 +818,12 @@ GAMES = ("breakout", "qbert", "pong")
 BASIC = ("bc", "cql", "iql", "td3bc")
 DISCRETES = ("discrete-cql", "bcq", "nfq", "discrete-bc")
 
+
 # %% ../../nbs/09d_recipes.lamo.ipynb #lampub02
 def cells(families, arms) -> list:
     "Patterns of 'family/key' for arms on families, at any quality and share; '-long', '-1m' and sweeps do not fit."
     return [f"{family}/{arm}-[cemp]*" for family in families for arm in arms]
+
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #lampub04
 _LAMO = "srzer/LaMo-2023, experiment-d4rl"

@@ -25,9 +25,27 @@ from promptnb.recipes.prompt_tuning_dt import (
 )
 
 # %% auto #0
-__all__ = ['PD', 'QUALITIES', 'DIFFUSER', 'WINDOWS', 'PAPER', 'SETTINGS', 'pd_recipe', 'diffuse', 'pd_table1', 'pd_table2',
-           'pd_table3', 'pd_init', 'pd_guidance', 'pd_sweep', 'pd_lengths', 'pd_windows', 'pd_controls', 'shared',
-           'named']
+__all__ = [
+    "PD",
+    "QUALITIES",
+    "DIFFUSER",
+    "WINDOWS",
+    "PAPER",
+    "SETTINGS",
+    "pd_recipe",
+    "diffuse",
+    "pd_table1",
+    "pd_table2",
+    "pd_table3",
+    "pd_init",
+    "pd_guidance",
+    "pd_sweep",
+    "pd_lengths",
+    "pd_windows",
+    "pd_controls",
+    "shared",
+    "named",
+]
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #0088ad4a
 PD = "prompt_diffuser"
@@ -38,17 +56,20 @@ def pd_recipe(family, key, method, tune=NO_TUNING, **kw):
     "A recipe on this paper's policy with the first author's prompts; `kw` are fields of Pretrain."
     return Recipe(PD, family, method, key, pretraining(family, layers=4, width=512, **kw), as_authors(tune, family))
 
+
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #7def7f48
 DIFFUSER = dict(
     **dict(steps=400, lr=1e-3, prepare_steps=4000, prepare_lr=1e-3, N=10, schedule="vp", lam=1.0, guidance="always"),
     **dict(clip=3.0, condition="prompt", candidates=1, prompts=32, tasks=4, width=256, depth=3),
 )
 
+
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #pdr00001
 def diffuse(tuner="diffuser", **kw):
     "Tune by a diffuser; `kw` are fields of the tuner or of Tune."
     hyper, own = parted(kw)
     return Tune(tuner, tuple({**DIFFUSER, **hyper}.items()), **own)
+
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #49b9eb20
 def pd_table1(family):
@@ -67,6 +88,7 @@ def pd_table1(family):
         R("diffuser", "Prompt Diffuser", diffuse()),
         replace(full, tune=replace(full.tune, demo_K=20, demo_position="any")),
     ]
+
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #447e04d5
 def pd_table2(family="cheetah-vel"):
@@ -93,6 +115,7 @@ def pd_table2(family="cheetah-vel"):
         ]
     return out
 
+
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #ae9c0865
 def pd_table3(family="ant-dir-ood"):
     "Ant-dir-OOD. Zero-shot: nothing of the test tasks is seen; the diffuser's condition is the train tasks' mean."
@@ -110,6 +133,7 @@ def pd_table3(family="ant-dir-ood"):
         ),
     ]
     return zero + [replace(r, method=f"{r.method}, few-shot") for r in pd_table1(family) if r.key != "full-data"]
+
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #0ab101f2
 def pd_init(family="cheetah-vel"):
@@ -129,12 +153,14 @@ def pd_init(family="cheetah-vel"):
         R("soft", f"Soft Prompt, expert data, {UNIFORM}", "uniform", gradient("soft")),
     ]
 
+
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #60be8f84
 def pd_guidance(family):
     "Figure 3: how the two gradients are joined."
     names = dict(dm="DM only", dt="DT only", sum="sum", conflict="projection, on conflict only")
     main = pd_recipe(family, "diffuser", "projection", diffuse())
     return [pd_recipe(family, f"diffuser-{g}", n, diffuse(guidance=g)) for g, n in names.items()] + [main]
+
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #a7bd21b6
 def pd_sweep(name, values, main, family="cheetah-vel"):
@@ -146,6 +172,7 @@ def pd_sweep(name, values, main, family="cheetah-vel"):
         return pd_recipe(family, key, f"{name} = {v}", tune)
 
     return {f"{name} = {v}": R(v) for v in values}
+
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #3a630d75
 def pd_lengths(family="cheetah-vel", lengths=(2, 5, 10)):
@@ -163,6 +190,7 @@ def pd_lengths(family="cheetah-vel", lengths=(2, 5, 10)):
         for key, name, tune in (("pdt", "Prompt-DT", Tune()), ("diffuser", "Prompt Diffuser", diffuse()))
         for H in lengths
     }
+
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #8dc61b1e
 WINDOWS = {  # label: fields of Tune; the first, the last 5 steps of a trajectory, is the first author's code
@@ -189,6 +217,7 @@ def pd_windows(family):
         for label in WINDOWS
     }
 
+
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #6a362733
 def pd_controls(family):
     "What the paper lacks: is it the diffusion, the parameters, the train tasks' data?"
@@ -205,6 +234,7 @@ def pd_controls(family):
         R("best-of-8", "Best of 8 by demonstrations", candidates=8, keep="demos"),
     ]
 
+
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #796c83ae
 _main = [r for f in (*TABLE_FAMILIES, "ml1-pick-place") for r in pd_table1(f)]
 _main_labels = {r.id: r.method for r in _main}
@@ -218,6 +248,7 @@ def shared(recipes):
 def named(recipes):
     "{recipe id: its own label}."
     return {r.id: r.method for r in recipes}
+
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #1df13e7c
 PAPER = Paper(PD, "Prompt Tuning with Diffusion for Few-Shot Pre-trained Policy Generalization (2411.01168)")

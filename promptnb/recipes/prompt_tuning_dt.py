@@ -11,13 +11,60 @@ from dataclasses import replace
 from .core import Paper, Pretrain, Recipe, Tune
 
 # %% auto #0
-__all__ = ['PTDT', 'TABLE_FAMILIES', 'META_WORLD', 'NO_TUNING', 'FAMILIES', 'SEARCH', 'STEPPING', 'GRADIENT', 'PROMPTS',
-           'UNIFORM', 'LENGTHS', 'VARIED', 'LONGEST', 'PAPER', 'PROTOCOL', 'POOLS_TEXT', 'ANY_EXPERT_TEXT', 'POLICY',
-           'SIZE', 'PROMPTED', 'LENGTH', 'USUAL', 'OTHERWISE', 'FEW_SHOT', 'RANKING', 'FULL', 'TUNERS', 'MT_BC_FT',
-           'RELEASED', 'TABLE7', 'WORLD', 'pretraining', 'pretrains', 'parted', 'search', 'gradient', 'as_authors',
-           'table1_recipes', 'control_recipes', 'ablation', 'initial_recipes', 'pdt', 'prompt_dt_recipes',
-           'length_label', 'quantity_recipes', 'quality_recipes', 'prompt_mt_bc', 'longest_recipe', 'bc_lengths',
-           'batch_recipes', 'publish_policies', 'publish_tuning']
+__all__ = [
+    "PTDT",
+    "TABLE_FAMILIES",
+    "META_WORLD",
+    "NO_TUNING",
+    "FAMILIES",
+    "SEARCH",
+    "STEPPING",
+    "GRADIENT",
+    "PROMPTS",
+    "UNIFORM",
+    "LENGTHS",
+    "VARIED",
+    "LONGEST",
+    "PAPER",
+    "PROTOCOL",
+    "POOLS_TEXT",
+    "ANY_EXPERT_TEXT",
+    "POLICY",
+    "SIZE",
+    "PROMPTED",
+    "LENGTH",
+    "USUAL",
+    "OTHERWISE",
+    "FEW_SHOT",
+    "RANKING",
+    "FULL",
+    "TUNERS",
+    "MT_BC_FT",
+    "RELEASED",
+    "TABLE7",
+    "WORLD",
+    "pretraining",
+    "pretrains",
+    "parted",
+    "search",
+    "gradient",
+    "as_authors",
+    "table1_recipes",
+    "control_recipes",
+    "ablation",
+    "initial_recipes",
+    "pdt",
+    "prompt_dt_recipes",
+    "length_label",
+    "quantity_recipes",
+    "quality_recipes",
+    "prompt_mt_bc",
+    "longest_recipe",
+    "bc_lengths",
+    "batch_recipes",
+    "publish_policies",
+    "publish_tuning",
+]
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #9c34369c
 PTDT = "prompt_tuning_dt"
@@ -28,10 +75,12 @@ NO_TUNING = Tune()
 # episodes a task (section 5.1)
 FAMILIES = {"ml1-reach": dict(H=2, steps=30_000, episodes=200, curve_points=30)}
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00003
 def pretraining(family, name="prompt-dt", **kw):
     "Pre-training of a policy on a family, as Prompt-DT has it; `kw` are fields of Pretrain."
     return Pretrain(family, name, **{**FAMILIES.get(family, {}), **kw})
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #433b7202
 def pretrains(family, **kw):
@@ -42,6 +91,7 @@ def pretrains(family, **kw):
         "mt-bc": pretraining(family, "mt-bc", **{"prompt": False, "use_rtg": False, "H": 0, **kw}),
     }
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00004
 SEARCH = dict(steps=100, m=15, mu=0.1, batches=2, distribution="gaussian", seven=False, noisy=False)
 STEPPING = {
@@ -49,17 +99,20 @@ STEPPING = {
     "es": dict(eta=0.5, momentum=0.5),
 }
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00005
 def parted(kw) -> tuple:
     "Keyword arguments as (fields of the tuner, fields of Tune)."
     own = {k: v for k, v in kw.items() if k in Tune.__dataclass_fields__}
     return {k: v for k, v in kw.items() if k not in own}, own
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #25000f04
 def search(tuner, **kw):
     "Tune by a search over the prompt, all with the same budget; `kw` are fields of the tuner or of Tune."
     hyper, own = parted(kw)
     return Tune(tuner, tuple({**SEARCH, **STEPPING.get(tuner, {}), **hyper}.items()), **own)
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00006
 GRADIENT = {
@@ -70,21 +123,25 @@ GRADIENT = {
     "gradient": dict(lr=1e-2),
 }
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00002
 def gradient(tuner, steps=100, **kw):
     "Tune by gradient; `kw` are fields of the tuner or of Tune."
     hyper, own = parted(kw)
     return Tune(tuner, tuple(dict(steps=steps, **{**GRADIENT.get(tuner, {}), **hyper}).items()), **own)
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00008
 PROMPTS = dict(expert="highest", medium="middle", random="lowest", uniform="random")  # word: prompt_quality
 UNIFORM = "uniform-action prompt (control)"
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00009
 def as_authors(tune, family):
     "Tuning with the first author's pool of its prompt's word, on windows as long as the family's prompt."
     quality = PROMPTS.get(tune.prompt_quality, tune.prompt_quality)
     return replace(tune, prompt_quality=quality, demo_K=pretraining(family).H)
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00010
 def table1_recipes(family):
@@ -111,6 +168,7 @@ def table1_recipes(family):
         R("online", "PTDT-online, expert prompt", search("ranking", online=True)),
     ]
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #ff6ef462
 def control_recipes(family):
     "What the papers left out, beside PTDT-offline: does the ranking itself add anything?"
@@ -126,6 +184,7 @@ def control_recipes(family):
         R("resample", "Re-sampled prompts (control)", search("resample")),
     ]
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #fcc143ba
 def ablation(family, name, values):
     "PTDT-offline with one hyper-parameter varied."
@@ -136,6 +195,7 @@ def ablation(family, name, values):
         return Recipe(PTDT, family, f"{name} = {value}", f"ranking-{name}-{value}", p, tune)
 
     return [R(v) for v in values]
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00011
 def initial_recipes(family="cheetah-vel"):
@@ -151,6 +211,7 @@ def initial_recipes(family="cheetah-vel"):
         R("ranking-medium", "PTDT-offline", search("ranking", prompt_quality="medium")),
     ]
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #83ed5747
 def pdt(family, key="prompt-dt", method="Prompt-DT", prompt_quality="expert", **kw):
     "Prompt-DT without tuning; `kw` are fields of Pretrain. One without fields of its own is the plain one."
@@ -159,11 +220,13 @@ def pdt(family, key="prompt-dt", method="Prompt-DT", prompt_quality="expert", **
         key, method = "prompt-dt", "Prompt-DT"
     return Recipe(PTDT, family, method, key, own, Tune(prompt_quality=prompt_quality))
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #rcp00012
 def prompt_dt_recipes(family):
     "Prompt-DT and its baselines without a prompt, on one family."
     baselines = {r.key: r for r in table1_recipes(family)}
     return [pdt(family), baselines["mt-orl"], baselines["mt-bc-ft"]]
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pdx00006
 LENGTHS = ((1, 2), (1, 5), (1, 10), (2, 20))  # J, H of Table 1
@@ -175,12 +238,14 @@ def length_label(J, H):
     "How the tables name a prompt's length."
     return f"K* = {J * H} (J={J}, H={H})"
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #993e8a6c
 def quantity_recipes(family):
     "Prompt-DT's Table 1, K* = J x H: {label: recipe}."
     return {
         length_label(J, H): pdt(family, f"pdt-{J}x{H}", f"Prompt-DT, {J} x {H} prompt", J=J, H=H) for J, H in LENGTHS
     }
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #f2b6caf0
 def quality_recipes(family="cheetah-vel", qualities=("expert", "medium", "random")):
@@ -199,6 +264,7 @@ def quality_recipes(family="cheetah-vel", qualities=("expert", "medium", "random
             )
     return made
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pdx00003
 def prompt_mt_bc(family, J=1, H=None, only=()):
     "Prompt-MT-BC: the policy of Prompt-DT, prompt included, without the history's return-to-go. H: the family's."
@@ -208,11 +274,13 @@ def prompt_mt_bc(family, J=1, H=None, only=()):
     policy = replace(base, name="prompt-mt-bc", use_rtg=False, J=J, H=H or base.H)
     return Recipe(PTDT, family, method, key, policy, only=only)
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pdx00007
 def longest_recipe(family):
     "Prompt-DT with the longest prompt, which Figure 5 has and Table 1 has not."
     J, H = LONGEST
     return replace(pdt(family, f"pdt-{J}x{H}", f"Prompt-DT, {J} x {H} prompt", J=J, H=H), only=("paper",))
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pdx00008
 def bc_lengths(family):
@@ -220,12 +288,14 @@ def bc_lengths(family):
     made = {length_label(J, H): prompt_mt_bc(family, J, H) for J, H in LENGTHS}
     return made | {length_label(*LONGEST): prompt_mt_bc(family, *LONGEST, only=("paper",))}
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pdx00015
 def batch_recipes(family):
     "MT-BC-FT with the batches of Prompt-DT's Figure 7: {label: recipe}."
     usual = next(r for r in table1_recipes(family) if r.key == "mt-bc-ft")
     half = replace(usual, key="mt-bc-ft-128", method="MT-BC-FT, batch 128", tune=replace(usual.tune, demo_batch=128))
     return {"MT-BC-FT, batch 128": half, "MT-BC-FT, batch 256": usual}
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #cf5f9a5d
 _main = {f: table1_recipes(f) for f in TABLE_FAMILIES}
@@ -537,6 +607,7 @@ OTHERWISE = {  # families that differ from it
     },
 }
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00004
 def publish_policies(paper, recipes, size=SIZE):
     "What Prompt-DT gives for the policies of recipes; lengths and data only where a recipe's key does not vary them."
@@ -548,6 +619,7 @@ def publish_policies(paper, recipes, size=SIZE):
         paper.publish_all({k: own.get(k, v) for k, v in USUAL.items()}, usual)
         fixed = [r for r in usual if r.pretrain.prompt and not VARIED.search(r.key)]
         paper.publish_all({k: own.get(k, v) for k, v in LENGTH.items()}, fixed)
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00006
 _HU = "knight-fzq/mtdt by the first author: {}"
@@ -602,6 +674,7 @@ MT_BC_FT = FULL | {
 RELEASED = {"tune.steps": (10, 10, f"Prompt-DT appendix C.2; {_FT}"), "tune.demo_batch": (None, 256, _FT)}
 TABLE7 = {"tune.steps": (100, None, "Prompt-DT Table 7"), "tune.demo_batch": (1280, None, "Prompt-DT Table 7")}
 
+
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00008
 def publish_tuning(paper, recipes):
     "What the first author's code gives for tuning, and for the prompts that it starts from."
@@ -618,6 +691,7 @@ def publish_tuning(paper, recipes):
         paper.publish_all({name: line}, online if name == "tune.score_episodes" else own)
     for key, table in TUNERS.items():
         paper.publish_all(table, [r for r in tuned if r.key.split("-")[0] == key and "full-data" not in r.key])
+
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #pub00010
 _printed = [r for r in PAPER.recipes.values() if "(control)" not in r.method]

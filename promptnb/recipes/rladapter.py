@@ -11,8 +11,24 @@ from .core import Online, Paper, Recipe
 from .scales import SMALL
 
 # %% auto #0
-__all__ = ['RLADAPTER', 'MAIN', 'SWITCHES', 'ARMS', 'MILLION', 'MEDIUM', 'GPT35', 'BIG', 'PAPER', 'CODE', 'WHY', 'DISTILLATION',
-           'TUNING', 'recipe', 'sized', 'own_rows']
+__all__ = [
+    "RLADAPTER",
+    "MAIN",
+    "SWITCHES",
+    "ARMS",
+    "MILLION",
+    "MEDIUM",
+    "GPT35",
+    "BIG",
+    "PAPER",
+    "CODE",
+    "WHY",
+    "DISTILLATION",
+    "TUNING",
+    "recipe",
+    "sized",
+    "own_rows",
+]
 
 # %% ../../nbs/09f_recipes.rladapter.ipynb #8c6a67ad
 RLADAPTER = "rladapter"
@@ -221,12 +237,14 @@ PAPER.unknown(
 )
 PAPER.unknown("v1", "RLAdapter, version 1: all numbers", "none was found in a public source")
 
+
 # %% ../../nbs/09f_recipes.rladapter.ipynb #rlpub001
 def own_rows(field) -> tuple:
     "'family/key' of the recipes that take a field from the released code: all that do not vary it by design."
     varied = {k: fields for k, (_, fields) in {**MAIN, **SWITCHES}.items() if k != "released"}
     varied[GPT35.key] = ("decision",)
     return tuple(f"crafter/{k}" for k in (*ARMS, GPT35.key) if field not in varied.get(k, ()))
+
 
 # %% ../../nbs/09f_recipes.rladapter.ipynb #rlpub004
 _CONFIG, _TASK = "AdaRefiner, config/default.py", "AdaRefiner, tasks/rl_task_crf.py"

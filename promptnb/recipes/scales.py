@@ -10,8 +10,23 @@ from dataclasses import replace
 from .core import Offline, Recipe, Text, Tune
 
 # %% auto #0
-__all__ = ['SINGLE', 'SKIRMISHES', 'SMALL', 'SMALL_STEPS', 'SMALL_RUN', 'LAPTOP', 'SMOKE', 'SCALES', 'scaled', 'stopped_at',
-           'resolve_offline', 'resolve_online', 'resolve_hyper', 'resolve_tuned', 'resolve']
+__all__ = [
+    "SINGLE",
+    "SKIRMISHES",
+    "SMALL",
+    "SMALL_STEPS",
+    "SMALL_RUN",
+    "LAPTOP",
+    "SMOKE",
+    "SCALES",
+    "scaled",
+    "stopped_at",
+    "resolve_offline",
+    "resolve_online",
+    "resolve_hyper",
+    "resolve_tuned",
+    "resolve",
+]
 
 # %% ../../nbs/09a_recipes.scales.ipynb #0647152a
 SINGLE = ("hopper", "halfcheetah", "walker2d")  # bodies with one task
@@ -138,6 +153,7 @@ SMOKE = dict(
 # %% ../../nbs/09a_recipes.scales.ipynb #a2a80249
 SCALES = {"paper": {}, "laptop": LAPTOP, "smoke": SMOKE}
 
+
 # %% ../../nbs/09a_recipes.scales.ipynb #8f2246be
 def scaled(now, want):
     "A hyper-parameter at a scale: 0 stays 0, a share below 1 is taken of what it was."
@@ -146,10 +162,12 @@ def scaled(now, want):
     is_share = isinstance(want, float) and want < 1
     return round(now * want) if is_share else want
 
+
 # %% ../../nbs/09a_recipes.scales.ipynb #rstop002
 def stopped_at(t: Text) -> int:
     "The last step of a text's pre-training: its `part` of the steps after the warm-up."
     return t.steps if t.part == 1 else t.warmup + max(1, round(t.part * (t.steps - t.warmup)))
+
 
 # %% ../../nbs/09a_recipes.scales.ipynb #610da678
 def resolve_offline(x: Offline, family, o) -> Offline:
@@ -167,6 +185,7 @@ def resolve_offline(x: Offline, family, o) -> Offline:
     x = replace(x, text=text, model=model, **own)
     return replace(x, steps=round(x.steps * x.steps_times), steps_times=1.0)
 
+
 # %% ../../nbs/09a_recipes.scales.ipynb #be8a359d
 def resolve_online(r: Recipe, o) -> Recipe:
     "An online recipe at a scale: the sizes of its preset."
@@ -175,6 +194,7 @@ def resolve_online(r: Recipe, o) -> Recipe:
     return replace(
         r, online=replace(r.online, **o.get("Online", {}).get(preset, {})), seeds=seeds, **o.get("online_eval", {})
     )
+
 
 # %% ../../nbs/09a_recipes.scales.ipynb #afc71903
 def resolve_hyper(t: Tune, o) -> tuple:
@@ -186,6 +206,7 @@ def resolve_hyper(t: Tune, o) -> tuple:
     if "m" in changed and hyper.get("k"):  # no more candidates are kept than there are
         hyper["k"] = min(hyper["k"], changed["m"])
     return tuple(hyper.items())
+
 
 # %% ../../nbs/09a_recipes.scales.ipynb #7c5ca03b
 def resolve_tuned(r: Recipe, o) -> Recipe:
@@ -200,6 +221,7 @@ def resolve_tuned(r: Recipe, o) -> Recipe:
         tune=replace(r.tune, hyper=resolve_hyper(r.tune, o), **t),
         **{**seeds, **o.get("Recipe", {}), **o.get("eval_families", {}).get(r.family, {})},
     )
+
 
 # %% ../../nbs/09a_recipes.scales.ipynb #99e322ae
 def resolve(r: Recipe, scale: str) -> Recipe:

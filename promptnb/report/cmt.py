@@ -21,19 +21,116 @@ from .tables import basis, counted, entry, in_words, plus_minus
 from .view import paired
 
 # %% auto #0
-__all__ = ['GIVEN', 'COLLECTED', 'NULL', 'WRONG', 'BOUND', 'RANDOM', 'TUNED', 'SHUFFLED', 'ADAPTATION', 'CORRELATIONS',
-           'ORDER_COLUMNS', 'PARTS', 'LENGTHS', 'MEAN', 'SCORES', 'GAMES', 'WINS', 'RANDOM_ACTIONS', 'BEHAVIOUR',
-           'ASKED', 'META', 'ADAPTED', 'LEAST_TASKS', 'ORDERED', 'MIDDLE', 'PDT_MIDDLE', 'RANGED', 'LONGER', 'BEST',
-           'SINGLE', 'MAP', 'AGENT', 'PLAYED', 'TEAMS', 'ANSWERS', 'DRAW', 'BAND', 'READ', 'without_length',
-           'family_of', 'nothing_unseen', 'place', 'over_seeds', 'method_lines', 'without_runs', 'levels_beside',
-           'curves_and_levels', 'adaptation', 'correlation', 'circular', 'apart', 'by_distance', 'Contexts',
-           'contexts_of', 'by_chance', 'order', 'before', 'orders', 'ranged', 'order_row', 'order_table', 'GoalColours',
-           'colours_of', 'scatter', 'embedding', 'GoalRange', 'goal_range', 'along_goals', 'along', 'part_entry',
-           'parts', 'metric_of', 'lengths', 'length', 'margins', 'mean_over', 'with_margins', 'by_quality', 'scores',
-           'floors', 'seed_stats', 'constants', 'won', 'constant_or_entry', 'wins', 'Question', 'asked', 'by_seed',
-           'on_common_seeds', 'meta', 'adapted', 'ordered', 'ranged_answers', 'longer', 'switch_questions', 'switched',
-           'over_datasets', 'single', 'over_random', 'skirmish', 'questions_of', 'answers', 'sentence', 'verdict',
-           'found', 'resolved', 'other_episodes', 'left_out']
+__all__ = [
+    "GIVEN",
+    "COLLECTED",
+    "NULL",
+    "WRONG",
+    "BOUND",
+    "RANDOM",
+    "TUNED",
+    "SHUFFLED",
+    "ADAPTATION",
+    "CORRELATIONS",
+    "ORDER_COLUMNS",
+    "PARTS",
+    "LENGTHS",
+    "MEAN",
+    "SCORES",
+    "GAMES",
+    "WINS",
+    "RANDOM_ACTIONS",
+    "BEHAVIOUR",
+    "ASKED",
+    "META",
+    "ADAPTED",
+    "LEAST_TASKS",
+    "ORDERED",
+    "MIDDLE",
+    "PDT_MIDDLE",
+    "RANGED",
+    "LONGER",
+    "BEST",
+    "SINGLE",
+    "MAP",
+    "AGENT",
+    "PLAYED",
+    "TEAMS",
+    "ANSWERS",
+    "DRAW",
+    "BAND",
+    "READ",
+    "without_length",
+    "family_of",
+    "nothing_unseen",
+    "place",
+    "over_seeds",
+    "method_lines",
+    "without_runs",
+    "levels_beside",
+    "curves_and_levels",
+    "adaptation",
+    "correlation",
+    "circular",
+    "apart",
+    "by_distance",
+    "Contexts",
+    "contexts_of",
+    "by_chance",
+    "order",
+    "before",
+    "orders",
+    "ranged",
+    "order_row",
+    "order_table",
+    "GoalColours",
+    "colours_of",
+    "scatter",
+    "embedding",
+    "GoalRange",
+    "goal_range",
+    "along_goals",
+    "along",
+    "part_entry",
+    "parts",
+    "metric_of",
+    "lengths",
+    "length",
+    "margins",
+    "mean_over",
+    "with_margins",
+    "by_quality",
+    "scores",
+    "floors",
+    "seed_stats",
+    "constants",
+    "won",
+    "constant_or_entry",
+    "wins",
+    "Question",
+    "asked",
+    "by_seed",
+    "on_common_seeds",
+    "meta",
+    "adapted",
+    "ordered",
+    "ranged_answers",
+    "longer",
+    "switch_questions",
+    "switched",
+    "over_datasets",
+    "single",
+    "over_random",
+    "skirmish",
+    "questions_of",
+    "answers",
+    "sentence",
+    "verdict",
+    "found",
+    "resolved",
+    "other_episodes",
+    "left_out",
+]
 
 # %% ../../nbs/11f_report.cmt.ipynb #635c9eab
 GIVEN = "CMT, context given"
@@ -45,10 +142,12 @@ RANDOM = "CMT, random frozen prompt"
 TUNED = "CMT, tuned context vectors"
 SHUFFLED = "CMT, tuned on shuffled trajectories"
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #076c4509
 def without_length(label) -> str:
     "A row label without the number of context vectors at its end."
     return re.sub(r", L = \d+$", "", label)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000051
 def family_of(name):
@@ -57,22 +156,26 @@ def family_of(name):
 
     return tasks.family(name)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000118
 def nothing_unseen(family) -> bool:
     "Whether a family's test tasks are its train tasks."
     fam = family_of(family)
     return set(fam.test) <= set(fam.train)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000052
 def place(family) -> str:
     "A family's name in titles and sentences; it says where nothing is unseen."
     return f"{family} (train tasks)" if nothing_unseen(family) else family
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #4d5344aa
 def over_seeds(d, by) -> pd.DataFrame:
     "Mean, min, max and count over seeds of the task mean, by label and the columns `by`."
     per_seed = d.groupby(["label", *by, "seed"]).value.mean().reset_index()
     return per_seed.groupby(["label", *by]).value.agg(["mean", "min", "max", "count"]).reset_index()
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #32fd6e1d
 def method_lines(ax, g, x, ms=4):
@@ -82,6 +185,7 @@ def method_lines(ax, g, x, ms=4):
         low, high = d["min"].astype(float), d["max"].astype(float)
         ax.plot(d[x], d["mean"], ms=ms, lw=1.4, label=label, **s)
         ax.fill_between(d[x].astype(float), low, high, color=s["color"], alpha=0.15, lw=0)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000121
 def without_runs(ax, wanted, drawn):
@@ -93,6 +197,7 @@ def without_runs(ax, wanted, drawn):
         lines = [wrap(f"no run: {label}", 24) for label in lack]
         ax.set_xlabel("\n".join([ax.get_xlabel(), *lines]))
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000008
 def levels_beside(ax, g, last):
     "Draw each label of `over_seeds` right of episode `last`: mean (marker), range over seeds (bar), a thin line."
@@ -103,6 +208,7 @@ def levels_beside(ax, g, last):
         bar = [[y - level["min"]], [level["max"] - y]]
         ax.errorbar(x, y, bar, color=s["color"], marker=s["marker"], ms=4, elinewidth=1.4, ls="none", label=label)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000009
 def curves_and_levels(view):
     "(returns along the episodes, returns of the methods that do not collect): mean and range over seeds, by family."
@@ -111,6 +217,7 @@ def curves_and_levels(view):
     curves = over_seeds(df[df.metric == "episode_return"], ["task", "step"])
     levels = over_seeds(df[(df.metric == "return") & ~df.label.isin(collects)], ["task"])
     return curves, levels
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #341d8221
 ADAPTATION = ["task", "label", "step", "mean", "min", "max", "count"]
@@ -134,6 +241,7 @@ def adaptation(view):
     legend(fig, axes, 3)
     return fig, pd.concat(numbers, ignore_index=True).reindex(columns=ADAPTATION)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #7a9da0bf
 def correlation(a, b, least=3) -> float:
     "Spearman's rank correlation; NaN where either has fewer than `least` different values."
@@ -143,10 +251,12 @@ def correlation(a, b, least=3) -> float:
         return np.nan
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #631c829a
 def circular(family) -> bool:
     "Whether the goals of a family are angles."
     return family.startswith("ant-dir")
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #df650036
 def apart(goals, on_circle) -> np.ndarray:
@@ -154,11 +264,13 @@ def apart(goals, on_circle) -> np.ndarray:
     d = np.abs(goals[:, None] - goals)
     return np.minimum(d % (2 * np.pi), -d % (2 * np.pi)) if on_circle else d
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #d518ddac
 def by_distance(points, goals, on_circle) -> float:
     "Rank correlation of the distances between points (n, 3) and between their goals (n,)."
     i, j = np.triu_indices(len(points), 1)
     return correlation(np.linalg.norm(points[i] - points[j], axis=-1), apart(goals, on_circle)[i, j], 2)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000014
 @dataclass(frozen=True)
@@ -184,6 +296,7 @@ class Contexts:
         "Rank correlation of distances between contexts and between goals over some tasks."
         return by_distance(self.points[tasks], self.goals[tasks], self.on_circle)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000015
 def contexts_of(look, family) -> Contexts:
     "The contexts that a record's `look` holds, averaged over each task."
@@ -192,6 +305,7 @@ def contexts_of(look, family) -> Contexts:
     same = set(ids[first:]) & set(ids[:first])
     unseen = slice(0, 0) if same else slice(first, n)
     return Contexts(points, np.array(look["goals"], float), slice(0, first), unseen, circular(family))
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000018
 def by_chance(c, draws=200) -> np.ndarray:
@@ -202,6 +316,7 @@ def by_chance(c, draws=200) -> np.ndarray:
         mixed = replace(c, goals=rng.permutation(c.goals))
         found.append(mixed.distance() if c.by == "distance" else abs(mixed.spearman()))
     return np.array(found)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #b5743299
 def order(look, family) -> dict:
@@ -223,6 +338,7 @@ def order(look, family) -> dict:
         unseen=len(c.points[c.unseen]),
     )
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #7482141a
 def before(look, family) -> float:
     "The rank correlation of the encoder before training; NaN in a record without."
@@ -231,9 +347,11 @@ def before(look, family) -> float:
     o = order(dict(look, embedding=look["untrained"]), family)
     return o[f"{o['by']}_all"]
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #328f8643
 CORRELATIONS = ["spearman_all", "spearman_unseen", "distance_all", "distance_unseen"]
 ORDER_COLUMNS = ["family", "seed", *CORRELATIONS, "by", "usual", "chance", "tasks", "unseen", "before"]
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #fe552496
 def orders(view) -> pd.DataFrame:
@@ -246,6 +364,7 @@ def orders(view) -> pd.DataFrame:
             rows.append(row)
     return pd.DataFrame(rows, columns=ORDER_COLUMNS)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #17440b92
 def ranged(x) -> str:
     "Values of seeds in words: their mean and range."
@@ -253,6 +372,7 @@ def ranged(x) -> str:
     if not len(x):
         return "-"
     return f"{x.mean():.2f}" + (f" ({x.min():.2f} to {x.max():.2f})" if len(x) > 1 else "")
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #d081be8e
 def order_row(family, o) -> dict:
@@ -269,12 +389,14 @@ def order_row(family, o) -> dict:
         "n": len(o),
     }
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000054
 def order_table(view) -> pd.DataFrame:
     "Rank correlations of an exhibit's records, for readers: one row per family."
     view.require()
     rows = [order_row(family, o) for family, o in orders(view).groupby("family", sort=False)]
     return pd.DataFrame(rows).set_index("family") if rows else pd.DataFrame()
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000025
 @dataclass(frozen=True)
@@ -286,6 +408,7 @@ class GoalColours:
     high: float
     ticks: dict
     name: str
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #fa8f3534
 def colours_of(family, goals) -> GoalColours:
@@ -302,6 +425,7 @@ def colours_of(family, goals) -> GoalColours:
         quarters = {np.pi * k / 2: f"{90 * k}°" for k in range(5)}
         return GoalColours(sns.color_palette("twilight_shifted", as_cmap=True), 0, 2 * np.pi, quarters, "goal: angle")
     return GoalColours(sns.color_palette("viridis", as_cmap=True), min(goals), max(goals), {}, "goal: velocity")
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #2fa152a9
 def scatter(fig, ax, look, family):
@@ -322,6 +446,7 @@ def scatter(fig, ax, look, family):
     if colours.ticks:
         bar.set_ticklabels(list(colours.ticks.values()))
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #595268b1
 def embedding(view):
     "Embedded contexts of the first seed, one panel per family."
@@ -341,6 +466,7 @@ def embedding(view):
     axes[0].set_ylabel("second component")
     legend(fig, axes)
     return fig, orders(view)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000026
 @dataclass(frozen=True)
@@ -363,6 +489,7 @@ class GoalRange:
         low, high = self.ends(label)
         return "between" if low < self.goals[task] < high else "outside"
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000028
 def goal_range(view) -> GoalRange:
     "The goal range of an exhibit's one family."
@@ -371,6 +498,7 @@ def goal_range(view) -> GoalRange:
     trained = {label_of(e, r): tuple(r.pretrain.train) or fam.train for r in rc.recipes_of(e)}
     return GoalRange(dict(enumerate(fam.goals)), fam.test, trained)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #e4ae5a41
 def along_goals(view, known) -> pd.DataFrame:
     "Returns by label, seed and task, with the task's goal and what it was to that policy (`GoalRange.part`)."
@@ -378,6 +506,7 @@ def along_goals(view, known) -> pd.DataFrame:
     df = df[df.metric == "return"][["label", "seed", "task_id", "value"]]
     parts = [known.part(label, task) for label, task in zip(df.label, df.task_id)]
     return df.assign(goal=[known.goals[task] for task in df.task_id], part=parts)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000056
 def _range_panel(ax, g, known, title, labels):
@@ -391,6 +520,7 @@ def _range_panel(ax, g, known, title, labels):
     method_lines(ax, g, "goal", ms=2)
     ax.set(title=title, xlabel="goal velocity")
     without_runs(ax, labels, g.label)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #b24aeb8f
 def along(view):
@@ -407,6 +537,7 @@ def along(view):
     legend(fig, axes, 3)
     return fig, g
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000030
 PARTS = {"trained": "trained on", "between": "unseen, between", "outside": "unseen, outside"}
 
@@ -417,6 +548,7 @@ def part_entry(d) -> str:
         return ""
     row = summary(d.groupby("seed").value.mean())
     return entry(row | dict(note=counted(d.task_id.nunique(), "goal")))
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #db2a2aeb
 def parts(view) -> pd.DataFrame:
@@ -429,10 +561,12 @@ def parts(view) -> pd.DataFrame:
     }
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*here.values()]).rename_axis("method")
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000033
 def metric_of(r) -> str:
     "What a recipe is judged by: 'score' on a single data set, 'return' where an encoder writes the prompt."
     return "score" if r.pretrain.context.encoder == "none" else "return"
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #5ba504e7
 LENGTHS = ["dataset", "metric", "label", "L", "seed", "value"]
@@ -448,6 +582,7 @@ def lengths(view) -> pd.DataFrame:
         length = dict(r.tune.hyper).get("L") or r.pretrain.context.L
         rows.append((r.dataset, metric_of(r), without_length(run.label), length, run.seed, np.mean(values)))
     return pd.DataFrame(rows, columns=LENGTHS)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000034
 def _length_panel(ax, dataset, d, wanted):
@@ -467,6 +602,7 @@ def _length_panel(ax, dataset, d, wanted):
     ax.grid(axis="x", visible=False)
     without_runs(ax, wanted, d.label)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #61826de7
 def length(view):
     "Score or return against the number of context vectors, one panel per data set."
@@ -478,6 +614,7 @@ def length(view):
         _length_panel(ax, dataset, t[t.dataset == dataset], labels)
     legend(fig, axes, 3)
     return fig, t
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000057
 MEAN = "mean"
@@ -492,6 +629,7 @@ def margins(t) -> dict:
             found.setdefault(key, []).append(dataset)
     return found
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000058
 def mean_over(w, method, datasets) -> dict:
     "A method's mean over data sets, over the seeds that have them all; a note where a data set has no run."
@@ -501,6 +639,7 @@ def mean_over(w, method, datasets) -> dict:
     if not len(x):
         return dict(mean=np.nan, std=np.nan, note=f"{lacking} of {counted(len(datasets), 'data set')} missing")
     return summary(x)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000061
 def with_margins(view) -> pd.DataFrame:
@@ -513,6 +652,7 @@ def with_margins(view) -> pd.DataFrame:
         rows += [dict(over, method=m, note="") | mean_over(w, m, datasets) for m in t.method.unique()]
     return pd.concat([t.astype(object), pd.DataFrame(rows, dtype=object)], ignore_index=True).infer_objects()
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000062
 def by_quality(t, text=entry) -> pd.DataFrame:
     "A tidy table for readers: blocks of data sets and methods down, qualities of the data and their mean across."
@@ -524,16 +664,19 @@ def by_quality(t, text=entry) -> pd.DataFrame:
     p.index = pd.MultiIndex.from_tuples(p.index, names=["data", "method"])
     return p
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000063
 def scores(view):
     "(printed, tidy) table of scores on single data sets."
     t = with_margins(view)
     return by_quality(t), t
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #7cba0558
 def floors(view) -> dict:
     "{data set: percent of games won by random actions and by the data's behaviour}, as far as records name them."
     return {run.recipe.dataset: run.record["floor"] for run in view.good if run.record.get("floor")}
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000035
 def seed_stats(w, metric) -> dict:
@@ -542,11 +685,13 @@ def seed_stats(w, metric) -> dict:
         return {}
     return w[metric].groupby(level=["label", "dataset"]).agg(["mean", "std"]).to_dict("index")
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #aa2ba035
 SCORES = ["mean", "std", "n", "lo", "hi", "iqm", "iqm_lo", "iqm_hi"]
 GAMES = ["return", "return_std", "length", "length_std"]
 WINS = ["dataset", "method", *SCORES, *GAMES, "trainable", "total", "note", "source"]
 RANDOM_ACTIONS, BEHAVIOUR = "random actions", "policy that made the data"
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #4af011ff
 def constants(floor, t) -> pd.DataFrame:
@@ -560,6 +705,7 @@ def constants(floor, t) -> pd.DataFrame:
         for player, key in ((RANDOM_ACTIONS, "random"), (BEHAVIOUR, "behaviour"))
     ]
     return pd.DataFrame(rows, columns=WINS)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000066
 def won(view) -> pd.DataFrame:
@@ -577,10 +723,12 @@ def won(view) -> pd.DataFrame:
         [t.reindex(columns=WINS).astype(object), constants(floors(view), runs).astype(object)]
     ).infer_objects()
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #434d8867
 def constant_or_entry(r) -> str:
     "A row of `won` as the lines of an entry; a constant is its number alone."
     return plus_minus(r["mean"], np.nan) if r.note == "constant" else entry(r)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #af812f87
 def wins(view):
@@ -589,6 +737,7 @@ def wins(view):
     p = by_quality(t, constant_or_entry)
     blocks = list(dict.fromkeys(p.index.get_level_values(0)))
     return p.loc[blocks], t
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #f56c1133
 @dataclass(frozen=True)
@@ -599,6 +748,7 @@ class Question:
     method: str
     against: str
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000067
 ASKED = ["question", "where", "method", "against"]
 
@@ -607,16 +757,19 @@ def asked(q, where, x, y) -> dict:
     "The comparison of x with y, both (seeds, ...), as an answer to a question somewhere."
     return dict(question=q.text, where=where, method=q.method, against=q.against, **compare(x, y))
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000068
 def by_seed(d) -> pd.Series:
     "The mean over tasks of each seed."
     return d.groupby("seed").value.mean()
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000104
 def on_common_seeds(q, where, x, y) -> dict:
     "`asked` of two series by seed, over the seeds that both have."
     both = x.index.intersection(y.index)
     return asked(q, where, x[both], y[both])
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000070
 META = (
@@ -638,6 +791,7 @@ def meta(view):
             x, y = paired(view.rows, q.method, q.against, family)
             if x.size and x.shape == y.shape:
                 yield asked(q, place(family), x, y)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000072
 ADAPTED = (
@@ -661,6 +815,7 @@ def adapted(view):
         }
         yield from (on_common_seeds(q, place(family), levels[q.method], levels[q.against]) for q in ADAPTED)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000074
 LEAST_TASKS = 6  # fewer have too few orders
 ORDERED = (
@@ -678,6 +833,7 @@ def ordered(view):
         by = o.by.iloc[0]
         levels = {"random orders": o.usual, "untrained encoder": o.before.dropna()}
         yield from (on_common_seeds(q, family, o[f"{by}_all"], levels[q.against]) for q in ORDERED)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000076
 MIDDLE, PDT_MIDDLE = "CMT, context given, middle goals", "Prompt-DT, middle goals"
@@ -702,6 +858,7 @@ def ranged_answers(view):
         x, y = (by_seed(here[here.label == label]) for label in (q.method, q.against))
         yield on_common_seeds(q, f"{counted(len(goals[which]), 'goal')} {which}", x, y)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000078
 LONGER = Question("Are 20 vectors better than 1?", "L = 20", "L = 1")
 
@@ -712,10 +869,12 @@ def longer(view):
         x, y = (by_seed(d[d.L == L]) for L in (20, 1))
         yield on_common_seeds(LONGER, f"{dataset}, '{label}'", x, y)
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000080
 def switch_questions(view) -> list:
     "One question per variant of an ablation."
     return [Question(f"'{label}': above 'CMT'?", label, "CMT") for label in view.labels if label != "CMT"]
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000109
 def switched(view):
@@ -725,6 +884,7 @@ def switched(view):
             x, y = paired(view.rows, q.method, q.against, family)
             if x.size and x.shape == y.shape:
                 yield asked(q, family, x, y)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #f4ca847a
 BEST = "Prompt towards the best 10 %"
@@ -740,6 +900,7 @@ SINGLE = (
     Question("Is it above LoRA?", BEST, "LoRA"),
 )
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000100
 def over_datasets(questions, w):
     "Answers over the data sets that both methods of a question have; w from `lamo.last`."
@@ -750,10 +911,12 @@ def over_datasets(questions, w):
             seeds = x.index.intersection(y.index)
             yield asked(q, counted(len(both), "data set"), x.loc[seeds, both], y.loc[seeds, both])
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000101
 def single(view):
     "Answers on single data sets."
     return over_datasets(SINGLE, lamo.last(lamo.frame(view)))
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #53993a1b
 MAP, AGENT = "Prompt a map, the best 10 %", "Prompt an agent, the best 10 %"
@@ -765,6 +928,7 @@ TEAMS = (
     Question("Does a prompt for each agent help, against no prompt?", AGENT, "No prompt"),
     Question("Is it above a prompt for the map?", AGENT, MAP),
 )
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000102
 def over_random(w, floor):
@@ -779,12 +943,14 @@ def over_random(w, floor):
         where = f"{quality} data, {counted(len(datasets), 'map')}"
         yield asked(PLAYED, where, x[datasets], np.tile(constant, (len(x), 1)))
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000103
 def skirmish(view):
     "Answers on games of several agents."
     w = lamo.last(lamo.frame(view))
     yield from over_random(w, floors(view))
     yield from over_datasets(TEAMS, w)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000082
 ANSWERS = dict(  # id of an exhibit: what answers its questions
@@ -798,6 +964,7 @@ ANSWERS = dict(  # id of an exhibit: what answers its questions
     skirmish=skirmish,
 )
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000106
 def questions_of(view) -> list:
     "The questions of an exhibit, in order."
@@ -806,11 +973,13 @@ def questions_of(view) -> list:
         return switch_questions(view)
     return list(fixed.get(view.exhibit.id, (PLAYED, *TEAMS)))
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000083
 def answers(view) -> pd.DataFrame:
     "All comparisons of an exhibit, corrected together: one row per question and place."
     view.require()
     return judged([row for row in ANSWERS[view.exhibit.id](view) if row["n"]], ASKED)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000084
 def sentence(question, v, digits=1) -> str:
@@ -818,12 +987,14 @@ def sentence(question, v, digits=1) -> str:
     found = [f"{r['where']}: {in_words(r, digits)}" for _, r in v[v.question == question].iterrows()]
     return f"{question} {'; '.join(found) or 'no runs yet'}."
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000105
 def verdict(view) -> str:
     "The questions of an exhibit with their answers, one line each, and what the words rest on."
     v, digits = answers(view), 3 if view.exhibit.kind == "embedding" else 1
     said = [sentence(q.text, v, digits) for q in questions_of(view)]
     return "\n".join([*said, basis(v)] if len(v) else said)
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000088
 def found(views) -> pd.DataFrame:
@@ -834,6 +1005,7 @@ def found(views) -> pd.DataFrame:
         rows[view.exhibit.id] = dict(comparisons=len(verdicts)) | {w: int((verdicts == w).sum()) for w in VERDICTS}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("exhibit")
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000089
 def resolved(views) -> str:
     "The comparisons of exhibits that are resolved, one line each."
@@ -843,6 +1015,7 @@ def resolved(views) -> str:
         for _, r in v[v.verdict.isin(["better", "worse"])].iterrows():
             said.append(f"{view.exhibit.id}: '{r.method}' against '{r.against}', {r['where']}: {in_words(r, digits)}.")
     return "\n".join(said) or "No comparison is resolved."
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #d8c53624
 DRAW = dict(adaptation=adaptation, embedding=embedding, range=along, length=length, scores=scores, wins=wins)
@@ -867,6 +1040,7 @@ READ = dict(
     ),
 )
 
+
 # %% ../../nbs/11f_report.cmt.ipynb #cm000092
 def other_episodes(view) -> str:
     "Why episode 0 is not the level of the null prompt."
@@ -879,6 +1053,7 @@ def other_episodes(view) -> str:
         "Episode 0 and the null prompt are one policy with one prompt in different episodes, and need not be equal:"
         f" episode 0 is {first} per task, the null prompt's level {level}, from other starting states."
     )
+
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000093
 def left_out(view, numbers=None) -> str:

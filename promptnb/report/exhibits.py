@@ -22,9 +22,33 @@ from .view import View, exhibit, flaws, makers, reported, seeds_shown, status
 _all_ = ["exhibit", "reported"]  # a paper's page needs no other import
 
 # %% auto #0
-__all__ = ['PAGES', 'TYPES', 'WHERE', 'page_of', 'caption', 'of_kind', 'other_protocols', 'drawn', 'make', 'files_line', 'show',
-           'overview', 'status_line', 'injected', 'checked', 'Page', 'parts_of', 'sources', 'changed', 'deviations',
-           'how_many', 'differences', 'provenance', 'exhibit', 'reported']
+__all__ = [
+    "PAGES",
+    "TYPES",
+    "WHERE",
+    "page_of",
+    "caption",
+    "of_kind",
+    "other_protocols",
+    "drawn",
+    "make",
+    "files_line",
+    "show",
+    "overview",
+    "status_line",
+    "injected",
+    "checked",
+    "Page",
+    "parts_of",
+    "sources",
+    "changed",
+    "deviations",
+    "how_many",
+    "differences",
+    "provenance",
+    "exhibit",
+    "reported",
+]
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000006
 PAGES = {
@@ -40,6 +64,7 @@ def page_of(e: rc.Exhibit):
     "The page that draws an exhibit: the first of its paper's that knows its kind; of a study of yours, any that does."
     pages = PAGES.get(e.paper, (prompts, lamo, cmt, rladapter))
     return next(page for page in pages if e.kind in page.DRAW)
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000008
 def caption(view, numbers=None) -> str:
@@ -57,11 +82,13 @@ def caption(view, numbers=None) -> str:
     parts += [other_protocols(numbers), makers(view)]
     return " ".join(p.strip() for p in parts if p.strip())
 
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000009
 def of_kind(e, what) -> str:
     "What the first of the paper's pages that knows an exhibit's kind says of it in READ or BAND; '' if none does."
     tables = (getattr(page, what, {}) for page in PAGES.get(e.paper, (prompts,)))
     return next((table[e.kind] for table in tables if e.kind in table), "")
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000033
 def other_protocols(numbers) -> str:
@@ -70,6 +97,7 @@ def other_protocols(numbers) -> str:
         return ""
     found = numbers.other_protocol.dropna().unique()
     return " ".join(f"Published under another protocol: {why}." for why in found)
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000011
 def drawn(view):
@@ -86,11 +114,13 @@ def drawn(view):
         save_figure(made, numbers, view.folder, e.id, text)
     return made, text
 
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000027
 def make(view):
     "Draw and save one exhibit; returns the printed table, or the figure."
     made, _ = drawn(view)
     return made
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000041
 def files_line(view) -> str:
@@ -99,6 +129,7 @@ def files_line(view) -> str:
     there = [(kind, view.folder / f"{view.exhibit.id}.{kind}") for kind in kinds]
     links = [f"[{kind}]({os.path.relpath(path, pages)})" for kind, path in there if path.exists()]
     return f"Files: {' · '.join(links)}."
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000012
 def show(view, wanted=None):
@@ -124,6 +155,7 @@ def show(view, wanted=None):
     if not table:
         close(made)
 
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000015
 def overview(paper, scale, whose="any") -> pd.DataFrame:
     "The status table of a paper: exhibit, title, claim, our status."
@@ -132,6 +164,7 @@ def overview(paper, scale, whose="any") -> pd.DataFrame:
         for e in rc.exhibits(paper)
     ]
     return pd.DataFrame(rows).set_index("exhibit")
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000016
 def status_line(e, scale, whose="any") -> str:
@@ -151,6 +184,7 @@ def status_line(e, scale, whose="any") -> str:
         text += f"; {here} of its {len(e.recipes)} recipes at this scale"
     return text
 
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex0pgc01
 def injected() -> list:
     "Names that papermill has set in this notebook; it puts them into a cell that begins with '# Parameters'."
@@ -160,6 +194,7 @@ def injected() -> list:
     cells = [s for s in (shell.user_ns.get("In", []) if shell else []) if s.lstrip().startswith("# Parameters")]
     found = ast.walk(ast.parse(cells[-1])) if cells else ()
     return [target.id for node in found if isinstance(node, ast.Assign) for target in node.targets]
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex0pgc02
 TYPES = dict(scale=str, exhibits=str, partial=bool, shipped=bool)  # the parameters of a paper's page
@@ -182,6 +217,7 @@ def checked(paper, given) -> list:
         if every[check_choice(id, every, "exhibit")].unknown:
             raise PromptnbError(f"exhibit '{id}' cannot be made: {every[id].unknown}")
     return wanted
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000031
 class Page:
@@ -228,6 +264,7 @@ class Page:
         "Where the numbers come from."
         return provenance(self.paper, self.scale, self.whose)
 
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000020
 def parts_of(r) -> dict:
     "The fields of a recipe by the path of what holds them: {'pretrain': {field: value}, …}; '' holds the recipe's own."
@@ -241,12 +278,14 @@ def parts_of(r) -> dict:
     tune = {k: v for k, v in asdict(r.tune).items() if k != "hyper"}
     return {"pretrain": asdict(r.pretrain), "tune": {**tune, **dict(r.tune.hyper)}} | parts
 
+
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000021
 def sources(paper, field, recipes) -> str:
     "Where the paper-scale value of a field comes from, for some recipes of a paper; 'ours' where nobody has it."
     of = rc.PAPER_OF[paper].published
     found = [p.source for p in of if p.field == field and any(p.covers(r) for r in recipes)]
     return "; ".join(dict.fromkeys(x for x in found if x)) or "ours"
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000022
 def changed(r, scale):
@@ -256,6 +295,7 @@ def changed(r, scale):
         for field, value in fields.items():
             if value != here[part][field]:
                 yield f"{part}.{field}".lstrip("."), value, here[part][field]
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000023
 def _values(found) -> str:
@@ -280,11 +320,13 @@ def deviations(paper, scale) -> pd.DataFrame:
     ]
     return pd.DataFrame(rows, columns=["field", "paper_scale", "this_scale", "source"])
 
+
 # %% ../../nbs/11h_report.exhibits.ipynb #chk18df1
 def how_many(recipes) -> str:
     "The number of recipes, and their families where there are three at most."
     families = sorted({r.family for r in recipes})
     return f"{len(recipes)}: {', '.join(families)}" if len(families) <= 3 else str(len(recipes))
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000037
 def differences(paper) -> pd.DataFrame:
@@ -318,6 +360,7 @@ def differences(paper) -> pd.DataFrame:
 
 def _said(value) -> str:
     return "not said" if value is None else _values([value])
+
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000026
 WHERE = ("commit", "dirty", "device", "threads", "python", "torch", "mujoco")

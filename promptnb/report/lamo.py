@@ -23,34 +23,132 @@ from .tables import say as say_verdicts
 from .view import exhibit
 
 # %% auto #0
-__all__ = ['MAIN', 'COLUMNS', 'ELSEWHERE', 'OTHERWISE', 'MEAN', 'PRINTED', 'LENDERS', 'COUNTED', 'SETTINGS', 'TASK_OF', 'SIZES',
-           'HOLLOW', 'TRUNKS', 'PUBLISHED', 'DOMAINS', 'VERDICT', 'QUESTIONS', 'ANSWERS', 'LONGER', 'KEEPS', 'RUNGS',
-           'LADDER', 'WHOLE', 'LADDER_MEAN', 'GAINS', 'DRAW', 'READ', 'BAND', 'label_of', 'labels_of', 'datasets_of',
-           'named', 'kind_of_data', 'kinds', 'several', 'lacking', 'parts_left_out', 'frame', 'last', 'grid_of',
-           'metric_of', 'published', 'published_values', 'ours', 'row_of', 'shared', 'averages', 'tidy', 'in_words',
-           'printed', 'table', 'lender', 'quoted', 'params', 'found_references', 'references', 'as_printed',
-           'setting_row', 'settings_table', 'at_paper_scale', 'task_settings', 'value_or_default', 'settings',
-           'name_at', 'names_of', 'arm_lines', 'legend_below', 'in_thousands', 'updates_axis', 'curves',
-           'published_beside', 'progress', 'text_losses', 'language', 'texts', 'one_text', 'spread', 'with_share',
-           'points', 'ratio', 'domain', 'domain_groups', 'domains', 'targets', 'against', 'groups_of', 'verdicts',
-           'say', 'where_compared', 'answer', 'answers', 'pretraining_verdict', 'longer_verdict', 'language_verdict',
-           'rungs', 'climb', 'whole_gain', 'gains', 'shares', 'say_share', 'waterfall', 'share', 'pictures', 'budgets',
-           'left_out']
+__all__ = [
+    "MAIN",
+    "COLUMNS",
+    "ELSEWHERE",
+    "OTHERWISE",
+    "MEAN",
+    "PRINTED",
+    "LENDERS",
+    "COUNTED",
+    "SETTINGS",
+    "TASK_OF",
+    "SIZES",
+    "HOLLOW",
+    "TRUNKS",
+    "PUBLISHED",
+    "DOMAINS",
+    "VERDICT",
+    "QUESTIONS",
+    "ANSWERS",
+    "LONGER",
+    "KEEPS",
+    "RUNGS",
+    "LADDER",
+    "WHOLE",
+    "LADDER_MEAN",
+    "GAINS",
+    "DRAW",
+    "READ",
+    "BAND",
+    "label_of",
+    "labels_of",
+    "datasets_of",
+    "named",
+    "kind_of_data",
+    "kinds",
+    "several",
+    "lacking",
+    "parts_left_out",
+    "frame",
+    "last",
+    "grid_of",
+    "metric_of",
+    "published",
+    "published_values",
+    "ours",
+    "row_of",
+    "shared",
+    "averages",
+    "tidy",
+    "in_words",
+    "printed",
+    "table",
+    "lender",
+    "quoted",
+    "params",
+    "found_references",
+    "references",
+    "as_printed",
+    "setting_row",
+    "settings_table",
+    "at_paper_scale",
+    "task_settings",
+    "value_or_default",
+    "settings",
+    "name_at",
+    "names_of",
+    "arm_lines",
+    "legend_below",
+    "in_thousands",
+    "updates_axis",
+    "curves",
+    "published_beside",
+    "progress",
+    "text_losses",
+    "language",
+    "texts",
+    "one_text",
+    "spread",
+    "with_share",
+    "points",
+    "ratio",
+    "domain",
+    "domain_groups",
+    "domains",
+    "targets",
+    "against",
+    "groups_of",
+    "verdicts",
+    "say",
+    "where_compared",
+    "answer",
+    "answers",
+    "pretraining_verdict",
+    "longer_verdict",
+    "language_verdict",
+    "rungs",
+    "climb",
+    "whole_gain",
+    "gains",
+    "shares",
+    "say_share",
+    "waterfall",
+    "share",
+    "pictures",
+    "budgets",
+    "left_out",
+]
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #888a69d6
 def label_of(e, r) -> str:
     "The row label of a recipe in an exhibit."
     return e.labels.get(r.id, r.method)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #6cefa4b5
 def labels_of(e, scale=None) -> list:
     "The row labels of an exhibit: all, or those of a scale."
     return list(dict.fromkeys(label_of(e, r) for r in rc.recipes_of(e, scale)))
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #7b36a594
 def datasets_of(e, scale=None) -> list:
     "The data sets of an exhibit: all, or those of a scale."
     return list(dict.fromkeys(r.dataset for r in rc.recipes_of(e, scale)))
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #9972a7d8
 def named(datasets) -> str:
@@ -61,6 +159,7 @@ def named(datasets) -> str:
         shares.setdefault(name or share, []).append(share if name else "")
     return "; ".join(f"{name} {', '.join(found)}".strip() for name, found in shares.items())
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000021
 def kind_of_data(dataset) -> str:
     "'all data' or 'little data' of a data set that names its share, else ''."
@@ -68,6 +167,7 @@ def kind_of_data(dataset) -> str:
     if not share.endswith("%"):
         return ""
     return "all data" if share == "100%" else "little data"
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000022
 def kinds(datasets) -> dict:
@@ -77,10 +177,12 @@ def kinds(datasets) -> dict:
         found.setdefault(kind_of_data(dataset), []).append(dataset)
     return found
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000038
 def several(kind, datasets) -> str:
     "'3 datasets, little data': the name of a group of data sets of one kind."
     return counted(len(datasets), "dataset") + (f", {kind}" if kind else "")
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #3d32eb97
 def lacking(e, scale) -> dict:
@@ -91,6 +193,7 @@ def lacking(e, scale) -> dict:
         if r.id not in here:
             lack.setdefault(r.dataset, []).append(label_of(e, r))
     return lack
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000001
 def parts_left_out(e, scale) -> str:
@@ -107,11 +210,13 @@ def parts_left_out(e, scale) -> str:
         said.append(f"In part: {some}.")
     return " ".join(said)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #771c3557
 def frame(view) -> pd.DataFrame:
     "The view's rows, with the data set of each."
     dataset = {run.record["run_id"]: run.recipe.dataset for run in view.good}
     return view.rows.assign(dataset=lambda d: d.run_id.map(dataset))
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #a4c34ce0
 def last(df) -> pd.DataFrame:
@@ -122,12 +227,14 @@ def last(df) -> pd.DataFrame:
     at_end = df.step == df.groupby(["run_id", "metric"]).step.transform("max")
     return df[at_end].pivot_table(index=index, columns="metric", values="value", sort=False)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #d31a0b8e
 def grid_of(w, label, metric="score") -> pd.DataFrame:
     "Values (seeds, data sets) of one arm, from `last`."
     if metric not in w or label not in w.index.unique("label"):
         return pd.DataFrame()
     return w[metric].xs(label, level="label").unstack("dataset").dropna(axis=1, how="all").sort_index()
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #f660cb55
 MAIN = ("table1", "table2", "table3", "table15", "table16")
@@ -137,10 +244,12 @@ COLUMNS = [
 ]
 ELSEWHERE = "not at this scale"
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #7e8e72b7
 def metric_of(e) -> str:
     "The metric that an exhibit prints: Table 13 takes the three best checkpoints."
     return "score_top3" if e.id == "table13" else "score"
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #a98a09e7
 def published(rep, e, method, dataset):
@@ -153,6 +262,7 @@ def published(rep, e, method, dataset):
             return found[:1]
     return d[:0]
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000035
 def published_values(view, begins="") -> pd.DataFrame:
     "The published values of an exhibit, data sets down, methods across; without those whose source is suspect."
@@ -160,6 +270,7 @@ def published_values(view, begins="") -> pd.DataFrame:
     d = d[d.family.str.startswith(begins) & ~d.source.str.contains("suspect")]
     t = d.pivot(index="family", columns="method", values="value")
     return t.loc[d.family.unique(), in_order(t)]
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #8114eade
 # other ways to score the same runs: column of the table, metric of the record
@@ -174,6 +285,7 @@ def ours(d, metric) -> dict:
     other = {column: d[m].mean() if m in d else np.nan for column, m in OTHERWISE.items()}
     return summary(d[[metric]]) | other
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #d4f54b42
 def row_of(w, e, dataset, label, here, pub) -> dict:
     "One line of the tidy table; `here`: the runs of this data set and method, `pub`: the published row."
@@ -185,17 +297,20 @@ def row_of(w, e, dataset, label, here, pub) -> dict:
     counts = [run.record["counts"] for run in here if run.state == "ok"]
     return row | ({k: counts[0][k] for k in ("trainable", "total")} if counts else {})
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #ea56325c
 def shared(has, datasets):
     "has {method: its data sets} -> (methods with at least half of them, the data sets that all of these have)."
     methods = [m for m, own in has.items() if own and 2 * len(own) >= len(datasets)]
     return methods, [c for c in datasets if methods and all(c in has[m] for m in methods)]
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #69e8865f
 def shared(has, datasets):
     "has {method: its data sets} -> (methods with at least half of them, the data sets that all of these have)."
     methods = [m for m, own in has.items() if own and 2 * len(own) >= len(datasets)]
     return methods, [c for c in datasets if methods and all(c in has[m] for m in methods)]
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000025
 MEAN = "mean"  # how the name of a row over several data sets begins
@@ -216,6 +331,7 @@ def averages(w, t, metric) -> list:
                 rows.append(row | _mean_beside(d))
     return rows
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lmrev000
 def _mean_beside(d) -> dict:
     # the mean of the published values, where all data sets have one
@@ -223,6 +339,7 @@ def _mean_beside(d) -> dict:
         return dict(elsewhere=d.elsewhere.mean(), other_protocol=d.other_protocol.iloc[0])
     mean = d["mean"].mean() - d.reported.mean()
     return dict(reported=d.reported.mean(), difference=mean) if d.reported.notna().all() else {}
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #07a8b4fe
 def tidy(view) -> pd.DataFrame:
@@ -243,6 +360,7 @@ def tidy(view) -> pd.DataFrame:
     t = pd.DataFrame([*rows, *averages(w, t, metric_of(e))], columns=COLUMNS)
     return without_blank(t, rep)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #77a63938
 PRINTED = ("ours", "n", "95 % interval", "published")
 
@@ -255,6 +373,7 @@ def in_words(r) -> dict:
     lacks = f" ({r.note})" if r.note else ""
     return dict(zip(PRINTED, (plus_minus(r["mean"], r["std"]) + lacks, f"{r.n:.0f}", between(r.lo, r.hi), pub)))
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #97906c38
 def printed(t) -> pd.DataFrame:
     "For readers: data sets and their methods down; a method with neither ours nor a published value is left out."
@@ -265,6 +384,7 @@ def printed(t) -> pd.DataFrame:
     out = out.loc[:, (out != "").any() | out.columns.isin(["ours"])]
     apart = "elsewhere" in t and t.elsewhere.notna().any()
     return out.rename(columns=dict(published="published, other protocol")) if apart else out
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #75b7d6a9
 def table(view):
@@ -277,6 +397,7 @@ def table(view):
     t = tidy(view)
     return printed(t), t
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lmq00001
 LENDERS = dict(table4="table2", table12="table3")  # exhibits without runs of their own: whose runs stand in them
 
@@ -285,6 +406,7 @@ def lender(view):
     "The view whose runs stand in a quoted table, however many of them there are."
     e = view.exhibit
     return replace(view, exhibit=exhibit(e.paper, LENDERS[e.id]) if e.id in LENDERS else e, partial=True)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lmq00002
 def quoted(view):
@@ -300,6 +422,7 @@ def quoted(view):
         rows.append(row_of(w, view.exhibit, dataset, method, here.get((dataset, method), []), pub))
     t = pd.DataFrame(rows, columns=COLUMNS)
     return printed(t), t
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #71240043
 COUNTED = dict(
@@ -326,6 +449,7 @@ def params(view):
         p[column] = ["" if pd.isna(x) else form(x) for x in t[column]]
     return p.rename(columns=COUNTED).set_index("method"), t
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #48336d5b
 def found_references(paper, scale) -> dict:
     "{family: returns behind a score of 0 and of 100}, from any record of a scale."
@@ -335,6 +459,7 @@ def found_references(paper, scale) -> dict:
         if record and record.get("references"):
             found[p.name.split(".")[1]] = record["references"]
     return found
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000003
 def references(view):
@@ -354,6 +479,7 @@ def references(view):
     flat.columns = [f"{end}, {whose}" for whose, end in t.columns]
     return t.map(lambda v: "" if pd.isna(v) else f"{v:.1f}"), flat.reset_index()
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lms00001
 def as_printed(value) -> str:
     "A setting in the tables' way: '1e-4', '100K', '1800, 3600'."
@@ -364,10 +490,12 @@ def as_printed(value) -> str:
     small = isinstance(value, float) and 0 < value < 0.1
     return f"{value:.0e}".replace("e-0", "e-") if small else f"{value:g}"
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lms00003
 def setting_row(row, column, published, ours, why="") -> dict:
     "One setting: published, ours at paper scale, whether they differ and why."
     return dict(row=row, column=column, published=published, ours=ours, differs=published != ours, why=why)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lms00007
 def settings_table(rows, index):
@@ -382,6 +510,7 @@ def settings_table(rows, index):
     t = pd.DataFrame(rows).rename(columns=dict(row=index, column="setting" if index == "task" else "tasks"))
     return p, t.assign(published=t.published.map(as_printed), ours=t.ours.map(as_printed))
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lms00004
 SETTINGS = dict(lr="learning rate", weight_decay="weight decay", K="K", targets="return targets", steps="updates")
 
@@ -389,6 +518,7 @@ SETTINGS = dict(lr="learning rate", weight_decay="weight decay", K="K", targets=
 def at_paper_scale(arm, task):
     "The recipe of an arm on a task, at paper scale."
     return rc.resolve(rc.lamo.offline_recipe(arm, task), "paper")
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lms00008
 def task_settings(view):
@@ -401,6 +531,7 @@ def task_settings(view):
             rows.append(setting_row(task, SETTINGS[field], value, ours, why))
     return settings_table(rows, "task")
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lms00005
 TASK_OF = {"Kitchen and MuJoCo": ("control", "walker2d"), "Atari": ("atari", "breakout")}  # field of Setting, a task
 
@@ -412,6 +543,7 @@ def value_or_default(x, task):
     except KeyError:
         return x.default
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lms00009
 def settings(view):
     "(printed, tidy) Table 7: settings down, Kitchen and MuJoCo beside Atari."
@@ -422,8 +554,10 @@ def settings(view):
                 rows.append(setting_row(x.name, domain_name, published, value_or_default(x, task), x.why))
     return settings_table(rows, "setting")
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lmsizes1
 SIZES = {"GPT-2 small": (12, 768), "GPT-2 medium": (24, 1024)}  # layers and width
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000028
 def name_at(r, label) -> str:
@@ -433,10 +567,12 @@ def name_at(r, label) -> str:
             return label.replace(name, f"a trunk of {r.offline.text.layers} x {r.offline.text.width}")
     return label
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000029
 def names_of(view) -> dict:
     "{label: its name at the view's scale}."
     return {run.label: name_at(run.recipe, run.label) for run in view.runs}
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #fbf96374
 def arm_lines(ax, d, names=()) -> pd.DataFrame:
@@ -451,6 +587,7 @@ def arm_lines(ax, d, names=()) -> pd.DataFrame:
         nothing(ax)
     return g.assign(label=g.label.replace(names))
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000031
 HOLLOW = "hollow: published, other data"
 
@@ -462,10 +599,12 @@ def legend_below(fig, axes, hollow=False):
     widest = max((len(label) for ax in axes for label in ax.get_legend_handles_labels()[1]), default=1)
     legend(fig, axes, min(4, 100 // (min(widest, 40) + 9)))
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #chk18ax2
 def in_thousands(x, _=None) -> str:
     "A number of updates as an axis prints it: '25K', '2.5K', '420'."
     return f"{x / 1000:g}K" if x >= 1000 else f"{x:g}"
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #chk18ax4
 def updates_axis(ax):
@@ -474,6 +613,7 @@ def updates_axis(ax):
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(in_thousands)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #d6a1cfb5
 def curves(view, metric) -> dict:
@@ -485,11 +625,13 @@ def curves(view, metric) -> dict:
         labels.setdefault((r.dataset, r.offline.learner), []).append(label_of(view.exhibit, r))
     return {(c, kind): df[(df.dataset == c) & df.label.isin(own)] for (c, kind), own in labels.items()}
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #6480f596
 def _hollow(ax, x, y, method, **kw):
     # a published value: the method's marker, empty
     s = style(method)
     ax.plot(x, y, marker=s["marker"], mec=s["color"], mfc="white", color=s["color"], **(dict(ms=5, ls="") | kw))
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lmrev001
 def published_beside(ax, pub, known):
@@ -504,6 +646,7 @@ def published_beside(ax, pub, known):
     ax.set_xticks([x for x in ax.get_xticks() if 0 <= x <= end])
     ax.margins(y=0.08)
     ax.set_xlim(right=1.28 * end)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000004
 def progress(view):
@@ -530,17 +673,20 @@ def progress(view):
     legend_below(fig, axes, hollow)
     return fig, _joined(numbers)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000005
 def _joined(frames) -> pd.DataFrame:
     # the plotted numbers of all panels
     frames = [f for f in frames if len(f)]
     return pd.concat(frames) if frames else pd.DataFrame()
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #a3eb4209
 def text_losses(view) -> dict:
     "{label: what its trunk's pre-training on text left}, of the runs that had one; the first seed counts."
     found = {run.label: run.record.get("lm") for run in reversed(view.good)}
     return {label: lm for label, lm in found.items() if lm}
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000006
 def language(view):
@@ -564,6 +710,7 @@ def language(view):
     legend_below(fig, axes)
     return fig, _joined(numbers)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #dd8ff56d
 TRUNKS = {  # label of an arm: what its trunk has read
     "LaMo on IID tokens": "IID tokens",
@@ -572,6 +719,7 @@ TRUNKS = {  # label of an arm: what its trunk has read
     "LaMo on early-stopped text": "English, early-stopped",
     "LaMo on shuffled text": "shuffled English",
 }
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #f3e3a847
 def texts(view):
@@ -597,6 +745,7 @@ def texts(view):
     legend_below(fig, axes)
     return fig, pd.DataFrame(numbers)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #46615f4d
 def one_text(ax, name, lm, s) -> dict:
     "Draw one trunk's losses in a style; returns its numbers."
@@ -607,6 +756,7 @@ def one_text(ax, name, lm, s) -> dict:
     if lm["kind"] == "chain":
         ax.axhline(entropy, color=s["color"], lw=1, ls=":", label="entropy of the chain")
     return dict(trunk=name, steps=lm["steps"], train=y[-1], held=lm["held"], uniform=lm["uniform"], entropy=entropy)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #cdcc7865
 def spread(shares) -> list:
@@ -619,11 +769,13 @@ def spread(shares) -> list:
             at.append(share)
     return at
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #f3213014
 def with_share(d, names) -> pd.DataFrame:
     "Rows with their data set's name taken apart: `data` without the share, and `share` in percent."
     parts = names.astype(str).str.rsplit(n=1)
     return d.assign(data=parts.str[0], share=parts.str[1].str.rstrip("%").astype(float))
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000007
 def points(ax, g):
@@ -633,6 +785,7 @@ def points(ax, g):
         bar = np.where(a["count"] > 1, [a["mean"] - a["min"], a["max"] - a["mean"]], np.nan)
         ax.errorbar(a.share, a["mean"], bar, ms=4, lw=1.2, elinewidth=1, capsize=2, label=label, **style(label))
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lmrev002
 def _share_axis(ax, shares, title):
     # a logarithmic axis that names the shares which lie far enough apart
@@ -640,6 +793,7 @@ def _share_axis(ax, shares, title):
     ax.set(title=title, xlabel="share of the data, %", xscale="log", xlim=(0.7 * min(shares), 1.4 * max(shares)))
     ax.set_xticks(at, [f"{v:g}" for v in at])
     ax.minorticks_off()
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000008
 def ratio(view):
@@ -679,6 +833,7 @@ def domain(dataset) -> str:
     "The paper's domain of a data set; Reacher2d counts as MuJoCo."
     return DOMAINS.get(dataset.split()[0], "MuJoCo")
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #1a5dd81c
 def _domain_scores(w, methods, datasets):
     # ({method: mean score by seed over the data sets that the methods share}, those data sets)
@@ -686,6 +841,7 @@ def _domain_scores(w, methods, datasets):
     who, both = shared(has, datasets)
     none = pd.Series(dtype=float)
     return {m: grid_of(w, m)[both].dropna().mean(axis=1) if m in who and both else none for m in methods}, both
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000032
 def _bar_panel(ax, methods, values, title, **look):
@@ -701,6 +857,7 @@ def _bar_panel(ax, methods, values, title, **look):
     ax.set_yticks(range(len(methods)), methods)
     ax.grid(axis="y", visible=False)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000033
 def domain_groups(e, scale) -> dict:
     "{domain: (the paper's data sets, ours at a scale)}; of ours those of the one kind of data that has most."
@@ -713,6 +870,7 @@ def domain_groups(e, scale) -> dict:
         mine = kinds(c for c in datasets if c in here).values()
         found[name] = papers, max(mine, key=len, default=[])
     return found
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000009
 def domains(view):
@@ -737,6 +895,7 @@ def domains(view):
         below.set_xlabel("score")
     return fig, pd.DataFrame(numbers)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #aa784dba
 def _targets_panel(ax, dataset, g):
     # one data set: a marker per target, arms side by side, a bar from the lowest to the highest seed
@@ -750,6 +909,7 @@ def _targets_panel(ax, dataset, g):
     ax.set_xticks(range(len(at)), [f"{t:g}" for t in at])
     if not at:
         nothing(ax)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000010
 def targets(view):
@@ -769,6 +929,7 @@ def targets(view):
     legend_below(fig, axes)
     return fig, _joined(numbers)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #1637d82c
 VERDICT = ["dataset", "method", "against", "datasets", "over"]  # of a row, before what `compare` returns
 
@@ -785,6 +946,7 @@ def against(w, a, b, metric="score"):
             row = dict(dataset=name, method=a, against=b, datasets=len(datasets), over=named(datasets))
             yield row | compare(found, np.zeros_like(found))
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000039
 def groups_of(d) -> dict:
     "{name: data sets of one kind, more than one} of differences d (seeds, data sets), without those of too few seeds."
@@ -794,6 +956,7 @@ def groups_of(d) -> dict:
         if len(enough) > 1:
             groups[several(kind, enough)] = enough
     return groups
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #d8242ba3
 def verdicts(view, base="DT", each=True, arms=None) -> pd.DataFrame:
@@ -807,10 +970,12 @@ def verdicts(view, base="DT", each=True, arms=None) -> pd.DataFrame:
     rank = {c: i for i, c in enumerate(datasets_of(e))}
     return v.sort_values("dataset", key=lambda c: c.map(rank).fillna(len(rank)), kind="stable", ignore_index=True)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #4249470a
 def say(v) -> str:
     "The verdicts as one sentence per data set."
     return say_verdicts(v.assign(method="'" + v.method + "'"), by="dataset")
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #8491de47
 QUESTIONS = (  # question, arm, against
@@ -823,10 +988,12 @@ QUESTIONS = (  # question, arm, against
     ("Does the language loss help control?", "LaMo", "LaMo without language loss"),
 )
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #107e5521
 def where_compared(r) -> str:
     "What a row of a comparison is over."
     return f"over {r['dataset']} ({r['over']})" if r["datasets"] > 1 else f"on {r['dataset']}"
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000012
 ANSWERS = {BETTER: "yes", WORSE: "no, the opposite"}
@@ -842,6 +1009,7 @@ def answer(question, v) -> str:
         found.append(f"{where_compared(r)}: {words}")
     return f"{question} '{r.method}' minus '{r.against}' {'; '.join(found)}."
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #f0221e3a
 def answers(w, questions, metric="score") -> str:
     "A sentence per (question, arm, against) over all data sets, judged together, and what the words rest on."
@@ -854,10 +1022,12 @@ def answers(w, questions, metric="score") -> str:
     said = [answer(question, v[v.question == question]) for question, _, _ in questions]
     return "\n".join([*said, basis(v)] if len(v) else said)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000024
 def pretraining_verdict(view) -> str:
     "Did pre-training help? One computed sentence per question."
     return answers(last(frame(view)), QUESTIONS)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000037
 LONGER = (  # question, arm, against
@@ -874,6 +1044,7 @@ LONGER = (  # question, arm, against
 def longer_verdict(view) -> str:
     "Is the verdict one of too few updates? One computed sentence per question."
     return answers(last(frame(view)), LONGER)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #5d7b3999
 KEEPS = {BETTER: "it keeps more of the language model", WORSE: "it keeps less of the language model"}
@@ -897,6 +1068,7 @@ def language_verdict(view, kept="LaMo", lost="LaMo without language loss") -> st
         said.append(f"{r.dataset}: {start:.2f} nats before; {end}: {gain}.")
     return "\n".join([*said, basis(v)])
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #8c51dfc1
 RUNGS = {
     "dt": "DT",
@@ -917,6 +1089,7 @@ def rungs(w, datasets) -> np.ndarray:
     seeds = [s for s in x[0].index if all(s in a.index and a.loc[s].notna().all() for a in x)]
     return np.stack([a.loc[seeds].to_numpy() for a in x], -1)
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #fa118543
 def climb(x, dataset) -> list:
     "Rows of a ladder x (seeds, data sets, rungs): the gain of each step, then the whole gain."
@@ -928,11 +1101,13 @@ def climb(x, dataset) -> list:
         rows.append(row | compare(end, start))
     return rows
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000026
 def whole_gain(view) -> list:
     "Rows of LaMo minus DT over all data sets of a kind that both have, those without a ladder too."
     w = last(frame(replace(view, exhibit=exhibit(view.exhibit.paper, "arms"), partial=True)))
     return [dict(row, step=WHOLE) for row in against(w, "LaMo", "DT") if row["datasets"] > 1]
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #d66750cc
 GAINS = ["dataset", "step", "start", "end", "datasets", "over"]
@@ -948,12 +1123,14 @@ def gains(view) -> pd.DataFrame:
     t = judged([*whole_gain(view), *rows], GAINS)
     return t.assign(share=shares(t)).drop(columns=["method", "against"], errors="ignore")
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000027
 def shares(t) -> np.ndarray:
     "Percent of its ladder's whole gain that each step brings, where whole and step are resolved; else NaN."
     whole = t[(t.step == WHOLE) & (t.verdict == BETTER) & t.start.notna()].set_index("dataset").difference
     resolved = t.verdict.isin([BETTER, WORSE])
     return np.where(resolved, 100 * t.difference / t.dataset.map(whole), np.nan)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #fd2aeec2
 def say_share(t) -> str:
@@ -971,9 +1148,11 @@ def say_share(t) -> str:
         said.append(f"{name}: {WHOLE}: {gain_in_words(whole)}" + (f". Steps: {parts}." if parts else "."))
     return "\n".join([*said, basis(t)])
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lmrev003
 def _of_whole(r) -> str:
     return "" if pd.isna(r.share) else f" ({r.share:.0f} % of the whole)"
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #77034701
 def _rung(ax, y, r, color):
@@ -985,6 +1164,7 @@ def _rung(ax, y, r, color):
     share = "" if pd.isna(r.share) else f"\n{r.share:.0f} %"
     right = dict(transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
     ax.text(0.98, y, f"{r.difference:+.1f}{share}", **right)
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000011
 def waterfall(ax, g):
@@ -999,6 +1179,7 @@ def waterfall(ax, g):
     name = f"mean of the {whole.datasets} datasets" if whole.datasets > 1 else whole.dataset
     ax.set_title(f"{name}\n{WHOLE}: {whole.difference:+.1f} {between(whole.lo, whole.hi)}".strip(), fontsize=7.5)
     ax.set(xlabel="score")
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #032abe2d
 def share(view):
@@ -1020,6 +1201,7 @@ def share(view):
         fig.supxlabel(textwrap.fill(said, 105), fontsize=7, x=0.01, ha="left")
     return fig, t
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lmp00001
 def pictures(view):
     "A strip of three moments per task of the main tables; where there is none, the command that makes it."
@@ -1036,6 +1218,7 @@ def pictures(view):
         else:
             nothing(ax, f"promptnb collect\n--family {family} --page")
     return fig, pd.DataFrame(dict(task=families, shown=[path.exists() for path in paths]))
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #aab804e1
 DRAW = dict(
@@ -1079,6 +1262,7 @@ BAND = dict(
     share="line: 95 % interval of the gain (Student, paired by seed); pale: not resolved in this figure (Holm)",
 )
 
+
 # %% ../../nbs/11e_report.lamo.ipynb #lm000034
 def budgets(e, scale) -> str:
     "The updates of an exhibit's methods, where they differ; else ''."
@@ -1094,6 +1278,7 @@ def budgets(e, scale) -> str:
         return ""
     said = [f"{n:,} ({'; '.join(labels)})" for n, labels in sorted(found.items())]
     return f"Updates differ: {', '.join(said)}. "
+
 
 # %% ../../nbs/11e_report.lamo.ipynb #lmleft01
 def left_out(view, numbers=None):

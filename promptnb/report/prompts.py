@@ -18,18 +18,70 @@ from .tables import basis, printed, save_figure, short, tidy_table
 from .view import matrix, paired, seeds_of
 
 # %% auto #0
-__all__ = ['QUALITIES', 'APART', 'COSINES', 'COSTS', 'MAIN', 'DRAW', 'READ', 'BAND', 'origin', 'table', 'answers', 'briefly',
-           'told', 'ends', 'lowered', 'family_axes', 'curves', 'same_protocol', 'unaided', 'pretraining', 'process',
-           'interval', 'rows_of_labels', 'bars', 'heat', 'quality', 'cell_ranges', 'closer', 'seed_differences',
-           'relative', 'looks', 'nearest', 'entries', 'Chain', 'chain', 'prompt_points', 'tsne', 'diversity',
-           'conflict', 'cosines', 'error_of_prompts', 'errors_seen', 'costs', 'cost', 'prompt_entries', 'prompt_change',
-           'show_change', 'as_printed', 'setting_of', 'ours_of', 'settings', 'ranges', 'splits', 'left_out',
-           'not_drawn']
+__all__ = [
+    "QUALITIES",
+    "APART",
+    "COSINES",
+    "COSTS",
+    "MAIN",
+    "DRAW",
+    "READ",
+    "BAND",
+    "origin",
+    "table",
+    "answers",
+    "briefly",
+    "told",
+    "ends",
+    "lowered",
+    "family_axes",
+    "curves",
+    "same_protocol",
+    "unaided",
+    "pretraining",
+    "process",
+    "interval",
+    "rows_of_labels",
+    "bars",
+    "heat",
+    "quality",
+    "cell_ranges",
+    "closer",
+    "seed_differences",
+    "relative",
+    "looks",
+    "nearest",
+    "entries",
+    "Chain",
+    "chain",
+    "prompt_points",
+    "tsne",
+    "diversity",
+    "conflict",
+    "cosines",
+    "error_of_prompts",
+    "errors_seen",
+    "costs",
+    "cost",
+    "prompt_entries",
+    "prompt_change",
+    "show_change",
+    "as_printed",
+    "setting_of",
+    "ours_of",
+    "settings",
+    "ranges",
+    "splits",
+    "left_out",
+    "not_drawn",
+]
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000008
 def origin(source) -> str:
     "Where a published number stands, in few words: its source up to the first bracket."
     return source.split(" (")[0]
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs008a0
 def table(view):
@@ -40,6 +92,7 @@ def table(view):
         for _, r in t.dropna(subset="source").iterrows():
             p.loc[r.method, r.family] += f"\n({origin(r.source)})"
     return p, t
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prq00002
 def answers(view, asked) -> pd.DataFrame:
@@ -52,12 +105,14 @@ def answers(view, asked) -> pd.DataFrame:
                 rows.append(dict(family=family, method=method, against=against, **compare(a, b)))
     return judged(rows, ("family", "method", "against"))
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prq00003
 def briefly(r, digits, n) -> str:
     "A judged answer after its word: family (difference ± half its interval; seeds where they are not n)."
     half = "" if pd.isna(r["hi"]) else f" ± {(r['hi'] - r['lo']) / 2:.{digits}f}"
     seeds = "" if r["n"] == n else f"; n = {r['n']}"
     return f"{r['family']} ({r['difference']:+.{digits}f}{half}{seeds})"
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs003aq
 def told(v, digits=1) -> str:
@@ -74,12 +129,14 @@ def told(v, digits=1) -> str:
         said.append(f"{method} against {against}: {'; '.join(each)}.")
     return "\n".join([*said, f"Differences ± half of their 95 % intervals {basis(v)}."])
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prq00006
 def ends(df) -> pd.DataFrame:
     "(before, after) tuning: the action error of each family, label and seed, mean over tasks."
     per_seed = df[df.metric == "demo_loss"].groupby(["task", "label", "seed", "step"], sort=False).value.mean()
     steps = per_seed.reset_index().sort_values("step").groupby(["task", "label", "seed"], sort=False).value
     return pd.DataFrame(dict(before=steps.first(), after=steps.last()))
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prq00007
 def lowered(view) -> pd.DataFrame:
@@ -93,6 +150,7 @@ def lowered(view) -> pd.DataFrame:
         rows.append(dict(known, before=g.before.mean(), after=g.after.mean(), **compare(g.before, g.after)))
     return judged(rows, ("family", "method", "against", "before", "after"))
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prq00010
 def family_axes(view, df, **kw):
     "(figure, {family: panel}) of the families that have rows in df; those that have none are named below."
@@ -104,6 +162,7 @@ def family_axes(view, df, **kw):
     if gone:
         fig.supxlabel(f"no run of {', '.join(gone)}", fontsize=7, color="0.4")
     return fig, dict(zip(families, axes))
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000009
 def curves(view):
@@ -119,16 +178,19 @@ def curves(view):
     legend(fig, [first])
     return fig, pd.concat(numbers)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000010
 def same_protocol(pub) -> pd.DataFrame:
     "Published rows that measure what ours do."
     return pub[pub.other_protocol.isna()]
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pdxr0002
 def unaided(ax, pub):
     "Draw published end points of methods that have no curve of ours, with their names in the legend."
     for _, r in pub.iterrows():
         ax.axhline(r.value, color=style(r.method)["color"], lw=1, ls="-.", label=f"{r.method} (published)")
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs010a0
 def pretraining(view):
@@ -154,6 +216,7 @@ def pretraining(view):
     legend(fig, axes.values())
     return fig, pd.concat(numbers)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000012
 def process(view):
     "Action error along tuning, one panel per test task."
@@ -172,6 +235,7 @@ def process(view):
         ax.set_ylabel("action error")
     return fig, pd.concat(numbers)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000014
 def interval(ax, y, label, seeds):
     "Draw the mean of one value per seed, its interval and the seeds in row y; 'no run' without any."
@@ -183,12 +247,14 @@ def interval(ax, y, label, seeds):
     ax.plot(np.mean(seeds), y, look["marker"], color=look["color"], ms=7)
     ax.plot(seeds, [y] * len(seeds), "o", color="k", mec="w", mew=0.4, ms=3.5)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prs014a0
 def rows_of_labels(ax, labels, named):
     "One row per label from top to bottom; `named`: with its name."
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_yticks(range(len(labels)), labels if named else [""] * len(labels))
     ax.grid(axis="y", visible=False)
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prv00001
 def bars(view):
@@ -203,8 +269,10 @@ def bars(view):
         ax.set(xlabel="return")
     return fig, t
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000015
 QUALITIES = ["expert", "medium", "random"]
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs015a0
 def _cell(r, column):
@@ -215,6 +283,7 @@ def _cell(r, column):
         return f"{r[column]:.0f}"
     spread = "" if pd.isna(r["std"]) else f"\n± {r['std']:.0f}"
     return f"{r['mean']:.0f}{spread}\nn = {r['n']:.0f}"
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs015b0
 def heat(ax, t, column, norm):
@@ -229,6 +298,7 @@ def heat(ax, t, column, norm):
     for y, x in zip(*np.where(grid.isna())):
         ax.text(x + 0.5, y + 0.5, words.iloc[y, x], ha="center", va="center", fontsize=7, color="0.4")
     ax.grid(False)
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000016
 def quality(view):
@@ -251,6 +321,7 @@ def quality(view):
         bar.outline.set_visible(False)
     return fig, t
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prv00002
 def cell_ranges(view) -> pd.DataFrame:
     "Best minus worst cell of each method of a grid: a row per seed that has every cell, a column per method."
@@ -265,6 +336,7 @@ def cell_ranges(view) -> pd.DataFrame:
         out[method] = cells.max(axis=1) - cells.min(axis=1)
     return pd.DataFrame(out)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prs002av
 def closer(view, method="Prompt Diffuser", against="Prompt-Tuning DT") -> pd.DataFrame:
     "Do the cells of one method lie closer together than another's? Judged; better: a smaller range."
@@ -272,11 +344,13 @@ def closer(view, method="Prompt Diffuser", against="Prompt-Tuning DT") -> pd.Dat
     known = dict(family=view.families[0], method=method, against=against)
     return judged([dict(known, **compare(ranges[against], ranges[method]))] if len(ranges) else [])
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000018
 def seed_differences(view, label, base, family) -> np.ndarray:
     "Return of `label` minus that of `base` (seeds,), for the seeds that both have."
     a, b = paired(view.rows, label, base, family)
     return (a - b).mean(1) if a.size else np.empty(0)
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs018a0
 def relative(view, base="DM only"):
@@ -291,16 +365,19 @@ def relative(view, base="DM only"):
         ax.set(xlabel=f"return minus\nthat of '{base}'")
     return fig, answers(view, [(label, base) for label in labels])
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000020
 def looks(view) -> list:
     "The good runs that kept their prompts."
     return [run for run in view.good if run.record.get("look")]
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000021
 def nearest(x, shown):
     "Of prompts x (n, P, D), the distance to each one's nearest in shown (m, P, D), and which that is."
     far = np.sqrt(np.square(x[:, None] - shown).mean((2, 3)))
     return far.min(1), far.argmin(1)
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000023
 def entries(ax, x, state_dim, lim, title):
@@ -310,6 +387,7 @@ def entries(ax, x, state_dim, lim, title):
     ax.set(xticks=range(0, len(x), 2), yticks=[], title=title)
     ax.grid(False)
     ax.axhline(state_dim - 0.5, color="k", lw=0.6)
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000024
 class Chain:
@@ -343,6 +421,7 @@ class Chain:
         ]
         return pd.DataFrame(rows)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000025
 def _chain_prompts(fig, c):
     # some steps of the chain, then the demonstration that is nearest to its end
@@ -360,6 +439,7 @@ def _chain_prompts(fig, c):
     scale = plt.cm.ScalarMappable(plt.Normalize(-lim, lim), "RdBu_r")
     fig.colorbar(scale, ax=axes, label="entry, in the policy's units", fraction=0.04)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prs025a0
 def _chain_curves(fig, c):
     # how near a demonstration the chain comes, and the policy's error along it
@@ -368,6 +448,7 @@ def _chain_curves(fig, c):
     for ax, y, title in zip(axes, (c.distance, c.error), titles):
         ax.plot(y, "o-", ms=3, color=style("Prompt Diffuser")["color"])
         ax.set(xlabel="denoising step", ylim=(0, 1.1 * max(y)), title=title)
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000026
 def chain(view):
@@ -386,6 +467,7 @@ def chain(view):
     _chain_curves(below, c)
     return fig, c.numbers
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000027
 def prompt_points(run) -> list:
     "The prompts of a run, flattened, with their task and kind: one dict each."
@@ -396,6 +478,7 @@ def prompt_points(run) -> list:
             known = dict(label=run.label, seed=run.seed, task=f"{run.recipe.family}-{i:02d}", kind=kind)
             points += [dict(known, prompt=np.ravel(p)) for p in prompts]
     return points
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000028
 def tsne(view):
@@ -423,11 +506,13 @@ def tsne(view):
     _longest_legend(fig, axes, loc="outside right center")
     return fig, pd.concat(numbers)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000029
 def _longest_legend(fig, axes, **kw):
     # of the panel that shows most: panels may lack runs
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
     fig.legend(handles, labels, frameon=False, **kw)
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000030
 APART = dict(
@@ -448,6 +533,7 @@ def _apart_panel(ax, d, labels):
     if not len(d):
         nothing(ax)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000031
 def diversity(view):
     "Distances between and to prompts: mean over tasks, then seeds (marker), and each seed (dot)."
@@ -463,6 +549,7 @@ def diversity(view):
         ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
     legend(fig, axes[:1], ncols=3)
     return fig, per_seed.groupby(["task", "label", "metric"]).value.agg(["mean", "min", "max", "count"]).reset_index()
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000032
 def conflict(view):
@@ -482,6 +569,7 @@ def conflict(view):
     legend(fig, axes.values())
     return fig, pd.concat(numbers)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prw00001
 COSINES = ["family", "method", "n", "mean", "lo", "hi", "below_0"]
 
@@ -497,6 +585,7 @@ def cosines(view) -> pd.DataFrame:
         rows.append(dict(family=family, method=label, **{k: s[k] for k in ("n", "mean", "lo", "hi")}, below_0=below))
     return pd.DataFrame(rows, columns=COSINES)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prw00003
 def error_of_prompts(run) -> dict:
     "Action error of a diffuser's run, mean over test tasks: with a demonstrated prompt, noise, a written prompt."
@@ -504,6 +593,7 @@ def error_of_prompts(run) -> dict:
     ends_of_chain = np.array(run.record["look"]["chain_error"])[:, [0, -1]].mean(0)
     noise, written = ends_of_chain
     return {"demonstrated": np.mean([r["value"] for r in rows]), "noise": noise, "a written prompt": written}
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prw00004
 def errors_seen(view, label="Prompt Diffuser") -> pd.DataFrame:
@@ -520,6 +610,7 @@ def errors_seen(view, label="Prompt Diffuser") -> pd.DataFrame:
             known = dict(family=family, method=f"the error with {prompt}", against="that with a demonstrated prompt")
             rows.append(dict(known, **means, **compare(e.demonstrated, e[prompt])))
     return judged(rows, ("family", "method", "against"))
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000034
 COSTS = "family method n trainable prepare_seconds tuning_seconds env_steps demonstrations return lo hi".split()
@@ -543,6 +634,7 @@ def costs(view) -> pd.DataFrame:
         rows.append(dict(family=family, method=label, n=len(x), **mean, **counts))
     return pd.DataFrame(rows, columns=COSTS)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000035
 def cost(view, least=0.1):
     "Return and its interval against seconds of preparation and tuning, labelled with the number of tuned parameters."
@@ -564,10 +656,12 @@ def cost(view, least=0.1):
     legend(fig, [first])
     return fig, t
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pr000036
 def prompt_entries(prompt) -> np.ndarray:
     "A prompt's entries (1 + S + A, P): return-to-go, state, action."
     return np.concatenate([np.array(prompt[name]).T for name in ("rtg", "s", "a")])
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs036a0
 def _entry_rows(ax, S, A):
@@ -576,6 +670,7 @@ def _entry_rows(ax, S, A):
     ax.set_yticks([0, 1 + (S - 1) / 2, 1 + S + (A - 1) / 2], names)
     for y in (0.5, S + 0.5):
         ax.axhline(y, color="k", lw=0.6)
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000037
 def prompt_change(view, key="ranking", seed=0):
@@ -607,6 +702,7 @@ def prompt_change(view, key="ranking", seed=0):
     ]
     return fig, pd.DataFrame(numbers), text
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prx00001
 def show_change(view):
     "In a notebook: what tuning changed in a prompt, saved among the exhibit's figures; a line without a record."
@@ -621,11 +717,13 @@ def show_change(view):
     display(fig, Markdown(f"{text}."))
     plt.close(fig)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pdxr0004
 def as_printed(id) -> pd.DataFrame:
     "The rows of one of Prompt-DT's tables without results: setting, family, field, paper, code, source."
     rows = pd.read_csv(data_dir() / "reported" / "prompt_dt_settings.csv", dtype=str).fillna("")
     return rows[rows.exhibit == id].drop(columns="exhibit")
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pdxr0007
 def setting_of(r, field):
@@ -638,6 +736,7 @@ def setting_of(r, field):
         return tasks.family(r.family).target_return
     return rc.value_of(r, field)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pdxr0008
 def ours_of(field, families, scale) -> str:
     "The values that the recipes of Prompt-DT have of a field, at a scale, in one text; '' without such a recipe."
@@ -645,6 +744,7 @@ def ours_of(field, families, scale) -> str:
     found = [r for r in own if r.key == "prompt-dt" and r.family in families and rc.run_at(r, scale)]
     values = {setting_of(rc.resolve(r, scale), field) for r in found} if field else set()
     return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in sorted(values, key=str))
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pdxr0010
 MAIN = ("cheetah-dir", "cheetah-vel", "ant-dir", "ml1-reach")  # Prompt-DT's families, but for Dial
@@ -661,6 +761,7 @@ def settings(view):
     p = p.rename(columns=named | dict(ours_at_this_scale=f"ours, {view.scale} scale"))
     return p.loc[:, (p != "").any()], t
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pdxr0012
 def ranges(ids) -> str:
     "Indices in ascending order as text: '0-5,7,9-10'."
@@ -672,6 +773,7 @@ def ranges(ids) -> str:
             runs.append([i])
     return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #pdxr0014
 def splits(view):
     "(printed, tidy) a table of task indices: the paper's and ours; ours are blank where we have no such family."
@@ -681,6 +783,7 @@ def splits(view):
     own = {name: dict(train=fam.train, test=fam.test) for name, fam in tasks.FAMILIES.items()}
     t["ours"] = [ranges(own[r.family][r.split]) if r.family in own else "" for r in t.itertuples()]
     return t.set_index(["family", "split"])[["paper", "ours"]], t
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #pr000039
 DRAW = dict(
@@ -738,6 +841,7 @@ BAND = dict(
     cost="line: 95 % interval over seeds",
 )
 
+
 # %% ../../nbs/11d_report.prompts.ipynb #prs040a0
 def left_out(view, numbers=None) -> str:
     "What a table without a published number, or a figure without its line, leaves out."
@@ -747,6 +851,7 @@ def left_out(view, numbers=None) -> str:
         return ""
     known = numbers.reported.notna() | numbers.elsewhere.notna()
     return "Without 'published': not known." if known.any() and not known.all() else ""
+
 
 # %% ../../nbs/11d_report.prompts.ipynb #prs040b0
 def not_drawn(view) -> str:

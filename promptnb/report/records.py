@@ -23,7 +23,8 @@ from promptnb.core import (
 )
 
 # %% auto #0
-__all__ = ['LIMIT', 'folder', 'shipped_file', 'schema', 'packed', 'unpacked', 'shipped', 'pack', 'write']
+__all__ = ["LIMIT", "folder", "shipped_file", "schema", "packed", "unpacked", "shipped", "pack", "write"]
+
 
 # %% ../../nbs/11_report.records.ipynb #rp000006
 def folder() -> Path:
@@ -34,6 +35,7 @@ def folder() -> Path:
 def shipped_file(paper, scale) -> Path:
     "The file of a paper's shipped records at a scale."
     return folder() / f"{paper}.{scale}.parquet"
+
 
 # %% ../../nbs/11_report.records.ipynb #rp000007
 LIMIT = 2_000_000  # bytes of a file: what git hosts take without complaint
@@ -49,6 +51,7 @@ def schema():
         [("name", pa.string()), ("record", pa.string()), ("rows", pa.list_(pa.struct(list(fields.items()))))]
     )
 
+
 # %% ../../nbs/11_report.records.ipynb #rp000008
 def packed(records: dict) -> bytes:
     "{file name: record} as the bytes of a Parquet file."
@@ -63,6 +66,7 @@ def packed(records: dict) -> bytes:
     pq.write_table(pa.Table.from_pylist(lines, schema()), out, compression="zstd", compression_level=19)
     return out.getvalue()
 
+
 # %% ../../nbs/11_report.records.ipynb #rp000009
 def unpacked(data: bytes) -> dict:
     "The bytes of a Parquet file as {file name: record}."
@@ -70,6 +74,7 @@ def unpacked(data: bytes) -> dict:
 
     lines = pq.read_table(io.BytesIO(data)).to_pylist()
     return {line["name"]: json.loads(line["record"]) | dict(rows=line["rows"]) for line in lines}
+
 
 # %% ../../nbs/11_report.records.ipynb #rp000012
 def shipped(paper, scale) -> dict:
@@ -88,6 +93,7 @@ def _read(path, changed):
         raise PromptnbError(f"{path} is not the file that its manifest names: git checkout {path.parent}")
     return unpacked(path.read_bytes())
 
+
 # %% ../../nbs/11_report.records.ipynb #rp000014
 def pack(paper, scale) -> Path:
     "Add your good records of a paper and scale to the shipped ones; returns the file."
@@ -98,6 +104,7 @@ def pack(paper, scale) -> Path:
             f"{results_dir(paper)} has no record of {scale} scale: promptnb run {paper} --scale {scale}"
         )
     return write(paper, scale, shipped(paper, scale) | own)
+
 
 # %% ../../nbs/11_report.records.ipynb #rp000015
 def write(paper, scale, records) -> Path:

@@ -16,19 +16,120 @@ from .style import axes_for, legend, nothing, style, wrap
 from .tables import basis, between, counted, entry, in_words, plus_minus, short, tally
 
 # %% auto #0
-__all__ = ['RANDOM', 'PPO', 'CONSTANT', 'GOALS', 'RULES', 'DECISION', 'UNTUNED', 'ADAPTER', 'MAIN', 'ABLATED', 'ARMS',
-           'COMPARISON', 'COLUMNS', 'SCORES', 'NUMBERS', 'PUBLISHED', 'SINGLE', 'AGAIN', 'AGENTS', 'RATE_COLUMNS',
-           'TICKS', 'REFERENCES', 'ALONG', 'ACROSS', 'MINUS', 'PLAIN', 'HEADINGS', 'TUNED', 'SPOKEN', 'OFTEN',
-           'BEHAVING', 'TOKENS', 'OUTCOMES', 'SPENT', 'PER_MILLION', 'COST_COLUMNS', 'ANSWERS', 'ASKED', 'QUESTIONS',
-           'BOXES', 'ARROWS', 'PROMPTS', 'DRAW', 'READ', 'BAND', 'in_order', 'arms_of', 'last', 'of', 'summary',
-           'against', 'judged', 'notes', 'joined', 'differs', 'told', 'budgets', 'ours', 'published', 'as_printed',
-           'letters', 'all_of', 'our_lines', 'published_lines', 'board', 'scoreboard', 'contrast', 'benchmark_numbers',
-           'benchmark', 'rates', 'easiest_first', 'published_rates', 'label_of', 'title', 'no_runs', 'edges', 'success',
-           'over_seeds', 'arm_lines', 'arm_panels', 'along', 'switches', 'grid', 'plain', 'listed', 'exchange',
-           'examples', 'tunings', 'tuned', 'comprehension', 'spoken', 'spoken_by_seed', 'words', 'words_verdict',
-           'compared_behaviours', 'behaviour', 'asks_a_model', 'costs', 'cost', 'questions', 'main_verdict',
-           'ablation_verdict', 'rises', 'loss_changes', 'enough', 'comprehension_verdict', 'behaviour_verdict',
-           'framework', 'prompts', 'tuning_settings', 'settings', 'left_out']
+__all__ = [
+    "RANDOM",
+    "PPO",
+    "CONSTANT",
+    "GOALS",
+    "RULES",
+    "DECISION",
+    "UNTUNED",
+    "ADAPTER",
+    "MAIN",
+    "ABLATED",
+    "ARMS",
+    "COMPARISON",
+    "COLUMNS",
+    "SCORES",
+    "NUMBERS",
+    "PUBLISHED",
+    "SINGLE",
+    "AGAIN",
+    "AGENTS",
+    "RATE_COLUMNS",
+    "TICKS",
+    "REFERENCES",
+    "ALONG",
+    "ACROSS",
+    "MINUS",
+    "PLAIN",
+    "HEADINGS",
+    "TUNED",
+    "SPOKEN",
+    "OFTEN",
+    "BEHAVING",
+    "TOKENS",
+    "OUTCOMES",
+    "SPENT",
+    "PER_MILLION",
+    "COST_COLUMNS",
+    "ANSWERS",
+    "ASKED",
+    "QUESTIONS",
+    "BOXES",
+    "ARROWS",
+    "PROMPTS",
+    "DRAW",
+    "READ",
+    "BAND",
+    "in_order",
+    "arms_of",
+    "last",
+    "of",
+    "summary",
+    "against",
+    "judged",
+    "notes",
+    "joined",
+    "differs",
+    "told",
+    "budgets",
+    "ours",
+    "published",
+    "as_printed",
+    "letters",
+    "all_of",
+    "our_lines",
+    "published_lines",
+    "board",
+    "scoreboard",
+    "contrast",
+    "benchmark_numbers",
+    "benchmark",
+    "rates",
+    "easiest_first",
+    "published_rates",
+    "label_of",
+    "title",
+    "no_runs",
+    "edges",
+    "success",
+    "over_seeds",
+    "arm_lines",
+    "arm_panels",
+    "along",
+    "switches",
+    "grid",
+    "plain",
+    "listed",
+    "exchange",
+    "examples",
+    "tunings",
+    "tuned",
+    "comprehension",
+    "spoken",
+    "spoken_by_seed",
+    "words",
+    "words_verdict",
+    "compared_behaviours",
+    "behaviour",
+    "asks_a_model",
+    "costs",
+    "cost",
+    "questions",
+    "main_verdict",
+    "ablation_verdict",
+    "rises",
+    "loss_changes",
+    "enough",
+    "comprehension_verdict",
+    "behaviour_verdict",
+    "framework",
+    "prompts",
+    "tuning_settings",
+    "settings",
+    "left_out",
+]
 
 # %% ../../nbs/11g_report.rladapter.ipynb #3286a538
 RANDOM = "Random actions"
@@ -54,16 +155,19 @@ ABLATED = (
 )
 ARMS = (*MAIN, *ABLATED)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #a1878070
 def in_order(labels) -> list:
     "Distinct labels in the order of `ARMS`, unknown ones last."
     rank = {label: i for i, label in enumerate(ARMS)}
     return sorted(set(labels), key=lambda label: rank.get(label, len(ARMS)))
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #032478d3
 def arms_of(e, scale=None) -> list:
     "The arms that an exhibit shows: all, or those of a scale."
     return in_order(e.labels.get(r.id, r.method) for r in rc.recipes_of(e, scale))
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #660166e1
 def last(view) -> pd.DataFrame:
@@ -75,6 +179,7 @@ def last(view) -> pd.DataFrame:
     at_end = df.step == df.groupby(["run_id", "metric"]).step.transform("max")
     return df[at_end].pivot_table(index=["label", "seed"], columns="metric", values="value", sort=False)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #997b8f50
 def of(w, label, metric="score") -> pd.Series:
     "Values of one arm by seed, from `last`; empty without a run."
@@ -82,10 +187,12 @@ def of(w, label, metric="score") -> pd.Series:
         return pd.Series(dtype=float)
     return w[metric].xs(label, level="label").dropna().sort_index()
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #38b4c0e5
 def summary(x) -> dict:
     "Mean, std, n, Student's interval and IQM of values by seed; empty of no seed."
     return stats.summary(x) if len(x) else {}
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #0efdab98
 COMPARISON = ("method", "against", "metric")  # what every comparison names
@@ -99,10 +206,12 @@ def against(w, a, b, metric="score") -> dict | None:
         return None
     return dict(method=a, against=b, metric=metric, **stats.compare(x[seeds], y[seeds]))
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000001
 def judged(comparisons) -> pd.DataFrame:
     "All comparisons of an exhibit (None: there was no common seed), with Holm's p and a word each."
     return stats.judged([v for v in comparisons if v], COMPARISON)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #691f688a
 def notes(view) -> dict:
@@ -112,10 +221,12 @@ def notes(view) -> dict:
         states.setdefault(run.label, []).append(run.state)
     return {label: text for label, found in states.items() if (text := tally(found))}
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000004
 def joined(*parts, by=", ") -> str:
     "The parts that are not empty, in one text."
     return by.join(p for p in parts if p)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000003
 def differs(v, said=None, digits=2) -> str:
@@ -124,10 +235,12 @@ def differs(v, said=None, digits=2) -> str:
     difference = f"{v['difference']:+.{digits}f} {between(v['lo'], v['hi'], digits)}".strip()
     return f"{difference}\n{word}, n = {v['n']:.0f}"
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000004
 def told(v, said, digits=2) -> str:
     "A judged comparison in a sentence; `said`: the words for better and worse."
     return in_words({**v, "verdict": said.get(v["verdict"], v["verdict"])}, digits)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #21c40986
 # metric of a record: its name in the printed table
@@ -140,10 +253,12 @@ COLUMNS = {
 SCORES = (*COLUMNS, "depth", "eval_return", "eval_depth")  # in the tidy table
 NUMBERS = ("mean", "std", "n", "lo", "hi", "iqm", "iqm_lo", "iqm_hi")
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000005
 def budgets(view) -> dict:
     "{label: environment steps} of an exhibit's runs."
     return {run.label: run.recipe.online.steps for run in view.runs}
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000006
 def ours(view) -> pd.DataFrame:
@@ -157,6 +272,7 @@ def ours(view) -> pd.DataFrame:
             rows.append(dict(known, metric=metric, note=note, **summary(of(w, arm, metric))))
     return pd.DataFrame(rows, columns=["kind", "method", "env_steps", "metric", *NUMBERS, "note"])
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #0e6a20d4
 PUBLISHED = dict(scoreboard="score", scoreboard_reward="reward of single episodes")
 
@@ -167,16 +283,19 @@ def published(rep) -> pd.DataFrame:
     t = t.assign(kind="published", metric=t.exhibit.map(PUBLISHED))
     return t[["kind", "method", "env_steps", "metric", "mean", "std", "source", "other_protocol"]]
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #1de82bff
 def as_printed(x) -> str:
     "A published number with the decimals that it has, at least one."
     return f"{x:.1f}" if round(x, 1) == x else f"{x:g}"
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000006
 def letters(t) -> dict:
     "{source: 'a'} of the published rows of a tidy table."
     sources = t.source.dropna().unique() if "source" in t else ()
     return {source: chr(ord("a") + i) for i, source in enumerate(sources)}
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #6b9ed290
 def all_of(d, letter) -> str:
@@ -187,6 +306,7 @@ def all_of(d, letter) -> str:
         found.setdefault(text, []).append(letter[r.source])
     return "\n".join(f"{text} ({', '.join(sorted(names))})" for text, names in found.items())
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000007
 def our_lines(t, scale) -> dict:
     "Our arms as lines of the printed scoreboard: {(block, arm and steps): {column: entry}}."
@@ -195,6 +315,7 @@ def our_lines(t, scale) -> dict:
         key = f"ours, {scale} scale", joined(r.method, r.env_steps and f"{r.env_steps} steps")
         lines.setdefault(key, {})[COLUMNS[r.metric]] = entry(r, 2)
     return lines
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000007
 def published_lines(t) -> dict:
@@ -206,6 +327,7 @@ def published_lines(t) -> dict:
         lines[key] = {COLUMNS["score"]: score, COLUMNS["return"]: reward and f"single episodes:\n{reward}"}
     return lines
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #89d40b00
 def board(view, rep):
     "(printed, tidy) scores of our arms, then of the reported rows `rep`."
@@ -216,15 +338,18 @@ def board(view, rep):
     p.index = pd.MultiIndex.from_tuples(p.index, names=["", "method"])
     return p, pd.concat([a.astype(object), b.astype(object)], ignore_index=True).infer_objects()
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rlbord01
 def scoreboard(view):
     "(printed, tidy) scoreboard: our arms, then all published methods."
     return board(view, view.reported)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rlcont01
 def contrast(view):
     "(printed, tidy) the full method with the decision LMs of a scale, then what is published of AdaRefiner."
     return board(view, view.reported[view.reported.method.str.startswith("AdaRefiner")])
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rlbenc01
 SINGLE = "reward, one episode a run"
@@ -237,6 +362,7 @@ AGAIN = {  # exhibit of the reported numbers: what it measures, and whose number
 }
 AGENTS = ("Random", "Human experts")
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rlbenc02
 def benchmark_numbers(rep) -> pd.DataFrame:
     "One row per agent of the benchmark, measure, and whose number it is: published there, or computed again."
@@ -245,6 +371,7 @@ def benchmark_numbers(rep) -> pd.DataFrame:
     measure, whose = zip(*t.exhibit.map(AGAIN))
     known = t[["agent", "mean", "std", "source", "other_protocol"]]
     return known.assign(measure=measure, whose=whose)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rlbenc04
 def benchmark(view):
@@ -261,6 +388,7 @@ def benchmark(view):
     p = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=["score", SINGLE, "mean return"])
     p.index = pd.MultiIndex.from_tuples(p.index, names=["", "number"])
     return p.astype(object).fillna(""), pd.concat([mine.drop(columns=["kind", "metric"]), theirs], ignore_index=True)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #94f220ed
 RATE_COLUMNS = ["label", "name", "percent", "std", "lo", "hi", "min", "max", "n", "chances"]
@@ -280,6 +408,7 @@ def rates(view, prefix="success") -> pd.DataFrame:
         rows.append({k: s.get(k, np.nan) for k in ("std", "lo", "hi")} | known)
     return pd.DataFrame(rows, columns=RATE_COLUMNS)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #657a31ec
 TICKS = [0, 1, 3, 10, 30, 100]
 
@@ -290,12 +419,14 @@ def easiest_first(names, rep) -> list:
     known = {name: tuple(-d.sort_values("method", ascending=False).value) for name, d in rep.groupby("family")}
     return sorted(names, key=lambda name: (known.get(name, (0, 0)), name))
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #30e89d88
 def published_rates(rep) -> pd.DataFrame:
     "Success rates of the benchmark's own runs: label, name, percent, n seeds, why they stand apart."
     rep = rep[rep.exhibit == "success"]
     known = dict(label=rep.method + ", published", name=rep.family, percent=rep.value, n=rep.n_seeds)
     return pd.DataFrame(known | dict(other_protocol=rep.other_protocol, source=rep.source))
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000008
 def _success_axis(ax, names):
@@ -305,6 +436,7 @@ def _success_axis(ax, names):
     ax.set_xticks(TICKS, [str(x) for x in TICKS])
     ax.set_yticks(range(len(names)), [n.replace("_", " ") for n in names])
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000009
 def _success_dots(ax, d, arm, names, shift=0.0):
     # an arm's mean and range over seeds, in the row of each achievement
@@ -312,6 +444,7 @@ def _success_dots(ax, d, arm, names, shift=0.0):
     y = np.array([names.index(n) for n in d.name]) + shift
     bar = np.abs([d.percent - d["min"], d["max"] - d.percent])
     ax.errorbar(d.percent, y, xerr=bar, fmt=s["marker"], color=s["color"], ms=3, lw=1, label=label_of(arm, (PPO,)))
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000008
 REFERENCES = (PPO, RANDOM)  # stand in every panel of a curve
@@ -321,10 +454,12 @@ def label_of(arm, named) -> str:
     "An arm's label in the legend: only what stands in every panel has one, as a panel's title names its own arm."
     return arm if arm in named else f"_{arm}"
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000009
 def title(arm, width=20) -> str:
     "An arm as the title of its panel."
     return wrap(arm.removeprefix("PPO + "), width)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000010
 def _published_dots(ax, pub, names):
@@ -336,10 +471,12 @@ def _published_dots(ax, pub, names):
         y = [names.index(n) for n in d.name]
         ax.plot(d.percent, y, marker, mfc="none", mec="0.3", ms=5, mew=0.9, label=label)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000023
 def no_runs(ax):
     "Say in a panel among others that its arm has no run."
     ax.text(0.5, 0.5, "no runs yet", ha="center", transform=ax.transAxes, color="grey", fontsize=7)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000024
 def edges(axes, across, xlabel, ylabel=""):
@@ -351,6 +488,7 @@ def edges(axes, across, xlabel, ylabel=""):
             ax.tick_params(labelleft=False)
         else:
             ax.set_ylabel(ylabel)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #08742bd4
 def success(view):
@@ -371,11 +509,13 @@ def success(view):
     legend(fig, axes, 3)
     return fig, pd.concat([t, pub], ignore_index=True)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #52f06182
 def over_seeds(df, metric) -> pd.DataFrame:
     "A metric along training: mean, min, max and count over seeds, by label and step."
     g = df[df.metric == metric].groupby(["label", "step"]).value.agg(["mean", "min", "max", "count"])
     return g.reset_index().assign(metric=metric)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #02708029
 def arm_lines(ax, g, arms, named=()):
@@ -384,6 +524,7 @@ def arm_lines(ax, g, arms, named=()):
         d, s = g[g.label == arm].sort_values("step"), style(arm)
         ax.plot(d.step, d["mean"], ms=2.5, lw=1.1, label=label_of(arm, named), **s)
         ax.fill_between(d.step, d["min"], d["max"], color=s["color"], alpha=0.15, lw=0)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000011
 def arm_panels(axes, g, arms, references):
@@ -403,6 +544,7 @@ def arm_panels(axes, g, arms, references):
         for ax in axes:
             ax.set_ylim(g["min"].min() - room, g["max"].max() + room)
             ax.set_xlim(0, 1.04 * g.step.max())
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #fb41accd
 # metric, its name, and where the published random agent's level stands
@@ -432,12 +574,14 @@ def along(view):
     legend(fig, axes, 3)
     return fig, pd.concat(numbers, ignore_index=True)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #8b69594d
 def switches(view) -> pd.DataFrame:
     "The ablation's comparisons, judged together: each switch against the full method, and against plain PPO."
     w = last(view)
     arms = [arm for arm in arms_of(view.exhibit, view.scale) if arm == UNTUNED or arm not in MAIN]
     return judged(against(w, arm, base) for base in (ADAPTER, PPO) for arm in arms)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #07fc3600
 MINUS = {ADAPTER: "score minus the full method's", PPO: "score minus plain PPO's"}  # columns of the printed table
@@ -456,6 +600,7 @@ def grid(view):
     p.index.name = "method"
     return p, pd.concat([t, v.assign(kind="difference")], ignore_index=True)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #36b02146
 PLAIN = " .,;:'()-?%"
 
@@ -472,11 +617,13 @@ def plain(text, most=120) -> str:
     line = " ".join(safe.split())
     return line if len(line) <= most else line[: most - 3].rstrip() + "..."
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #57a77798
 def listed(x) -> str:
     "Names and amounts, of a dict or of pairs, in one text."
     pairs = x.items() if isinstance(x, dict) else x
     return ", ".join(f"{name} {amount}" for name, amount in pairs)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #d486c8e2
 def exchange(g, seed) -> dict:
@@ -492,6 +639,7 @@ def exchange(g, seed) -> dict:
     )
     safe = {k: plain(v) for k, v in texts.items()}
     return {"step": int(g["step"]), "seed": seed, **safe, "l": " to ".join(f"{x:.2f}" for x in scores)}
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #bbd39a76
 # a column of the printed table: the parts of an exchange that stand in it
@@ -514,6 +662,7 @@ def examples(view):
     p = pd.DataFrame({name: ["\n".join(r[list(parts)]) for _, r in t.iterrows()] for name, parts in HEADINGS.items()})
     return p.set_index(t.step), t
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #e3c0fbbf
 TUNED = ["label", "seed", "stage", "rows", "steps", "loss_before", "loss_after", "seconds", "targets"]
 
@@ -525,6 +674,7 @@ def tunings(view) -> pd.DataFrame:
         if run.state == "ok":
             rows += [dict(s, label=run.label, seed=run.seed) for s in run.record.get("sft") or ()]
     return pd.DataFrame(rows, columns=TUNED)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #04c89032
 def tuned(ax, s):
@@ -545,6 +695,7 @@ def tuned(ax, s):
         ax.axhline(0, color="k", lw=0.8)
         ax.margins(y=0.2)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #646dc4a2
 def comprehension(view):
     "Comprehension score over environment steps, an arm a panel; and what tuning does to the adapter's loss."
@@ -559,6 +710,7 @@ def comprehension(view):
     tuned(axes[-1], s)
     legend(fig, panels, 3)
     return fig, pd.concat([g, s.assign(metric="sft")], ignore_index=True)
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000011
 def spoken(run, habit) -> list:
@@ -577,6 +729,7 @@ def spoken(run, habit) -> list:
             rows.append(dict(stage=name, habit=100 * np.mean(with_habit), different=different))
     return rows
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #2b738386
 SPOKEN = ["method", "seed", "stage", "habit", "different"]
 
@@ -590,6 +743,7 @@ def spoken_by_seed(view, habit) -> pd.DataFrame:
             rows += [dict(r, method=run.label, seed=run.seed) for r in spoken(run, habit)]
     return pd.DataFrame(rows, columns=SPOKEN)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000012
 def words(view, habit) -> pd.DataFrame:
     """What tiny adapters said in the first and the last stage: one row per arm, means over the seeds with a log here.
@@ -601,6 +755,7 @@ def words(view, habit) -> pd.DataFrame:
     t = df.pivot_table(index="method", columns="stage", values=["habit", "different"])
     t[("seeds", "")] = df.groupby("method").seed.nunique()
     return t.loc[in_order(t.index)]
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000013
 def words_verdict(view, habit) -> str:
@@ -622,6 +777,7 @@ def words_verdict(view, habit) -> str:
     ]
     return "\n".join([*lines, basis(v)])
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #e122dc0c
 OFTEN = {BETTER: "more often", WORSE: "less often"}
 BEHAVING = (PPO, GOALS, RULES, DECISION, ADAPTER)  # printed and compared
@@ -634,6 +790,7 @@ def compared_behaviours(view, base=PPO) -> pd.DataFrame:
     metrics = sorted(m for m in w if m.startswith("behaviour/"))
     return judged(against(w, arm, base, metric) for arm in arms for metric in metrics)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000012
 def _behaved(r, v) -> str:
     # an entry of the printed table: percent of the chances, and the comparison
@@ -641,6 +798,7 @@ def _behaved(r, v) -> str:
         return "no chance"
     lines = [plus_minus(r.percent, r["std"], 1), f"of {r.chances:,}, n = {r.n}"]
     return "\n".join([*lines, *(differs(x, OFTEN, 1) for _, x in v.iterrows())])
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #32f1f5da
 def behaviour(view):
@@ -658,6 +816,7 @@ def behaviour(view):
     p.index.name = "behaviour"
     return p, pd.concat([t.assign(kind="ours"), v.assign(kind="difference")], ignore_index=True)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #40d85158
 TOKENS = ("tokens_in", "tokens_out")
 OUTCOMES = ("invalid", "rejected", "failed", "kept")
@@ -668,6 +827,7 @@ PER_MILLION = ("calls", *TOKENS, "llm_seconds")
 def asks_a_model(view) -> set:
     "The arms whose sub-goals come from a language model."
     return {run.label for run in view.runs if run.recipe.online.guide in ("decision", "adapter")}
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000014
 def costs(view) -> pd.DataFrame:
@@ -686,6 +846,7 @@ def costs(view) -> pd.DataFrame:
     known = ["method", "n", "steps", "model", "queries", *SPENT, "seconds", "share", *per, "note"]
     return pd.DataFrame(rows, columns=known)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000015
 COST_COLUMNS = ("asked", "tokens, in / out", "time of language models", "replies", "per 1M steps")  # columns
 
@@ -697,6 +858,7 @@ def cost(view):
     p = pd.DataFrame.from_dict(lines, orient="index", columns=COST_COLUMNS).astype(object).fillna("")
     p.index.name = "method"
     return p, t
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #9d6759dd
 def _cost_line(r) -> dict:
@@ -717,6 +879,7 @@ def _cost_line(r) -> dict:
         f"{r.calls_per_million:,.0f} calls\n{tokens} tokens\n{hours:.2f} hours",
     )
     return dict(zip(COST_COLUMNS, entries))
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #bc6642fe
 ANSWERS = {BETTER: "yes", WORSE: "no, the opposite"}
@@ -744,6 +907,7 @@ def questions(view) -> pd.DataFrame:
     w = last(view)
     return judged(against(w, a, b, metric) for metric in ASKED for _, a, b in QUESTIONS)
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000016
 def _answers(v) -> list:
     # a sentence per question, from the comparisons of one metric
@@ -754,6 +918,7 @@ def _answers(v) -> list:
         lines.append(f"{question} ('{a}' above '{b}')? {answer}.")
     return lines
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000017
 def main_verdict(view) -> str:
     "One sentence per question about an exhibit's arms, for the score and for the score of the last fifth."
@@ -761,6 +926,7 @@ def main_verdict(view) -> str:
     for metric, name in ASKED.items():
         lines += [f"{name}:", *_answers(v[v.metric == metric]), ""]
     return "\n".join([*lines, basis(v)] if len(v) else lines[:-1])
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #1f5df1a2
 def ablation_verdict(view) -> str:
@@ -773,6 +939,7 @@ def ablation_verdict(view) -> str:
         lines.append(f"Against '{base}': {'; '.join(parts)}.")
     return "\n".join([*lines, basis(v)]) if lines else "no runs yet"
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #58ac0d43
 def rises(df) -> list:
     "The comprehension score of the last part of training against that of the first, per arm."
@@ -784,6 +951,7 @@ def rises(df) -> list:
         rows.append(dict(what="score", method=arm, start=start.mean(), end=end.mean(), **stats.compare(end, start)))
     return rows
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000014
 def loss_changes(s) -> list:
     "The adapter's loss after a stage's tuning against that before, per arm and stage."
@@ -794,12 +962,14 @@ def loss_changes(s) -> list:
         rows.append(known | stats.compare(d.loss_after, d.loss_before))
     return rows
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000018
 def enough(difference, least=2, most=6) -> int:
     "Decimals that show two digits of a difference, or of how uncertain it is."
     if not difference or pd.isna(difference):
         return least
     return int(np.clip(1 - np.floor(np.log10(abs(difference))), least, most))
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000020
 def _moved(r) -> str:
@@ -814,6 +984,7 @@ def _moved(r) -> str:
     change = told(r, {BETTER: "rises", WORSE: "falls"}, digits)
     return f"{start} from {r.start:.{digits}f} to {r.end:.{digits}f}: {change}."
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000015
 def comprehension_verdict(view) -> str:
     "Does the comprehension score rise over training, and does tuning change the adapter's loss? A sentence per arm."
@@ -823,6 +994,7 @@ def comprehension_verdict(view) -> str:
     if n := int(s.loss_after.isna().sum()):
         lines.append(f"{counted(n, 'tuning')} not done: too few rows.")
     return "\n".join([*lines, basis(v)] if len(v) else lines) or "no runs yet"
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #9017a6f9
 def _behaviour_sentence(arm, base, d) -> str:
@@ -836,12 +1008,14 @@ def _behaviour_sentence(arm, base, d) -> str:
             parts.append(f"{word}: {n} of {counted(len(d), 'behaviour')}")
     return f"{arm}, against '{base}': {'; '.join(parts)}."
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #m0000016
 def behaviour_verdict(view, base=PPO) -> str:
     "Which behaviours an arm shows more or less often than plain PPO: one sentence per arm."
     v = compared_behaviours(view, base)
     lines = [_behaviour_sentence(arm, base, v[v.method == arm]) for arm in in_order(v.method)]
     return "\n".join([*lines, basis(v)]) if lines else "no runs yet"
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rlknow01
 BOXES = {  # box: place (x, y), second line
@@ -861,6 +1035,7 @@ ARROWS = (  # from, to, what goes there
     ("adaptive feedback", "adapter LM", "score l; between stages: rows to tune on"),
 )
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rlknow02
 def _arrow(ax, boxes, begin, end, what, bend):
     # an arrow from box to box, named in the middle; texts are boxes by name
@@ -871,6 +1046,7 @@ def _arrow(ax, boxes, begin, end, what, bend):
     # a bent arrow runs to the right of the straight line, seen along it
     middle = (x0 + x1 + bend * (y1 - y0)) / 2, (y0 + y1 - bend * (x1 - x0)) / 2
     ax.text(*middle, wrap(what, 18), ha="center", va="center", fontsize=6, bbox=dict(fc="white", ec="none", pad=0.5))
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rlknow03
 def framework(view):
@@ -887,6 +1063,7 @@ def framework(view):
     for begin, end, what in ARROWS:
         _arrow(ax, boxes, begin, end, what, 0.3 if (end, begin) in ways else 0.0)
     return fig, pd.DataFrame(ARROWS, columns=["from", "to", "what"])
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rlknow06
 PROMPTS = (  # what a prompt tells: the adapter's and the decision LM's as released (AdaRefiner, utils.py), and ours
@@ -915,12 +1092,14 @@ PROMPTS = (  # what a prompt tells: the adapter's and the decision LM's as relea
     ),
 )
 
+
 # %% ../../nbs/11g_report.rladapter.ipynb #rlknow07
 def prompts(view):
     "(printed, tidy) what the two prompts tell, as released and here."
     columns = [f"{who}, {whose}" for whose in ("released", "ours") for who in ("adapter", "decision LM")]
     t = pd.DataFrame(PROMPTS, columns=["part", *columns])
     return t.set_index("part"), t
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rlknow10
 def tuning_settings(*scales) -> list:
@@ -929,6 +1108,7 @@ def tuning_settings(*scales) -> list:
     own = [dict(rc.resolve(full, scale).online.sft) for scale in scales]
     rows = rc.rladapter.TUNING.items()
     return [(f"tuning: {k}", code, *(x.get(k, default) for x in own)) for k, (code, default) in rows]
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rlknow11
 def settings(view):
@@ -941,6 +1121,7 @@ def settings(view):
     columns = ["setting", "released code", *(f"ours, {scale} scale" for scale in scales), "read in"]
     t = pd.DataFrame(rows, columns=columns).map(str)
     return t.set_index("setting"), t
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #600a9e2d
 DRAW = dict(
@@ -1014,6 +1195,7 @@ BAND = dict(
     comprehension="band: lowest to highest seed; dots: seeds",
     framework="",
 )
+
 
 # %% ../../nbs/11g_report.rladapter.ipynb #rl000022
 def left_out(view, numbers=None) -> str:

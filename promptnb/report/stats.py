@@ -9,8 +9,26 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['MANY', 'LEAST', 'ALPHA', 'BETTER', 'WORSE', 'UNRESOLVED', 'UNTESTED', 'VERDICTS', 'student', 'iqm', 'iqm_interval',
-           'summary', 'compare', 'p_value', 'holm', 'verdict', 'judged']
+__all__ = [
+    "MANY",
+    "LEAST",
+    "ALPHA",
+    "BETTER",
+    "WORSE",
+    "UNRESOLVED",
+    "UNTESTED",
+    "VERDICTS",
+    "student",
+    "iqm",
+    "iqm_interval",
+    "summary",
+    "compare",
+    "p_value",
+    "holm",
+    "verdict",
+    "judged",
+]
+
 
 # %% ../../nbs/11_report.stats.ipynb #st000012
 def student(d, level=0.95) -> tuple:
@@ -24,6 +42,7 @@ def student(d, level=0.95) -> tuple:
     half = stdtrit(n - 1, (1 + level) / 2) * d.std(ddof=1) / n**0.5
     return d.mean() - half, d.mean() + half
 
+
 # %% ../../nbs/11_report.stats.ipynb #st000006
 def iqm(x, axis=None):
     "Interquartile mean: the mean of the middle half of all values, or of those along `axis`."
@@ -32,6 +51,7 @@ def iqm(x, axis=None):
     if axis is None:
         return float(trim_mean(np.asarray(x).ravel(), 0.25))
     return trim_mean(x, 0.25, axis=axis)
+
 
 # %% ../../nbs/11_report.stats.ipynb #st000008
 MANY = 10  # seeds from which a bootstrap interval is worth its name
@@ -46,6 +66,7 @@ def iqm_interval(x, reps=2000, seed=0, level=0.95) -> tuple:
     tails = [(1 - level) / 2, (1 + level) / 2]
     return tuple(np.quantile(iqm(x[draw].reshape(reps, -1), axis=1), tails))
 
+
 # %% ../../nbs/11_report.stats.ipynb #st000009
 def summary(x) -> dict:
     """x (seeds, tasks) or (seeds,) -> mean, std and Student's interval (lo, hi) over seeds of the task mean, n seeds.
@@ -59,6 +80,7 @@ def summary(x) -> dict:
     iqm_lo, iqm_hi = iqm_interval(x)
     return dict(mean=per_seed.mean(), std=std, n=len(x), lo=lo, hi=hi, iqm=iqm(x), iqm_lo=iqm_lo, iqm_hi=iqm_hi)
 
+
 # %% ../../nbs/11_report.stats.ipynb #st000013
 def compare(a, b) -> dict:
     """a minus b, both (seeds, tasks) or (seeds,), paired by seed: n, mean difference, its 95 % interval, Student's p.
@@ -70,6 +92,7 @@ def compare(a, b) -> dict:
     difference = d.mean() if len(d) else np.nan
     lo, hi = student(d)
     return dict(n=len(d), difference=difference, lo=lo, hi=hi, p=p_value(d))
+
 
 # %% ../../nbs/11_report.stats.ipynb #st000014
 def p_value(d) -> float:
@@ -83,6 +106,7 @@ def p_value(d) -> float:
         return 1.0 if mean == 0 else 0.0
     return float(2 * stdtr(len(d) - 1, -abs(mean) / (std / len(d) ** 0.5)))
 
+
 # %% ../../nbs/11_report.stats.ipynb #st000022
 def holm(p) -> np.ndarray:
     "p values adjusted for their number by Holm's method; NaN stays NaN and does not count."
@@ -92,6 +116,7 @@ def holm(p) -> np.ndarray:
     steps = p[order] * np.arange(len(order), 0, -1)
     out[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return out
+
 
 # %% ../../nbs/11_report.stats.ipynb #st000024
 LEAST, ALPHA = 3, 0.05  # seeds and level that a word needs
@@ -105,6 +130,7 @@ def verdict(n, difference, p) -> str:
     if n < LEAST or not p < ALPHA:
         return UNRESOLVED
     return BETTER if difference > 0 else WORSE
+
 
 # %% ../../nbs/11_report.stats.ipynb #st000025
 def judged(rows, columns=()) -> pd.DataFrame:

@@ -16,8 +16,26 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['PALETTE', 'LOOKS', 'SAME', 'DIFFUSER_SWEEP', 'VARIANT', 'COLUMN', 'SIZES', 'Look', 'main_name', 'style', 'in_order',
-           'axes_for', 'nothing', 'note', 'wrap', 'legend', 'lines']
+__all__ = [
+    "PALETTE",
+    "LOOKS",
+    "SAME",
+    "DIFFUSER_SWEEP",
+    "VARIANT",
+    "COLUMN",
+    "SIZES",
+    "Look",
+    "main_name",
+    "style",
+    "in_order",
+    "axes_for",
+    "nothing",
+    "note",
+    "wrap",
+    "legend",
+    "lines",
+]
+
 
 # %% ../../nbs/11b_report.style.ipynb #sy000006
 class Look(NamedTuple):
@@ -26,6 +44,7 @@ class Look(NamedTuple):
     color: int
     marker: str
     line: str
+
 
 # %% ../../nbs/11b_report.style.ipynb #sy000021
 # seaborn's colour-blind palette; its pink is too near to its mauve and its yellow too pale on white, so both are others
@@ -203,6 +222,7 @@ def main_name(label) -> str:
     label = VARIANT.sub("", label)
     return SAME.get(label, label)
 
+
 # %% ../../nbs/11b_report.style.ipynb #sy000010
 _MORE = [Look(c, m, "--") for m in "p*h8d" for c in (6, 1, 4, 9, 2, 5, 0)]  # looks of methods that are not listed
 _taken = {}
@@ -216,11 +236,13 @@ def style(label) -> dict:
     look = LOOKS.get(name) or _taken[name]
     return dict(color=PALETTE[look.color], marker=look.marker, linestyle=look.line)
 
+
 # %% ../../nbs/11b_report.style.ipynb #sy000012
 def in_order(labels) -> list:
     "Distinct labels in the order of `LOOKS`, unknown ones last, in their own order."
     rank = {name: i for i, name in enumerate(LOOKS)}
     return sorted(dict.fromkeys(labels), key=lambda label: rank.get(main_name(label), len(rank)))
+
 
 # %% ../../nbs/11b_report.style.ipynb #sy000014
 COLUMN = 5.5  # inches
@@ -248,21 +270,25 @@ def axes_for(panels, height=2.2, most=3, width=COLUMN, **kw):
         ax.set_visible(False)
     return fig, axes[:n]
 
+
 # %% ../../nbs/11b_report.style.ipynb #sy000015
 def nothing(ax, why="no runs yet"):
     "Say in an empty panel why it is empty."
     ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes, color="grey")
     ax.set(xticks=[], yticks=[])
 
+
 # %% ../../nbs/11b_report.style.ipynb #sy000022
 def note(fig, text):
     "A line over the picture that says what it is of: scale, number of seeds, what a band or a bar is."
     fig.suptitle(textwrap.fill(text, 105), fontsize=7, color="0.25", x=0.01, ha="left")
 
+
 # %% ../../nbs/11b_report.style.ipynb #sy000016
 def wrap(text, width=22) -> str:
     "A label broken into lines of at most `width` characters."
     return "\n".join(textwrap.wrap(text, width))
+
 
 # %% ../../nbs/11b_report.style.ipynb #sy000017
 def legend(fig, axes, ncols=3, loc="outside lower center"):
@@ -274,6 +300,7 @@ def legend(fig, axes, ncols=3, loc="outside lower center"):
             fig.supxlabel("")
         names = [wrap(label, 40) for label in found]
         fig.legend(found.values(), names, loc=loc, ncols=ncols, frameon=False, title=remark or None)
+
 
 # %% ../../nbs/11b_report.style.ipynb #sy000019
 def lines(ax, df, x="step") -> pd.DataFrame:

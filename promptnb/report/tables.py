@@ -17,9 +17,34 @@ from .stats import UNRESOLVED, UNTESTED, VERDICTS, compare, judged, summary
 from .view import matrix, paired, remarks
 
 # %% auto #0
-__all__ = ['BESIDE', 'OURS', 'TIDY', 'plus_minus', 'counted', 'short', 'tally', 'between', 'in_words', 'without_blank',
-           'tidy_row', 'beside', 'published_rows', 'tidy_table', 'entry', 'digits_of', 'printed', 'shown', 'verdicts',
-           'say', 'basis', 'save_figure', 'one_level', 'latex', 'save_table']
+__all__ = [
+    "BESIDE",
+    "OURS",
+    "TIDY",
+    "plus_minus",
+    "counted",
+    "short",
+    "tally",
+    "between",
+    "in_words",
+    "without_blank",
+    "tidy_row",
+    "beside",
+    "published_rows",
+    "tidy_table",
+    "entry",
+    "digits_of",
+    "printed",
+    "shown",
+    "verdicts",
+    "say",
+    "basis",
+    "save_figure",
+    "one_level",
+    "latex",
+    "save_table",
+]
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000006
 def plus_minus(mean, std, digits=1) -> str:
@@ -28,10 +53,12 @@ def plus_minus(mean, std, digits=1) -> str:
         return ""
     return f"{mean:.{digits}f}" + ("" if pd.isna(std) else f" ± {std:.{digits}f}")
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000007
 def counted(n, what="seed") -> str:
     "'1 seed', '3 seeds'."
     return f"{n} {what}" + ("s" if n != 1 else "")
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000008
 def short(n) -> str:
@@ -40,16 +67,19 @@ def short(n) -> str:
         return f"{n / 1e6:.1f}M"
     return f"{n / 1e3:.0f}K" if n >= 1e3 else f"{n:.0f}"
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000009
 def tally(states) -> str:
     "'2 missing, 1 failed' of states that are not 'ok'."
     bad = [s for s in states if s != "ok"]
     return ", ".join(f"{bad.count(s)} {s}" for s in dict.fromkeys(bad))
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000029
 def between(lo, hi, digits=1) -> str:
     "'[1.0, 2.0]'; '' without an interval."
     return "" if pd.isna(lo) else f"[{lo:.{digits}f}, {hi:.{digits}f}]"
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000031
 def in_words(v, digits=1) -> str:
@@ -61,15 +91,18 @@ def in_words(v, digits=1) -> str:
         return f"{UNRESOLVED} (n = {v['n']:.0f}, difference {v['difference']:+.{digits}f} ± {half:.{digits}f})"
     return f"{v['verdict']}, {v['difference']:+.{digits}f} {between(v['lo'], v['hi'], digits)}, n = {v['n']:.0f}"
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000012
 BESIDE = ["reported", "reported_std", "difference", "elsewhere", "other_protocol", "source"]
 OURS = ["method", "family", "mean", "std", "n", "lo", "hi", "iqm", "iqm_lo", "iqm_hi"]
 TIDY = [*OURS, *BESIDE[:-1], "trainable", "env_steps", "note", "source"]
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000013
 def without_blank(t, rep) -> pd.DataFrame:
     "A table without the columns of published numbers, where a paper has none."
     return t.drop(columns=BESIDE, errors="ignore") if rep.empty else t
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000014
 def tidy_row(view, label, family) -> dict | None:
@@ -90,6 +123,7 @@ def tidy_row(view, label, family) -> dict | None:
         row |= dict(trainable=int(tuned.trainable.iloc[0]), env_steps=int(tuned.env_steps.iloc[0]))
     return row
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000033
 def beside(pub, mean=None) -> dict:
     "What was published (the first row of `pub`), and the difference to it where both measure the same thing."
@@ -101,6 +135,7 @@ def beside(pub, mean=None) -> dict:
         return known | dict(elsewhere=first["value"], other_protocol=why)
     difference = np.nan if mean is None else mean - first["value"]
     return known | dict(reported=first["value"], difference=difference)
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000p02
 def published_rows(view, made) -> list:
@@ -115,6 +150,7 @@ def published_rows(view, made) -> list:
         rows.append(dict(method=method, family=family, note=note, **beside(pub)))
     return rows
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000015
 def tidy_table(view) -> pd.DataFrame:
     "One row per method and family: ours (mean, std, IQM, interval, n), reported, difference, trainable, env steps."
@@ -122,6 +158,7 @@ def tidy_table(view) -> pd.DataFrame:
     made = [row for row in made if row]
     t = pd.DataFrame(made + published_rows(view, made)).reindex(columns=TIDY)
     return without_blank(t, view.reported)
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000016
 def entry(r, digits=1) -> str:
@@ -136,11 +173,13 @@ def entry(r, digits=1) -> str:
         lines.append(f"published, other protocol: {plus_minus(r['elsewhere'], r['reported_std'], digits)}")
     return "\n".join(line for line in lines if line)
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000p04
 def digits_of(t: pd.DataFrame) -> int:
     "Decimals of a column of a tidy table: two where all its values are fractions, else one."
     values = t.reindex(columns=["mean", "reported", "elsewhere"]).abs().max(axis=None)
     return 2 if values <= 1 else 1
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000017
 def printed(t: pd.DataFrame) -> pd.DataFrame:
@@ -152,10 +191,12 @@ def printed(t: pd.DataFrame) -> pd.DataFrame:
     out.index.name = "method"
     return out
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000034
 def shown(p):
     "A printed table as a notebook displays it: the lines of an entry below each other."
     return p.style.set_properties(**{"white-space": "pre-line", "text-align": "right", "vertical-align": "top"})
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000020
 def verdicts(view, base="Prompt-DT, expert prompt") -> pd.DataFrame:
@@ -169,6 +210,7 @@ def verdicts(view, base="Prompt-DT, expert prompt") -> pd.DataFrame:
                 rows.append(dict(family=family, method=label, against=base, **compare(a, b)))
     return judged(rows, ("family", "method", "against"))
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000021
 def say(v: pd.DataFrame, by="family") -> str:
     "The verdicts as one sentence per family (or another column `by`), and by how many comparisons they were corrected."
@@ -180,6 +222,7 @@ def say(v: pd.DataFrame, by="family") -> str:
         said.append(f"{name}: against '{g.against.iloc[0]}', {'; '.join(found)}.")
     return "\n".join([*said, basis(v)])
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000035
 def basis(v) -> str:
     "What the words of a table of verdicts rest on."
@@ -189,6 +232,7 @@ def basis(v) -> str:
     if not tested:
         return f"(n = {span}; a test takes three)"
     return f"(n = {span}, paired; Student's test, Holm's correction over {counted(tested, 'comparison')})"
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000024
 def save_figure(fig, numbers, folder, name, caption):
@@ -202,6 +246,7 @@ def save_figure(fig, numbers, folder, name, caption):
         write_atomic(folder / f"{name}.csv", numbers.round(4).to_csv(index=False).encode())
     return folder / f"{name}.png"
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000025
 def one_level(p) -> pd.DataFrame:
     "A printed table without levels: headings joined, the name of a group of rows once, all columns plain."
@@ -214,6 +259,7 @@ def one_level(p) -> pd.DataFrame:
         flat.index = pd.MultiIndex.from_arrays([once, *others], names=p.index.names)
     return flat.reset_index()
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000036
 def _latex_entry(x) -> str:
     # an entry of several lines is a stack
@@ -224,6 +270,7 @@ def _latex_entry(x) -> str:
     stack = text.replace("\n", r" \\ ")
     return rf"\shortstack[r]{{{stack}}}"
 
+
 # %% ../../nbs/11c_report.tables.ipynb #tb000026
 def latex(flat, left) -> str:
     "A flat table as a LaTeX tabular whose first `left` columns are aligned left."
@@ -233,6 +280,7 @@ def latex(flat, left) -> str:
     columns = "l" * left + "r" * (flat.shape[1] - left)
     body = "\n".join([head, r"\hline", *lines])
     return f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n"
+
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000027
 def save_table(p, t, folder, name, caption, numbers=True):

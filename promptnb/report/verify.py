@@ -13,8 +13,23 @@ from .tables import between, counted, plus_minus
 from .view import View
 
 # %% auto #0
-__all__ = ['EQUAL', 'AGREES', 'DIFFERS', 'FEW', 'SIDES', 'headline', 'numbers', 'word', 'rows_of', 'verified', 'with_words',
-           'printed', 'all_agree', 'conclusion']
+__all__ = [
+    "EQUAL",
+    "AGREES",
+    "DIFFERS",
+    "FEW",
+    "SIDES",
+    "headline",
+    "numbers",
+    "word",
+    "rows_of",
+    "verified",
+    "with_words",
+    "printed",
+    "all_agree",
+    "conclusion",
+]
+
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000006
 def headline(record) -> float:
@@ -26,6 +41,7 @@ def headline(record) -> float:
             return float(found[found.step == found.step.max()].value.mean())
     return float("nan")
 
+
 # %% ../../nbs/11i_report.verify.ipynb #ve000008
 def numbers(view) -> pd.DataFrame:
     "The headline of each good run of a view: one row per family (or data set), method and seed."
@@ -34,6 +50,7 @@ def numbers(view) -> pd.DataFrame:
         where = run.recipe.dataset if run.recipe.offline else run.recipe.family
         rows.append(dict(where=where, method=run.label, seed=run.seed, value=headline(run.record)))
     return pd.DataFrame(rows, columns=["where", "method", "seed", "value"]).dropna()
+
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000009
 EQUAL, AGREES, DIFFERS, FEW = "equal", "agrees", "does not agree", "too few to say"
@@ -47,6 +64,7 @@ def word(v) -> str:
         return FEW
     return AGREES if v["verdict"] == UNRESOLVED else DIFFERS
 
+
 # %% ../../nbs/11i_report.verify.ipynb #ve000010
 def rows_of(exhibit_id, yours, shipped):
     "Comparisons of one exhibit, from `numbers` of both sides: one dict per family and method that both have."
@@ -57,6 +75,7 @@ def rows_of(exhibit_id, yours, shipped):
         ours, theirs = summary(a), summary(b)
         sides = dict(yours=ours["mean"], yours_std=ours["std"], shipped=theirs["mean"], shipped_std=theirs["std"])
         yield known | sides | compare(a, b)
+
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000012
 SIDES = ("exhibit", "where", "method", "equal", "yours", "yours_std", "shipped", "shipped_std")
@@ -80,6 +99,7 @@ def with_words(t) -> pd.DataFrame:
     "Judged comparisons with the column `agrees`."
     return t.assign(agrees=[word(v) for v in t.to_dict("records")])
 
+
 # %% ../../nbs/11i_report.verify.ipynb #ve000014
 def printed(t) -> pd.DataFrame:
     "For readers: yours, shipped, their difference with its interval, and the word."
@@ -97,6 +117,7 @@ def printed(t) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index("exhibit")
+
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000016
 def all_agree(t) -> bool:

@@ -16,20 +16,43 @@ from ..core import DamagedError, PromptnbError, Row, data_dir, figures_dir, is_c
 from . import records
 
 # %% auto #0
-__all__ = ['COLUMNS', 'recipe_file', 'policy_file', 'RunState', 'facts_of', 'state_of', 'found_record', 'shipped_state',
-           'your_run', 'View', 'reported', 'exhibit', 'seeds_shown', 'lacks', 'makers', 'remarks', 'flaws', 'status',
-           'matrix', 'seeds_of', 'paired']
+__all__ = [
+    "COLUMNS",
+    "recipe_file",
+    "policy_file",
+    "RunState",
+    "facts_of",
+    "state_of",
+    "found_record",
+    "shipped_state",
+    "your_run",
+    "View",
+    "reported",
+    "exhibit",
+    "seeds_shown",
+    "lacks",
+    "makers",
+    "remarks",
+    "flaws",
+    "status",
+    "matrix",
+    "seeds_of",
+    "paired",
+]
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000006
 def recipe_file(r, scale, seed):
     "The record of a recipe's run."
     return results_dir(r.paper) / f"{scale}.{r.family}.{r.key}.s{seed}.json"
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000007
 def policy_file(r, scale, seed):
     "The record of the pre-training that a recipe shares with others."
     p = r.pretrain
     return results_dir(r.paper) / f"{scale}.pretrain.{p.family}.{p.name}-{rc.digest(p)}.s{seed}.json"
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000009
 @dataclass(frozen=True)
@@ -49,6 +72,7 @@ class RunState:
         "Was a shown record made by code that has changed since?"
         return self.whose == "shipped" and self.state == "ok" and not _current(self.record, self.recipe)
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000010
 @functools.cache
 def facts_of(family) -> str:
@@ -56,6 +80,7 @@ def facts_of(family) -> str:
     from promptnb import tasks
 
     return tasks.facts(family) if family in tasks.FAMILIES else ""
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000011
 def state_of(record, recipe, shared=False) -> str:
@@ -70,6 +95,7 @@ def _current(record, recipe, shared=False) -> bool:
     digest = rc.digest(recipe.pretrain if shared else recipe)
     return is_current(record, digest, "" if recipe.online else facts_of(recipe.family))
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000012
 def found_record(path):
     "Your record at a path, else the one of the failed run beside it, else None. DamagedError where it is damaged."
@@ -79,6 +105,7 @@ def found_record(path):
             return read_record(p)
     return None
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000025
 def shipped_state(record, recipe, shared=False) -> str:
     "The state of a shipped record: its recipe must be today's, its code need not."
@@ -86,6 +113,7 @@ def shipped_state(record, recipe, shared=False) -> str:
         return "missing"
     same = record["recipe_digest"] == rc.digest(recipe.pretrain if shared else recipe)
     return record["status"] if same else "stale"
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000041
 def your_run(path, r, label, seed, shared) -> list:
@@ -95,6 +123,7 @@ def your_run(path, r, label, seed, shared) -> list:
     except DamagedError as e:
         return [RunState(label, r, seed, "damaged", str(e), whose="yours")]
     return [RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours")] if own else []
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000014
 COLUMNS = [*Row.__dataclass_fields__, "label"]  # of the tidy frame
@@ -187,6 +216,7 @@ class View:
         "Those of them that stand beside this exhibit."
         return self.reported[self.reported.exhibit == self.exhibit.reported]
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000015
 def reported(paper) -> pd.DataFrame:
     "The published numbers of a paper with their sources; a study of yours has none."
@@ -194,12 +224,14 @@ def reported(paper) -> pd.DataFrame:
     columns = "exhibit method family value std steps n_seeds source other_protocol".split()
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000016
 def exhibit(paper, id) -> rc.Exhibit:
     "An exhibit by paper and id; an unknown id is a PromptnbError that names the nearest."
     from promptnb.core import check_choice
 
     return rc.EXHIBITS[paper, check_choice(id, [e.id for e in rc.exhibits(paper)], "exhibit")]
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000027
 def seeds_shown(view) -> str:
@@ -215,10 +247,12 @@ def seeds_shown(view) -> str:
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"n = {span} seed{'' if counts == [1] else 's'}"
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000028
 def lacks(view) -> str:
     "'PARTIAL: 5 of 9 runs' where runs are missing, stale or failed; else ''."
     return f"PARTIAL: {len(view.good)} of {len(view.runs)} runs" if view.lacking else ""
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000029
 def makers(view) -> str:
@@ -231,6 +265,7 @@ def makers(view) -> str:
     said = f"{runs} shipped with the workbook"
     return said + (f"; {older} of them made before a change of the code." if older else ".")
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000031
 def remarks(runs) -> str:
     """'1 with failed episodes, 2 on changed data': how many good runs have a remark in their records; '' if none.
@@ -239,11 +274,13 @@ def remarks(runs) -> str:
     found = [remark for run in runs if run.state == "ok" for remark in run.record.get("remarks", ())]
     return ", ".join(f"{found.count(remark)} {remark}" for remark in dict.fromkeys(found))
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000032
 def flaws(view) -> str:
     "'PARTIAL: 5 of 9 runs; of the runs, 1 with failed episodes': what a caption must say of an exhibit's runs, or ''."
     remarked = remarks(view.runs)
     return "; ".join(part for part in (lacks(view), remarked and f"of the runs, {remarked}") if part)
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000019
 def status(view) -> dict:
@@ -257,6 +294,7 @@ def status(view) -> dict:
         failed=[f"{run.recipe.family} {run.label} seed {run.seed}: {run.state}: {run.why}" for run in bad],
     )
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000021
 def matrix(df, label, family) -> np.ndarray:
     "Returns (seeds, tasks) of one method on one family, from tidy rows; NaN where missing."
@@ -265,10 +303,12 @@ def matrix(df, label, family) -> np.ndarray:
         return np.empty((0, 0))
     return d.pivot_table(index="seed", columns="task_id", values="value").to_numpy()
 
+
 # %% ../../nbs/11a_report.view.ipynb #vw000022
 def seeds_of(df, label, family) -> set:
     "The seeds that have returns of a method on a family."
     return set(df[(df.label == label) & (df.task == family) & (df.metric == "return")].seed)
+
 
 # %% ../../nbs/11a_report.view.ipynb #vw000023
 def paired(df, a, b, family) -> list:

@@ -21,9 +21,33 @@ from gymnasium.envs.registration import register, registry
 from ..core import PromptnbError, check_choice, fingerprint
 
 # %% auto #0
-__all__ = ['FAMILIES', 'ANT_ANGLES', 'ML10', 'REPLAY', 'GL', 'NEEDS', 'Family', 'add', 'make', 'family', 'ids', 'normalised',
-           'parse_task', 'check_task', 'lock_step', 'gl_wish', 'gl_backend', 'kind_module', 'code_modules', 'facts',
-           'missing', 'installed', 'gl_trouble', 'film']
+__all__ = [
+    "FAMILIES",
+    "ANT_ANGLES",
+    "ML10",
+    "REPLAY",
+    "GL",
+    "NEEDS",
+    "Family",
+    "add",
+    "make",
+    "family",
+    "ids",
+    "normalised",
+    "parse_task",
+    "check_task",
+    "lock_step",
+    "gl_wish",
+    "gl_backend",
+    "kind_module",
+    "code_modules",
+    "facts",
+    "missing",
+    "installed",
+    "gl_trouble",
+    "film",
+]
+
 
 # %% ../../nbs/01_tasks.ipynb #a2656f6b
 @dataclass(frozen=True)
@@ -67,11 +91,13 @@ class Family:
             f"state {self.state_dim}, action {self.act_dim}, horizon {self.horizon})"
         )
 
+
 # %% ../../nbs/01_tasks.ipynb #d7a10002
 @patch(as_prop=True)
 def env_id(self: Family):
     "The name under which Gymnasium knows it."
     return f"promptnb/{self.name}-v0"
+
 
 # %% ../../nbs/01_tasks.ipynb #d7a10003
 @patch(as_prop=True)
@@ -79,11 +105,13 @@ def state_shape(self: Family):
     "Shape of one observation: of a picture, or (state_dim,)."
     return self.frames or (self.state_dim,)
 
+
 # %% ../../nbs/01_tasks.ipynb #d7a10004
 @patch(as_prop=True)
 def task_ids(self: Family):
     "The ids of all its tasks, train and test, in order."
     return tuple(sorted({*self.train, *self.test}))
+
 
 # %% ../../nbs/01_tasks.ipynb #d7a10005
 @patch(as_prop=True)
@@ -91,11 +119,13 @@ def n_tasks(self: Family):
     "How many tasks it has."
     return len(self.task_ids)
 
+
 # %% ../../nbs/01_tasks.ipynb #d7a10006
 @patch
 def task_name(self: Family, i):
     "The name of task i in datasets, files and rows: '<family>-<two digits>'."
     return f"{self.name}-{i:02d}"
+
 
 # %% ../../nbs/01_tasks.ipynb #d7a10007
 @patch(as_prop=True)
@@ -103,8 +133,10 @@ def renders_with_gl(self: Family):
     "True if MuJoCo draws its films, which takes EGL or OSMesa."
     return self.kind in ("control", "locomotion", "metaworld", "kitchen")
 
+
 # %% ../../nbs/01_tasks.ipynb #d7a1000a
 FAMILIES = {}  # name -> Family
+
 
 # %% ../../nbs/01_tasks.ipynb #514f97a0
 def add(fam: Family) -> Family:
@@ -119,12 +151,14 @@ def add(fam: Family) -> Family:
     )
     return fam
 
+
 # %% ../../nbs/01_tasks.ipynb #d7amake1
 def make(family, task, **kw):
     "One environment of a task: what Gymnasium calls for the ids of all families. `kw` go to the kind's own `make`."
     fam = FAMILIES[check_choice(family, FAMILIES, "family")]
     _hint_for_workers(fam.env_id)
     return kind_module(fam).make(fam.name, task, **kw)
+
 
 # %% ../../nbs/01_tasks.ipynb #d7amake2
 def _hint_for_workers(env_id):
@@ -141,16 +175,19 @@ def _hint_for_workers(env_id):
                 warnings.warn(f"workers started by {how} may not know '{env_id}': use {good}", stacklevel=2)
             return
 
+
 # %% ../../nbs/01_tasks.ipynb #d7a1000b
 def family(name) -> Family:
     "The family of that name (a Family is returned as it is); the error on a misspelt name suggests the nearest."
     return name if isinstance(name, Family) else FAMILIES[check_choice(name, FAMILIES, "family")]
+
 
 # %% ../../nbs/01_tasks.ipynb #32883e68
 def ids(text):
     "'0-2,5' -> (0, 1, 2, 5): the way the papers list tasks."
     spans = [part.split("-") for part in text.split(",")]
     return tuple(i for span in spans for i in range(int(span[0]), int(span[-1]) + 1))
+
 
 # %% ../../nbs/01_tasks.ipynb #d7a1000e
 ANT_ANGLES = (  # radians; config/ant_dir of mxu34/prompt-dt
@@ -222,6 +259,7 @@ _D4RL = dict(
 def _minari(body):
     return tuple((f"minari-{q}", f"mujoco/{body}/{q}-v0") for q in ("simple", "medium", "expert"))
 
+
 # %% ../../nbs/01_tasks.ipynb #d7a1000f
 add(
     Family(
@@ -286,11 +324,13 @@ add(
     )
 )
 
+
 # %% ../../nbs/01_tasks.ipynb #d7a10010
 def normalised(returns, references):
     "D4RL's score of returns: 0 is random, 100 is expert; `references` are their two returns."
     random, expert = references
     return 100 * (np.asarray(returns) - random) / (expert - random)
+
 
 # %% ../../nbs/01_tasks.ipynb #3f80e5ea
 ML10 = (
@@ -457,6 +497,7 @@ add(Family("smax-3s5z", body="3s5z", agents=8, state_dim=205, act_dim=13, **_SMA
 add(Family("smax-5m-vs-6m", body="5m_vs_6m", agents=5, state_dim=140, act_dim=11, **_SMAX))
 add(Family("smax-8m", body="8m", agents=8, state_dim=205, act_dim=13, **_SMAX))
 
+
 # %% ../../nbs/01_tasks.ipynb #37de9861
 def parse_task(name):
     "'cheetah-vel-07' -> (family, 7)."
@@ -467,6 +508,7 @@ def parse_task(name):
     check_task(f, int(i))
     return f, int(i)
 
+
 # %% ../../nbs/01_tasks.ipynb #68019b78
 def check_task(fam, i):
     "Raise an error that says which tasks there are, if the family has no task i."
@@ -474,11 +516,13 @@ def check_task(fam, i):
         first, last = fam.task_name(fam.task_ids[0]), fam.task_name(fam.task_ids[-1])
         raise PromptnbError(f"unknown task '{fam.name}-{i}': {fam.name} has tasks {first} to {last}")
 
+
 # %% ../../nbs/01_tasks.ipynb #590cb29e
 def lock_step(fam, task_ids, **kw):
     "A vector environment with one episode a task id, all stepped together (Gymnasium's VectorEnv interface)."
     f = family(fam)
     return kind_module(f).LockStep(f, task_ids, **kw)
+
 
 # %% ../../nbs/01_tasks.ipynb #06618fbf
 GL = dict(egl="EGL", osmesa="OSMesa")  # MuJoCo's ways to draw without a screen, and their libraries
@@ -488,6 +532,7 @@ def gl_wish() -> str:
     "What MUJOCO_GL asks for, as MuJoCo reads it; '' where it leaves the choice."
     wish = os.environ.get("MUJOCO_GL", "").strip().lower()
     return "" if wish in ("enable", "enabled", "on", "true", "1") else wish
+
 
 # %% ../../nbs/01_tasks.ipynb #d7agl001
 def gl_backend():
@@ -499,6 +544,7 @@ def gl_backend():
         if gl_wish() in ("", name) and platform in ("", name) and find_library(lib):
             return name
     return None
+
 
 # %% ../../nbs/01_tasks.ipynb #d7agl003
 @contextlib.contextmanager
@@ -513,6 +559,7 @@ def _gl_settled():
         if given is not None:
             os.environ["MUJOCO_GL"] = given
 
+
 # %% ../../nbs/01_tasks.ipynb #dfafbea6
 def kind_module(fam):
     "The module that makes a family's environments; a missing extra is one line."
@@ -526,6 +573,7 @@ def kind_module(fam):
             f"{fam.name} needs the package {e.name}, which is not installed: pip install 'promptnb[{fam.extra}]'"
         ) from None
 
+
 # %% ../../nbs/01_tasks.ipynb #17bb9f7e
 # kinds that stand on another module
 _BASES = dict(locomotion=("control",), metaworld=("wrapped",), kitchen=("wrapped",), wrapped=("spaces",))
@@ -535,10 +583,12 @@ def code_modules(fam):
     "The modules whose code decides what an episode of this family is."
     return (*(f"tasks/{k}" for k in ("rows", *_BASES.get(fam.kind, ()), fam.kind)), *fam.code)
 
+
 # %% ../../nbs/01_tasks.ipynb #f0fac701
 def facts(fam) -> str:
     "Fingerprint of a family's entry: its goals, sizes, splits, references. A result is stale once one of them changes."
     return fingerprint(family(fam))
+
 
 # %% ../../nbs/01_tasks.ipynb #tkneeds1
 NEEDS = dict(metaworld="metaworld", kitchen="gymnasium_robotics", atari="ale_py", smax="jaxmarl", crafter="crafter")
@@ -554,10 +604,12 @@ def missing(fam) -> str:
     except ValueError:  # a module of that name that says nothing of itself
         return package
 
+
 # %% ../../nbs/01_tasks.ipynb #6ac392fe
 def installed(fam):
     "True if the packages that the family needs are installed."
     return not missing(fam)
+
 
 # %% ../../nbs/01_tasks.ipynb #d7agl002
 def gl_trouble() -> str:
@@ -579,6 +631,7 @@ def gl_trouble() -> str:
         f"{values}, but pictures are drawn by {' or '.join(there or GL)}: unset it{'' if there else ', and ' + remedy}"
     )
 
+
 # %% ../../nbs/01_tasks.ipynb #d7agl004
 def _first_picture(env):
     # only now is the renderer made: a driver or device that does not work shows itself here
@@ -587,6 +640,7 @@ def _first_picture(env):
     except Exception as e:
         backend, said = os.environ.get("MUJOCO_GL"), " ".join(str(e).split()) or type(e).__name__
         raise PromptnbError(f"cannot render with {backend}: {said} (MUJOCO_GL takes {' or '.join(GL)})") from None
+
 
 # %% ../../nbs/01_tasks.ipynb #d7a10018
 def _camera(fam, size):
@@ -597,6 +651,7 @@ def _camera(fam, size):
         raise PromptnbError(f"cannot render without a screen: {trouble}")
     os.environ["MUJOCO_GL"] = gl_backend()
     return dict(width=size, height=size, camera_name="track")
+
 
 # %% ../../nbs/01_tasks.ipynb #rea18c21
 def _endless_floor(model):
@@ -610,6 +665,7 @@ def _endless_floor(model):
     materials = model.geom_matid[floors]
     model.mat_texuniform[materials] = True
     model.mat_texrepeat[materials] = 0.5  # of a texture of 2 x 2 squares, per metre
+
 
 # %% ../../nbs/01_tasks.ipynb #ac04a396
 def film(fam, task, actions, seed, every=20, size=240, at=None):

@@ -35,12 +35,61 @@ from .rows import Rows, starts
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 # %% auto #0
-__all__ = ['PROTOCOL', 'FRAMES', 'LOOKS', 'EPSILON', 'MEASURED', 'LADDER', 'LARGEST', 'LUMA', 'STORES', 'LockStep', 'AtariEnv',
-           'make', 'centre', 'above', 'look_pong', 'look_breakout', 'look_qbert', 'look', 'DQNSettings', 'command_of',
-           'GameRows', 'training_env', 'q_values', 'Player', 'policy_path', 'save', 'load', 'play', 'at_random',
-           'measured', 'Snapshot', 'weights_of', 'Training', 'learner', 'snapshots', 'train_dqn', 'curve_of', 'choose',
-           'shipped_of', 'snapshot_card', 'finish', 'script', 'area', 'gray84', 'from_minari_atari', 'imported',
-           'read_npy', 'read_store', 'parts_of', 'split_at_ends', 'from_dqn_replay', 'replay_root', 'replayed']
+__all__ = [
+    "PROTOCOL",
+    "FRAMES",
+    "LOOKS",
+    "EPSILON",
+    "MEASURED",
+    "LADDER",
+    "LARGEST",
+    "LUMA",
+    "STORES",
+    "LockStep",
+    "AtariEnv",
+    "make",
+    "centre",
+    "above",
+    "look_pong",
+    "look_breakout",
+    "look_qbert",
+    "look",
+    "DQNSettings",
+    "command_of",
+    "GameRows",
+    "training_env",
+    "q_values",
+    "Player",
+    "policy_path",
+    "save",
+    "load",
+    "play",
+    "at_random",
+    "measured",
+    "Snapshot",
+    "weights_of",
+    "Training",
+    "learner",
+    "snapshots",
+    "train_dqn",
+    "curve_of",
+    "choose",
+    "shipped_of",
+    "snapshot_card",
+    "finish",
+    "script",
+    "area",
+    "gray84",
+    "from_minari_atari",
+    "imported",
+    "read_npy",
+    "read_store",
+    "parts_of",
+    "split_at_ends",
+    "from_dqn_replay",
+    "replay_root",
+    "replayed",
+]
 
 # %% ../../nbs/01f_tasks.atari.ipynb #a7e83782
 PROTOCOL = dict(
@@ -59,6 +108,7 @@ PROTOCOL = dict(
 )
 FRAMES = 108_000  # of an episode at most: half an hour of play
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #5b45d92a
 class LockStep(Rows):
     "N episodes of one game. Observations (N, 4, 84, 84) uint8, rewards (N,) float64: the game's own points."
@@ -73,6 +123,7 @@ class LockStep(Rows):
         "Stop the emulator."
         if hasattr(self, "ale"):
             self.ale.close()
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10001
 @patch
@@ -90,6 +141,7 @@ def set_tasks(self: LockStep, task_ids):
     self.seeds, self._begun = np.zeros(n, int), False  # the emulator's seeds; whether it has been reset
     self._obs = np.zeros((n, *self.family.frames), np.uint8)
     self._t, self._over = np.zeros(n, int), np.zeros((2, n), bool)  # steps; terminated and truncated
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10003
 @patch
@@ -110,6 +162,7 @@ def reset(self: LockStep, *, seed=None, options=None):
     self._obs[mask], self._t[mask], self._over[:, mask] = obs[mask], 0, False
     return self._obs.copy(), {}
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10004
 @patch
 def _emulator_seed(self: LockStep, seed):
@@ -117,6 +170,7 @@ def _emulator_seed(self: LockStep, seed):
     if seed is None and self._begun:
         return -1
     return np.random.default_rng(seed).integers(2**31)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10006
 @patch
@@ -134,6 +188,7 @@ def step(self: LockStep, actions):
     self._over[:, on] = terminated[on], self._t[on] >= self.family.horizon
     rewards = np.where(on, points, 0).astype(np.float64)
     return self._obs.copy(), rewards, *self._over.copy(), dict(lives=info["lives"].copy())
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #7b4ef3f4
 class AtariEnv(gym.Env):
@@ -171,12 +226,14 @@ class AtariEnv(gym.Env):
         "Stop the emulator."
         self.rows.close()
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #805cfc12
 def make(family, task, **kw):
     "Entry point of the registered ids."
     fam = tasks.family(family)
     tasks.check_task(fam, task)
     return AtariEnv(fam, **kw)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #5124ea88
 def centre(weight):
@@ -189,10 +246,12 @@ def centre(weight):
 
     return np.stack([mean(rows), mean(cols), (total > 0).astype(np.float32)], -1)
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #26f94ae0
 def above(frames, level):
     "How far pixels are above a grey level, 0 where they are not: uint8."
     return np.maximum(frames, level) - np.uint8(level)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #06778e31
 def look_pong(x):
@@ -208,6 +267,7 @@ def look_pong(x):
     speed[..., :2] *= see[:, 1:, 2:3] * see[:, :-1, 2:3]  # only of a ball that is there in both frames
     return np.concatenate([see[:, -1], 5 * (see[:, -1, :1] - see[:, -1, 3:4]), speed.reshape(len(x), -1)], -1)
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #1dbba4bc
 def look_breakout(x):
     "Frames (N, 4, 84, 84) -> ball, own paddle's column, the ball's from it, in three frames: (N, 3, 5)."
@@ -216,10 +276,12 @@ def look_breakout(x):
     ball, own = centre(above(field, 40)), centre(above(row, 60))[..., 1:2]
     return np.concatenate([ball, own, ball[..., 1:2] - own], -1)
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #8c0845ca
 def look_qbert(x):
     "Frames (N, 4, 84, 84) -> two of them in cells of 4 x 4 pixels: (N, 2, 21, 21)."
     return x[:, [1, 3]].reshape(len(x), 2, 21, 4, 21, 4).mean((3, 5), dtype=np.float32) / 128 - 0.5
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #1d78e968
 LOOKS = dict(pong=look_pong, breakout=look_breakout, qbert=look_qbert)
@@ -228,6 +290,7 @@ LOOKS = dict(pong=look_pong, breakout=look_breakout, qbert=look_qbert)
 def look(name, frames):
     "What the policy of a game reads off its frames: (N, 4, 84, 84) uint8 -> (N, D) float32."
     return LOOKS[name](frames).reshape(len(frames), -1).astype(np.float32)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #66f94e1b
 @dataclass(frozen=True)
@@ -254,11 +317,13 @@ class DQNSettings:
         "The chance of a random action after so many steps."
         return max(self.epsilon, 1 - (1 - self.epsilon) * steps / (self.explore * self.steps))
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa1000b
 def command_of(name, st):
     "The call that trains this policy again: settings other than the defaults are spelt out."
     own = ", ".join(f"{k}={v!r}" for k, v in asdict(st).items() if v != getattr(DQNSettings(), k))
     return f"promptnb.tasks.atari.train_dqn('{name}', DQNSettings({own}))"
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #afa1000d
 class GameRows:
@@ -310,6 +375,7 @@ class GameRows:
         "False for each row."
         return [False] * self.num_envs
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #82505daa
 def training_env(fam, st):
     """stable-baselines3's view of the rows: it sees what `look` reads, rewards are clipped to their sign.
@@ -327,6 +393,7 @@ def training_env(fam, st):
 
     return TrainingRows()
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #851c525a
 def q_values(layers, x):
     "Action values (N, A) of inputs (N, D) by one snapshot's layers [(in, out), (out,)] x 3."
@@ -334,6 +401,7 @@ def q_values(layers, x):
         x = np.maximum(x @ w + b, 0)
     w, b = layers[-1]
     return x @ w + b
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #01c8b46a
 @dataclass
@@ -360,6 +428,7 @@ class Player:
         returns = ", ".join(f"{s['mean_return']:.1f}" for s in self.snapshots)
         return f"Player({self.family}: random {self.card['random_mean_return']:.1f}, snapshots {returns})"
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa1000e
 @patch
 def actor(self: Player, c, epsilon, rngs):
@@ -378,10 +447,12 @@ def actor(self: Player, c, epsilon, rngs):
 
     return act
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #d1eb090f
 def policy_path(name):
     "Where the shipped policies of a game are."
     return data_dir() / "experts" / f"{name}.safetensors"
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #421e2e0a
 def save(layers, card, path=None):
@@ -393,6 +464,7 @@ def save(layers, card, path=None):
     write_atomic(path, pack(weights))
     write_json(path.with_suffix(".json"), dict(card, sha256=sha256_file(path), bytes=path.stat().st_size))
     return path
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #81728765
 def load(name, path=None) -> Player:
@@ -415,8 +487,10 @@ def load(name, path=None) -> Player:
         raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
     return Player(card["family"], [(t[f"w{i}"], t[f"b{i}"]) for i in range(3)], card)
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #1be57a89
 EPSILON, MEASURED = 0.01, 8  # of an acting policy; games behind each return on a card
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #e67bd41a
 def play(vec, act, seed, cap=None):
@@ -432,10 +506,12 @@ def play(vec, act, seed, cap=None):
             break
     return total, length
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #2b3d5e86
 def at_random(fam, rngs):
     "obs -> actions (N,): any action, each row from its own generator."
     return lambda obs: np.array([g.integers(fam.act_dim) for g in rngs])
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #f3fc8ee9
 def measured(fam, seed, player=None, c=0):
@@ -448,6 +524,7 @@ def measured(fam, seed, player=None, c=0):
     finally:
         vec.close()
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10011
 @dataclass
 class Snapshot:
@@ -458,6 +535,7 @@ class Snapshot:
     seconds: float
     games: list  # returns of the games that ended since the last one
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10012
 def weights_of(net):
     "The layers of a torch network of three linear ones: [(in, out), (out,)] x 3, float16."
@@ -465,6 +543,7 @@ def weights_of(net):
     return [
         (m.weight.detach().numpy().T.astype(np.float16), m.bias.detach().numpy().astype(np.float16)) for m in linear
     ]
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10013
 @dataclass
@@ -500,6 +579,7 @@ class Training:
         "Write weights and card of what has been reached; returns their path."
         return finish(self.fam, self.settings, self.shots, self.random, self.out, measure)
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10015
 def learner(env, st):
     "stable-baselines3's DQN with our settings."
@@ -524,6 +604,7 @@ def learner(env, st):
         policy_kwargs=dict(net_arch=[st.width] * 2),
     )
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10016
 def snapshots(training):
     "stable-baselines3's callback that takes a training's snapshots when they are due."
@@ -538,6 +619,7 @@ def snapshots(training):
                 training.take(self.model.q_net.q_net, self.num_timesteps)
 
     return Snapshots()
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #77d2eeb5
 def train_dqn(name, settings: DQNSettings = DQNSettings(), out=None, every=0.02, measure=True, say=print):
@@ -555,6 +637,7 @@ def train_dqn(name, settings: DQNSettings = DQNSettings(), out=None, every=0.02,
     training.take(dqn.q_net.q_net, dqn.num_timesteps)
     return training.finish(measure)
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #742d102d
 def curve_of(shots, window=3):
     """Mean return, at each snapshot, of the games that ended during the last `window` of them.
@@ -567,6 +650,7 @@ def curve_of(shots, window=3):
         return np.zeros(len(shots))
     return np.interp(range(len(shots)), known, [np.mean(past[k]) for k in known])
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #0945865a
 LADDER = (0, 1 / 4, 1 / 2, 1)  # of the way from the first return to the best
 LARGEST = 1_000_000  # bytes of a game's file
@@ -578,6 +662,7 @@ def choose(curve):
     rungs = [int(np.abs(r - (r[0] + x * (r[-1] - r[0]))).argmin()) for x in LADDER]
     return sorted({0, len(r) - 1, *rungs})
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa10019
 def shipped_of(shots, curve):
     "Indices of the snapshots to ship: the ladder, without its lower rungs where the file would be too large."
@@ -587,11 +672,13 @@ def shipped_of(shots, curve):
         keep.pop(1)
     return keep
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa1001a
 def snapshot_card(shot, st, returns):
     "What the card says of one snapshot."
     epsilon = round(st.epsilon_at(shot.steps), 3)
     return dict(steps=shot.steps, epsilon=epsilon, mean_return=returns.mean(), worst_return=returns.min())
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #49775640
 def finish(fam, st, shots, random, out=None, measure=False):
@@ -621,6 +708,7 @@ def finish(fam, st, shots, random, out=None, measure=False):
     )
     return save(layers, card, out)
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #083b4841
 def script(vec, quality, rng):
     """The behaviour policy for a quality: observations (N, 4, 84, 84) -> actions (N,).
@@ -638,8 +726,10 @@ def script(vec, quality, rng):
     c = np.array([g.integers(len(p.snapshots)) for g in rngs], int)
     return p.actor(c, np.array([s["epsilon"] for s in p.snapshots])[c], rngs)
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #11ac406a
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #e44b96be
 def area(n, m):
@@ -647,6 +737,7 @@ def area(n, m):
     edge, pixel = np.arange(m + 1)[:, None] * n / m, np.arange(n)
     covered = np.minimum(edge[1:], pixel + 1) - np.maximum(edge[:-1], pixel)
     return (np.clip(covered, 0, None) * m / n).astype(np.float32)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #db3b3cf2
 def gray84(frames):
@@ -669,6 +760,7 @@ def gray84(frames):
 
     return np.stack([small(frame) for frame in x])
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #8ad27d6b
 def from_minari_atari(dataset, name=None, episodes=None):
     """The trajectories (at most `episodes`) of a `minari.MinariDataset` of game frames.
@@ -688,10 +780,12 @@ def from_minari_atari(dataset, name=None, episodes=None):
         for e in dataset.iterate_episodes(range(n))
     ]
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #bc692943
 def imported(dataset, episodes=None):
     "The trajectories of a Minari dataset: what `promptnb collect --quality minari-expert` calls."
     return from_minari_atari(dataset, episodes=episodes)
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #29e07a28
 STORES = ("observation", "action", "reward", "terminal")
@@ -711,6 +805,7 @@ def read_npy(f, steps=None):
         raise EOFError("it ends too early")
     return np.frombuffer(data, dtype).reshape(n, *shape[1:]), shape[0]
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #afa1001c
 def read_store(folder, store, part, steps=None):
     "One array of a replay folder: its first `steps` entries, and how many there are."
@@ -723,6 +818,7 @@ def read_store(folder, store, part, steps=None):
     except (EOFError, OSError, ValueError, zlib.error) as e:
         raise PromptnbError(f"{path} is damaged ({e})") from None
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #c3038445
 def parts_of(folder):
     "The numbers of a replay folder's parts, in order."
@@ -730,6 +826,7 @@ def parts_of(folder):
     if not found:
         raise PromptnbError(f"no DQN-replay data in {folder}: wanted $store$_observation_ckpt.0.gz and its like")
     return found
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #afa1001d
 def split_at_ends(obs, action, reward, terminal):
@@ -741,6 +838,7 @@ def split_at_ends(obs, action, reward, terminal):
         dict(observations=gray84(obs[i:j]), actions=action[i:j].astype(int), rewards=reward[i:j].astype(float))
         for i, j in zip(cuts, cuts[1:])
     ]
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #9062f72d
 def from_dqn_replay(folder, parts=None, steps=None):
@@ -756,10 +854,12 @@ def from_dqn_replay(folder, parts=None, steps=None):
         out += split_at_ends(*(x for x, _ in stores))
     return out
 
+
 # %% ../../nbs/01f_tasks.atari.ipynb #aft10001
 def replay_root() -> Path:
     "DQN-replay data, a folder per game: $PROMPTNB_DQN_REPLAY, else data/dqn-replay."
     return folder_named_by("PROMPTNB_DQN_REPLAY") or data_dir() / "dqn-replay"
+
 
 # %% ../../nbs/01f_tasks.atari.ipynb #aft10002
 def replayed(fam, id_, episodes=None):

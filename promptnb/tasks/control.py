@@ -22,23 +22,39 @@ from .. import tasks
 from .rows import Rows, starts
 
 # %% auto #0
-__all__ = ['BODIES', 'squared', 'finite', 'start', 'Body', 'body_of', 'ant_fell', 'see_ant', 'blown_up', 'ControlEnv', 'make',
-           'LockStep']
+__all__ = [
+    "BODIES",
+    "squared",
+    "finite",
+    "start",
+    "Body",
+    "body_of",
+    "ant_fell",
+    "see_ant",
+    "blown_up",
+    "ControlEnv",
+    "make",
+    "LockStep",
+]
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #86903d9d
 def squared(a):
     "Sum of squares over the last axis, in float64: the effort of actions."
     return np.square(a, dtype=np.float64).sum(-1)
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #f5a9066b
 def finite(q, v):
     "(N,) bool: are all positions and velocities numbers? Physics that blew up ends an episode."
     return np.isfinite(q).all(-1) & np.isfinite(v).all(-1)
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #575bae9f
 def start(q0, nv, rng):
     "Gymnasium's start, (nq,) and (nv,): the model's pose plus small noise."
     return q0 + rng.uniform(-0.1, 0.1, len(q0)), 0.1 * rng.standard_normal(nv)
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #723b1d45
 @dataclass(frozen=True)
@@ -71,15 +87,18 @@ class Body:
             return mujoco.MjModel.from_xml_string(self.xml)
         return mujoco.MjModel.from_xml_path(self.path)
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #19f32681
 def body_of(fam) -> Body:
     "The body of a family, from the BODIES of its kind's module."
     return importlib.import_module(f"promptnb.tasks.{fam.kind}").BODIES[fam.body]
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #8ed99aed
 def _see_cheetah(q, v):
     x, height = q[:, 0], q[:, 1] + 0.7  # the model's torso hangs 0.7 above its slide joint
     return np.concatenate([q[:, 1:], v, np.stack([x, np.zeros(len(q)), height], -1)], -1)
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #918b685e
 def _pay_cheetah(fam, goal, dt, q0, q1, a, ended):
@@ -87,32 +106,38 @@ def _pay_cheetah(fam, goal, dt, q0, q1, a, ended):
     wanted = goal * vx if fam.name == "cheetah-dir" else -np.abs(vx - goal)
     return wanted - 0.05 * squared(a)
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #db2b06cf
 def _pay_ant(fam, goal, dt, q0, q1, a, ended):
     direction = np.stack([np.cos(goal), np.sin(goal)], -1)
     forward = ((q1[:, :2] - q0[:, :2]) / dt * direction).sum(-1)
     return forward - 0.5 * squared(a) + 1.0
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #d8b2939a
 def ant_fell(q, v):
     "(N,) bool: the torso's height has left [0.2, 1.0]."
     return ~finite(q, v) | (q[:, 2] < 0.2) | (q[:, 2] > 1.0)
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #d7567c32
 def see_ant(q, v):
     "Ant's observation (N, 27): all but the place, and the velocities."
     return np.concatenate([q[:, 2:], v], -1)
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #a7a10002
 def blown_up(q, v):
     "(N,) bool: a body that cannot fall ends only when its physics has failed."
     return ~finite(q, v)
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #2a38bfc1
 BODIES = dict(
     cheetah=Body("half_cheetah.xml", _see_cheetah, _pay_cheetah, blown_up),
     ant=Body("ant.xml", see_ant, _pay_ant, ant_fell),
 )
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #3519d4d1
 class ControlEnv(MujocoEnv):
@@ -142,6 +167,7 @@ class ControlEnv(MujocoEnv):
     def _obs(self):
         return self.body.observe(self.data.qpos[None], self.data.qvel[None])[0].astype(np.float32)
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #a7a10004
 @patch
 def step(self: ControlEnv, action):
@@ -158,12 +184,14 @@ def step(self: ControlEnv, action):
     info = dict(x_position=q1[0], x_velocity=(q1[0] - q0[0]) / body.dt)
     return self._obs(), float(reward), bool(ended[0]), False, info
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #55ba1841
 def make(family, task, **kw):
     "Entry point of the registered ids: `gymnasium.make('promptnb/cheetah-vel-v0', task=7)`."
     fam = tasks.family(family)
     tasks.check_task(fam, task)
     return ControlEnv(fam, task, **kw)
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #3f26845b
 class LockStep(Rows):
@@ -193,6 +221,7 @@ class LockStep(Rows):
         "Stop the threads."
         self._rollout.close()
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #a7a10005
 @patch
 def set_tasks(self: LockStep, task_ids):
@@ -206,6 +235,7 @@ def set_tasks(self: LockStep, task_ids):
     self._state = np.zeros((n, 1 + self.nq + self.nv))  # time, qpos, qvel: mjSTATE_FULLPHYSICS of these models
     self._t, self._rngs = np.zeros(n, int), [None] * n
 
+
 # %% ../../nbs/01a_tasks.control.ipynb #a7a10006
 @patch
 def reset(self: LockStep, *, seed=None, options=None):
@@ -218,6 +248,7 @@ def reset(self: LockStep, *, seed=None, options=None):
         self._state[i, 1:] = np.concatenate(self.body.start(self.model.qpos0, self.nv, self._rngs[i]))
     self._t[mask] = 0
     return self._observe(), {}
+
 
 # %% ../../nbs/01a_tasks.control.ipynb #a7a10007
 @patch

@@ -18,11 +18,55 @@ from gymnasium.spaces import Box, Discrete
 from ..core import PromptnbError, check_choice
 
 # %% auto #0
-__all__ = ['ACTIONS', 'ACHIEVEMENTS', 'KINDS', 'VITALS', 'AREA', 'SIGHT', 'CHUNK', 'DAY', 'FULL', 'GROVE', 'ROCK', 'PARENTS',
-           'DEPTH', 'NIGHT', 'DREAM', 'TEXTURES', 'HERDS', 'TIRED', 'LOW', 'MONSTERS', 'SWORDS', 'BEHAVIOURS', 'UPKEEP',
-           'Vec', 'Quick', 'rules', 'World', 'Noise', 'Terrain', 'terrain', 'decide', 'settle', 'faded', 'lit', 'Atlas',
-           'atlas', 'belongings', 'Game', 'Herd', 'Ordered', 'Plain', 'chances', 'upkeep', 'Crafter', 'score',
-           'success_rates', 'depth']
+__all__ = [
+    "ACTIONS",
+    "ACHIEVEMENTS",
+    "KINDS",
+    "VITALS",
+    "AREA",
+    "SIGHT",
+    "CHUNK",
+    "DAY",
+    "FULL",
+    "GROVE",
+    "ROCK",
+    "PARENTS",
+    "DEPTH",
+    "NIGHT",
+    "DREAM",
+    "TEXTURES",
+    "HERDS",
+    "TIRED",
+    "LOW",
+    "MONSTERS",
+    "SWORDS",
+    "BEHAVIOURS",
+    "UPKEEP",
+    "Vec",
+    "Quick",
+    "rules",
+    "World",
+    "Noise",
+    "Terrain",
+    "terrain",
+    "decide",
+    "settle",
+    "faded",
+    "lit",
+    "Atlas",
+    "atlas",
+    "belongings",
+    "Game",
+    "Herd",
+    "Ordered",
+    "Plain",
+    "chances",
+    "upkeep",
+    "Crafter",
+    "score",
+    "success_rates",
+    "depth",
+]
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #7566be36
 ACTIONS = tuple(
@@ -74,6 +118,7 @@ def _depth(achievement):
 
 DEPTH = {a: _depth(a) for a in ACHIEVEMENTS}
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #31168a88
 class Vec(tuple):
     "A cell or a direction as a pair of integers, with the arithmetic that crafter's rules do on NumPy pairs."
@@ -85,6 +130,7 @@ class Vec(tuple):
 
     def __neg__(self):
         return Vec((-self[0], -self[1]))
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #b390bd89
 class Quick:
@@ -120,6 +166,7 @@ class Quick:
         "One of the four directions, by the same draw as crafter's `randint(0, 4)`."
         return self.all_dirs[self.world.raw() & 3]
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #253caa0b
 @functools.cache
 def rules():
@@ -137,6 +184,7 @@ def rules():
         walkable = frozenset(constants.walkable + also_walkable.get(name, []))
         quick[base] = type(name, (Quick, base), dict(walkable=walkable, kind=_ID.get(name.lower())))
     return SimpleNamespace(constants=constants, engine=engine, env=env, objects=objects, worldgen=worldgen, quick=quick)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #83694bf8
 class World:
@@ -175,6 +223,7 @@ class World:
         (x, y), d = pos, distance
         return {KINDS[i] for i in self.ground[x - d : x + d + 1, y - d : y + d + 1].ravel().tolist()}, ()
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10001
 @patch
 def lay(self: World, ids):
@@ -185,10 +234,12 @@ def lay(self: World, ids):
     for obj in self.live:
         self.seen[obj.pos] = obj.kind
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10003
 @patch
 def _chunk(self: World, pos):
     return self.chunks.setdefault((pos[0] // CHUNK, pos[1] // CHUNK), {})
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10004
 @patch
@@ -199,6 +250,7 @@ def add(self: World, obj):
     self.live[obj] = self._chunk(obj.pos)[obj] = None
     self.seen[obj.pos] = obj.kind
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10005
 @patch
 def remove(self: World, obj):
@@ -208,6 +260,7 @@ def remove(self: World, obj):
     del self.at[obj.pos], self.live[obj], self._chunk(obj.pos)[obj]
     self.seen[obj.pos] = self.ground[obj.pos]
     obj.removed = True
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10006
 @patch
@@ -225,12 +278,14 @@ def move(self: World, obj, pos):
         del left[obj]
         entered[obj] = None
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10008
 @patch
 def part(self: World, chunk):
     "Material ids of a chunk (12, 12), smaller at the map's far edges."
     x, y = chunk
     return self.ground[x * CHUNK : (x + 1) * CHUNK, y * CHUNK : (y + 1) * CHUNK]
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10009
 @patch
@@ -240,6 +295,7 @@ def room(self: World, chunk):
         ids = self.part(chunk)
         self._room[chunk] = {k: int((ids == _ID[k]).sum()) for k in ("grass", "path")}
     return self._room[chunk]
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c32b0d5c
 @functools.cache
@@ -258,6 +314,7 @@ def _noise():
     except ModuleNotFoundError:
         return noise
     return njit(noise)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1000b
 class Noise:
@@ -286,6 +343,7 @@ class Noise:
         out[where] = self.wave(z, {size: 1}, where, x, y) > level
         return out
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1000d
 @dataclass(frozen=True)
 class Terrain:
@@ -297,6 +355,7 @@ class Terrain:
     deep: np.ndarray  # bool: deep enough in the mountain for diamonds
     lava: np.ndarray  # bool: rock that is lava unless it holds an ore
     tunnels: np.ndarray  # bool: paths where skeletons live
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #e8290451
 def terrain(seed, centre) -> Terrain:
@@ -329,6 +388,7 @@ def terrain(seed, centre) -> Terrain:
         tunnels=tunnels,
     )
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1000f
 def _in_rock(coal, iron, deep, lava, draw):
     "The material of one cell of rock, given what it may hold."
@@ -339,6 +399,7 @@ def _in_rock(coal, iron, deep, lava, draw):
     if deep and draw() > 0.994:
         return "diamond"
     return "lava" if lava else "stone"
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10010
 def decide(land, draw):
@@ -351,6 +412,7 @@ def decide(land, draw):
         elif kind == ROCK:
             ids[i] = _ID[_in_rock(*maybe[i], draw)]
     return np.array(ids, np.uint8).reshape(AREA, AREA)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #013472c9
 def settle(world, player):
@@ -373,6 +435,7 @@ def settle(world, player):
         elif skeleton[i] and draw() > 0.95:
             world.add(new.Skeleton(world, divmod(i, AREA), player))
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #1f39bcd3
 def faded(rows, colour=0.4):
     "PIL's colour enhancement of pixels (rows, 3 * columns), which rounds down to uint8 on the way in and out."
@@ -381,11 +444,13 @@ def faded(rows, colour=0.4):
     image = Image.fromarray(rows.astype(np.uint8).reshape(len(rows), -1, 3))
     return np.asarray(ImageEnhance.Color(image).enhance(colour)).reshape(rows.shape)
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #af3c78f2
 @functools.cache
 def _vignette():
     x, y = np.meshgrid(np.linspace(-1, 1, 63), np.linspace(-1, 1, 49))
     return np.repeat(1 - np.exp(-0.5 * (x**2 + y**2) / 0.5**2), 3, axis=1)  # (49, 189)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #e51d9266
 NIGHT, DREAM = (0.5 * np.tile(c, 63) for c in ((0.0, 16.0, 64.0), (0.0, 0.0, 16.0)))  # tints (189,), half strength
@@ -398,6 +463,7 @@ def lit(day, pale, daylight, asleep=False):
     """
     out = daylight * day + (1 - daylight) * (0.5 * pale + NIGHT[: day.shape[1]])
     return 0.5 * faded(out, 0.0) + DREAM[: day.shape[1]] if asleep else out
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #7da6e1d0
 @dataclass(frozen=True)
@@ -416,6 +482,7 @@ TEXTURES = (  # of objects, in the atlas's order
     *("plant", "plant-ripe"),
 )
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10012
 @functools.cache
 def atlas() -> Atlas:
@@ -432,17 +499,20 @@ def atlas() -> Atlas:
     pale = faded(tiles.reshape(-1, 21)).reshape(tiles.shape)
     return Atlas(tiles, pale, {name: i for i, name in enumerate(TEXTURES, 1)})
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #68840244
 @functools.cache
 def _items():
     engine = rules().engine
     return engine.ItemView(engine.Textures(rules().constants.root / "assets"), (9, 2))
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #8cfbbf0c
 @functools.lru_cache(4096)
 def belongings(inventory):
     "The lower two rows of the picture (14, 63, 3) of ((name, count), ...)."
     return _items()(dict(inventory), (7, 7)).swapaxes(0, 1).copy()
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #b486cd26
 class Game:
@@ -481,6 +551,7 @@ class Game:
     def _light(self):
         self.world.daylight = 1 - np.abs(np.cos(np.pi * ((self.t / DAY) % 1 + 0.3))) ** 3
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10014
 @dataclass(frozen=True)
 class Herd:
@@ -501,6 +572,7 @@ HERDS = (
     Herd("Cow", "grass", 30, 5, 5, 0.01, 0.1),
 )
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10015
 @patch
 def _balance(self: Game):
@@ -513,6 +585,7 @@ def _balance(self: Game):
         for herd in HERDS:
             least, most = limits[herd.name]
             self._tend(herd, chunk, objects, least if room[herd.ground] >= herd.room else 0, most)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10016
 @patch
@@ -532,11 +605,13 @@ def _tend(self: Game, herd, chunk, objects, least, most):
         if self.player.distance(gone) >= herd.despawn_distance:
             world.remove(gone)
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10018
 @patch
 def semantic(self: Game):
     "Ids of the whole map (64, 64) uint8, a copy."
     return self.world.seen.copy()
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10019
 @patch
@@ -544,11 +619,13 @@ def _in_sight(self: Game, wide):
     x, y = self.player.pos
     return wide[x : x + SIGHT[0], y : y + SIGHT[1]]
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1001a
 @patch
 def sight(self: Game):
     "Ids of the cells in sight (9, 7), 0 beyond the border."
     return self._in_sight(self.world.wide_seen)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1001b
 @patch
@@ -561,10 +638,12 @@ def _cells(self: Game):
         cells[i, j] += places[world.at[px + i - 4, py + j - 3].texture]
     return cells
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1001c
 def _canvas(tiles, cells):
     "Tiles laid out as pixels (49, 189)."
     return tiles[cells.T].swapaxes(1, 2).reshape(49, 189)  # (row, column, 7, 7, 3) -> pixels
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1001d
 @patch
@@ -577,6 +656,7 @@ def _by_day(self: Game, cells):
     self.tiles[used] = lit(tiles[used].reshape(-1, 21), pale[used].reshape(-1, 21), *light).reshape(-1, 7, 7, 3)
     return _canvas(self.tiles, cells)
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1001e
 @patch
 def _by_night(self: Game, cells):
@@ -584,6 +664,7 @@ def _by_night(self: Game, cells):
     dark = 2 * (0.5 - daylight) * _vignette()
     noisy = (1 - dark) * day + dark * np.repeat(self.noise, 3, axis=1)
     return lit(day, faded(noisy), daylight, self.player.sleeping)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a1001f
 @patch
@@ -596,6 +677,7 @@ def picture(self: Game):
     out[49:63, :63] = belongings(tuple(self.player.inventory.items()))
     return out
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #42d70a7b
 class Ordered(dict):
     "A set that keeps the order in which things came."
@@ -605,6 +687,7 @@ class Ordered(dict):
         self[x] = None
 
     remove = dict.__delitem__
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #1fa0a456
 class Plain:
@@ -648,6 +731,7 @@ class Plain:
         x, y = self.player.pos
         return np.pad(self.seen, ((4, 4), (3, 3)))[x : x + SIGHT[0], y : y + SIGHT[1]]
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #83d5998a
 TIRED, LOW = 5, 3  # energy below which sleep is due; a vital below which it is urgent
 MONSTERS, SWORDS = {"zombie", "skeleton"}, ("wood_sword", "stone_sword", "iron_sword")
@@ -663,6 +747,7 @@ BEHAVIOURS = {
     "keeps off lava": "of the episodes: not ended in lava",
 }
 UPKEEP = {"rests in time": "energy", "drinks in time": "drink", "eats in time": "food"}
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10021
 def chances(player, world, action, near):
@@ -686,10 +771,12 @@ def chances(player, world, action, near):
         return [("drinks before thirst", LOW <= bag["drink"] < FULL)]
     return []
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #5764353d
 def upkeep(player):
     "[(behaviour, hit)] of those that every step is a chance of: are energy, drink and food not urgent?"
     return [(behaviour, player.inventory[vital] >= LOW) for behaviour, vital in UPKEEP.items()]
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #106b5bf5
 class Crafter(gym.Env):
@@ -731,12 +818,14 @@ class Crafter(gym.Env):
         "The picture (64, 64, 3) uint8 of this moment."
         return self.game.picture()
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10022
 @patch
 def _begin(self: Crafter, episode):
     self.episode, self.actions = episode, []
     self.counts = {b: [0, 0] for b in BEHAVIOURS}  # hits, chances
     self.game.begin(self.seed, episode)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10023
 @patch
@@ -750,6 +839,7 @@ def _advance(self: Crafter, action):
     self.actions.append(action)
     return reward
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10024
 @patch
 def _behaviour(self: Crafter, dead):
@@ -758,10 +848,12 @@ def _behaviour(self: Crafter, dead):
     in_lava = dead and world[player.pos][0] == "lava"
     return {b: tuple(c) for b, c in self.counts.items()} | {"keeps off lava": (int(not in_lava), 1)}
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10025
 @patch
 def _observation(self: Crafter):
     return self.game.picture() if self.image else np.zeros((64, 64, 3), np.uint8)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10026
 @patch
@@ -775,12 +867,14 @@ def _info(self: Crafter):
         player_pos=np.array(player.pos),
     )
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #c7a10027
 @patch
 def seen(self: Crafter):
     "Names of the kinds in the 9 x 7 cells in sight, in the order of their ids."
     ids = sorted(set(self.game.sight().ravel().tolist()))
     return tuple(KINDS[i] for i in ids if KINDS[i] not in ("none", "player"))
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #c936dfce
 @patch
@@ -796,6 +890,7 @@ def scene(self: Crafter):
         unlocked=tuple(a for a, n in player.achievements.items() if n > 0),
     )
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #4e246f9e
 @patch
 def state(self: Crafter):
@@ -803,6 +898,7 @@ def state(self: Crafter):
     if self.seed is None:
         raise PromptnbError("a Crafter that was never reset has no state: reset it first")
     return dict(seed=self.seed, episode=self.episode, actions=list(self.actions))
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #050fc1b4
 @patch
@@ -814,9 +910,11 @@ def restore(self: Crafter, state):
         self._advance(action)
     return self._observation()
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #b539878b
 gym.registry.pop("promptnb/crafter-v0", None)
 gym.register("promptnb/crafter-v0", entry_point="promptnb.tasks.crafter:Crafter")
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #2f92a7a1
 def score(rates):
@@ -831,6 +929,7 @@ def score(rates):
         )
     return np.expm1(np.log1p(r).mean(-1))
 
+
 # %% ../../nbs/01h_tasks.crafter.ipynb #079d0483
 def success_rates(episodes):
     "Percent of the episodes (a list of tuples of achievements) in which each achievement was unlocked: (22,)."
@@ -839,6 +938,7 @@ def success_rates(episodes):
     for achievement in {a for e in episodes for a in e}:
         check_choice(achievement, ACHIEVEMENTS, "achievement")
     return 100 * np.array([[a in e for a in ACHIEVEMENTS] for e in map(set, episodes)]).mean(0)
+
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #051cafbb
 def depth(unlocked):

@@ -25,15 +25,43 @@ from ..core import PromptnbError, check_choice, minari_dataset
 from .wrapped import Wrapped
 
 # %% auto #0
-__all__ = ['SUBTASKS', 'NEAR', 'JOINTS', 'GOALS', 'PROTOCOLS', 'OPEN', 'SHUT', 'WAYS', 'NOISE', 'QUALITIES', 'joints',
-           'distances', 'd4rl_rule', 'Robot', 'compiled', 'Kitchen', 'make', 'LockStep', 'capped', 'Arm', 'Waypoint',
-           'Way', 'pose_of', 'Script', 'script', 'trajectory', 'imported', 'from_minari_kitchen']
+__all__ = [
+    "SUBTASKS",
+    "NEAR",
+    "JOINTS",
+    "GOALS",
+    "PROTOCOLS",
+    "OPEN",
+    "SHUT",
+    "WAYS",
+    "NOISE",
+    "QUALITIES",
+    "joints",
+    "distances",
+    "d4rl_rule",
+    "Robot",
+    "compiled",
+    "Kitchen",
+    "make",
+    "LockStep",
+    "capped",
+    "Arm",
+    "Waypoint",
+    "Way",
+    "pose_of",
+    "Script",
+    "script",
+    "trajectory",
+    "imported",
+    "from_minari_kitchen",
+]
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #12615837
 SUBTASKS = ("microwave", "kettle", "light switch", "slide cabinet")  # D4RL's KitchenMicrowaveKettleLightSlider
 NEAR = kitchen_env.BONUS_THRESH
 JOINTS = {k: kitchen_env.OBS_ELEMENT_INDICES[k] for k in SUBTASKS}
 GOALS = {k: kitchen_env.OBS_ELEMENT_GOALS[k] for k in SUBTASKS}
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #28e46d21
 def joints(obs):
@@ -43,10 +71,12 @@ def joints(obs):
     """
     return np.concatenate([obs[..., :9], obs[..., 18:39]], -1)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #c4b5dfa6
 def distances(q):
     "Distance of each sub-task from its goal (..., 4), of joint positions (..., 30)."
     return np.stack([np.linalg.norm(q[..., JOINTS[k]] - GOALS[k], axis=-1) for k in SUBTASKS], -1)
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #9338cb94
 def d4rl_rule(distance):
@@ -59,6 +89,7 @@ def d4rl_rule(distance):
     rewards = np.bincount(first[ever], minlength=len(near)).astype(np.float64)
     return rewards[: first.max() + 1] if ever.all() else rewards
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #f524e374
 class Robot(franka_env.FrankaRobot):
     "The package's robot on a model that all environments of a process share."
@@ -67,6 +98,7 @@ class Robot(franka_env.FrankaRobot):
         model = compiled(self.fullpath, self.width, self.height)
         return model, mujoco.MjData(model)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #1a69ff2c
 @functools.cache
 def compiled(path, width, height):
@@ -74,6 +106,7 @@ def compiled(path, width, height):
     model = mujoco.MjModel.from_xml_path(path)
     model.vis.global_.offwidth, model.vis.global_.offheight = width, height
     return model
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #e79f85f1
 PROTOCOLS = ("d4rl", "gymnasium")
@@ -129,6 +162,7 @@ class Kitchen(gym.Env):
         "Close the package's environment."
         self.inner.close()
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #eab327a9
 def make(family, task, **kw):
     """Entry point of `gymnasium.make('promptnb/kitchen-v0', protocol='d4rl')`.
@@ -137,6 +171,7 @@ def make(family, task, **kw):
     """
     tasks.check_task(tasks.family(family), task)
     return Kitchen(**kw)
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #e298c23e
 class LockStep(Wrapped):
@@ -158,10 +193,12 @@ class LockStep(Wrapped):
         "(N, 4) bool: the sub-tasks done so far."
         return np.array([[k in e.unwrapped.finished for k in SUBTASKS] for e in self.envs])
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #8cab6a42
 def capped(v, most):
     "The vector v, shortened to the length `most` if it is longer."
     return v * min(1.0, most / max(np.linalg.norm(v), 1e-9))
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #ab1a0001
 class Arm:
@@ -196,6 +233,7 @@ class Arm:
         arm = speed / self.share + self.force[:7] / self.stiff / self.dt
         return np.clip(np.concatenate([arm / 2, (opening - q[7:9]) / self.dt]), -1, 1)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #8955af9a
 OPEN, SHUT = 0.04, 0.0  # of the fingers, metres
 
@@ -211,6 +249,7 @@ class Waypoint:
     near: float  # it is reached within so many metres; 0: the steps decide
     steps: int  # at most
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #ab1a0008
 @dataclass(frozen=True)
 class Way:
@@ -220,6 +259,7 @@ class Way:
     yaw: float
     nod: float
     points: tuple
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #ab1a0002
 WAYS = {
@@ -263,6 +303,7 @@ WAYS = {
     ),
 }
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #ab1a0003
 def pose_of(yaw, nod):
     "The hand's frame (3, 3): its third axis is where the fingers point, its second the line between them."
@@ -270,9 +311,11 @@ def pose_of(yaw, nod):
     ahead, across = np.array([-s * u, c * u, v]), np.array([c, s, 0.0])
     return np.stack([np.cross(across, ahead), across, ahead], -1)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #985d4fd1
 NOISE = 0.1  # std of the action noise of the arm's joints; a tenth of it for the fingers, whose stroke is one step long
 QUALITIES = ("expert", "random")
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #eb28e9a3
 class Script:
@@ -297,6 +340,7 @@ class Script:
         actions = np.stack([self._act(i, o) + self.noise * g.standard_normal(9) for i, o, g in rows])
         return np.clip(actions, -1, 1).astype(np.float32)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #ab1a0006
 @patch
 def _act(self: Script, i, obs):
@@ -316,11 +360,13 @@ def _act(self: Script, i, obs):
     self.place[i, 2] += 1
     return self.arm.towards(target, pose_of(way.yaw, way.nod), at.fingers)
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #ab1a0007
 @patch
 def _next(self: Script, i, k):
     "The sub-task after k that row i has not done yet."
     return next(j % 4 for j in range(k + 1, k + 5) if not self.done[i, j % 4])
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #d73f12f4
 def script(vec, quality, rng):
@@ -332,6 +378,7 @@ def script(vec, quality, rng):
         return Script(vec.envs[0].unwrapped, vec.num_envs, NOISE, rng)
     rngs = rng.spawn(vec.num_envs)
     return lambda obs: np.stack([g.uniform(-1, 1, 9) for g in rngs]).astype(np.float32)
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #c9643188
 def trajectory(ep, rule="d4rl", steps=280):
@@ -353,6 +400,7 @@ def trajectory(ep, rule="d4rl", steps=280):
         success=success,
     )
 
+
 # %% ../../nbs/01e_tasks.kitchen.ipynb #6b46a5ab
 def imported(dataset, episodes=None, rule="d4rl"):
     "The trajectories of a Minari dataset of FrankaKitchen, at most `episodes` of them."
@@ -366,6 +414,7 @@ def imported(dataset, episodes=None, rule="d4rl"):
         )
     n = min(episodes or dataset.total_episodes, dataset.total_episodes)
     return [trajectory(e, rule) for e in dataset.iterate_episodes(range(n))]
+
 
 # %% ../../nbs/01e_tasks.kitchen.ipynb #4563c136
 def from_minari_kitchen(id_, download=False, rule="d4rl", episodes=None):

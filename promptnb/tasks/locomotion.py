@@ -11,7 +11,8 @@ from . import control
 from .control import Body, ant_fell, blown_up, finite, see_ant, squared
 
 # %% auto #0
-__all__ = ['REACHER', 'REACHER_SKIP', 'REACHER_DT', 'SHAPING', 'BODIES', 'LockStep', 'make', 'fingertip']
+__all__ = ["REACHER", "REACHER_SKIP", "REACHER_DT", "SHAPING", "BODIES", "LockStep", "make", "fingertip"]
+
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #5baf62e6
 def _walk(effort, healthy):
@@ -22,17 +23,21 @@ def _walk(effort, healthy):
 
     return pay
 
+
 # %% ../../nbs/01b_tasks.locomotion.ipynb #2fa36e48
 def _see(q, v):
     return np.concatenate([q[:, 1:], v], -1)
+
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #94a8eaaf
 def _see_clipped(q, v):
     return np.concatenate([q[:, 1:], np.clip(v, -10, 10)], -1)
 
+
 # %% ../../nbs/01b_tasks.locomotion.ipynb #07b02d67
 def _small_start(q0, nv, rng):
     return q0 + rng.uniform(-5e-3, 5e-3, len(q0)), rng.uniform(-5e-3, 5e-3, nv)
+
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #64da562b
 def _hopper_fell(q, v):
@@ -40,10 +45,12 @@ def _hopper_fell(q, v):
     upright = (q[:, 1] > 0.7) & (np.abs(q[:, 2]) < 0.2)
     return ~(finite(q, v) & (np.abs(rest) < 100).all(-1) & upright)
 
+
 # %% ../../nbs/01b_tasks.locomotion.ipynb #2b3f2d84
 def _walker_fell(q, v):
     upright = (q[:, 1] > 0.8) & (q[:, 1] < 2.0) & (np.abs(q[:, 2]) < 1.0)
     return ~(finite(q, v) & upright)
+
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #9d4321c4
 REACHER = """<mujoco model="reacher2d">
@@ -86,6 +93,7 @@ REACHER = """<mujoco model="reacher2d">
 REACHER_SKIP = 15  # physics steps a step
 REACHER_DT = REACHER_SKIP * 0.01  # seconds a step
 
+
 # %% ../../nbs/01b_tasks.locomotion.ipynb #d44c709e
 def fingertip(q):
     "Where the fingertip is: q (N, 4) -> (N, 2) in metres, from links of 0.6 and 0.45 m."
@@ -93,14 +101,17 @@ def fingertip(q):
     lower = q[:, 0] + q[:, 1]
     return np.stack([0.6 * np.cos(upper) + 0.45 * np.cos(lower), 0.6 * np.sin(upper) + 0.45 * np.sin(lower)], -1)
 
+
 # %% ../../nbs/01b_tasks.locomotion.ipynb #1163cade
 def _see_reacher(q, v):
     tip, target = fingertip(q), q[:, 2:]
     return np.concatenate([np.sin(q[:, :2]), np.cos(q[:, :2]), REACHER_DT * v[:, :2], tip, target, tip - target], -1)
 
+
 # %% ../../nbs/01b_tasks.locomotion.ipynb #c6ae65e0
 def _pay_reacher(fam, goal, dt, q0, q1, a, ended):
     return (np.abs(fingertip(q1) - q1[:, 2:]).sum(-1) < 0.1).astype(float)
+
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #89db3444
 def _start_reacher(q0, nv, rng):
@@ -110,10 +121,12 @@ def _start_reacher(q0, nv, rng):
         target = rng.uniform(-1.5, 1.5, 2)
     return np.concatenate([arm, target]), np.zeros(nv)
 
+
 # %% ../../nbs/01b_tasks.locomotion.ipynb #rea18c02
 def _nearness(obs):
     "Minus the L1 distance of fingertip and target in metres: Reacher2d's observations (N, 12) -> (N,)."
     return -np.abs(obs[:, -2:]).sum(-1)
+
 
 # %% ../../nbs/01b_tasks.locomotion.ipynb #rea18c03
 SHAPING = dict(reacher2d=_nearness)  # body -> what PPOSettings.shaping adds to the reward of a behaviour policy

@@ -24,12 +24,31 @@ from ..core import check_choice
 from .wrapped import Wrapped
 
 # %% auto #0
-__all__ = ['N_GOALS', 'SEED', 'UPSIDE_DOWN', 'POLICIES', 'STD', 'STRETCH', 'NOISE', 'places', 'goals', 'tool_of', 'model_of',
-           'simulator', 'MetaWorld', 'make', 'LockStep', 'scripted', 'Script', 'script']
+__all__ = [
+    "N_GOALS",
+    "SEED",
+    "UPSIDE_DOWN",
+    "POLICIES",
+    "STD",
+    "STRETCH",
+    "NOISE",
+    "places",
+    "goals",
+    "tool_of",
+    "model_of",
+    "simulator",
+    "MetaWorld",
+    "make",
+    "LockStep",
+    "scripted",
+    "Script",
+    "script",
+]
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #79fc4728
 N_GOALS = 50
 SEED = 1  # code (mxu34/prompt-dt): ML1(task, seed=1)
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #mwgoal01
 def places(tool, seed=SEED):
@@ -51,6 +70,7 @@ def places(tool, seed=SEED):
         np.random.set_state(kept)
         env.close()
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #mwgoal02
 @cache
 def goals(tool):
@@ -58,10 +78,12 @@ def goals(tool):
     shown = dict(env_cls=ALL_V3_ENVIRONMENTS[tool], partially_observable=False)
     return tuple(metaworld.Task(tool, pickle.dumps(dict(shown, rand_vec=place))) for place in places(tool))
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #5aca0208
 def tool_of(fam, task):
     "The package's name of the tool that a task uses."
     return fam.goals[task] if fam.body == "ml10" else fam.body
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #4ac1067d
 @cache
@@ -69,12 +91,14 @@ def model_of(path):
     "The compiled model of a file, read once a process. Copy it before anything moves its bodies."
     return mujoco.MjModel.from_xml_path(path)
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #03019477
 def _copied(self):
     "The package's `_initialize_simulation`, with a copy of the model."
     model = copy.copy(model_of(self.fullpath))
     model.vis.global_.offwidth, model.vis.global_.offheight = self.width, self.height
     return model, mujoco.MjData(model)
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #f53dca5b
 def _touching(self, geom):
@@ -87,12 +111,14 @@ def _touching(self, geom):
 
     return bool(presses("leftpad_geom") and presses("rightpad_geom"))
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #49bbb926
 @cache
 def simulator(tool):
     "The package's class of a tool, with the two replaced."
     base = ALL_V3_ENVIRONMENTS[tool]
     return type(base.__name__, (base,), dict(_initialize_simulation=_copied, touching_object=_touching))
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #d72b7e00
 UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # the package's cameras that hang head down
@@ -129,6 +155,7 @@ class MetaWorld(gym.Env):
         hidden[36:] = 0
         return hidden
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #aaa10001
 @patch
 def set_task(self: MetaWorld, task):
@@ -139,6 +166,7 @@ def set_task(self: MetaWorld, task):
     self.close()
     self.tool, self.sim = tool, simulator(tool)(**self._view)
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #aaa10002
 @patch
 def step(self: MetaWorld, action):
@@ -147,12 +175,14 @@ def step(self: MetaWorld, action):
     over = truncated or self.sim.curr_path_length >= self.family.horizon
     return self._hide(obs), float(reward), False, over, dict(success=bool(info["success"]))
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #aaa10003
 @patch
 def render(self: MetaWorld):
     "A frame (height, width, 3) uint8, head up; None without a render mode."
     frame = self.sim.render()
     return np.rot90(frame, 2) if self.camera in UPSIDE_DOWN and frame is not None else frame
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #aaa10004
 @patch
@@ -161,12 +191,14 @@ def close(self: MetaWorld):
     if self.sim:
         self.sim.close()
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #0d8d34fd
 def make(family, task, **kw):
     "Entry point of the registered ids: `gymnasium.make('promptnb/ml1-pick-place-v0', task=3)`."
     fam = tasks.family(family)
     tasks.check_task(fam, task)
     return MetaWorld(fam, task, **kw)
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #dbd2bda0
 class LockStep(Wrapped):
@@ -190,6 +222,7 @@ class LockStep(Wrapped):
         "(N, 39) float64: the rows' observations with the goal."
         return np.stack([e.full_obs for e in self.envs])
 
+
 # %% ../../nbs/01d_tasks.metaworld.ipynb #4d3a4b73
 warnings.filterwarnings(
     "ignore", message="Constant\\(s\\) may be too high"
@@ -200,6 +233,7 @@ POLICIES = {tool: policy() for tool, policy in ENV_POLICY_MAP.items()}  # they k
 def scripted(vec):
     "The scripts' actions (N, 4), clipped to [-1, 1]."
     return np.clip([POLICIES[tool].get_action(o) for tool, o in zip(vec.tools, vec.full_obs)], -1, 1)
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #aaa10005
 STD = 0.1  # of the action noise
@@ -221,6 +255,7 @@ NOISE = {  # medium: the share of lapses by tool; 0.5 for others
     "sweep-into-v3": 0.5,
     "lever-pull-v3": 0.5,
 }
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #8dc6e4cf
 class Script:
@@ -246,6 +281,7 @@ class Script:
         self.lapse[new] = (falls < [NOISE.get(t, 0.5) for t in self.vec.tools])[new]
         self.held[new] = self.random()[new]
         return np.where(self.lapse[:, None], self.held, self.expert())
+
 
 # %% ../../nbs/01d_tasks.metaworld.ipynb #aaa10006
 def script(vec, quality, rng):

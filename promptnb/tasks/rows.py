@@ -12,7 +12,8 @@ import gymnasium as gym
 import numpy as np
 
 # %% auto #0
-__all__ = ['Rows', 'starts', 'fault']
+__all__ = ["Rows", "starts", "fault"]
+
 
 # %% ../../nbs/01_tasks.rows.ipynb #e7a10006
 class Rows(gym.vector.VectorEnv):
@@ -25,6 +26,7 @@ class Rows(gym.vector.VectorEnv):
         self.num_envs = n
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, n)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, n)
+
 
 # %% ../../nbs/01_tasks.rows.ipynb #e7a10009
 def starts(n, seed=None, options=None):
@@ -41,6 +43,7 @@ def starts(n, seed=None, options=None):
     if np.isscalar(seed):
         return mask, [seed + i for i in range(n)]
     return mask, seed
+
 
 # %% ../../nbs/01_tasks.rows.ipynb #e7a1000c
 def fault(e: Exception) -> str:

@@ -33,9 +33,38 @@ from ..core import PromptnbError, check_choice, seed_for
 from .rows import Rows, starts
 
 # %% auto #0
-__all__ = ['BLOCK', 'STOP', 'MOVES', 'FAR', 'NOISE', 'COLOURS', 'RADII', 'SMAC_DIMENSIONS', 'Rules', 'in_blocks', 'engine',
-           'keys_of', 'LockStep', 'Sight', 'seen', 'volley', 'direction', 'plan', 'script', 'Units', 'units', 'picture',
-           'frames', 'AgentEnv', 'make', 'npz_arrays', 'smac_arrays', 'smac_trajectories', 'from_smac']
+__all__ = [
+    "BLOCK",
+    "STOP",
+    "MOVES",
+    "FAR",
+    "NOISE",
+    "COLOURS",
+    "RADII",
+    "SMAC_DIMENSIONS",
+    "Rules",
+    "in_blocks",
+    "engine",
+    "keys_of",
+    "LockStep",
+    "Sight",
+    "seen",
+    "volley",
+    "direction",
+    "plan",
+    "script",
+    "Units",
+    "units",
+    "picture",
+    "frames",
+    "AgentEnv",
+    "make",
+    "npz_arrays",
+    "smac_arrays",
+    "smac_trajectories",
+    "from_smac",
+]
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #dc7229cd
 class Rules:
@@ -75,6 +104,7 @@ class Rules:
         new = jax.tree.map(lambda old, new: jnp.where(over, old, new), s, new)
         return new, *self.look(new), jnp.where(over, 0.0, rewards[self.names[0]]), won
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #ada10001
 BLOCK = 32  # games that are computed together
 
@@ -82,6 +112,7 @@ BLOCK = 32  # games that are computed together
 def in_blocks(f):
     "A function of one game as a compiled function of arrays (blocks, BLOCK, ...) of games."
     return jax.jit(lambda *x: jax.lax.map(lambda block: jax.vmap(f)(*block), x))
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #ada10002
 @functools.cache
@@ -96,11 +127,13 @@ def engine(body, horizon=100):
     blank = jax.tree.map(lambda x: np.zeros((1, BLOCK, *x.shape), x.dtype), state)
     return SimpleNamespace(env=rules.env, blank=blank, begin=in_blocks(rules.begin), step=in_blocks(rules.step))
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #f2db123d
 def keys_of(seeds):
     "jax.random.PRNGKey of each seed: (...) -> (..., 2) uint32, with all 64 bits of it (jax itself keeps 32)."
     s = np.asarray(seeds, np.uint64)
     return np.stack([s >> np.uint64(32), s & np.uint64(0xFFFFFFFF)], -1).astype(np.uint32)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #f8b92725
 class LockStep(Rows):
@@ -117,6 +150,7 @@ class LockStep(Rows):
     def rows(self, x):
         "An array of games (games, ...) as one of rows (N, ...): the agents of a game share it."
         return np.repeat(x, self.family.agents, axis=0)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #ada10003
 @patch
@@ -141,6 +175,7 @@ def set_tasks(self: LockStep, task_ids):
     self._states = jax.tree.map(lambda x: x.repeat(blocks, 0), self.engine.blank)
     self._begin(np.ones((blocks, BLOCK), bool))
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #ada10004
 @patch
 def reset(self: LockStep, *, seed=None, options=None):
@@ -162,6 +197,7 @@ def reset(self: LockStep, *, seed=None, options=None):
     self._begin(games)
     return self._obs.copy(), dict(legal=self.legal.copy())
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #ada10005
 @patch
 def step(self: LockStep, actions):
@@ -179,12 +215,14 @@ def step(self: LockStep, actions):
     info = dict(success=won, legal=self.legal.copy())
     return self._obs.copy(), rewards.astype(np.float64), terminated, truncated, info
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #ada10007
 @patch
 def _begin(self: LockStep, games):
     "Start the games (blocks, BLOCK) bool from their seeds."
     self._keys = keys_of(self._seeds)
     self._see(*self.engine.begin(self._keys, games, self._states))
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #ada10008
 @patch
@@ -194,6 +232,7 @@ def _see(self: LockStep, states, *views):
     self._states, self._obs = states, obs.reshape(self.num_envs, -1)
     self.legal = legal.reshape(self.num_envs, -1).copy()  # torch wants arrays that may be written
     return others
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #46df95b9
 STOP, MOVES = 4, 5  # actions: 0 to 3 go up, right, down, left; 4 stops; 5 + k shoots at enemy k
@@ -210,6 +249,7 @@ class Sight:
     centre: np.ndarray  # (G, n, 2) of the team, from the agent
     ready: np.ndarray  # (G, n) can shoot within this step
     damage: np.ndarray  # (G, n) of a shot
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #ada10009
 def seen(vec, obs) -> Sight:
@@ -237,6 +277,7 @@ def seen(vec, obs) -> Sight:
         damage=of_type(mine, env.unit_type_attacks),
     )
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #8a36f480
 def volley(s, shoot):
     "The enemy (G, n) that each agent shoots at; `shoot` (G, n, E): in range."
@@ -249,10 +290,12 @@ def volley(s, shoot):
         need[games, target[:, i]] -= s.damage[:, i] * s.ready[:, i] * shoot[:, i].any(1)
     return target
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #78cdceae
 def direction(d):
     "The move (...) that goes along vectors (..., 2) best: 0 to 3 for up, right, down, left."
     return np.stack([d[..., 1], d[..., 0], -d[..., 1], -d[..., 0]], -1).argmax(-1)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #efbc2ca9
 def plan(vec, obs):
@@ -263,6 +306,7 @@ def plan(vec, obs):
     gather = np.where(np.linalg.norm(s.centre, axis=-1) > 1.2, direction(s.centre), STOP)
     walk = np.where(shoot.any((1, 2))[:, None], close_in, gather)
     return np.where(shoot.any(-1), MOVES + volley(s, shoot), walk).reshape(-1)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #7ad35a05
 NOISE = dict(good=0.0, medium=0.15, poor=0.35, random=1.0)  # share of random legal actions
@@ -280,8 +324,10 @@ def script(vec, quality, rng):
 
     return act
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #528d82c5
 COLOURS = np.array([[0, 114, 178], [230, 159, 0]])  # allies, enemies: Okabe and Ito's blue and orange
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #87ea48c3
 @dataclass
@@ -293,12 +339,14 @@ class Units:
     enemy: np.ndarray  # (U,) bool
     type: np.ndarray  # (U,) int
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #ada1000d
 def units(world) -> Units:
     "The units of a world state (W,)."
     n = len(world) // 12  # ten numbers a unit, then its team, then its type
     x = world[: 10 * n].reshape(n, 10)
     return Units(x[:, 0], x[:, 1:3], world[10 * n : 11 * n] > 0, world[11 * n :].astype(int))
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #2884b4db
 RADII = (0.375, 0.5625, 0.625, 0.5, 0.375, 0.625)  # map units, by type: SMAX's
@@ -322,6 +370,7 @@ def picture(world, size=240, width=32, zoom=1.5):
         img[(away < r) & (y < at[1] + (2 * health - 1) * r)] = colour  # health
     return img
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #9c56ba97
 def frames(fam, actions, seed, every=4, size=240):
     """Frames (F, size, size, 3) uint8 of a game that began with `seed`, by replaying its actions (T, agents).
@@ -339,6 +388,7 @@ def frames(fam, actions, seed, every=4, size=240):
         if over:
             break
     return np.stack(out)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #52313c3f
 class AgentEnv(gym.Env):
@@ -367,12 +417,14 @@ class AgentEnv(gym.Env):
         "A frame (size, size, 3) uint8; None without a render mode."
         return picture(self.vec.world_state[0], self.size) if self.render_mode == "rgb_array" else None
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #0d98889f
 def make(family, task, **kw):
     "Entry point of the registered ids: `gymnasium.make('promptnb/smax-3m-v0')`."
     fam = tasks.family(family)
     tasks.check_task(fam, task)
     return AgentEnv(fam, **kw)
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #9c44d23f
 def npz_arrays(path):
@@ -385,6 +437,7 @@ def npz_arrays(path):
     except (ValueError, zipfile.BadZipFile, zlib.error) as e:
         reason = str(e).splitlines()[0]
         raise PromptnbError(f"{path} is not all plain arrays ({reason}): pickled objects are not read") from None
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #ada1000c
 SMAC_DIMENSIONS = dict(obs=4, actions=3, legal=4, rewards=2, length=1)
@@ -409,6 +462,7 @@ def smac_arrays(path):
         raise PromptnbError(f"{path}: lengths must be 1 to {T}")
     return x
 
+
 # %% ../../nbs/01g_tasks.smax.ipynb #b13b51c8
 def smac_trajectories(path):
     "One map's trajectories, one an agent, the agents of an episode together."
@@ -430,6 +484,7 @@ def smac_trajectories(path):
             )
             out.append(trajectory)
     return out
+
 
 # %% ../../nbs/01g_tasks.smax.ipynb #4e68ead2
 def from_smac(folder, maps=None):

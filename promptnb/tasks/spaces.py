@@ -15,15 +15,44 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 from ..core import PromptnbError
 
 # %% auto #0
-__all__ = ['LARGEST', 'STEPS', 'SIDE', 'parts', 'size', 'short', 'is_picture', 'check_picture', 'as_array', 'plain_list',
-           'steps_of', 'columns', 'pick', 'pick_one', 'entries', 'one_hot', 'is_one_hot', 'flat_part', 'flat_steps',
-           'Bounds', 'bounds', 'check_bounds', 'largest', 'decided', 'restored', 'unflat_steps', 'whole', 'spaces_of',
-           'same_actions', 'is_flat']
+__all__ = [
+    "LARGEST",
+    "STEPS",
+    "SIDE",
+    "parts",
+    "size",
+    "short",
+    "is_picture",
+    "check_picture",
+    "as_array",
+    "plain_list",
+    "steps_of",
+    "columns",
+    "pick",
+    "pick_one",
+    "entries",
+    "one_hot",
+    "is_one_hot",
+    "flat_part",
+    "flat_steps",
+    "Bounds",
+    "bounds",
+    "check_bounds",
+    "largest",
+    "decided",
+    "restored",
+    "unflat_steps",
+    "whole",
+    "spaces_of",
+    "same_actions",
+    "is_flat",
+]
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00006
 LARGEST = 1_000_000  # numbers of one flat value
 STEPS = 2**23  # integers in a row that a float32 in [-1, 1] tells apart
 SIDE = 36  # pixels: the smallest picture that the layers of `models.pixels.Eye` read
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00008
 def parts(space, name):
@@ -44,6 +73,7 @@ def parts(space, name):
             "MultiDiscrete, MultiBinary, or a Dict or Tuple of them"
         )
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00010
 def size(space, name):
     "How many numbers a value of a space has when flat; PromptnbError where there are none, or too many."
@@ -52,11 +82,13 @@ def size(space, name):
         raise PromptnbError(f"{name} of {short(space)} would be {n:,} numbers: wanted 1 to {LARGEST:,}")
     return n
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00011
 def short(space):
     "A space as text of one line, at most 120 characters."
     text = " ".join(str(space).split())
     return text if len(text) <= 120 else text[:117] + "..."
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00013
 def is_picture(space):
@@ -64,6 +96,7 @@ def is_picture(space):
     if not isinstance(space, Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3):
         return False
     return sorted(space.shape)[-2] >= SIDE
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00014
 def check_picture(observations, actions, name):
@@ -76,6 +109,7 @@ def check_picture(observations, actions, name):
         )
     if not isinstance(actions, Discrete):
         raise PromptnbError(f"{name} shows pictures and acts in {short(actions)}: pictures go with Discrete actions")
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00017
 def as_array(x, name):
@@ -93,6 +127,7 @@ def as_array(x, name):
         raise PromptnbError(f"{name} holds Python objects or text, not numbers")
     return x
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00018
 def plain_list(x, name):
     "A list of tensors, one a step, as one array."
@@ -101,6 +136,7 @@ def plain_list(x, name):
     except (TypeError, ValueError, RuntimeError):
         raise PromptnbError(f"{name} is no array: rows of unequal length, or a {type(x).__name__}") from None
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spcstep1
 def steps_of(x):
     "Values of T steps that lie in a tuple of dicts, or in an array of objects, as a list; anything else as it is."
@@ -108,6 +144,7 @@ def steps_of(x):
     if is_objects or (isinstance(x, tuple) and x and all(isinstance(step, Mapping) for step in x)):
         return list(x)
     return x
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00021
 def columns(space, x, name):
@@ -122,6 +159,7 @@ def columns(space, x, name):
     else:
         yield name, space, as_array(x, name)
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00022
 def pick(x, key, known, name):
     "Entry `key` of nested values: of a dict or tuple of columns, or of each step of a list."
@@ -129,6 +167,7 @@ def pick(x, key, known, name):
     if isinstance(x, list):
         return [pick_one(step, key, known, f"{name} of step {t}") for t, step in enumerate(x)]
     return pick_one(x, key, known, name)
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00023
 def pick_one(x, key, known, name):
@@ -138,6 +177,7 @@ def pick_one(x, key, known, name):
         here = f"a {type(x).__name__}" if has is None else f"entries {', '.join(map(str, has)) or 'none'}"
         raise PromptnbError(f"{name} is {here}: wanted entries {', '.join(map(str, known))}")
     return x[key]
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00025
 def entries(space, x, name):
@@ -149,6 +189,7 @@ def entries(space, x, name):
     if x.shape not in shapes:
         raise PromptnbError(f"{name} is {x.shape}: wanted {('T', *space.shape)}".replace("'T'", "T"))
     return x.reshape(len(x), n)
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00026
 def one_hot(n, start, x, name):
@@ -162,10 +203,12 @@ def one_hot(n, start, x, name):
     out[np.arange(len(x)), at.astype(int)] = 1
     return out
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00027
 def is_one_hot(x, n):
     "Are these rows (T, n) with a single 1 and zeros? Of a single number a row, none is."
     return n > 1 and x.shape[1:] == (n,) and bool((((x == 0) | (x == 1)).all(1) & (x.sum(1) == 1)).all())
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00028
 def flat_part(space, x, name):
@@ -185,6 +228,7 @@ def flat_part(space, x, name):
     x = entries(Box(-1, 1, space.shape), x, name)
     return np.hstack([one_hot(*ns, x[:, i], name) for i, ns in enumerate(zip(n, start))])
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00029
 def flat_steps(space, x, name):
     """Values of T steps, nested as the space is, as rows (T, n): Gymnasium's `flatten` of each step.
@@ -201,6 +245,7 @@ def flat_steps(space, x, name):
     if len(lengths) > 1:
         raise PromptnbError(f"{name} has parts of unequal length: {', '.join(map(str, sorted(lengths)))} steps")
     return rows[0] if len(rows) == 1 else np.hstack(rows)
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00032
 @dataclass(frozen=True)
@@ -228,6 +273,7 @@ class Bounds:
         x = np.where(self.unit, x, self.low + (x + 1) / 2 * (self.high - self.low))
         return np.clip(np.where(self.whole, np.rint(x), x), self.low, self.high)
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00033
 def bounds(space, name):
     "The `Bounds` of an action space; PromptnbError where a Box has none."
@@ -241,6 +287,7 @@ def bounds(space, name):
         check_bounds(part, low, high, at)
         found.append((low, high, np.full(n, part.dtype.kind in "iub")))
     return Bounds(*map(np.concatenate, zip(*found)))
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00034
 def check_bounds(space, low, high, name):
@@ -258,10 +305,12 @@ def check_bounds(space, low, high, name):
     if space.dtype.kind in "iu" and (high - low).max(initial=0) > STEPS:
         raise PromptnbError(f"{name} has more than {STEPS:,} integers, which a policy cannot tell apart")
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00037
 def largest(x):
     "Scores (T, n) -> one-hot of the largest (T, n)."
     return np.eye(x.shape[1])[x.argmax(1)]
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00038
 def decided(space, x, name="actions"):
@@ -279,10 +328,12 @@ def decided(space, x, name="actions"):
         at += flatdim(part)
     return x
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00039
 def restored(space, x):
     "One row (n,) in [-1, 1] of a policy -> an action of the space."
     return unflatten(space, decided(space, np.asarray(x)[None])[0])
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00042
 def unflat_steps(space, x):
@@ -292,10 +343,12 @@ def unflat_steps(space, x):
     values = [unflatten(space, row) for row in x]
     return gym.vector.utils.concatenate(space, values, gym.vector.utils.create_empty_array(space, len(values)))
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00043
 def whole(space, x):
     "Numbers of a Box, rounded where its type is an integer."
     return np.rint(x) if space.dtype.kind in "iu" else x
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00046
 def spaces_of(fam):
@@ -307,6 +360,7 @@ def spaces_of(fam):
         observation = Box(0, 255, fam.frames, np.uint8)
     return observation, Discrete(fam.act_dim) if fam.discrete else Box(-1, 1, (fam.act_dim,), np.float32)
 
+
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00047
 def same_actions(a, b):
     "Do two action spaces say the same? Of two Boxes the bounds count, not the precision."
@@ -314,6 +368,7 @@ def same_actions(a, b):
         kinds = {x.dtype.kind in "iu" for x in (a, b)}
         return len(kinds) == 1 and np.allclose(a.low, b.low) and np.allclose(a.high, b.high)
     return a == b
+
 
 # %% ../../nbs/01_tasks.spaces.ipynb #spc00048
 def is_flat(space, n):

@@ -20,8 +20,22 @@ from . import spaces
 from .rows import Rows, fault, starts
 
 # %% auto #0
-__all__ = ['Wrapped', 'Own', 'in_one_line', 'LockStep', 'make', 'check_same', 'check_goals', 'check_spaces', 'spec_of',
-           'importable', 'modules_of', 'acting', 'own']
+__all__ = [
+    "Wrapped",
+    "Own",
+    "in_one_line",
+    "LockStep",
+    "make",
+    "check_same",
+    "check_goals",
+    "check_spaces",
+    "spec_of",
+    "importable",
+    "modules_of",
+    "acting",
+    "own",
+]
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #00a5128d
 class Wrapped(Rows):
@@ -48,6 +62,7 @@ class Wrapped(Rows):
         for env in self.envs:
             env.close()
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10002
 @patch
 def set_tasks(self: Wrapped, task_ids):
@@ -71,6 +86,7 @@ def set_tasks(self: Wrapped, task_ids):
     self._over = np.zeros((2, n), bool)  # terminated, truncated
     self._broken = np.zeros(n, bool)  # the environment raised in this episode
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10003
 @patch
 def reset(self: Wrapped, *, seed=None, options=None):
@@ -85,6 +101,7 @@ def reset(self: Wrapped, *, seed=None, options=None):
             info["fault"] = self.break_off(i, e)
     return self._obs.copy(), info
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a1000b
 @patch
 def observe(self: Wrapped, i, obs):
@@ -93,6 +110,7 @@ def observe(self: Wrapped, i, obs):
         raise ValueError(f"an observation of shape {np.shape(obs)}, not {self.family.state_shape}")
     self._obs[i] = obs
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a1000c
 @patch
 def break_off(self: Wrapped, i, error) -> str:
@@ -100,6 +118,7 @@ def break_off(self: Wrapped, i, error) -> str:
     self._obs[i] = 0
     self._over[0, i] = self._broken[i] = True
     return fault(error)
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a1000d
 @patch
@@ -111,6 +130,7 @@ def step_row(self: Wrapped, i, action):
     self.observe(i, obs)
     self._over[:, i] = bool(terminated), bool(truncated)
     return float(reward), bool(info.get("success", False))
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10004
 @patch
@@ -129,6 +149,7 @@ def step(self: Wrapped, actions):
     rewards[self._broken] = np.nan
     return self._obs.copy(), rewards, self._over[0].copy(), self._over[1].copy(), info
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown01
 @dataclass(frozen=True, repr=False)
 class Own(tasks.Family):
@@ -138,6 +159,7 @@ class Own(tasks.Family):
     action_space: object = None
     behaviour: str = ""  # who plays its data: 'module:function'
     code: tuple = ()  # the modules of environment and behaviour, as `core.code_fingerprint` names them
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown02
 @contextlib.contextmanager
@@ -151,6 +173,7 @@ def in_one_line(what):
         first = (str(e).splitlines() or [""])[0]
         raise PromptnbError(f"{what}: {type(e).__name__}{': ' if first else ''}{first}") from e
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #f15d897a
 class LockStep(Wrapped):
     "The rows of a family that `own` made."
@@ -158,6 +181,7 @@ class LockStep(Wrapped):
     def make(self, task):
         "A new environment of a task."
         return make(self.family, task)
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #4ff8a5ea
 def make(family, task, **kw):
@@ -179,6 +203,7 @@ def make(family, task, **kw):
         return env
     return gym.wrappers.TransformAction(env, lambda a: spaces.restored(action, a), flat)
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown04
 def check_same(fam, env, task):
     "Raise an error unless the environment of a task observes as many numbers and acts as the family does."
@@ -188,6 +213,7 @@ def check_same(fam, env, task):
     if env.action_space != fam.action_space:
         here, first = spaces.short(env.action_space), spaces.short(fam.action_space)
         raise PromptnbError(f"task {task} of {fam.name} acts in {here}, the first one in {first}")
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10006
 def check_goals(goals, task_ids):
@@ -202,6 +228,7 @@ def check_goals(goals, task_ids):
             f"task {lost[0]} is in train or test, but there are {len(goals)} goals, 0 to {len(goals) - 1}"
         )
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #b9a10007
 def check_spaces(env_id, observations, actions):
     "(state_dim, act_dim, frames) of spaces that policies can have; PromptnbError for others."
@@ -215,6 +242,7 @@ def check_spaces(env_id, observations, actions):
     spaces.check_picture(observations, actions, env_id)
     return state_dim, act_dim, observations.shape
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpown05
 def spec_of(env_id, goal):
     "(observation space, action space, time limit or None) of an environment; what it raises is one line."
@@ -222,6 +250,7 @@ def spec_of(env_id, goal):
         env = gym.make(env_id, **goal)
     env.close()
     return env.observation_space, env.action_space, env.spec.max_episode_steps
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpbeh02
 def importable(function) -> str:
@@ -234,6 +263,7 @@ def importable(function) -> str:
         raise PromptnbError(f"no other process could import the behaviour {what}: put it into a module (promptnb new)")
     return f"{module}:{name}"
 
+
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpbeh03
 def modules_of(env_id, goal, behaviour) -> tuple:
     "The modules that define an environment and who plays in it, as fingerprints name them; a notebook's have no file."
@@ -241,6 +271,7 @@ def modules_of(env_id, goal, behaviour) -> tuple:
     names = {type(env.unwrapped).__module__, getattr(behaviour, "__module__", "__main__")}
     env.close()
     return tuple(f":{name}" for name in sorted(names - {"__main__"}))
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #wrpbeh04
 def acting(vec, quality, rng):
@@ -259,6 +290,7 @@ def acting(vec, quality, rng):
         return actions
 
     return act
+
 
 # %% ../../nbs/01c_tasks.wrapped.ipynb #60b1becf
 def own(

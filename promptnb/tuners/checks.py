@@ -22,13 +22,34 @@ from ..core import Steps
 from .core import Adapted, Tuner, WeightTuner, same_batch
 
 # %% auto #0
-__all__ = ['PROMISES', 'no_score', 'Trial', 'windows', 'actions', 'demo_error', 'gives_each_task_a_policy', 'snapshot', 'same',
-           'leaves_its_input_alone', 'starts_where_it_says', 'moved', 'moves_only_what_it_counts', 'repeats_itself',
-           'short', 'objective', 'helps', 'logs_the_truth', 'can_be_kept', 'check_tuner']
+__all__ = [
+    "PROMISES",
+    "no_score",
+    "Trial",
+    "windows",
+    "actions",
+    "demo_error",
+    "gives_each_task_a_policy",
+    "snapshot",
+    "same",
+    "leaves_its_input_alone",
+    "starts_where_it_says",
+    "moved",
+    "moves_only_what_it_counts",
+    "repeats_itself",
+    "short",
+    "objective",
+    "helps",
+    "logs_the_truth",
+    "can_be_kept",
+    "check_tuner",
+]
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00008
 def no_score():
     "For tuners that try nothing in the environment."
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00009
 @dataclass
@@ -68,6 +89,7 @@ class Trial:
         "Where it says that it begins, as assignments."
         return self.tuner.starting_point(self.policy, self.demos, 0)
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00012
 def windows(policy, n=9, seed=0) -> Steps:
     "Random windows (n, K, .), some of them left-padded, for a policy to act on."
@@ -82,11 +104,13 @@ def windows(policy, n=9, seed=0) -> Steps:
         normal(c.state_dim), normal(c.act_dim).tanh(), 5 * normal(1), torch.arange(K).expand(n, K), mask.float()
     )
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00013
 def actions(assignments):
     "Actions (G, n, A) of each task's policy and prompt on the same windows."
     h = windows(assignments[0][0])
     return torch.stack([policy.act(h, policy.begin([row] * len(h))) for policy, row in assignments])
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00014
 @torch.no_grad()
@@ -97,6 +121,7 @@ def demo_error(assignments, demos):
         pred = policy.eval().model(h, policy.prefix(torch.tensor([row])))
         out.append(policy.model.error(pred, h.a, h.mask, "none").mean())
     return torch.stack(out)
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00017
 def gives_each_task_a_policy(trial):
@@ -116,6 +141,7 @@ def gives_each_task_a_policy(trial):
     assert all(torch.isfinite(x).all() for x in out.look.values()), "what is kept for figures is not finite"
     assert (out.env_steps > 0) == trial.tuner.needs_score, f"{out.env_steps} environment steps"
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00019
 def snapshot(x) -> dict:
     "All that a policy, or demonstrations, consist of, by name."
@@ -130,12 +156,14 @@ def snapshot(x) -> dict:
         return {f"{f.name}.{k}": v for f in fields(x) for k, v in snapshot(getattr(x, f.name)).items()}
     return {"": copy.deepcopy(x)}
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00020
 def same(a: dict, b: dict) -> bool:
     "Are two snapshots, or two state dicts, the same to the bit?"
     if a.keys() != b.keys():
         return False
     return all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00021
 def leaves_its_input_alone(trial):
@@ -150,17 +178,20 @@ def leaves_its_input_alone(trial):
                 buffer.zero_()
     assert same(snapshot(trial.policy), policy) and same(snapshot(trial.demos), demos), "prompts are shared"
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00025
 def starts_where_it_says(trial, atol=2e-6):
     "Set to tune nothing, it acts as its starting point does."
     got, want = actions(trial.idle.assignments), actions(trial.start)
     assert torch.allclose(got, want, rtol=0, atol=atol), f"differs by {(got - want).abs().max():.2g} before any step"
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00027
 def moved(before: dict, after: dict) -> dict:
     "The tensors of two state dicts that differ."
     assert before.keys() == after.keys(), "tuning adds or removes tensors"
     return {k: v for k, v in after.items() if not torch.equal(v, before[k])}
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00028
 def moves_only_what_it_counts(trial):
@@ -186,6 +217,7 @@ def moves_only_what_it_counts(trial):
         n = sum(v.numel() for v in changed.values()) / trial.demos.G
         assert n == out.trainable, f"{n:g} numbers of the generator move, but {out.trainable} are counted"
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00031
 def repeats_itself(trial):
     "The same seed gives the same result, whatever the global generators do; another seed gives another."
@@ -201,10 +233,12 @@ def repeats_itself(trial):
     alike = torch.equal(actions(first.assignments), actions(other.assignments))
     assert alike == (not first.trainable), "two seeds give the same" if alike else "the seed matters, but nothing moves"
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00045
 def short(x) -> list:
     "The numbers of a tensor to four digits, for a message."
     return [round(v, 4) for v in x.tolist()]
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00034
 def objective(trial, assignments):
@@ -213,6 +247,7 @@ def objective(trial, assignments):
         prompts = assignments[0][0].prompt.map(lambda x: x[:, None])
         return -trial.new_score()(prompts)[:, 0]
     return demo_error(assignments, trial.demos)
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00035
 def helps(trial, slack=1.0):
@@ -223,6 +258,7 @@ def helps(trial, slack=1.0):
         return
     before, after = objective(trial, trial.start), objective(trial, trial.result.assignments)
     assert (after < before * slack).all(), f"from {short(before)} to {short(after)}"
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00038
 def logs_the_truth(trial, rtol=1e-5):
@@ -244,6 +280,7 @@ def logs_the_truth(trial, rtol=1e-5):
             f"step {step}: {short(logged)}, but found {short(found)}"
         )
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00040
 def can_be_kept(trial):
     "Saved and loaded, and cloned, a tuned policy acts as it did, bit for bit."
@@ -260,6 +297,7 @@ def can_be_kept(trial):
     assert torch.equal(actions(again), want), "a loaded policy acts differently"
     assert torch.equal(actions([(p.clone(), row) for p, row in assignments]), want), "a clone acts differently"
 
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00042
 PROMISES = (
     gives_each_task_a_policy,
@@ -271,6 +309,7 @@ PROMISES = (
     logs_the_truth,
     can_be_kept,
 )
+
 
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00043
 def check_tuner(tuner, policy, demos, new_score=no_score) -> dict:

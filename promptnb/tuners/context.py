@@ -13,17 +13,33 @@ from ..core import PromptnbError, Steps, check_choice, seed_for
 from .core import Adapted, PromptTuner, Tuner
 
 # %% auto #0
-__all__ = ['TOWARDS', 'features', 'usual_return', 'advantages', 'weights', 'Windows', 'joined', 'shuffled', 'ContextVectors',
-           'components', 'Reader', 'Encode', 'Collect', 'nothing']
+__all__ = [
+    "TOWARDS",
+    "features",
+    "usual_return",
+    "advantages",
+    "weights",
+    "Windows",
+    "joined",
+    "shuffled",
+    "ContextVectors",
+    "components",
+    "Reader",
+    "Encode",
+    "Collect",
+    "nothing",
+]
 
 # %% ../../nbs/06c_tuners.context.ipynb #5ca6badc
 TOWARDS = ("best", "advantage", "return", "shuffled")
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #e2a21875
 def features(h: Steps):
     "Windows (..., K, .) -> what the usual return-to-go is fitted on (..., K, 2S + 2): states, their squares, time, 1."
     t = h.t[..., None].to(h.s.dtype) / 100
     return torch.cat([h.s, h.s**2, t, torch.ones_like(t)], -1)
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #f7b1caf1
 def usual_return(windows: Steps, ridge=1e-3):
@@ -38,11 +54,13 @@ def usual_return(windows: Steps, ridge=1e-3):
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     return torch.linalg.solve(xt @ x / n + ridge * eye, xt @ y / n)[..., 0]
 
+
 # %% ../../nbs/06c_tuners.context.ipynb #12db35ba
 def advantages(h: Steps, coefficients):
     "Windows (G, B, K, .) -> mean over real steps of the return-to-go minus the usual one (G, B)."
     a = h.rtg[..., 0] - torch.einsum("gbkf,gf->gbk", features(h).double(), coefficients).to(h.rtg.dtype)
     return (a * h.mask).sum(-1) / h.mask.sum(-1).clamp(min=1)
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #1445cff0
 def weights(advantage, beta=1.0, most=20.0):
@@ -51,6 +69,7 @@ def weights(advantage, beta=1.0, most=20.0):
     std = advantage.std(1, correction=int(several), keepdim=True).clamp(min=1e-6)
     w = (advantage / std / beta).exp().clamp(max=most)
     return w / w.mean(1, keepdim=True)
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #8a29684f
 @dataclass
@@ -75,10 +94,12 @@ class Windows:
             return replace(h, a=shuffled(h.a, h.mask, seed_for(self.seed, "shuffled", t)))
         return h if self.usual is None else (h, weights(advantages(h, self.usual), self.beta))
 
+
 # %% ../../nbs/06c_tuners.context.ipynb #769bc9a9
 def joined(parts, dim=1) -> Steps:
     "Steps side by side along a dimension."
     return Steps(*(torch.cat([getattr(p, n) for p in parts], dim) for n in Steps.__dataclass_fields__))
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #533ffc40
 def shuffled(a, mask, seed):
@@ -93,6 +114,7 @@ def shuffled(a, mask, seed):
 
     flat = a.flatten(1, 2)
     return torch.empty_like(flat).scatter(1, wide(put), flat.gather(1, wide(take))).view_as(a)
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #dc42dba6
 @dataclass
@@ -155,11 +177,13 @@ class ContextVectors(PromptTuner):
         out = super().adapt(policy, demos, rng, score)
         return out if self.steps else replace(out, trainable=0)
 
+
 # %% ../../nbs/06c_tuners.context.ipynb #30972f46
 def components(z, n=3):
     "The first n principal components of embeddings z (m, d): coordinates (m, n), largest first."
     z = z.double() - z.double().mean(0)
     return z @ torch.linalg.svd(z, full_matrices=False).Vh[:n].T
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #ee93b359
 @dataclass
@@ -172,6 +196,7 @@ class Reader(Tuner):
         "Refuse a policy without an encoder."
         if not hasattr(policy.model, "encode"):
             raise PromptnbError(f"{type(self).__name__} needs a policy with a context encoder")
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #4fda052d
 @dataclass
@@ -220,6 +245,7 @@ class Encode(Reader):
         self.check(policy)
         return Adapted(self.starting_point(policy, demos, rng), 0, look=self.look(policy, demos))
 
+
 # %% ../../nbs/06c_tuners.context.ipynb #3afb5543
 @dataclass
 class Collect(Reader):
@@ -249,6 +275,7 @@ class Collect(Reader):
                 context = seen if e == 0 else joined((context, seen), 2)
         p = policy.with_prompt(context[:, 0])
         return Adapted([(p, g) for g in range(demos.G)], 0, env_steps=score.env_steps - spent, facts=facts)
+
 
 # %% ../../nbs/06c_tuners.context.ipynb #4e120754
 def nothing(prompt: Steps, m):

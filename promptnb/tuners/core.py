@@ -19,9 +19,33 @@ from ..models.dt import Prefix, spans
 from ..train import FitConfig, autocast, fit, memory_error
 
 # %% auto #0
-__all__ = ['TUNERS', 'FIELDS', 'Adapted', 'for_prompted', 'Tuner', 'tuner_module', 'tuner_class', 'make_tuner', 'NoTuning',
-           'frozen', 'windows_loss', 'prompt_loss', 'same_batch', 'fitted', 'WeightTuner', 'TunedTask', 'FullFineTune',
-           'Adapter', 'Lora', 'PromptTuner', 'SoftPrompt', 'pack', 'unpack', 'GradientPrompt']
+__all__ = [
+    "TUNERS",
+    "FIELDS",
+    "Adapted",
+    "for_prompted",
+    "Tuner",
+    "tuner_module",
+    "tuner_class",
+    "make_tuner",
+    "NoTuning",
+    "frozen",
+    "windows_loss",
+    "prompt_loss",
+    "same_batch",
+    "fitted",
+    "WeightTuner",
+    "TunedTask",
+    "FullFineTune",
+    "Adapter",
+    "Lora",
+    "PromptTuner",
+    "SoftPrompt",
+    "pack",
+    "unpack",
+    "GradientPrompt",
+]
+
 
 # %% ../../nbs/06_tuners.core.ipynb #8fd1e35a
 @dataclass
@@ -38,6 +62,7 @@ class Adapted:
     look: dict = field(default_factory=dict)  # small tensors for figures
     unread: int = 0  # of `trainable`, numbers that no policy reads, so that none keeps them
 
+
 # %% ../../nbs/06_tuners.core.ipynb #tnr00008
 def for_prompted(adapt):
     "A tuner's `adapt` that refuses, in one line, a policy which reads no prompt."
@@ -50,6 +75,7 @@ def for_prompted(adapt):
         return adapt(self, policy, *args, **kw)
 
     return checked
+
 
 # %% ../../nbs/06_tuners.core.ipynb #01db455e
 @dataclass
@@ -100,6 +126,7 @@ class Tuner:
         own = {f.name for f in fields(cls)}
         return {k: v for k, v in values.items() if k in own}
 
+
 # %% ../../nbs/06_tuners.core.ipynb #78817aef
 TUNERS = {  # name -> module:class; a new tuner is one line here, its notebook, and a recipe row: own_tuner.ipynb
     "none": "core:NoTuning",
@@ -119,6 +146,7 @@ TUNERS = {  # name -> module:class; a new tuner is one line here, its notebook, 
     "resample": "ranking:Resampling",
 }
 
+
 # %% ../../nbs/06_tuners.core.ipynb #tnr00007
 def tuner_module(name) -> str:
     "The module of the tuner of that name: of promptnb.tuners, or a plug-in's; found without importing it."
@@ -128,6 +156,7 @@ def tuner_module(name) -> str:
     module = entry.split(":")[0]
     ours = f"promptnb.tuners.{module}"
     return ours if importlib.util.find_spec(ours) else module
+
 
 # %% ../../nbs/06_tuners.core.ipynb #tnr00002
 def tuner_class(name) -> type[Tuner]:
@@ -139,6 +168,7 @@ def tuner_class(name) -> type[Tuner]:
         return entry
     return getattr(importlib.import_module(tuner_module(name)), entry.split(":")[1])
 
+
 # %% ../../nbs/06_tuners.core.ipynb #tnr00003
 def make_tuner(name, **hyper) -> Tuner:
     "The tuner of that name with these hyper-parameters; misspelt ones are refused with the nearest valid name."
@@ -146,6 +176,7 @@ def make_tuner(name, **hyper) -> Tuner:
     for k in hyper:
         check_choice(k, [f.name for f in fields(cls)], f"hyper-parameter of tuner '{name}'")
     return cls(**hyper)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #d7c0b533
 @dataclass
@@ -156,10 +187,12 @@ class NoTuning(Tuner):
         "Nothing moves."
         return Adapted(self.starting_point(policy, demos, rng), 0)
 
+
 # %% ../../nbs/06_tuners.core.ipynb #0ae6106f
 def frozen(model):
     "The model, in place, with dropout off and no parameter that wants a gradient."
     return model.requires_grad_(False).eval()
+
 
 # %% ../../nbs/06_tuners.core.ipynb #ce1eb808
 def windows_loss(model, prefix: Prefix | None, history: Steps, weight=None):
@@ -175,6 +208,7 @@ def windows_loss(model, prefix: Prefix | None, history: Steps, weight=None):
     loss = loss.view(G, m, B)
     return loss.mean(-1) if weight is None else (loss * weight[:, None]).mean(-1)
 
+
 # %% ../../nbs/06_tuners.core.ipynb #tnrerr01
 def _errors(policy, prompts, first, n, history, precision):
     # action errors (G, n) of the prompts (G, m, P, .) from the first on
@@ -183,10 +217,12 @@ def _errors(policy, prompts, first, n, history, precision):
         prefix = policy.model.prefix(*policy.model.prompt_tokens(part))
         return windows_loss(policy.model, prefix, history)
 
+
 # %% ../../nbs/06_tuners.core.ipynb #tnrsay01
 @functools.cache
 def _say_once(line):
     print(line, flush=True)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #5edd06b9
 @torch.no_grad()
@@ -207,10 +243,12 @@ def prompt_loss(policy, prompts: Steps, history: Steps, precision="fp32", rows=4
         rows = step // 2 * G * B
         _say_once(f"out of memory with {step} prompts in one forward: rows={rows} from here on, with the same result")
 
+
 # %% ../../nbs/06_tuners.core.ipynb #456120ee
 def same_batch(demos):
     "One fixed batch of windows (G, B, K, .): used for logs, and to compare before with after."
     return demos.batch("held")
+
 
 # %% ../../nbs/06_tuners.core.ipynb #tnr00014
 def fitted(who, model, draws, config: FitConfig, **kw):
@@ -219,6 +257,7 @@ def fitted(who, model, draws, config: FitConfig, **kw):
     if done.status != "ok":
         raise PromptnbError(f"{who}: {done.why}")
     return done
+
 
 # %% ../../nbs/06_tuners.core.ipynb #ac230a93
 @dataclass
@@ -242,6 +281,7 @@ class _TaskDraws:
 
     def batch(self, t):
         return Batch(self.demos.batch((self.seed, t))[self.g], self.prompt_of_task)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #aa96d976
 @dataclass
@@ -268,6 +308,7 @@ class WeightTuner(Tuner):
         tuned = [self.tune_task(policy, demos, g, rng) for g in range(demos.G)]
         return Adapted([(t.policy, 0) for t in tuned], tuned[0].trainable, [e for t in tuned for e in t.log])
 
+
 # %% ../../nbs/06_tuners.core.ipynb #tnr00016
 @dataclass
 class TunedTask:
@@ -276,6 +317,7 @@ class TunedTask:
     policy: nn.Module
     trainable: int
     log: list
+
 
 # %% ../../nbs/06_tuners.core.ipynb #tnr00017
 @patch
@@ -309,6 +351,7 @@ def tune_task(self: WeightTuner, policy, demos, g, rng) -> TunedTask:
     self.release(mine)
     return TunedTask(mine.eval().requires_grad_(False), sum(p.numel() for p in params), log)
 
+
 # %% ../../nbs/06_tuners.core.ipynb #tnr00018
 @patch
 def fit_config(self: WeightTuner, seed) -> FitConfig:
@@ -324,6 +367,7 @@ def fit_config(self: WeightTuner, seed) -> FitConfig:
         checkpoint_every=self.log_every,
     )
 
+
 # %% ../../nbs/06_tuners.core.ipynb #7b5f493d
 @dataclass
 class FullFineTune(WeightTuner):
@@ -332,6 +376,7 @@ class FullFineTune(WeightTuner):
     def attach(self, policy, seed):
         "All that pre-training moves."
         return policy.model.tunable()
+
 
 # %% ../../nbs/06_tuners.core.ipynb #7a8d1d08
 @dataclass
@@ -345,6 +390,7 @@ class Adapter(WeightTuner):
         "A new bottleneck in each block."
         torch.manual_seed(seed)
         return policy.add_adapters(self.size)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #9f3abe44
 @dataclass
@@ -373,6 +419,7 @@ class Lora(WeightTuner):
                 layer.merge()
                 setattr(block, name, layer.get_base_layer())
 
+
 # %% ../../nbs/06_tuners.core.ipynb #0bf8a2a6
 class _Prompts(nn.Module):
     "What `fit` sees: x (G, ...) is the only parameter; `prefix_of(x)` turns it into G computed prompts."
@@ -399,6 +446,7 @@ class _Prompts(nn.Module):
             out.append(((at.stop - at.start) / B, part if weight is None else (part, weight[:, at])))
         return out
 
+
 # %% ../../nbs/06_tuners.core.ipynb #e23f36ad
 @dataclass
 class _Draws:
@@ -415,6 +463,7 @@ class _Draws:
 
     def batch(self, t):
         return self.demos.batch((self.seed, t))
+
 
 # %% ../../nbs/06_tuners.core.ipynb #9a76c5c6
 @dataclass
@@ -464,6 +513,7 @@ class PromptTuner(Tuner):
         tuned = policy.with_prompt(final(prompts.x.detach()))
         return Adapted([(tuned, g) for g in range(demos.G)], x[0].numel(), log)
 
+
 # %% ../../nbs/06_tuners.core.ipynb #tnr00024
 @patch
 def fit_config(self: PromptTuner, seed) -> FitConfig:
@@ -480,6 +530,7 @@ def fit_config(self: PromptTuner, seed) -> FitConfig:
         log_every=self.log_every,
     )
 
+
 # %% ../../nbs/06_tuners.core.ipynb #46cd5d7d
 @dataclass
 class SoftPrompt(PromptTuner):
@@ -493,6 +544,7 @@ class SoftPrompt(PromptTuner):
             x, mask = model.prompt_tokens(demos.prompt)
         return x, lambda x: model.prefix(x, mask), lambda x: (x, mask)
 
+
 # %% ../../nbs/06_tuners.core.ipynb #f6f2f082
 FIELDS = ("s", "a", "rtg")
 
@@ -500,6 +552,7 @@ FIELDS = ("s", "a", "rtg")
 def pack(prompt: Steps, names=FIELDS):
     "Steps (..., P, .) -> vector (..., D), D = P * (S + A + 1)."
     return torch.cat([getattr(prompt, n) for n in names], -1).flatten(-2)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #dd1b5730
 def unpack(x, like: Steps, names=FIELDS) -> Steps:
@@ -510,6 +563,7 @@ def unpack(x, like: Steps, names=FIELDS) -> Steps:
     lead = x.shape[:-1]
     rest = like.map(lambda v: v.expand(*lead, *v.shape[len(lead) :]))
     return replace(rest, **parts)
+
 
 # %% ../../nbs/06_tuners.core.ipynb #fa7e1939
 @dataclass

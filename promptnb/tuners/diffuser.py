@@ -20,22 +20,43 @@ from ..train import FitConfig
 from .core import Adapted, Tuner, fitted, for_prompted, frozen, prompt_loss, same_batch, windows_loss
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'GUIDANCE', 'variance_preserving', 'linear_betas', 'scheduler', 'Linears', 'sinusoid', 'NoiseNet',
-           'Diffuser', 'transitions', 'combine', 'Guided', 'Draws', 'PromptDiffuser', 'rms_distance', 'diversity',
-           'Regressor', 'DirectPrompt']
+__all__ = [
+    "SCHEDULES",
+    "GUIDANCE",
+    "variance_preserving",
+    "linear_betas",
+    "scheduler",
+    "Linears",
+    "sinusoid",
+    "NoiseNet",
+    "Diffuser",
+    "transitions",
+    "combine",
+    "Guided",
+    "Draws",
+    "PromptDiffuser",
+    "rms_distance",
+    "diversity",
+    "Regressor",
+    "DirectPrompt",
+]
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #d3164bd2
 def variance_preserving(N):
     "Betas of N steps whose rate rises from 0.1 to 10."
     return 1 - np.exp(-0.1 / N - 0.5 * (10 - 0.1) * (2 * np.arange(1, N + 1) - 1) / N**2)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00001
 def linear_betas(N):
     "DDPM's 1e-4 to 0.02 of 1000 steps, stretched for N."
     return np.linspace(0.1 / N, min(20 / N, 0.999), N)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00002
 SCHEDULES = dict(vp=variance_preserving, linear=linear_betas, cosine=lambda N: None)  # cosine: diffusers' own
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00003
 def scheduler(schedule="vp", N=10, clip=0.0):
@@ -55,6 +76,7 @@ def scheduler(schedule="vp", N=10, clip=0.0):
     s.set_timesteps(N)
     return s
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #91e9f9b0
 class Linears(nn.Module):
     "G linear layers side by side: (G, n, i) -> (G, n, o)."
@@ -69,12 +91,14 @@ class Linears(nn.Module):
         "Each layer reads its own rows."
         return torch.baddbmm(self.bias, x, self.weight)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #c4613b7b
 def sinusoid(x, dim=16):
     "Positions (...) -> sines and cosines (..., dim)."
     f = torch.exp(torch.arange(dim // 2, device=x.device) * (-np.log(10_000) / (dim // 2 - 1)))
     waves = x[..., None] * f
     return torch.cat([waves.sin(), waves.cos()], -1)
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #27016a16
 class NoiseNet(nn.Module):
@@ -93,6 +117,7 @@ class NoiseNet(nn.Module):
     def forward(self, x, rtg, t, i):
         "Noise (G, n, D)."
         return self.body(torch.cat([x, self.rtg(rtg), sinusoid(t, self.emb), self.step(sinusoid(i, self.emb))], -1))
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #b4331fa6
 class Diffuser(nn.Module, SafeHub, tags=["promptnb", "prompt-diffuser"]):
@@ -127,6 +152,7 @@ class Diffuser(nn.Module, SafeHub, tags=["promptnb", "prompt-diffuser"]):
         self.register_buffer("typical_rtg", torch.zeros(P, 1))
         self.register_buffer("typical_t", torch.zeros(P))
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00040
 @patch
 def noise(self: Diffuser, x, y, i):
@@ -138,6 +164,7 @@ def noise(self: Diffuser, x, y, i):
     i = torch.as_tensor(i, device=x.device).expand(x.shape[:3])
     return self.net(rows(x), rows((y.rtg - self.rtg_mean) / self.rtg_std), rows(y.t), rows(i)).view_as(x)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00042
 @patch
 def loss(self: Diffuser, x, y):
@@ -147,6 +174,7 @@ def loss(self: Diffuser, x, y):
     noised = self.sched.add_noise(x0.flatten(0, 2), eps.flatten(0, 2), i.flatten()).view_as(x0)
     err = (eps - self.noise(noised, y, i)).square().mean(-1) * y.mask
     return err.sum((1, 2)) / y.mask.sum((1, 2))
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00044
 @patch
@@ -158,6 +186,7 @@ def chain(self: Diffuser, y, gen=None) -> Iterator[torch.Tensor]:
         x = self.sched.step(self.noise(x, y, i), i, x, generator=gen, return_dict=False)[0]
         yield x
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00004
 @patch
 def sample(self: Diffuser, y, gen=None):
@@ -165,12 +194,14 @@ def sample(self: Diffuser, y, gen=None):
     *_, x = self.chain(y, gen)
     return x * self.std + self.mean
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00005
 @patch
 def steps(self: Diffuser, x, y: Steps) -> Steps:
     "A prompt for the policy: states and actions of x, the rest of y; the reward is not read."
     x = x * y.mask[..., None]
     return replace(y, s=x[..., : self.S], a=x[..., self.S : self.S + self.A])
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00007
 @patch
@@ -190,6 +221,7 @@ def fit_scale(self: Diffuser, x, y, least=0.1):
     self.typical_t.copy_(((y.t.float() * y.mask).sum((0, 1)) / count[:, 0]).round())
     return self
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00008
 @patch
 def typical(self: Diffuser, y: Steps) -> Steps:
@@ -198,6 +230,7 @@ def typical(self: Diffuser, y: Steps) -> Steps:
     This is ours, for zero-shot: the paper does not say."""
     rtg = self.typical_rtg.expand_as(y.rtg) * y.mask[..., None]
     return replace(y, rtg=rtg, t=(self.typical_t.expand(y.t.shape) * y.mask).long())
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00009
 @patch
@@ -208,13 +241,16 @@ def spread(self: Diffuser, G):
     new.load_state_dict(wide)
     return new
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #c76e9739
 def transitions(prompts: Steps, r):
     "x0 of demonstrated prompts: (s, a, r), (..., P, D)."
     return torch.cat([prompts.s, prompts.a, r], -1)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #36560fea
 GUIDANCE = ("always", "conflict", "sum", "dm", "dt")
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00010
 def combine(g_dm, g_dt, lam=1.0, guidance="always"):
@@ -232,6 +268,7 @@ def combine(g_dm, g_dt, lam=1.0, guidance="always"):
     lead = 0.0 if guidance == "dt" else g_dm
     cosine = dot / (size.sqrt() * g_dt.norm(dim=-1, keepdim=True).clamp(min=1e-30))
     return lead + lam * take, cosine[:, 0]
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #45b1fbdc
 class Guided(nn.Module):
@@ -256,11 +293,13 @@ class Guided(nn.Module):
             written = self.diffuser.steps(self.diffuser.sample(first), first).map(lambda x: x[:, 0])
         return dm, windows_loss(model, model.prefix(*model.prompt_tokens(written)), windows)[:, 0]
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00045
 @patch
 def total(self: Guided, each):
     "A loss of all tasks (n,) as a scalar: their sum where each has a net of its own, else the mean."
     return each.mean() if self.diffuser.G == 1 else each.sum()
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00046
 @patch
@@ -270,6 +309,7 @@ def gradient(self: Guided, each, params):
     if each is None:
         return torch.zeros(G, sum(p.numel() for p in params) // G, device=params[0].device)
     return torch.cat([g.reshape(G, -1) for g in torch.autograd.grad(self.total(each), params)], -1)
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00048
 @patch
@@ -284,6 +324,7 @@ def loss(self: Guided, batch):
     value = sum(w * self.total(each.detach()) for each, w in ((dm, 1.0), (dt, self.lam)) if each is not None)
     return value + sum(((p - p.detach()) * part.view_as(p)).sum() for p, part in zip(params, parts))
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #00c7cc66
 @dataclass
 class Draws:
@@ -297,6 +338,7 @@ class Draws:
     def batch(self, t):
         "Prompts, rewards and windows of update t."
         return self.demos.draw(t, self.m, self.tasks, self.seed)
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #e5ed29c7
 @dataclass
@@ -341,6 +383,7 @@ class PromptDiffuser(Tuner):
         "Where the best prompt is chosen by playing."
         return self.keep == "score"
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00020
 @patch
 def check(self: PromptDiffuser, policy):
@@ -355,6 +398,7 @@ def check(self: PromptDiffuser, policy):
     if not policy.config.prompt:
         raise PromptnbError(f"{type(self).__name__} needs a policy with a prompt")
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00021
 @patch
 def new(self: PromptDiffuser, policy, demos, rng, G=1):
@@ -365,11 +409,13 @@ def new(self: PromptDiffuser, policy, demos, rng, G=1):
     prompts, r, _ = demos.draw(0, 256, seed="scale")
     return d.fit_scale(transitions(prompts, r), prompts)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00022
 @patch
 def fit_config(self: PromptDiffuser, steps, lr, seed, every) -> FitConfig:
     "Neither decay, nor warm-up, nor clipping; a checkpoint and an entry of the log after so many steps."
     return FitConfig(steps, lr, 0.0, 1, float("inf"), seed, self.precision, checkpoint_every=every, log_every=every)
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00026
 @patch
@@ -383,6 +429,7 @@ def prepare(self: PromptDiffuser, policy, families, rng, folder=None):
         for k, demos in enumerate(families):
             self.prepare_on(policy, demos, rng, folder and Path(folder) / str(k))
     return self
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00027
 @patch
@@ -408,6 +455,7 @@ def prepare_on(self: PromptDiffuser, policy, demos, rng, folder):
     self.prepared = d
     self.history += [dict(step=t, cosine=c) for t, c in log.points.items() if c is not None]
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00029
 @patch
 @torch.no_grad()
@@ -421,6 +469,7 @@ def write(self: PromptDiffuser, d, y, rng, m=1, what="sample") -> Steps:
         x = d.sample(y, gen)
     return d.steps(x, y)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00030
 @patch
 def chosen(self: PromptDiffuser, policy, prompts, held, score=None):
@@ -429,6 +478,7 @@ def chosen(self: PromptDiffuser, policy, prompts, held, score=None):
         return prompts[:, 0]
     f = -score(prompts) if self.keep == "score" else prompt_loss(policy, prompts, held, self.precision)
     return prompts[torch.arange(len(f), device=f.device), f.argmin(-1)]
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00031
 @patch
@@ -466,10 +516,12 @@ def adapt(self: PromptDiffuser, policy, demos, rng, score=None) -> Adapted:
     assignments, spent = [(tuned, g) for g in range(demos.G)], getattr(score, "env_steps", 0) - spent
     return Adapted(assignments, trainable, log, spent, d.eval().requires_grad_(False), facts, look)
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00033
 def rms_distance(a, b):
     "Root mean square difference of all pairs of rows: a (G, m, n), b (G, k, n) -> (G, m, k)."
     return torch.cdist(a, b) / a.shape[-1] ** 0.5
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00034
 def diversity(made, shown) -> dict:
@@ -481,6 +533,7 @@ def diversity(made, shown) -> dict:
 
     nearest = rms_distance(made, shown).amin(-1).mean(-1)
     return dict(spread=spread(made), spread_demos=spread(shown), nearest_demo=nearest)
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00036
 @patch
@@ -504,6 +557,7 @@ def look(self: PromptDiffuser, policy, d, y, demos, rng, m=8):
         chain_error=error,
     )
 
+
 # %% ../../nbs/06b_tuners.diffuser.ipynb #dif00037
 @patch
 def reverse(self: PromptDiffuser, policy, d, y, demos, rng):
@@ -512,6 +566,7 @@ def reverse(self: PromptDiffuser, policy, d, y, demos, rng):
     states = torch.stack([x[:, 0] for x in chain], 1) * d.std + d.mean
     wide = y.map(lambda x: x.expand(-1, states.shape[1], *x.shape[2:]))
     return states, prompt_loss(policy, d.steps(states, wide), same_batch(demos))
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #21f62a65
 class Regressor(Diffuser):
@@ -531,6 +586,7 @@ class Regressor(Diffuser):
         x = torch.zeros(*y.t.shape, len(self.mean), device=self.mean.device)
         yield x
         yield self.noise(x, y, 0)
+
 
 # %% ../../nbs/06b_tuners.diffuser.ipynb #c66e3180
 @dataclass

@@ -16,8 +16,24 @@ from ..core import PromptnbError, Steps, check_choice, seed_for
 from .core import Adapted, Tuner, for_prompted, frozen, pack, prompt_loss, same_batch, unpack
 
 # %% auto #0
-__all__ = ['NOISES', 'rank_weights', 'PromptVector', 'sign', 'gaussian', 'uniform', 'exponential', 'gamma', 'PromptSearch',
-           'Judge', 'BestSoFar', 'PreferenceRanking', 'HillClimbing', 'EvolutionStrategy', 'Resampling']
+__all__ = [
+    "NOISES",
+    "rank_weights",
+    "PromptVector",
+    "sign",
+    "gaussian",
+    "uniform",
+    "exponential",
+    "gamma",
+    "PromptSearch",
+    "Judge",
+    "BestSoFar",
+    "PreferenceRanking",
+    "HillClimbing",
+    "EvolutionStrategy",
+    "Resampling",
+]
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #a69b4448
 def rank_weights(scores, k=None, author=False):
@@ -32,6 +48,7 @@ def rank_weights(scores, k=None, author=False):
     ranked = m - 1 - 2 * r + float(author)
     w = torch.where(r < k, ranked, torch.tensor(-float(k), dtype=scores.dtype))
     return w / (k * (k - 1) / 2 + k * (m - k))
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #40b0763d
 @dataclass
@@ -67,33 +84,40 @@ class PromptVector:
         out = replace(out, t=x[..., D : D + P].clamp(0, self.max_timestep - 1).long())
         return replace(out, mask=x[..., D + P : D + 2 * P]) if self.extra > 1 else out
 
+
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00003
 def sign(shape, g):
     "-1 or 1, at random."
     return (torch.randint(2, shape, generator=g) * 2 - 1).float()
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00004
 def gaussian(shape, g):
     "Standard normal."
     return torch.randn(shape, generator=g)
 
+
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00005
 def uniform(shape, g):
     "Uniform on [-1, 1]."
     return torch.rand(shape, generator=g) * 2 - 1
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00006
 def exponential(shape, g):
     "Exponential of mean 1 with a random sign, which is Laplace(0, 1)."
     return -torch.log1p(-torch.rand(shape, generator=g)) * sign(shape, g)
 
+
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00007
 def gamma(shape, g):
     "Gamma(2, 1), a sum of two exponentials, with a random sign."
     return -torch.log1p(-torch.rand((2, *shape), generator=g)).sum(0) * sign(shape, g)
 
+
 # %% ../../nbs/06a_tuners.ranking.ipynb #0bad91f9
 NOISES = dict(gaussian=gaussian, uniform=uniform, exponential=exponential, gamma=gamma, laplace=exponential)
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #fda54f94
 @dataclass
@@ -146,6 +170,7 @@ class PromptSearch(Tuner):
         if self.online and score is None:
             raise PromptnbError(f"{who} with online=True needs `score`: prompts (G, m, P, .) -> returns (G, m)")
 
+
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00009
 @dataclass
 class Judge:
@@ -185,6 +210,7 @@ class Judge:
         self.policy.eval()
         return torch.cat(each, 1)
 
+
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00010
 class BestSoFar:
     "Of each task, the vector with the lowest score that was offered."
@@ -200,6 +226,7 @@ class BestSoFar:
         better = f < self.f
         self.f = torch.where(better, f, self.f)
         self.x = torch.where(better[:, None], x, self.x)
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00012
 @patch
@@ -232,11 +259,13 @@ def adapt(self: PromptSearch, policy, demos, rng, score=None) -> Adapted:
         unread=max(self.extra - 2, 0) * demos.prompt.t.shape[-1],  # reward and done
     )
 
+
 # %% ../../nbs/06a_tuners.ranking.ipynb #prv00013
 @patch
 def log_entry(self: PromptSearch, t, g, f) -> dict:
     "A loss offline, a score online."
     return dict(step=t, task=g, score=-f) if self.online else dict(step=t, task=g, loss=f)
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #290ed510
 @dataclass
@@ -261,6 +290,7 @@ class PreferenceRanking(PromptSearch):
         state["v"] = 0.0
         return ladder[torch.arange(len(x)), query(ladder).argmin(-1)]
 
+
 # %% ../../nbs/06a_tuners.ranking.ipynb #cf3fb518
 @dataclass
 class HillClimbing(PromptSearch):
@@ -271,6 +301,7 @@ class HillClimbing(PromptSearch):
         now, i = query(x[:, None])[:, 0], f.argmin(-1)
         g = torch.arange(len(x))
         return torch.where((f[g, i] < now)[:, None], xs[g, i], x)
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #51715e11
 @dataclass
@@ -285,6 +316,7 @@ class EvolutionStrategy(PromptSearch):
         z = (f - f.mean(-1, keepdim=True)) / f.std(-1, keepdim=True).clamp(min=1e-8)
         v = state["v"] = self.momentum * state.get("v", 0.0) - (z[..., None] * (xs - x[:, None])).mean(1)
         return x + self.eta * v
+
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #149ad5af
 @dataclass
