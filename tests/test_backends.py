@@ -845,6 +845,12 @@ def test_a_model_in_the_hubs_cache_is_found_by_its_name(name, tmp_path, monkeypa
     assert Local(name).name == f"local:{commit}@{commit[:12]}"
 
 
+@pytest.mark.parametrize("name", ["", " ", None, 3])
+def test_a_model_without_a_name_is_not_the_folder_at_hand(name, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(toy_lm(tmp_path / "lm"))
+    refused(Local, name, says=(f"model is {name!r}", "wanted a folder"))
+
+
 def test_models_that_are_not_there(tmp_path, refused):
     refused(Local, "gpt3", says=("gpt3",))
     refused(Local, "./no", says=("no folder",))

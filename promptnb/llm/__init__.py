@@ -980,6 +980,8 @@ class Cached:
 # %% ../../nbs/07_llm.ipynb #6dd05dbc
 def model_folder(name, what="model"):
     "The folder, with safetensors in it, of a model: a path, or a name on the Hub (what is stored here first)."
+    if not isinstance(name, str | Path) or not str(name).strip():
+        raise PromptnbError(f"{what} is {name!r}: wanted a folder, or a name on the Hub")
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = from_hub(str(name), what)
