@@ -82,6 +82,7 @@ __all__ = [
     "differing",
     "Checkpoints",
     "server_answers",
+    "settle_minari_folder",
     "minari_dataset",
     "run_lock",
     "dead_holder",
@@ -700,14 +701,22 @@ def server_answers(seconds=3):
     return True
 
 
+# %% ../nbs/00_core.ipynb #minfold1
+def settle_minari_folder():
+    "Write out MINARI_DATASETS_PATH, which Minari takes as it stands: with its '~', relative, or blank."
+    if folder := folder_named_by("MINARI_DATASETS_PATH"):
+        os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    else:
+        os.environ.pop("MINARI_DATASETS_PATH", None)
+
+
 # %% ../nbs/00_core.ipynb #3d06d909
 def minari_dataset(id_, download=False):
     "A Minari dataset from Minari's folder, or from its server with `download`."
     import minari
     from minari.storage import get_dataset_path
 
-    if folder := folder_named_by("MINARI_DATASETS_PATH"):
-        os.environ["MINARI_DATASETS_PATH"] = str(folder)  # Minari takes the variable as it stands, with its '~'
+    settle_minari_folder()
     local = get_dataset_path(id_) / "data"
     if not local.exists() and not (download and server_answers()):
         folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")

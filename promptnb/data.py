@@ -34,6 +34,7 @@ from promptnb.core import (
     minari_dir,
     read_sealed,
     seed_for,
+    settle_minari_folder,
     sha256_file,
     write_atomic,
 )
@@ -713,6 +714,7 @@ def write_minari(self: Store, id_, task, fam, root):
     space = self.minari_spaces(fam)
     episodes = [self.episode_buffer(i, *space) for i in (self.task == task).nonzero()[:, 0].tolist()]
     with minari_root(root):
+        settle_minari_folder()
         final = Path(get_dataset_path(id_))
     if final.exists():
         raise PromptnbError(f"Minari dataset '{id_}' is there already: {final}")

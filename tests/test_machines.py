@@ -371,6 +371,20 @@ def test_minari_reads_the_folder_that_is_meant(given, tmp_path, monkeypatch):
     assert Path(get_dataset_path("cart/pole-v0")).is_relative_to(tmp_path)
 
 
+@pytest.mark.parametrize("given, means", [("~/sets", "sets"), ("~/a/../b", "b"), ("", ".minari/datasets")])
+def test_minari_from_python_writes_to_the_folder_that_is_meant(given, means, tmp_path, monkeypatch, refused):
+    from promptnb import data
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", given)
+    refused(core.minari_dataset, "cart/pole-v0", says=["minari download"])
+    monkeypatch.setenv("MINARI_DATASETS_PATH", given)
+    steps = dict(observations=np.zeros((2, 2)), actions=np.zeros((2, 1)), rewards=np.zeros(2))
+    data.from_arrays([steps]).to_minari("me/two-v0")
+    assert (tmp_path / means / "me" / "two-v0").is_dir() and not (tmp_path / "~").exists()
+
+
 def test_minari_from_python_expands_the_folder(tmp_path, monkeypatch, refused):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MINARI_DATASETS_PATH", "~/sets")
