@@ -180,12 +180,16 @@ class Home:
         for path in self.path.rglob(".holder"):
             path.write_text(core.process_name(ended()))
 
-    def close(self):
+    def leave(self):
+        "It is no longer the workbook of this process; its files stay."
         self.patches.stop()
         if self.before is None:
             del os.environ["PROMPTNB_HOME"]
         else:
             os.environ["PROMPTNB_HOME"] = self.before
+
+    def close(self):
+        self.leave()
         shutil.rmtree(self.path)
 
 
@@ -197,7 +201,7 @@ def clean(variant):
         home = Home(variant)
         assert not home.call()
         CLEAN[variant] = home.records(), home
-        home.patches.stop()
+        home.leave()
     return CLEAN[variant]
 
 
@@ -375,3 +379,7 @@ def test_histories():
 @pytest.mark.long
 def test_many_histories():
     run_state_machine_as_test(Histories, settings=histories(200))
+
+
+def test_the_environment_is_as_it_was():
+    assert "promptnb-history" not in os.environ.get("PROMPTNB_HOME", "")
