@@ -5,6 +5,7 @@
 # %% ../nbs/12b_explore.ipynb #expl0003
 from __future__ import annotations
 
+import base64
 import functools
 import html
 import io
@@ -17,8 +18,10 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from fastcore.basics import patch
+from IPython.display import Image, Markdown
 from matplotlib.figure import Figure
 
 from . import collect, data, tasks
@@ -40,6 +43,7 @@ from .tuners.ranking import PromptVector
 __all__ = [
     "EPISODES",
     "CONTENTS",
+    "WRITERS",
     "NO_POLICY",
     "ANY",
     "FILTERS",
@@ -66,10 +70,12 @@ __all__ = [
     "heat",
     "dots",
     "bench_figure",
+    "only_written",
     "Panel",
     "said",
+    "panel_or_picture",
     "PromptBench",
-    "image",
+    "image_widget",
     "menu",
     "prompt_bench",
     "BenchPanel",
@@ -128,7 +134,7 @@ class Found:
 
 
 # %% ../nbs/12b_explore.ipynb #expl0008
-def as_found(card, folder) -> Found | None:
+def as_found(card, folder):
     "The policy of a record or a card; None if no recipe of today prompts it."
     plays = starting_from().get(card["recipe_digest"])
     scale, seed = card["run_id"].split(".")[0], int(card["run_id"].rsplit(".s", 1)[1])
@@ -418,6 +424,20 @@ def bench_figure(prompt: Steps, games=None, expert=None, shots=None) -> Figure:
     return fig
 
 
+# %% ../nbs/12b_explore.ipynb #expl0109
+WRITERS = ("nbconvert", "papermill", "sphinx")  # programs whose kernels only write a page
+
+
+@functools.cache
+def only_written() -> bool:
+    "Was this kernel started by a program that writes a page, in which nobody can press a button?"
+    try:
+        command = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # no parent that we may look at
+        return False
+    return any(name in Path(word).name for word in command[:3] for name in WRITERS)
+
+
 # %% ../nbs/12b_explore.ipynb #expl0039
 class Panel(widgets.VBox):
     "Widgets one below the other, with a picture (PNG bytes) for pages that cannot run them."
@@ -425,8 +445,6 @@ class Panel(widgets.VBox):
     picture = b""
 
     def _repr_mimebundle_(self, **kw):
-        import base64
-
         bundle = super()._repr_mimebundle_(**kw)
         bundle, *more = bundle if isinstance(bundle, tuple) else (bundle,)
         if self.picture:
@@ -435,17 +453,19 @@ class Panel(widgets.VBox):
 
 
 # %% ../nbs/12b_explore.ipynb #expl0040
-def said(text) -> Panel:
-    "A panel that says one thing."
-    panel = Panel([widgets.HTML(f"<i>{html.escape(text)}</i>")])
-    fig = Figure(figsize=(9, 0.5))
-    fig.text(0.01, 0.4, text, fontsize=9, style="italic", wrap=True)
-    panel.picture = png(fig)
-    return panel
+def said(text) -> Markdown:
+    "One thing to say, in place of a panel."
+    return Markdown(f"*{text}*")
+
+
+# %% ../nbs/12b_explore.ipynb #expl0110
+def panel_or_picture(panel, figure):
+    "What `panel()` makes; where a page is only written, what `figure()` draws."
+    return Image(png(figure())) if only_written() else panel()
 
 
 # %% ../nbs/12b_explore.ipynb #expl0041
-NO_POLICY = "There is no finished policy yet. One takes a minute: promptnb run prompt_tuning_dt --scale smoke"
+NO_POLICY = "There is no finished policy here yet. One takes a minute: promptnb run prompt_tuning_dt --scale smoke"
 
 
 # %% ../nbs/12b_explore.ipynb #expl0043
@@ -486,6 +506,12 @@ class PromptBench:
         "Render the first episode with your prompt."
         self.shots = frames(self.bench.family, self.games["yours"])
 
+    def played(self) -> Figure:
+        "The bench after a play."
+        self.play()
+        self.film()
+        return self.figure()
+
     def figure(self) -> Figure:
         "The bench as it is now."
         return bench_figure(self.draft.prompt, self.games, self.expert, self.shots)
@@ -496,7 +522,7 @@ ANY = -1  # the menus' value for any or all: a Dropdown takes None for nothing c
 
 
 # %% ../nbs/12b_explore.ipynb #expl0107
-def image():
+def image_widget():
     "A picture that is never wider than it was drawn."
     return widgets.Image(format="png", layout=dict(max_width="1040px"))
 
@@ -509,10 +535,13 @@ def menu(label, options, **kw):
 
 
 # %% ../nbs/12b_explore.ipynb #expl0045
-def prompt_bench(found=None) -> Panel:
+def prompt_bench(found=None):
     "The panel in which a prompt is taken apart and played. found: as `policies()` gives it, which is the default."
     found = policies() if found is None else found
-    return BenchPanel(PromptBench(found)).panel if found else said(NO_POLICY)
+    if not found:
+        return said(NO_POLICY)
+    desk = PromptBench(found)
+    return panel_or_picture(lambda: BenchPanel(desk).panel, desk.played)
 
 
 # %% ../nbs/12b_explore.ipynb #expl0046
@@ -532,7 +561,7 @@ class BenchPanel:
             widgets.Button(description=text, button_style=look)
             for text, look in (("replace", ""), ("as drawn", ""), ("play 16 episodes", "primary"))
         )
-        self.line, self.image = widgets.HTML(), image()
+        self.line, self.image = widgets.HTML(), image_widget()
         self.panel = Panel(self.rows())
         self.refill()
         self.connect()
@@ -654,6 +683,7 @@ def play(self: BenchPanel):
     start = time.monotonic()
     self.desk.play()
     self.line.value = f"2 x 16 episodes in {time.monotonic() - start:.1f} s"
+    self.show()  # rendering takes longer than playing
     self.desk.film()
     self.show()
 
@@ -787,10 +817,13 @@ def as_html(t: pd.DataFrame, height=220) -> str:
 
 
 # %% ../nbs/12b_explore.ipynb #expl0068
-def results_panel(results=None) -> Panel:
+def results_panel(results=None):
     "The panel of all records. results: `Results()` by default."
     results = Results() if results is None else results
-    return ResultsPanel(results).panel if len(results.table) else said("There is no record yet: promptnb run all")
+    if not len(results.table):
+        return said("There is no record yet: promptnb run all")
+    every = results.table.index
+    return panel_or_picture(lambda: ResultsPanel(results).panel, lambda: curves_figure(results, every, "return"))
 
 
 # %% ../nbs/12b_explore.ipynb #expl0069
@@ -812,7 +845,7 @@ class ResultsPanel:
         for menu in self.pair:
             menu.observe(lambda _: self.compare(), "value")
         self.count, self.table, self.difference = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.image = image()
+        self.image = image_widget()
         filters = widgets.HBox(list(self.filters.values()))
         top = widgets.HBox([self.metric, self.count])
         self.panel = Panel([filters, self.table, top, self.image, widgets.HBox(self.pair), self.difference])
@@ -975,10 +1008,13 @@ def live_figure(bench: Bench, task, live: Live | None = None) -> Figure:
 
 
 # %% ../nbs/12b_explore.ipynb #expl0082
-def tuning_panel(found=None) -> Panel:
+def tuning_panel(found=None):
     "The panel in which a tuner is watched and stopped. found: as `policies()` gives it, which is the default."
     found = policies() if found is None else found
-    return TuningPanel(found).panel if found else said(NO_POLICY)
+    if not found:
+        return said(NO_POLICY)
+    first = next(iter(found.values()))
+    return panel_or_picture(lambda: TuningPanel(found).panel, lambda: live_figure(bench(first), 0))
 
 
 # %% ../nbs/12b_explore.ipynb #expl0083
@@ -991,7 +1027,7 @@ class TuningPanel:
         self.steps = widgets.IntSlider(30, min=5, max=200, step=5, description="steps")
         self.starts = [widgets.Button(description=name, button_style="primary") for name in SEARCHES]
         self.end = widgets.Button(description="stop", button_style="danger", disabled=True)
-        self.line, self.image = widgets.HTML("press a tuner"), image()
+        self.line, self.image = widgets.HTML("press a tuner"), image_widget()
         for button in self.starts:
             button.layout.width = "110px"
             button.on_click(lambda b: self.start(b.description))
@@ -1205,11 +1241,14 @@ def words(self: Replay, k) -> pd.DataFrame:
 
 
 # %% ../nbs/12b_explore.ipynb #expl0100
-def guidance_panel(found=None) -> Panel:
+def guidance_panel(found=None):
     "The panel in which exchanges are replayed. found: as `guided_runs()` gives it, which is the default."
     found = guided_runs() if found is None else found
     none = "There is no guided run here yet. A small one: promptnb run rladapter --exhibit main --scale smoke"
-    return GuidancePanel(found).panel if found else said(none)
+    if not found:
+        return said(none)
+    first = Replay(next(iter(found.values())))
+    return panel_or_picture(lambda: GuidancePanel(found).panel, lambda: guidance_figure(first.pictures(0)))
 
 
 # %% ../nbs/12b_explore.ipynb #expl0101
@@ -1222,7 +1261,7 @@ class GuidancePanel:
         self.at = widgets.IntSlider(0, description="exchange", layout=dict(width="420px"), continuous_update=False)
         self.play = widgets.Play(interval=2500)
         widgets.jslink((self.play, "value"), (self.at, "value"))
-        self.line, self.image, self.text = widgets.HTML(), image(), widgets.HTML()
+        self.line, self.image, self.text = widgets.HTML(), image_widget(), widgets.HTML()
         self.run.observe(lambda _: self.open(), "value")
         self.at.observe(lambda _: self.show(), "value")
         controls = widgets.HBox([self.at, self.play, self.line])

@@ -42,8 +42,14 @@ def test_policies_are_those_that_are_finished_and_read_prompts(home):
 
 def test_without_a_policy_the_panels_say_how_to_get_one(tmp_home):
     for panel in (explore.prompt_bench(), explore.tuning_panel()):
-        assert "promptnb run" in panel.children[0].value and panel.picture.startswith(b"\x89PNG")
-    assert "promptnb run rladapter" in explore.guidance_panel().children[0].value
+        assert "promptnb run prompt_tuning_dt" in panel.data
+    assert "promptnb run rladapter" in explore.guidance_panel().data
+
+
+def test_a_page_that_is_only_written_has_pictures(home, guided, monkeypatch):
+    monkeypatch.setattr(explore, "only_written", lambda: True)
+    for panel in (explore.prompt_bench, explore.tuning_panel, explore.results_panel, explore.guidance_panel):
+        assert panel().data.startswith(b"\x89PNG")
 
 
 def test_the_prompt_as_drawn_plays_as_the_policy_does(bench):
