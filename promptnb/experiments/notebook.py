@@ -72,6 +72,7 @@ __all__ = [
     "stop_without",
     "asked_job",
     "locked_job",
+    "Told",
     "stoppable",
     "sweep",
     "job_command",
@@ -472,17 +473,28 @@ def locked_job(job: rc.Job, given, kernel, wait):
         judged_job(job, given, work)
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkstop05
+class Told(KeyboardInterrupt):
+    "SIGTERM arrived while a kernel starts or nothing runs. Event loops pass a KeyboardInterrupt on, and no other."
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop04
 @contextlib.contextmanager
 def stoppable():
     "While inside, SIGTERM is `Stopped` where no notebook is run that passes it on: before, between, after."
+    told = []
 
     def stop(*_):
-        raise Stopped(TOLD)
+        told.append(True)
+        raise Told
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except (Told, PromptnbError):
+        if told:
+            raise Stopped(TOLD) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
