@@ -60,6 +60,7 @@ __all__ = [
     "code_fingerprint",
     "is_current",
     "process_name",
+    "has_ended",
     "swept",
     "write_atomic",
     "disk_error",
@@ -389,15 +390,26 @@ def process_name(pid=None) -> str:
     return f"{pid or os.getpid()}@{HOST}"
 
 
+# %% ../nbs/00_core.ipynb #c0depr05
+def has_ended(pid, path) -> bool:
+    "Has the process of this host that wrote `path` ended? Numbers are given again: one that began later is another."
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time() > Path(path).stat().st_mtime + 1  # clocks tick differently
+    except psutil.NoSuchProcess:
+        return True
+    except OSError:  # somebody else has removed it
+        return False
+
+
 # %% ../nbs/00_core.ipynb #c0depr02
 def swept(folder) -> list:
     "Remove the temporary files and folders in a folder whose process, on this host, has ended; returns their paths."
-    import psutil
-
     dead = []
     for path in Path(folder).glob(f".*@{HOST}*"):
         pid = path.name.split("@")[0].rpartition(".")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        if pid.isdigit() and has_ended(int(pid), path):
             dead.append(path)
     for path in dead:
         if path.is_dir():
@@ -762,12 +774,10 @@ def run_lock(folder, wait=0):
 # %% ../nbs/00_core.ipynb #c0dehld1
 def dead_holder(folder) -> str:
     "'pid@host' of the process of this host that held a run folder when it was killed; '' if there is none."
-    import psutil
-
     who = Path(folder) / ".holder"
     name = who.read_text() if who.exists() else ""
     pid, _, host = name.partition("@")
-    return name if host == HOST and pid.isdigit() and not psutil.pid_exists(int(pid)) else ""
+    return name if host == HOST and pid.isdigit() and has_ended(int(pid), who) else ""
 
 
 # %% ../nbs/00_core.ipynb #ebaf278a
