@@ -128,6 +128,7 @@ class World:
 
     def __init__(self, fam, ids, ends=None, **kw):
         self.fam, self.ids, self.n = fam, ids, len(ids)
+        self.num_envs = self.n
         self.end = np.array(ends or [fam.horizon] * self.n)
         self.acts, self.seeds = [], None
         World.made.append(self)
