@@ -271,7 +271,7 @@ def test_run_killed_as_a_group(tmp_path):
     command = (*RUN, "--cores", "1")
 
     def finished():
-        return mtimes(home, lambda p: p.parent.name == "prompt_tuning_dt")
+        return mtimes(home, lambda p: p.parent == home / "data" / "results" / "prompt_tuning_dt")
 
     def killed_once(seen, **env):
         p = start(home, log, *command, **env)
