@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shlex
 import sys
@@ -318,7 +319,7 @@ def batches(tasks, seconds, share=(SHORT, ENOUGH)) -> list:
             out.append([task])
             continue
         where = task.job.paper, task.job.family
-        batch, total = open_batches.get(where, (None, enough))
+        batch, total = open_batches.get(where, ([], math.inf))
         if total + took > enough:
             batch, total = [], 0.0
             out.append(batch)
