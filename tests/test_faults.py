@@ -849,6 +849,15 @@ def test_full_disk_in_training(home, one_policy, capfd):
         assert not list(disk.rglob("*.tmp"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_full_disk_for_the_log(monkeypatch, capsys):
+    "What does not fit in a log is still on the screen, and closing the log breaks nothing."
+    monkeypatch.setattr(job, "log_path", lambda run: Path("/dev/full"))
+    with job.logged(None):
+        print("a line")
+    assert capsys.readouterr().out == "a line\n"
+
+
 def test_full_disk_for_records(home, one_policy):
     old = write_json(home / "data" / "results" / PAPER / "smoke.old.json", dict(status="ok"))
     with tiny_disk(home / "data" / "results", 2**16):

@@ -168,10 +168,13 @@ def logged(run: Run):
         log = open(path, "a", buffering=1)
     except OSError:
         log = open(os.devnull, "a")
-    with log:
-        out, err = Both(sys.stdout, log), Both(sys.stderr, log)
+    out, err = Both(sys.stdout, log), Both(sys.stderr, log)
+    try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk closing tries again to write what is left
+            log.close()
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbtry001
