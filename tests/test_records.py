@@ -9,6 +9,7 @@ from homes import FAMILY, METHODS, PAPER, fabricate
 
 from promptnb import cli as command
 from promptnb.core import PromptnbError, read_json, results_dir, write_json
+from promptnb.experiments.plan import Request, tasks_of
 from promptnb.recipes import EXHIBITS
 from promptnb.report import records, verify
 from promptnb.report.view import View, lacks, makers, seeds_shown
@@ -172,7 +173,10 @@ def test_status_counts_yours_and_shipped(packed, capsys):
     command.main(["status", PAPER, "--scale", SCALE])
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("table1 "))
     n = len(View(TABLE1, SCALE).runs)
-    assert f"0/{n} runs, {n} shipped" in line
+    tasks = tasks_of(Request(PAPER, (TABLE1.id,), SCALE))
+    policies = {run.id for task in tasks for run in task.runs if run.policy}
+    total = n + len(policies)  # yours are to be made with their policies
+    assert policies and f"0/{total} runs, {n} shipped" in line and f"({total} runs to do)" in line
 
 
 # ---- verify
