@@ -36,8 +36,8 @@ from .llm import exchanges
 from .report import records
 from .report.rladapter import plain
 from .tasks import crafter
-from .tuners.core import frozen, make_tuner, prompt_loss, same_batch
-from .tuners.ranking import PromptVector
+from .tuners.core import TUNERS, frozen, make_tuner, prompt_loss, same_batch, tuner_class
+from .tuners.ranking import PromptSearch, PromptVector
 
 # %% auto #0
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "FILTERS",
     "MOST",
     "STYLE",
-    "SEARCHES",
     "PAUSE",
     "starting_from",
     "Found",
@@ -88,6 +87,7 @@ __all__ = [
     "results_panel",
     "ResultsPanel",
     "run_name",
+    "searches",
     "Stopped",
     "Live",
     "live_figure",
@@ -903,7 +903,9 @@ def compare(self: ResultsPanel):
 
 
 # %% ../nbs/12b_explore.ipynb #expl0075
-SEARCHES = ("ranking", "hill", "es", "resample")  # tuners that can be watched
+def searches() -> list:
+    "The tuners that can be watched: those that search for a prompt without a gradient."
+    return [name for name in TUNERS if issubclass(tuner_class(name), PromptSearch)]
 
 
 # %% ../nbs/12b_explore.ipynb #expl0076
@@ -1025,7 +1027,7 @@ class TuningPanel:
         self.found, self.live, self.thread = found, None, None
         self.policy, self.task = menu("policy", list(found)), menu("task", [])
         self.steps = widgets.IntSlider(30, min=5, max=200, step=5, description="steps")
-        self.starts = [widgets.Button(description=name, button_style="primary") for name in SEARCHES]
+        self.starts = [widgets.Button(description=name, button_style="primary") for name in searches()]
         self.end = widgets.Button(description="stop", button_style="danger", disabled=True)
         self.line, self.image = widgets.HTML("press a tuner"), image_widget()
         for button in self.starts:

@@ -109,7 +109,7 @@ def test_a_page_without_widgets_gets_a_picture(panel):
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
 
 
-@pytest.mark.parametrize("name", explore.SEARCHES)
+@pytest.mark.parametrize("name", explore.searches())
 def test_a_tuner_is_watched_to_its_end(bench, name):
     live = explore.Live(bench, name, steps=2, every=1, episodes=1)
     live.run()
