@@ -389,3 +389,11 @@ sys.exit("torch" in sys.modules)"""
     p = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert p.returncode == 0, p.stdout + p.stderr
     assert p.stdout.startswith("expected: ")
+
+
+@pytest.mark.parametrize("share", [(0, 0), (30, 90)])
+def test_jobs_that_take_no_time_share_a_process(share):
+    tasks = plan.tasks_of(plan.Request(PAPER, ("table1",), scale="smoke"), done=lambda run: False)
+    shared = plan.batches(tasks, lambda run: 0.0, share)
+    assert sorted(task.word for batch in shared for task in batch) == sorted(task.word for task in tasks)
+    assert len(shared) == len({task.job.family for task in tasks})
