@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,21 @@ def refused():
         assert "\n" not in text and all(s in text for s in says), text
 
     return refused
+
+
+@pytest.fixture
+def no_snakemake(monkeypatch):
+    "`run` without what it hands over to; returns the list of its commands."
+    from promptnb import cli
+
+    asked = []
+
+    def note(command, **options):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(cli.subprocess, "run", note)
+    return asked
 
 
 # Tests of these files need nothing of one another: any worker takes them. The others keep to one worker a file.

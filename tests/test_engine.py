@@ -57,19 +57,6 @@ def cpu_of(call):
     return out, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.fixture
-def no_snakemake(monkeypatch):
-    "`run` without what it hands over to; gives the list of its commands."
-    asked = []
-
-    def note(cmd, **options):
-        asked.append(cmd)
-        return subprocess.CompletedProcess(cmd, 0)
-
-    monkeypatch.setattr(command.subprocess, "run", note)
-    return asked
-
-
 # ---- one graph of all papers
 
 

@@ -48,19 +48,6 @@ def said(cores=2, rules=(), **asked):
 
 
 @pytest.fixture
-def no_snakemake(monkeypatch):
-    "`run` without what it hands over to; returns the list of its commands."
-    asked = []
-
-    def note(command, **options):
-        asked.append(command)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(cli.subprocess, "run", note)
-    return asked
-
-
-@pytest.fixture
 def slow_steps(monkeypatch):
     "A training step takes half a second; returns the list of the recipes that were timed."
     asked = []

@@ -5,7 +5,6 @@ Nothing of the world or of a reply but the closed list reaches the agent."""
 import functools
 import itertools
 import json
-import os
 import random
 import shutil
 import string
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from advisors import GOOD, Scripted, situations
+from bombs import Bomb
 
 from promptnb import llm
 from promptnb.llm import (
@@ -529,16 +529,6 @@ def test_weights_that_could_run_code_are_refused(tmp_path, refused):
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"x")
     refused(llm.encoder, str(folder), says=("2_Dense",))
-
-
-class Bomb:
-    "Makes a folder when it is unpickled."
-
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
 
 
 @pytest.mark.fault(7)

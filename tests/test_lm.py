@@ -15,6 +15,7 @@ import pytest
 import safetensors
 import torch
 import torch.nn.functional as F
+from bombs import Bomb
 
 from promptnb.core import Batch, PromptnbError, Steps, action_loss, load_tensors, read_json
 from promptnb.evaluate import eval_tasks, rollout
@@ -353,16 +354,6 @@ def test_code_that_comes_with_a_model_is_not_run(booby_trapped):
     with pytest.raises(PromptnbError, match="cannot read the language model") as e:
         L.load_lm(LMConfig(state_dim=3, act_dim=2, trunk=str(folder)))
     assert "\n" not in str(e.value) and not canary.exists()
-
-
-class Bomb:
-    "Makes a folder when it is unpickled."
-
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
 
 
 def as_a_part(folder, bomb):

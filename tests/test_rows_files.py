@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bombs import Bomb
 from homes import (
     DATA,
     FAMILY,
@@ -27,7 +28,7 @@ from homes import (
     went,
 )
 from shims import patched
-from test_faults import Bomb, flip, frozen, regions
+from test_faults import flip, frozen, regions
 from test_resume import same_records, start, weights
 from test_rows import unrecorded_home
 

@@ -314,7 +314,11 @@ def test_clipping_is_a_setting_of_the_model():
     clips = Policy(dict(sizes, clip_states=5.0)).eval()
     free = Policy(sizes).eval()
     free.load_state_dict(clips.state_dict())
-    window = lambda x: data.Table(store_of_states(np.full((4, 2), x)), 0.0, 1.0, 1.0).windows(torch.tensor([0]), 4)  # noqa: E731
+
+    def window(x):
+        table = data.Table(store_of_states(np.full((4, 2), x)), 0.0, 1.0, 1.0)
+        return table.windows(torch.tensor([0]), 4)
+
     prompt = lambda p, x: p.with_prompt(window(x)).begin([0])  # noqa: E731
     at, beyond = window(5.0), window(5000.0)
     assert torch.equal(clips.act(at, prompt(clips, 5.0)), clips.act(beyond, prompt(clips, 5000.0)))
