@@ -33,6 +33,7 @@ __all__ = [
     "episode_seeds",
     "say_failed",
     "trace_of",
+    "check_eyes",
     "rollout",
     "to_rows",
 ]
@@ -301,6 +302,13 @@ def trace_of(buffers, tally, task_rows):
     return trace | dict(a=buffers.a[:, first:-1].cpu().numpy(), r=tally.rewards, tasks=task_rows)
 
 
+# %% ../nbs/05_evaluate.ipynb #evaleyes
+def check_eyes(eval_tasks, fam):
+    "Refuse policies that read flat states where the family shows pictures."
+    if fam.frames and not all(getattr(e.policy, "pictures", False) for e in eval_tasks):
+        raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
+
+
 # %% ../nbs/05_evaluate.ipynb #1ed3cbdc
 @torch.no_grad()
 def rollout(
@@ -314,8 +322,7 @@ def rollout(
     `limit`: end episodes after so many steps (default, and at most: the family's horizon).
     """
     fam = tasks.family(fam)
-    if fam.frames and not all(getattr(e.policy, "pictures", False) for e in eval_tasks):
-        raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
+    check_eyes(eval_tasks, fam)
     rows_per_task = episodes * fam.agents
     task_rows = np.repeat([e.task for e in eval_tasks], rows_per_task)  # (N,): a row is an agent of an episode
     N = len(task_rows)

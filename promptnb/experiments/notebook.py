@@ -60,6 +60,7 @@ __all__ = [
     "socket_folder",
     "Kernel",
     "time_limit",
+    "patient_client",
     "patient_engine",
     "run_notebook",
     "execute",
@@ -250,13 +251,12 @@ def time_limit():
     return int(given)
 
 
-# %% ../../nbs/10e_experiments.notebook.ipynb #nkstop02
-def patient_engine(kernel):
-    "papermill's engine for a `Kernel`, with a client that passes SIGTERM on to it and waits for it."
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkstop06
+def patient_client(kernel):
+    "papermill's client for a `Kernel`: it passes SIGTERM on to it, waits for it, and ends a cell that takes too long."
     from jupyter_core.utils import run_sync
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import NBClientEngine
 
     class Patient(PapermillNotebookClient):
         def papermill_execute_cells(self):
@@ -280,6 +280,14 @@ def patient_engine(kernel):
                 self.passed_on = loop.create_task(self.km.signal_kernel(signal.SIGTERM))
                 loop.call_later(GRACE, self._cleanup_kernel)
 
+    return Patient
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkstop02
+def patient_engine(kernel):
+    "papermill's engine for a `Kernel`, whose client is patient."
+    from papermill.engines import NBClientEngine
+
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kw):
@@ -287,7 +295,7 @@ def patient_engine(kernel):
             # nothing of the user's runs in it: no start-up file of IPython's, or of Python's
             bare = [f"--ipython-dir={kernel.folder.name}", "--InteractiveShellApp.exec_PYTHONSTARTUP=False"]
             kw |= dict(startup_timeout=start_timeout, timeout=time_limit(), extra_arguments=bare)
-            client = Patient(nb_man, kernel.manager, kernel_name=kernel_name, **kw)
+            client = patient_client(kernel)(nb_man, kernel.manager, kernel_name=kernel_name, **kw)
             client.kc = kernel.client
             shows = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # pictures, inline
             return client.execute(env=shows)
