@@ -775,3 +775,19 @@ def test_fuzz_of_arrays(numbers_of, container):
         assert np.array_equal(store.a[rows], numbers(kept[i]["actions"])) and T == len(kept[i]["rewards"])
         assert np.array_equal(store.s[rows], numbers(kept[i]["observations"])[:T])
         assert np.array_equal(store.r[rows], numbers(kept[i]["rewards"]))
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(state_dim=3, act_dim=2, hedas=2), ("hedas", "did you mean 'heads'")),
+        (dict(state_dim=3), ("needs act_dim",)),
+        (dict(state_dims=3, act_dim=2), ("state_dims", "state_dim")),
+    ],
+)
+def test_a_misspelt_or_missing_setting_of_a_model_is_one_line(given, says, refused):
+    from promptnb.models.dt import Policy
+    from promptnb.models.lm import LamoPolicy
+
+    for kind in (Policy, LamoPolicy):
+        refused(kind, given, says=says)

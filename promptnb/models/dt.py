@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
 
@@ -41,6 +41,7 @@ __all__ = [
     "WRITTEN",
     "check_sizes",
     "check_window",
+    "config_of",
     "check_heads",
     "DTConfig",
     "Dropout",
@@ -79,6 +80,18 @@ def check_window(K, rtg_scale):
         raise PromptnbError(f"K is {K!r}, but a window has at least 1 step")
     if not 0 < rtg_scale < math.inf:
         raise PromptnbError(f"rtg_scale is {rtg_scale}, but returns-to-go are divided by it: give a number above 0")
+
+
+# %% ../../nbs/03_models.dt.ipynb #dtchk005
+def config_of(kind, given: dict):
+    "A model's settings as its dataclass `kind`; a misspelt one, or one that is missing, is one line."
+    known = {f.name: f for f in fields(kind)}
+    for name in given:
+        check_choice(name, known, f"setting of {kind.__name__}")
+    for name, f in known.items():
+        if f.default is MISSING and f.default_factory is MISSING and name not in given:
+            raise PromptnbError(f"{kind.__name__} needs {name}, which has no default")
+    return kind(**given)
 
 
 # %% ../../nbs/03_models.dt.ipynb #dtchk003
@@ -544,7 +557,7 @@ class Policy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer"]):
         self, model: dict, K: int = 20, rtg_scale: float = 1000.0, prompt_shape: list | None = None, soft: bool = False
     ):
         super().__init__()
-        c = self.CONFIG(**model)
+        c = config_of(self.CONFIG, model)
         check_window(K, rtg_scale)
         self.model, self.K, self.rtg_scale, self.soft = self.MODEL(c), K, rtg_scale, soft
         self.register_buffer("mean", torch.zeros(c.state_dim))

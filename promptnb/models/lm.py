@@ -44,7 +44,7 @@ from promptnb.core import (
     sha256_file,
     write_sealed,
 )
-from .dt import SafeHub, check_heads, check_sizes, check_window, spans, tokens3
+from .dt import SafeHub, check_heads, check_sizes, check_window, config_of, spans, tokens3
 
 # %% auto #0
 __all__ = [
@@ -542,7 +542,7 @@ class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "
 
     def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000.0):
         super().__init__()
-        self.config = c = LMConfig(**model)
+        self.config = c = config_of(LMConfig, model)
         check_window(K, rtg_scale)
         self.K, self.rtg_scale = K, rtg_scale
         lm = load_lm(c)
