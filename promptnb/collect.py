@@ -327,7 +327,7 @@ def policy_of(fam, quality):
     remote = dict(fam.remote)
     if quality in remote:
         return f"minari {remote[quality]}"
-    if hasattr(tasks.kind_module(fam), "script"):
+    if fam.kind in tasks.SCRIPTED:
         return f"script {code_fingerprint(f'tasks/{fam.kind}')} {experts.load_card(fam).get('sha256', '')}".strip()
     if fam.behaviour:
         return f"{fam.behaviour} {code_fingerprint(*fam.code)}"

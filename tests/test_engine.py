@@ -30,7 +30,7 @@ from homes import (
 from test_resume import SLOW, end, mtimes, same_records, shim, start, training, wait_for
 
 from promptnb import cli as command
-from promptnb import recipes
+from promptnb import recipes, tasks
 from promptnb.core import read_json, run_lock
 from promptnb.experiments import multitask, plan
 from promptnb.experiments.forecast import RATE
@@ -257,10 +257,19 @@ def test_a_job_with_nothing_to_do_takes_no_3_seconds(tmp_path):
 def test_what_is_installed_is_asked_without_importing_it(tmp_home):
     code = """import sys
 from promptnb.experiments.plan import Request, within_means, tasks_of
+from promptnb import collect, tasks
 tasks_of(within_means(Request("all", scale="smoke")))
+for name in ("cheetah-vel", "ml1-reach", "kitchen", "breakout", "smax-3m"):
+    collect.policy_of(tasks.family(name), "medium")
 print([m for m in ("jax", "jaxmarl", "metaworld", "ale_py", "torch") if m in sys.modules])"""
     p = subprocess.run([sys.executable, "-c", code], env=env_for(tmp_home), capture_output=True, text=True)
     assert p.stdout.strip() == "[]", p.stdout + p.stderr
+
+
+def test_kinds_with_a_script_are_named_without_importing_them():
+    "The list says what the modules define."
+    found = {p.stem for p in (ROOT / "promptnb" / "tasks").glob("*.py") if "\ndef script(" in p.read_text()}
+    assert found == tasks.SCRIPTED
 
 
 # ---- dry runs

@@ -27,6 +27,7 @@ __all__ = [
     "ML10",
     "REPLAY",
     "GL",
+    "SCRIPTED",
     "NEEDS",
     "Family",
     "add",
@@ -591,6 +592,7 @@ def facts(fam) -> str:
 
 
 # %% ../../nbs/01_tasks.ipynb #tkneeds1
+SCRIPTED = frozenset(("atari", "kitchen", "metaworld", "smax"))  # kinds whose data their own script plays
 NEEDS = dict(metaworld="metaworld", kitchen="gymnasium_robotics", atari="ale_py", smax="jaxmarl", crafter="crafter")
 
 
