@@ -783,6 +783,7 @@ def test_fuzz_of_arrays(numbers_of, container):
         (dict(state_dim=3, act_dim=2, hedas=2), ("hedas", "did you mean 'heads'")),
         (dict(state_dim=3), ("needs act_dim",)),
         (dict(state_dims=3, act_dim=2), ("state_dims", "state_dim")),
+        (dict(state_dim=3, act_dim=2, dropout=1.5), ("dropout is 1.5", "below 1")),
     ],
 )
 def test_a_misspelt_or_missing_setting_of_a_model_is_one_line(given, says, refused):

@@ -84,10 +84,12 @@ def check_window(K, rtg_scale):
 
 # %% ../../nbs/03_models.dt.ipynb #dtchk005
 def config_of(kind, given: dict):
-    "A model's settings as its dataclass `kind`; a misspelt one, or one that is missing, is one line."
+    "A model's settings as its dataclass `kind`; a misspelt or missing one, or an impossible dropout, is one line."
     known = {f.name: f for f in fields(kind)}
-    for name in given:
+    for name, value in given.items():
         check_choice(name, known, f"setting of {kind.__name__}")
+        if name.endswith("dropout") and not 0 <= value < 1:
+            raise PromptnbError(f"{name} is {value}, but it is the share that is left out: from 0 to below 1")
     for name, f in known.items():
         if f.default is MISSING and f.default_factory is MISSING and name not in given:
             raise PromptnbError(f"{kind.__name__} needs {name}, which has no default")
