@@ -67,6 +67,7 @@ __all__ = [
     "NEVER",
     "AVOID",
     "REASON",
+    "REMEMBER",
     "SENTENCE",
     "LINK",
     "HEADING",
@@ -465,7 +466,7 @@ def made_plain(text):
     text = CAMELS.sub(lambda m: CAMEL[m[0][0].upper() + m[0][1:]], text)
     text = re.sub(r"(?<=\w)[-\u2010-\u2015_](?=\w)|_", " ", text.lower())
     text = re.sub(r"[^\S\n]+", " ", re.sub(r"(?<=[\w ])[&+](?=[\w ])", " and ", text))
-    text = ASIDE.sub(r" ;\1; ", text)
+    text = REMEMBER.sub("remember", ASIDE.sub(r" ;\1; ", text))
     return SPREAD.sub(lambda m: " ".join(m[0].split()), text)
 
 
@@ -479,6 +480,11 @@ AVOID = re.compile(
     r"|without|instead of|rather than|except|unless|nor|sans|ohne|sin|statt|no(?!\W*\d))\b"
 )
 REASON = re.compile(r"\b(?:because|since|so that|so as|so (?:you|i|we)|in order|to avoid|as (?:you|i|we|there|it))\b")
+# two negations that say yes
+REMEMBER = re.compile(
+    r"\b(?:(?:do not|don't|dont|never|not to) (?:forget|fail|neglect|omit|hesitate)(?= to\b)"
+    r"|cannot but|no choice but to)\b"
+)
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n|;")
 LINK = re.compile(r"([,|/•·→]|\b(?<!work )and\b|\bx?or\b|\bbut\b|\bthen\b|(?<!\w)\d+\s*[.):])")
 HEADING = re.compile(r"\s*#+ .*|.*:\s*")
