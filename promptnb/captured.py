@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
+import threading
 import warnings
 
 import torch
@@ -24,6 +27,7 @@ __all__ = [
     "compile_setting",
     "refusal",
     "no_waiting",
+    "recording_stream",
     "cuda_graph",
     "chunk_end",
     "tensors_of",
@@ -34,6 +38,12 @@ __all__ = [
     "losses_of",
     "attempt",
     "captured",
+    "cuda_generator",
+    "surroundings",
+    "surround",
+    "Side",
+    "in_turn",
+    "finished",
 ]
 
 # %% ../nbs/04a_captured.ipynb #capt0002
@@ -68,10 +78,17 @@ def no_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
+# %% ../nbs/04a_captured.ipynb #capt0041
+def recording_stream():
+    "The stream to record on: the current one, or where that is the default one, which cannot record, a new one."
+    current = torch.cuda.current_stream()
+    return torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+
+
 # %% ../nbs/04a_captured.ipynb #capt0007
 def cuda_graph(update):
     "Record an update as one CUDA graph; returns what runs it again. It runs a few times before."
-    stream = torch.cuda.Stream()
+    stream = recording_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -80,7 +97,7 @@ def cuda_graph(update):
             update()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         update()
     return graph.replay
 
@@ -178,7 +195,7 @@ def drawn(self: Captured, first):
 def run(self: Captured):
     """The updates that are left, one by one: (loss, may the fit be saved or stopped here?).
 
-    While the device works on a chunk, the next one is drawn."""
+    While the device works on a chunk, the next one is drawn; then comes a None: there is time for something else."""
     c, t = self.fit.config, self.fit.step
     ahead = self.drawn(t)
     while t < c.steps:
@@ -189,6 +206,7 @@ def run(self: Captured):
             self.replay()
         if end < c.steps:
             ahead = self.drawn(end)
+        yield None
         for step, value in enumerate(self.losses[: end - t].tolist(), t + 1):
             yield value, step == end
         t = end
@@ -271,3 +289,105 @@ def captured(fit, sampler):
                 return graph
             print(f"{fit.desc}: no graph of the {name} update: {why}", flush=True)
     print(f"{fit.desc}: updates are launched one by one, which is slower: {why}", flush=True)
+
+
+# %% ../nbs/04a_captured.ipynb #capt0043
+def cuda_generator():
+    "The default generator of random numbers on the current GPU."
+    torch.cuda.init()
+    return torch.cuda.default_generators[torch.cuda.current_device()]
+
+
+# %% ../nbs/04a_captured.ipynb #capt0044
+def surroundings(device) -> dict:
+    "What work changes around itself, as it is now."
+    now = dict(out=sys.stdout, err=sys.stderr, random=torch.get_rng_state())
+    if threading.current_thread() is threading.main_thread():  # signals reach no other
+        now["sigterm"] = signal.getsignal(signal.SIGTERM)
+    if device.type == "cuda":
+        now |= dict(stream=torch.cuda.current_stream(), generator=cuda_generator().graphsafe_get_state())
+    return now
+
+
+# %% ../nbs/04a_captured.ipynb #capt0045
+def surround(now):
+    "Put back what `surroundings` gave."
+    sys.stdout, sys.stderr = now["out"], now["err"]
+    torch.set_rng_state(now["random"])
+    if "sigterm" in now:
+        signal.signal(signal.SIGTERM, now["sigterm"])
+    if "stream" in now:
+        torch.cuda.set_stream(now["stream"])
+        cuda_generator().graphsafe_set_state(now["generator"])
+
+
+# %% ../nbs/04a_captured.ipynb #capt0046
+class Side:
+    "One of several works on a device, a generator that pauses, with surroundings of its own."
+
+    def __init__(self, work, device):
+        self.work, self.device, self.done, self.result, self.told = work, device, False, None, False
+        self.own = surroundings(device)
+        if device.type == "cuda":
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            self.own |= dict(stream=stream, generator=cuda_generator().clone_state())
+
+
+# %% ../nbs/04a_captured.ipynb #capt0047
+@patch
+def stop(self: Side):
+    "Tell it to stop at its next checkpoint, as SIGTERM does; end it where nothing waits for that."
+    self.told = True
+    if callable(self.own.get("sigterm")):
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        self.work.close()
+
+
+# %% ../nbs/04a_captured.ipynb #capt0048
+@patch
+def go_on(self: Side, stop=False):
+    "Work until the next pause or the end. With `stop`, it is told so first."
+    outside = surroundings(self.device)
+    surround(self.own)
+    try:
+        if stop and not self.told:
+            self.stop()
+        next(self.work)
+    except StopIteration as e:
+        self.done, self.result = True, e.value
+    except BaseException:
+        self.done = True
+        raise
+    finally:
+        self.own = surroundings(self.device)
+        surround(outside)
+
+
+# %% ../nbs/04a_captured.ipynb #capt0050
+def in_turn(works, device) -> list:
+    "What works, generators that pause, returned: each goes on to its next pause, over and over, until all are done."
+    sides, stopped = [Side(work, device) for work in works], None
+    while any(not side.done for side in sides):
+        try:
+            for side in sides:
+                if not side.done:
+                    side.go_on(stop=stopped is not None)
+        except BaseException as e:
+            stopped = stopped or e
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    if stopped:
+        raise stopped
+    return [side.result for side in sides]
+
+
+# %% ../nbs/04a_captured.ipynb #capt0051
+def finished(work):
+    "What a work, a generator that pauses, returned: done without a pause."
+    while True:
+        try:
+            next(work)
+        except StopIteration as e:
+            return e.value

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .captured import captured, compile_setting
+from .captured import captured, compile_setting, finished
 from .core import Checkpoints, PromptnbError, fingerprint, plain, progress, run_lock, seed_for
 
 # %% auto #0
@@ -40,6 +40,7 @@ __all__ = [
     "Stop",
     "on_sigterm",
     "Trainer",
+    "fitting",
     "fit",
 ]
 
@@ -333,7 +334,8 @@ def rates(self: Trainer, first, n) -> list:
 def updates(self: Trainer, sampler):
     """The updates that are left, one by one: (loss, may the fit be saved or stopped here?).
 
-    Each is launched by itself, or, on a GPU, where that can be, they are chunks of one graph (`captured`)."""
+    Each is launched by itself, or, on a GPU, where that can be, they are chunks of one graph (`captured`), with a None
+    after the launch of a chunk."""
     graph = captured(self, sampler)
     if graph:
         yield from graph.run()
@@ -367,13 +369,10 @@ def save(self: Trainer, call=True):
 
 
 # %% ../nbs/04_train.ipynb #92bce667
-def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="train", callback=None) -> FitLog:
-    """Minimise `model.loss(sampler.batch(t))` for t = 0 ... steps - 1, in place.
+def fitting(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="train", callback=None):
+    """`fit` as a generator that returns its FitLog, so that several can share a card (`captured.in_turn`).
 
-    With a `folder` the run writes checkpoints there: it can be killed at any moment, and the same call goes on from
-    the latest. `callback(step)` runs after each checkpoint and at the end; what it returns (JSON) is kept in the next
-    checkpoint, so that a curve is as safe as the weights. A loss that is not finite ends the run
-    with status 'diverged'; SIGTERM ends it with `Interrupted`."""
+    It pauses where the device has a chunk of updates to work on; on a CPU never."""
     start, stop = time.time(), Stop()
     trainer = Trainer(model, config, desc, callback)
     with contextlib.ExitStack() as stack:
@@ -384,8 +383,12 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
             trainer.resume()
         model.train()
         first, steps = trainer.step, config.steps
-        for value, whole in progress(trainer.updates(sampler), desc, total=steps - first):
-            t = trainer.step
+        counter = progress(range(first, steps), desc)
+        for done in trainer.updates(sampler):
+            if done is None:
+                yield
+                continue
+            (value, whole), t = done, next(counter)
             if not math.isfinite(value):
                 why = f"loss is {value} at step {t}; the last good checkpoint is kept"
                 return FitLog("diverged", t, trainer.losses, time.time() - start, why, trainer.points)
@@ -395,7 +398,19 @@ def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="tr
                 raise Interrupted(f"{desc}: told to stop at step {t + 1}; run the same command to go on")
             if (t + 1) % config.checkpoint_every == 0 and t + 1 < steps:
                 trainer.save()
+        next(counter, None)
         if first < steps or steps == 0:
             trainer.save()
     model.eval()
     return FitLog("ok", steps, trainer.losses, time.time() - start, points=trainer.points)
+
+
+# %% ../nbs/04_train.ipynb #trfit001
+def fit(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc="train", callback=None) -> FitLog:
+    """Minimise `model.loss(sampler.batch(t))` for t = 0 ... steps - 1, in place.
+
+    With a `folder` the run writes checkpoints there: it can be killed at any moment, and the same call goes on from
+    the latest. `callback(step)` runs after each checkpoint and at the end; what it returns (JSON) is kept in the next
+    checkpoint, so that a curve is as safe as the weights. A loss that is not finite ends the run
+    with status 'diverged'; SIGTERM ends it with `Interrupted`."""
+    return finished(fitting(model, sampler, config, folder, data_hashes, desc, callback))

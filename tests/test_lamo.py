@@ -316,8 +316,8 @@ def test_sweep_keeps_its_factor(scale):
 
 def test_the_factor_reaches_the_optimiser(home, monkeypatch):
     asked = []
-    fit = offline.fit
-    monkeypatch.setattr(offline, "fit", lambda m, s, cfg, *a, **k: asked.append(cfg) or fit(m, s, cfg, *a, **k))
+    fit = offline.fitting
+    monkeypatch.setattr(offline, "fitting", lambda m, s, cfg, *a, **k: asked.append(cfg) or fit(m, s, cfg, *a, **k))
     made(at("dt")), made(at("dt-lr-10")), made(at("dt-wd-10"))
     assert (
         [c.lr for c in asked] == pytest.approx([1e-3, 1e-2, 1e-3])
@@ -1119,7 +1119,7 @@ def test_diverged(home, monkeypatch, capsys):
         and a["run_id"] == f"smoke.{FAMILY}.lamo-medium-0.1.s0"
     )
     assert Run(bad, "smoke").finished and not failed(home) and not list(home.glob("data/runs/offline/*lamo*/policy"))
-    monkeypatch.setattr(offline, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(offline, "fitting", lambda *a, **k: pytest.fail("trained again"))
     assert [x["status"] for x in run_job()] == ["diverged", "ok"]
     from promptnb.report import view
     from promptnb.report.view import View

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -33,7 +34,9 @@ __all__ = [
     "log_path",
     "Both",
     "logged",
-    "attempt",
+    "attempting",
+    "working",
+    "run_seeds",
     "run_job",
     "stamp",
 ]
@@ -76,11 +79,12 @@ def module_of(kind):
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbkind02
-WORK = dict(pretrain="pretrain", tune="tune", offline="train", online="train")  # kind -> function of its module
+# kind -> function of its module
+WORK = dict(pretrain="pretraining", tune="tune", offline="training", online="train")
 
 
 def work_on(run: Run):
-    "Do a run; it leaves its record."
+    "Do a run, which leaves its record; where a device trains, a generator that does, and pauses (`train.fitting`)."
     return getattr(module_of(run.kind), WORK[run.kind])(run)
 
 
@@ -178,34 +182,55 @@ def logged(run: Run):
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbtry001
-def attempt(run: Run):
-    "Work on a run, with a log; what breaks it is its failed record, and no more than that."
+def attempting(run: Run):
+    "Work on a run, with a log; what breaks it is its failed record, and no more. A generator that pauses as it does."
     from promptnb.train import Interrupted
 
     with logged(run):
         try:
-            work_on(run)
+            work = work_on(run)
+            if inspect.isgenerator(work):
+                yield from work
         except Interrupted:
             raise
         except Exception as e:
             record_failure(run, e)
 
 
-# %% ../../nbs/10d_experiments.job.ipynb #ca26dd4c
-def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1) -> list:
-    "Do a job's runs, on a GPU of its own where there is one; returns the paths of its good records."
+# %% ../../nbs/10d_experiments.job.ipynb #jbside01
+def working(runs):
+    "Work on the runs that are left, in order: a generator that pauses as they do."
+    for run in runs:
+        if not run.finished and not lacks(run.recipe):
+            yield from attempting(run)
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbside03
+def run_seeds(id, seeds=(0,), scale="laptop", accelerator="auto", threads=1) -> list:
+    "Do a job's runs for some seeds, side by side on one GPU where there is one; the paths of the good records."
     import torch
 
+    from promptnb.captured import GRAPHS, finished, in_turn
     from promptnb.train import pick_device
 
     job = find_job(id)
     torch.set_num_threads(threads)
     with own_card(accelerator):
-        runs = runs_of(job, scale, seed, pick_device(accelerator), threads)
-        for run in runs:
-            if not run.finished and not lacks(run.recipe):
-                attempt(run)
-    return [run.path for run in runs if run.path.exists()]
+        device = pick_device(accelerator)
+        each = [runs_of(job, scale, seed, device, threads) for seed in seeds]
+        works = [working(runs) for runs in each]
+        if len(works) > 1 and device.type in GRAPHS:
+            in_turn(works, device)
+        else:
+            for work in works:
+                finished(work)
+    return [run.path for runs in each for run in runs if run.path.exists()]
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #ca26dd4c
+def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1) -> list:
+    "Do a job's runs, on a GPU of its own where there is one; returns the paths of its good records."
+    return run_seeds(id, (seed,), scale, accelerator, threads)
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #77ed7a22

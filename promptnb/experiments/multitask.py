@@ -62,6 +62,7 @@ __all__ = [
     "Pretraining",
     "begin_pretraining",
     "curve_prompts",
+    "pretraining",
     "pretrain",
     "worst_where_failed",
     "EnvScore",
@@ -429,15 +430,17 @@ def rows(self: Pretraining, log) -> list:
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtpre010
 @patch
 def train(self: Pretraining):
-    "Train the policy, or go on, and write the record; returns the policy, or None if it diverged."
-    from promptnb.train import fit
+    "Train the policy, or go on, and write the record: a generator that pauses as `fitting` does. The policy, or None."
+    from promptnb.train import fitting
 
     run, p, folder = self.run, self.run.recipe.pretrain, self.folder
     self.policy = new_policy(p, self.data.stats, run.seed).to(run.device)
     start = time.time()
     write_json(folder / "config.json", dict(recipe=p, seed=run.seed, data=self.data.hashes))
     self.demos = curve_prompts(self.policy, p, run.seed)
-    log = fit(self.policy.model, self.sampler(), self.config(), folder, self.data.hashes, run.id, self.point)
+    log = yield from fitting(
+        self.policy.model, self.sampler(), self.config(), folder, self.data.hashes, run.id, self.point
+    )
     rows = self.rows(log)
     if log.status == "ok":
         self.policy.save_pretrained(folder / "policy", model_card_kwargs=run.card(rows))
@@ -486,15 +489,25 @@ def taken(self: Pretraining):
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #42da96b3
-def pretrain(run: Run):
-    """Load the policy of a run's recipe, or take the one that ships, or train it, or go on; None if it diverged.
+def pretraining(run: Run):
+    """`pretrain` as a generator that pauses as `train.fitting` does.
 
     Papers share policies: one process trains, the others wait for it."""
     now = begin_pretraining(run.pretraining())
     with run_lock(runs_dir() / "locks" / now.folder.name, wait=-1):
         policy = now.saved()
         policy = now.taken() if policy is None else policy
-        return now.train() if policy is None else policy
+        if policy is None:
+            policy = yield from now.train()
+        return policy
+
+
+# %% ../../nbs/10a_experiments.multitask.ipynb #mtpre012
+def pretrain(run: Run):
+    "Load the policy of a run's recipe, or take the one that ships, or train it, or go on; None if it diverged."
+    from promptnb.captured import finished
+
+    return finished(pretraining(run))
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtenv003

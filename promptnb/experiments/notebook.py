@@ -53,6 +53,7 @@ __all__ = [
     "notebook_parameters",
     "as_read",
     "typed",
+    "seed_in",
     "check_values",
     "check_parameters",
     "quiet_papermill",
@@ -72,6 +73,7 @@ __all__ = [
     "owner_gone",
     "stop_without",
     "asked_job",
+    "together",
     "locked_job",
     "Told",
     "stoppable",
@@ -126,6 +128,14 @@ def typed(value, like):
 SEEDS = 2**32  # how many there are: what every library takes
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkseed02
+def seed_in(text, trouble) -> int:
+    "A seed from text; where it is none, an error that begins with `trouble`."
+    if not (text.isdecimal() and text.isascii() and int(text) < SEEDS):
+        raise PromptnbError(f"{trouble}: a whole number, 0 or more and below {SEEDS:,}")
+    return int(text)
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkpar003
 def check_values(given: dict):
     "Refuse values outside of their closed list or range."
@@ -142,6 +152,8 @@ def check_values(given: dict):
     for name, least in (("threads", 1), ("seed", 0)):
         if given.get(name, least) < least:
             raise PromptnbError(f"parameter '{name}' is {given[name]}, but must be at least {least}")
+    for text in filter(None, given.get("beside", "").split(",")):
+        seed_in(text, f"parameter 'beside' is '{given['beside']}', but holds seeds with commas between them")
     if given.get("seed", 0) >= SEEDS:
         raise PromptnbError(f"parameter 'seed' is {given['seed']}, but must be below {SEEDS:,}")
 
@@ -397,10 +409,10 @@ def note_killed(paper, scale):
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #e0ba4909
-def judged_job(job: rc.Job, given, work):
-    "Do a job by `work()`, then judge by the records: a stamp, or an error that names the first run that failed."
-    seed, scale = given["seed"], given["scale"]
-    runs = possible(runs_of(job, scale, seed))
+def judged_job(job: rc.Job, seeds, scale, work):
+    "Do a job by `work()`, then judge each seed by its records: a stamp, or an error with the first run that failed."
+    own = {seed: possible(runs_of(job, scale, seed)) for seed in seeds}
+    runs = [run for of_seed in own.values() for run in of_seed]
     for run in runs:
         run.failed_path.unlink(missing_ok=True)  # an earlier attempt's reason is not this one's
     trouble = "the job ended without it"
@@ -411,9 +423,14 @@ def judged_job(job: rc.Job, given, work):
         raise  # neither done nor failed
     except PromptnbError as e:
         trouble = str(e)
-    if missing := unfinished(runs, trouble):
+    missing = []
+    for seed, of_seed in own.items():
+        lost = unfinished(of_seed, trouble)
+        missing += lost
+        if not lost:
+            write_json(stamp(job, seed, scale), {run.id: read_record(run.path)["status"] for run in of_seed})
+    if missing:
         raise PromptnbError(f"{len(missing)} of {len(runs)} runs of {job.id} failed: {missing[0]}")
-    write_json(stamp(job, seed, scale), {run.id: read_record(run.path)["status"] for run in runs})
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkown001
@@ -464,21 +481,37 @@ def stop_without(name, every=1.0):
 def asked_job(word, seed):
     "'id' or 'id@seed' -> (job, its seed)."
     id, at, own = word.partition("@")
-    if at and not (own.isdecimal() and own.isascii() and int(own) < SEEDS):
-        raise PromptnbError(f"'{word}' has no seed behind its @: a whole number, 0 or more and below {SEEDS:,}")
-    return find_job(id), int(own) if at else seed
+    return find_job(id), seed_in(own, f"'{word}' has no seed behind its @") if at else seed
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkjob003
+def together(todo, accelerator) -> list:
+    """Jobs with a seed, [(job, seed)], as [(job, seeds)]: on a GPU a job's seeds share a process, which trains them
+    side by side; else there is one for each."""
+    wanted = list(dict.fromkeys(todo))
+    if len(wanted) < 2 or accelerator == "cpu" or not cards():
+        return [(job, [seed]) for job, seed in wanted]
+    seeds = {}
+    for job, seed in wanted:
+        seeds.setdefault(job, []).append(seed)
+    return list(seeds.items())
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkjob002
-def locked_job(job: rc.Job, given, kernel, wait):
-    "One job, held against a second process on it; a finished one needs no kernel."
-    name = run_id(job.id, given["scale"], given["seed"])
+def locked_job(job: rc.Job, seeds, given, kernel, wait):
+    "One job with some seeds, held against a second process on it; a finished one needs no kernel."
+    names = [run_id(job.id, given["scale"], seed) for seed in seeds]
+    given = dict(given, job=job.id, seed=seeds[0])
+    if len(seeds) > 1:
+        given["beside"] = ",".join(map(str, seeds[1:]))
 
     def work():
-        execute(root() / TEMPLATE, given, runs_dir() / "notebooks" / f"{name}.ipynb", kernel=kernel)
+        execute(root() / TEMPLATE, given, runs_dir() / "notebooks" / f"{names[0]}.ipynb", kernel=kernel)
 
-    with run_lock(runs_dir() / "locks" / name, wait=wait):
-        judged_job(job, given, work)
+    with contextlib.ExitStack() as held:
+        for name in names:
+            held.enter_context(run_lock(runs_dir() / "locks" / name, wait=wait))
+        judged_job(job, seeds, given["scale"], work)
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkstop05
@@ -522,19 +555,19 @@ def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
     Two processes on one job: the second is refused."""
     check_choice(scale, rc.SCALES, "scale")
     words = [job] if isinstance(job, str) else job
-    todo = []
-    for found, own in (asked_job(word, seed) for word in words):
+    todo = [asked_job(word, seed) for word in words]
+    for found, own in todo:
         given = dict(job=found.id, seed=own, scale=scale, accelerator=accelerator, threads=threads, **extra)
-        todo.append((found, check_parameters(root() / TEMPLATE, given)))
+        given = check_parameters(root() / TEMPLATE, given)
     owner = os.environ.get(OWNER)
     if owner:
         stop_without(owner)
     sweep()
     failed = []
     with stoppable(), Kernel() as kernel:
-        for found, given in todo:
+        for found, seeds in together(todo, accelerator):
             try:
-                locked_job(found, given, kernel, wait=GRACE + 5 if owner else 0)
+                locked_job(found, seeds, given, kernel, wait=GRACE + 5 if owner else 0)
             except Stopped:
                 raise
             except PromptnbError as e:

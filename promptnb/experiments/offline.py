@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from .. import data, tasks
 from .. import recipes as rc
+from ..captured import finished
 from promptnb.core import (
     PromptnbError,
     append_jsonl,
@@ -38,7 +39,7 @@ from promptnb.core import (
 )
 from ..evaluate import EvalTask, rollout
 from .run import Rows, Run, TrainData, failed_episodes, relative, stored
-from ..train import FitConfig, autocast, fit, optimiser, pick_device, precision_of, step_once
+from ..train import FitConfig, autocast, fit, fitting, optimiser, pick_device, precision_of, step_once
 
 # %% auto #0
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "rows_of",
     "text_facts",
     "fit_config",
+    "training",
     "train",
     "measures",
     "noise_store",
@@ -425,8 +427,8 @@ def fit_config(run: Run) -> FitConfig:
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #ff38930f
-def train(run: Run) -> Path:
-    "Train, look, score; writes the record and returns its path."
+def training(run: Run):
+    "`train` as a generator that pauses as `train.fitting` does."
     start = time.time()
     r, x, fam = run.recipe, run.recipe.offline, tasks.family(run.recipe.family)
     d = offline_data(r)
@@ -437,7 +439,9 @@ def train(run: Run) -> Path:
     write_json(folder / "config.json", dict(recipe=r, seed=run.seed, data=d.hashes))
     curve = Curve(run, policy, folder)
     before = curve.before()
-    log = fit(policy, sampler_of(run, d), fit_config(run), folder, [d.hashes, d.drawn], run.id, curve.point)
+    log = yield from fitting(
+        policy, sampler_of(run, d), fit_config(run), folder, [d.hashes, d.drawn], run.id, curve.point
+    )
     seen = {0: before, **log.points}
     bad = failures(seen)
     rows = rows_of(run, seen, log, counted(policy)["trainable"]) if log.status == "ok" and not bad.lost else []
@@ -458,6 +462,12 @@ def train(run: Run) -> Path:
         folder=relative(folder),
         **measures(r),
     )
+
+
+# %% ../../nbs/10b_experiments.offline.ipynb #offtrn03
+def train(run: Run) -> Path:
+    "Train, look, score; writes the record and returns its path."
+    return finished(training(run))
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offtrn02

@@ -12,8 +12,8 @@ import threading
 
 from .. import recipes as rc
 from ..core import PromptnbError, check_choice, run_lock, runs_dir
-from .job import run_job, runs_of
-from .notebook import Stopped, asked_job, check_values, judged_job
+from .job import run_seeds, runs_of
+from .notebook import Stopped, asked_job, check_values, judged_job, together
 from .run import run_id
 
 # %% auto #0
@@ -59,32 +59,34 @@ def ending(minutes=None):
 
 
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0007
-def plain_job(job: rc.Job, given):
-    "One job, held against a second process on it, in this process; judged by its records."
-    name = run_id(job.id, given["scale"], given["seed"])
+def plain_job(job: rc.Job, seeds, scale, accelerator, threads):
+    "One job with some seeds, held against a second process on it, in this process; judged by its records."
 
     def work():
-        run_job(job.id, **given)
+        run_seeds(job.id, seeds, scale, accelerator, threads)
 
-    with run_lock(runs_dir() / "locks" / name):
-        judged_job(job, given, work)
+    with contextlib.ExitStack() as held:
+        for seed in seeds:
+            held.enter_context(run_lock(runs_dir() / "locks" / run_id(job.id, scale, seed)))
+        judged_job(job, seeds, scale, work)
 
 
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0008
-def left_over(todo) -> list:
-    "Lines on the jobs [(job, parameters)] that still have runs to do."
+def left_over(todo, scale) -> list:
+    "Lines on the jobs [(job, seed)] that still have runs to do."
     lines = []
-    for job, given in todo:
-        runs = runs_of(job, given["scale"], given["seed"])
+    for job, seed in todo:
+        runs = runs_of(job, scale, seed)
         left = sum(not run.finished for run in runs)
         if left:
-            lines.append(f"left: {job.id}@{given['seed']}: {left} of {len(runs)} runs")
+            lines.append(f"left: {job.id}@{seed}: {left} of {len(runs)} runs")
     return lines
 
 
 # %% ../../nbs/10k_experiments.plain.ipynb #plai0009
 def plain_jobs(words, seed=0, scale="laptop", accelerator="auto", threads=1, minutes=None):
-    """Jobs ('id' or 'id@seed'), one after the other. One that fails does not keep the others.
+    """Jobs ('id' or 'id@seed'), one after the other; the seeds of a job side by side where there is a GPU. One that
+    fails does not keep the others.
 
     Stopped, or with its `minutes` over, it says what is left and raises `Stopped`: the same command goes on."""
     from promptnb.train import Interrupted
@@ -92,20 +94,18 @@ def plain_jobs(words, seed=0, scale="laptop", accelerator="auto", threads=1, min
     check_choice(scale, rc.SCALES, "scale")
     if minutes is not None and minutes <= 0:
         raise PromptnbError(f"--minutes is {minutes:g}, but must be above 0")
-    todo, failed = [], []
-    for job, own in (asked_job(word, seed) for word in words):
-        given = dict(seed=own, scale=scale, accelerator=accelerator, threads=threads)
-        check_values(given)
-        todo.append((job, given))
+    todo, failed = [asked_job(word, seed) for word in words], []
+    for _, own in todo:
+        check_values(dict(seed=own, accelerator=accelerator, threads=threads))
     try:
         with ending(minutes):
-            for job, given in todo:
+            for job, seeds in together(todo, accelerator):
                 try:
-                    plain_job(job, given)
+                    plain_job(job, seeds, scale, accelerator, threads)
                 except PromptnbError as e:
                     failed.append(str(e))
     except (TimeUp, Interrupted):
-        print("\n".join(left_over(todo)), flush=True)
+        print("\n".join(left_over(todo, scale)), flush=True)
         raise Stopped("stopped in time: the same command goes on from the last checkpoint") from None
     if failed:
         raise PromptnbError("; ".join(failed))

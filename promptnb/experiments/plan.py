@@ -48,6 +48,7 @@ __all__ = [
     "program",
     "collections",
     "spelt",
+    "kept_together",
     "batches",
     "batch_rule",
     "inputs_of",
@@ -304,26 +305,38 @@ def spelt(*parts) -> str:
     return "_".join(p for p in parts if p).replace("-", "_").replace(".", "_")
 
 
+# %% ../../nbs/10f_experiments.plan.ipynb #plbat004
+def kept_together(tasks, beside=False) -> list:
+    "Lists of tasks that share a process in any case, policies first; with `beside` (on GPUs), all seeds of a job."
+    tasks = sorted(tasks, key=lambda task: (task.seed, task.job.kind != "pretrain"))
+    if not beside:
+        return [[task] for task in tasks]
+    of_job = {}
+    for task in tasks:
+        of_job.setdefault(task.job, []).append(task)
+    return sorted(of_job.values(), key=lambda own: own[0].job.kind != "pretrain")
+
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat001
 SHORT, ENOUGH = 30, 90  # seconds
 
 
-def batches(tasks, seconds, share=(SHORT, ENOUGH)) -> list:
-    "Lists of tasks, one for each process. seconds: of a run (None: not known)."
+def batches(tasks, seconds, share=(SHORT, ENOUGH), beside=False) -> list:
+    "Lists of tasks, one for each process. seconds: of a run (None: not known); beside: as `kept_together` takes it."
     short, enough = share
     out, open_batches = [], {}
-    for task in sorted(tasks, key=lambda task: (task.seed, task.job.kind != "pretrain")):
-        times = [seconds(run) for run in task.left]
+    for own in kept_together(tasks, beside):
+        times = [seconds(run) for task in own for run in task.left]
         took = None if None in times else sum(times)
         if took is None or took > short:
-            out.append([task])
+            out.append(own)
             continue
-        where = task.job.paper, task.job.family
+        where = own[0].job.paper, own[0].job.family
         batch, total = open_batches.get(where, ([], math.inf))
         if total + took > enough:
             batch, total = [], 0.0
             out.append(batch)
-        batch.append(task)
+        batch += own
         open_batches[where] = batch, total + took
     return out
 
@@ -384,7 +397,8 @@ def plan(
     missing = {k: c for k, c in collections([task.job for task in left], request.scale).items() if not c.is_there()}
     inputs = inputs_of(left, missing)
     rules = [replace(c.rule(), resources=asks([])) for c in missing.values()]
-    return rules + [batch_rule(b, i, inputs, accelerator, asks) for i, b in enumerate(batches(left, seconds, share))]
+    shared = batches(left, seconds, share, beside=accelerator == "cuda")
+    return rules + [batch_rule(b, i, inputs, accelerator, asks) for i, b in enumerate(shared)]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plstamp1
