@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import html
 import io
+import re
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -29,7 +31,7 @@ from . import recipes as rc
 from .core import PromptnbError, Steps, data_dir, read_json, results_dir, root, runs_dir, seed_for, sound_record
 from .evaluate import EvalTask, rollout
 from .experiments.guided import shown
-from .experiments.multitask import load_policy, prompts_for, tuned_folder
+from .experiments.multitask import EnvScore, load_policy, prompts_for, tuned_folder
 from .experiments.policies import unpack
 from .experiments.run import Run
 from .llm import exchanges
@@ -87,9 +89,16 @@ __all__ = [
     "results_panel",
     "ResultsPanel",
     "run_name",
-    "searches",
+    "reason_against",
+    "watchable",
+    "plays",
     "Stopped",
+    "Refusing",
+    "run_lengths",
     "Live",
+    "weights_moved",
+    "draw_weights",
+    "draw_tokens",
     "live_figure",
     "tuning_panel",
     "TuningPanel",
@@ -903,14 +912,59 @@ def compare(self: ResultsPanel):
 
 
 # %% ../nbs/12b_explore.ipynb #expl0075
-def searches() -> list:
-    "The tuners that can be watched: those that search for a prompt without a gradient."
-    return [name for name in TUNERS if issubclass(tuner_class(name), PromptSearch)]
+def reason_against(name) -> str:
+    "Why the tuner of that name cannot be watched; '' if it can."
+    cls = tuner_class(name)
+    if cls().needs_encoder:
+        return "needs a policy with a context encoder"
+    return "" if cls.accepted(steps=0) else "has no steps"
+
+
+# %% ../nbs/12b_explore.ipynb #expl0111
+def watchable() -> list:
+    "The names of the tuners that can be watched."
+    return [name for name in TUNERS if not reason_against(name)]
+
+
+# %% ../nbs/12b_explore.ipynb #expl0112
+def plays(name) -> bool:
+    "Can the tuner be judged by returns, and not by demonstrations alone?"
+    return bool(tuner_class(name).accepted(online=True))
 
 
 # %% ../nbs/12b_explore.ipynb #expl0076
 class Stopped(Exception):
     "Somebody pressed stop."
+
+
+# %% ../nbs/12b_explore.ipynb #expl0115
+@dataclass
+class Refusing(data.Demos):
+    "Demonstrations that raise `Stopped` once somebody has pressed stop."
+
+    stopping: object = None  # threading.Event
+
+    def taken(self, draw):
+        "As `Demos.taken`."
+        if self.stopping.is_set():
+            raise Stopped
+        return super().taken(draw)
+
+    def draw(self, *args, **kw):
+        "As `Demos.draw`."
+        if self.stopping.is_set():
+            raise Stopped
+        return super().draw(*args, **kw)
+
+
+# %% ../nbs/12b_explore.ipynb #expl0116
+def run_lengths(steps, every) -> list:
+    "[0, every, 2 every, 4 every, ..., steps]: how long the runs of a tuner are that shows nothing until it is done."
+    lengths, k = [0], every
+    while k < steps:
+        lengths.append(k)
+        k *= 2
+    return [*lengths, steps]
 
 
 # %% ../nbs/12b_explore.ipynb #expl0077
@@ -923,58 +977,115 @@ class Live:
     steps: int = 30
     every: int = 5  # steps between two points of the return
     episodes: int = 4  # of each task, for a point
-    prompts: Steps = None  # (G, P, .) now
-    judged: list = field(default_factory=list)  # (step, action error on demonstrations), mean over tasks
+    online: bool = False  # judged by returns
+    begun: list = None  # (policy, row of its prompt) of each task, before the first step
+    now: list = None  # the same, now
+    # (step, mean over tasks): the action error on demonstrations; online, the return of what was tried
+    judged: list = field(default_factory=list)
     returns: list = field(default_factory=list)  # (step, return), mean over tasks
     stopping: object = field(default_factory=threading.Event)
 
     def __post_init__(self):
-        r = self.bench.run.recipe
-        same = [x.tune for x, _ in starting_from().get(rc.digest(r.pretrain), ()) if x.tune.tuner == self.tuner]
-        hyper = dict(next((dict(t.hyper) for t in same if not dict(t.hyper).get("online")), {}), steps=self.steps)
-        self.search = make_tuner(self.tuner, **hyper)
-        self.prompts, demos = self.bench.demos.prompt, self.bench.demos
-        self.vector = PromptVector(demos.prompt, self.search.extra, self.bench.policy.config.max_timestep)
+        known = {f.name: getattr(self.bench.demos, f.name) for f in fields(data.Demos)}
+        self.demos = Refusing(**known, stopping=self.stopping)
+        self.rng = seed_for(self.bench.run.seed, "explore")
+        self.score = None
+        if self.online:
+            r = self.bench.run.recipe
+            one = replace(self.bench.run, recipe=replace(r, tune=replace(r.tune, score_episodes=1)))
+            self.score = EnvScore(one, self.bench.policy)
+
+    @property
+    def prompts(self) -> Steps | None:
+        "The prompts (G, P, .) as they are now; None where they are learned tokens."
+        return self.now[0][0].prompt
+
+
+# %% ../nbs/12b_explore.ipynb #expl0118
+@patch
+def made(self: Live, steps):
+    "The tuner, with the hyper-parameters of the first recipe that tunes this policy with it."
+    plans = starting_from().get(rc.digest(self.bench.run.recipe.pretrain), ())
+    known = [dict(r.tune.hyper) for r, _ in plans if r.tune.tuner == self.tuner]
+    hyper = next((h for h in known if bool(h.get("online")) == self.online), {})
+    more = tuner_class(self.tuner).accepted(log_every=1, **(dict(online=True) if self.online else {}))
+    return make_tuner(self.tuner, **{**hyper, **more, "steps": steps})
 
 
 # %% ../nbs/12b_explore.ipynb #expl0078
 @patch
-def note(self: Live, t, x):
-    "Judge the vectors x (G, D) of step t, and play them if it is time."
-    demos, policy = self.bench.demos, self.bench.policy
-    self.prompts = self.vector.steps(x)
-    error = prompt_loss(policy, self.vector.steps(x[:, None]), same_batch(demos))
-    self.judged.append((t, float(error.mean())))
-    if t % self.every == 0 or t == self.steps:
-        prompted = policy.with_prompt(self.prompts)
-        seats = [EvalTask(prompted, i, g) for g, i in enumerate(demos.task_ids)]
-        seed, target = seed_for("explore"), self.bench.run.recipe.target
-        played = rollout(seats, self.bench.family, self.episodes, seed=seed, target=target)
-        self.returns.append((t, float(np.nanmean(played.returns))))
+def note(self: Live, t, assignments):
+    "Take note of step t: who plays which task, as [(policy, row)], and, if it is time, what they earn."
+    self.begun, self.now = self.begun or assignments, assignments
+    if t % self.every and t != self.steps:
+        return
+    seats = [EvalTask(policy, i, row) for (policy, row), i in zip(assignments, self.demos.task_ids, strict=True)]
+    target = self.bench.run.recipe.target
+    played = rollout(seats, self.bench.family, self.episodes, seed=seed_for("explore"), target=target)
+    self.returns.append((t, float(np.nanmean(played.returns))))
 
 
 # %% ../nbs/12b_explore.ipynb #expl0079
 @patch
 def run(self: Live, tell=None):
-    "Tune to the end or until `stop`; `tell()` is called after each step."
+    "Tune to the end or until `stop`; `tell()` is called after each note."
     tell = tell or (lambda: None)
-    update = self.search.update
-    self.note(0, self.vector.start)
-    tell()
+    search = issubclass(tuner_class(self.tuner), PromptSearch)
+    with contextlib.suppress(Stopped):
+        (self.run_search if search else self.run_longer)(tell)
 
-    def watched(x, *rest):
-        new = update(x, *rest)
-        self.note(len(self.judged), new)
+
+# %% ../nbs/12b_explore.ipynb #expl0119
+@patch
+def run_search(self: Live, tell):
+    "Watch a search for a prompt, step by step."
+    search, policy, demos = self.made(self.steps), self.bench.policy, self.demos
+    vector = PromptVector(demos.prompt, search.extra, policy.config.max_timestep)
+    update = search.update
+
+    def take_note(t, x, f=None):
+        prompted = policy.with_prompt(vector.steps(x))
+        if self.online and f is not None:
+            self.judged.append((t, -float(f.mean())))
+        elif not self.online:
+            error = prompt_loss(policy, vector.steps(x[:, None]), same_batch(self.bench.demos))
+            self.judged.append((t, float(error.mean())))
+        self.note(t, [(prompted, g) for g in range(demos.G)])
         tell()
         if self.stopping.is_set():
             raise Stopped
+
+    taken = 0
+
+    def watched(x, xs, f, *rest):
+        nonlocal taken
+        new = update(x, xs, f, *rest)
+        taken += 1
+        take_note(taken, new, f)
         return new
 
-    self.search.update = watched
-    try:
-        self.search.adapt(self.bench.policy, self.bench.demos, rng=seed_for(self.bench.run.seed, "explore"))
-    except Stopped:
-        pass
+    search.update = watched
+    take_note(0, vector.start)
+    search.adapt(policy, demos, rng=self.rng, score=self.score)
+
+
+# %% ../nbs/12b_explore.ipynb #expl0120
+@patch
+def run_longer(self: Live, tell):
+    "Watch a tuner that shows nothing until it is done: by longer and longer runs of it."
+    for steps in run_lengths(self.steps, self.every):
+        out = self.made(steps).adapt(self.bench.policy, self.demos, rng=self.rng, score=self.score)
+        log = pd.DataFrame(out.log, columns=["step", "loss"])
+        self.judged = list(log.groupby("step").loss.mean().items())
+        self.note(steps, out.assignments)
+        tell()
+
+
+# %% ../nbs/12b_explore.ipynb #expl0121
+@patch(as_prop=True)
+def step(self: Live) -> int:
+    "How many steps are noted."
+    return max((t for t, _ in (*self.judged, *self.returns)), default=0)
 
 
 # %% ../nbs/12b_explore.ipynb #expl0080
@@ -984,12 +1095,59 @@ def stop(self: Live):
     self.stopping.set()
 
 
+# %% ../nbs/12b_explore.ipynb #expl0123
+def weights_moved(before, after) -> dict:
+    "{part of the model: by how much its weights moved, in percent of their size} of two policies."
+    old, size, moved = dict(before.model.named_parameters()), {}, {}
+    for name, x in after.model.named_parameters():
+        part = re.match(r"(?:blocks\.\d+|\w+)", name)[0]
+        y = old.get(name)
+        size[part] = size.get(part, 0.0) + float(x.square().sum())
+        moved[part] = moved.get(part, 0.0) + float((x if y is None else x - y).square().sum())
+    return {part: 100 * (moved[part] / max(size[part], 1e-12)) ** 0.5 for part in size}
+
+
+# %% ../nbs/12b_explore.ipynb #expl0124
+def draw_weights(ax, moved: dict):
+    "Draw by how much parts of a model moved, as bars."
+    ax.barh(range(len(moved)), list(moved.values()), color="C4")
+    ax.set_yticks(range(len(moved)), list(moved), fontsize=8)
+    ax.set(ylim=(len(moved) - 0.4, -0.6), xlabel="% of the weights' size", title="what it moved: weights")
+    ax.grid(axis="x", alpha=0.3)
+
+
+# %% ../nbs/12b_explore.ipynb #expl0125
+def draw_tokens(ax, moved):
+    "Draw by how much learned tokens moved (n,): of steps, three a step, or of vectors without steps."
+    x, steps = moved.detach().cpu().numpy(), len(moved) % 3 == 0
+    x = x.reshape(-1, 3).T if steps else x[None]
+    im = ax.imshow(x, cmap="Purples", vmin=0, vmax=max(float(x.max()), 1e-6), aspect="auto", interpolation="nearest")
+    ax.set_xticks(range(x.shape[1]), range(1, x.shape[1] + 1))
+    ax.set_yticks(range(len(x)), ["return-to-go", "state", "action"] if steps else ["vector"])
+    ax.set(title="what it moved: tokens", xlabel="place in the prompt")
+    ax.figure.colorbar(im, ax=ax, shrink=0.9)
+
+
+# %% ../nbs/12b_explore.ipynb #expl0126
+@patch
+def draw_moved(self: Live, ax, task):
+    "Draw what has moved since the start for a test task (an index)."
+    (old, row), (new, to) = self.begun[task], self.now[task]
+    if hasattr(new, "prompt_tokens"):
+        draw_tokens(ax, (new.prompt_tokens[to] - old.prompt_tokens[row]).norm(dim=-1))
+    elif any(weights_moved(old, new).values()):
+        draw_weights(ax, weights_moved(old, new))
+    else:
+        now, drawn = new.prompt[to], old.prompt[row]
+        heat(ax, replace(now, **{k: getattr(now, k) - getattr(drawn, k) for k in CONTENTS}), "what it moved")
+
+
 # %% ../nbs/12b_explore.ipynb #expl0081
 def live_figure(bench: Bench, task, live: Live | None = None) -> Figure:
-    "The judge, the return, and what was moved in the prompt of a test task (an index)."
+    "The judge, the return, and what was moved for a test task (an index)."
     fig = Figure(figsize=(10.4, 3.4), layout="constrained")
     judge, value, moved = fig.subplots(1, 3, width_ratios=(1, 1, 1.15))
-    if live is None:
+    if live is None or live.now is None:
         heat(moved, bench.demos.prompt[task], "the prompt as drawn")
         for ax in (judge, value):
             ax.axis("off")
@@ -1000,12 +1158,9 @@ def live_figure(bench: Bench, task, live: Live | None = None) -> Figure:
         ax.plot([t for t, _ in xy], [y for _, y in xy], ".-" if ax is judge else "o-", color=color)
         ax.set(xlabel="tuning step", xlim=(0, live.steps))
         ax.grid(alpha=0.3)
-    judge.set_title("its judge: action error")
+    judge.set_title("its judge: return of what it tries" if live.online else "its judge: action error")
     value.set_title("return, test tasks")
-    drawn = bench.demos.prompt[task]
-    now = live.prompts[task]
-    change = replace(now, **{k: getattr(now, k) - getattr(drawn, k) for k in CONTENTS})
-    heat(moved, change, "what it moved")
+    live.draw_moved(moved, task)
     return fig
 
 
@@ -1027,18 +1182,38 @@ class TuningPanel:
         self.found, self.live, self.thread = found, None, None
         self.policy, self.task = menu("policy", list(found)), menu("task", [])
         self.steps = widgets.IntSlider(30, min=5, max=200, step=5, description="steps")
-        self.starts = [widgets.Button(description=name, button_style="primary") for name in searches()]
+        self.online = widgets.Checkbox(False, description="judged by playing", indent=False)
+        self.online.layout.width = "160px"
+        self.starts = [widgets.Button(description=name, button_style="primary") for name in watchable()]
         self.end = widgets.Button(description="stop", button_style="danger", disabled=True)
         self.line, self.image = widgets.HTML("press a tuner"), image_widget()
-        for button in self.starts:
-            button.layout.width = "110px"
-            button.on_click(lambda b: self.start(b.description))
-        self.end.on_click(lambda _: self.live.stop())
-        self.policy.observe(lambda _: self.open(), "value")
-        self.task.observe(lambda _: self.show(), "value")
-        menus, buttons = widgets.HBox([self.policy, self.task]), widgets.HBox([*self.starts, self.end])
-        self.panel = Panel([menus, widgets.HBox([self.steps, self.line]), buttons, self.image])
+        self.connect()
+        self.panel = Panel(self.rows())
         self.open()
+
+
+# %% ../nbs/12b_explore.ipynb #expl0127
+@patch
+def connect(self: TuningPanel):
+    "Let each widget call what it stands for."
+    for button in self.starts:
+        button.layout.width = "110px"
+        button.on_click(lambda b: self.start(b.description))
+    self.end.on_click(lambda _: self.live.stop())
+    self.policy.observe(lambda _: self.open(), "value")
+    self.task.observe(lambda _: self.show(), "value")
+    self.online.observe(lambda _: self.busy(False), "value")
+
+
+# %% ../nbs/12b_explore.ipynb #expl0128
+@patch
+def rows(self: TuningPanel) -> list:
+    "The widgets, row by row; the last names the tuners that cannot be watched."
+    lacking = [f"{name} ({why})" for name in TUNERS if (why := reason_against(name))]
+    left_out = widgets.HTML(f"<small>not here: {', '.join(lacking)}</small>" if lacking else "")
+    buttons = widgets.HBox([*self.starts, self.end], layout=dict(flex_flow="row wrap", max_width="1040px"))
+    controls = widgets.HBox([self.steps, self.online, self.line])
+    return [widgets.HBox([self.policy, self.task]), controls, buttons, left_out, self.image]
 
 
 # %% ../nbs/12b_explore.ipynb #expl0084
@@ -1064,8 +1239,9 @@ def show(self: TuningPanel):
 @patch
 def start(self: TuningPanel, name):
     "Let a tuner work in a thread."
-    self.live = Live(self.bench, name, self.steps.value)
+    self.live = Live(self.bench, name, self.steps.value, online=self.online.value)
     self.thread = threading.Thread(target=self.work, args=(self.live,), daemon=True)
+    self.line.value = f"{name}: begins"
     self.busy(True)
     self.thread.start()
 
@@ -1073,9 +1249,11 @@ def start(self: TuningPanel, name):
 # %% ../nbs/12b_explore.ipynb #expl0087
 @patch
 def busy(self: TuningPanel, now):
-    "While a tuner works, only stop can be pressed."
-    for widget in (*self.starts, self.policy, self.steps):
+    "While a tuner works, only stop can be pressed; otherwise the tuners that can be judged as chosen."
+    for widget in (self.policy, self.steps, self.online):
         widget.disabled = now
+    for button in self.starts:
+        button.disabled = now or (self.online.value and not plays(button.description))
     self.end.disabled = not now
 
 
@@ -1092,7 +1270,7 @@ def work(self: TuningPanel, live: Live):
 
     def tell():
         nonlocal drawn
-        self.line.value = f"{live.tuner}: step {live.judged[-1][0]} of {live.steps}"
+        self.line.value = f"{live.tuner}: step {live.step} of {live.steps}"
         if time.monotonic() > drawn + PAUSE:
             self.show()
             drawn = time.monotonic()
@@ -1100,7 +1278,7 @@ def work(self: TuningPanel, live: Live):
     try:
         live.run(tell)
         self.show()
-        done = live.judged[-1][0]
+        done = live.step
         self.line.value = f"{live.tuner}: {'stopped' if done < live.steps else 'done'} after {done} steps"
     except Exception as e:  # nobody else would hear of it
         self.line.value = f"<span style='color:#b00'>{html.escape(f'{type(e).__name__}: {e}')}</span>"

@@ -109,32 +109,65 @@ def test_a_page_without_widgets_gets_a_picture(panel):
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
 
 
-@pytest.mark.parametrize("name", explore.searches())
+@pytest.mark.parametrize("name", explore.watchable())
 def test_a_tuner_is_watched_to_its_end(bench, name):
-    live = explore.Live(bench, name, steps=2, every=1, episodes=1)
+    live = explore.Live(bench, name, steps=2, every=2, episodes=1)
     live.run()
-    assert [t for t, _ in live.judged] == [t for t, _ in live.returns] == [0, 1, 2]
-    assert live.prompts.s.shape == bench.demos.prompt.s.shape
+    assert [t for t, _ in live.judged] == [0, 1, 2] and [t for t, _ in live.returns] == [0, 2]
+    assert len(live.now) == bench.demos.G and live.step == 2
+    unmoved, moved = explore.live_figure(bench, 0), explore.live_figure(bench, 0, live)
+    assert explore.png(unmoved) != explore.png(moved)
+
+
+def test_every_tuner_is_offered_or_named_with_the_reason(home):
+    panel = explore.TuningPanel(explore.policies())
+    offered, (left_out,) = (
+        {b.description for b in panel.starts},
+        [w for w in panel.panel.children if "not here" in str(w)],
+    )
+    named = {name for name in explore.TUNERS if f"{name} (" in left_out.value}
+    assert offered | named == set(explore.TUNERS) and not offered & named
+    assert {"full", "soft", "lora", "gradient", "diffuser", "ranking"} <= offered and "needs a policy" in left_out.value
 
 
 def test_what_is_watched_is_what_the_tuner_does(bench):
     live = explore.Live(bench, "ranking", steps=2, every=9)
     live.run()
-    alone = explore.Live(bench, "ranking", steps=2).search
-    rng = explore.seed_for(bench.run.seed, "explore")
-    out = alone.adapt(bench.policy, bench.demos, rng=rng)
+    out = live.made(2).adapt(bench.policy, bench.demos, rng=live.rng)
     assert torch.equal(out.assignments[0][0].prompt.s, live.prompts.s)
 
 
-def test_stop_ends_a_tuner_after_its_step(home):
+@pytest.mark.parametrize("name", ["full", "soft", "diffuser"])
+def test_fewer_steps_are_the_first_of_more(bench, name):
+    live = explore.Live(bench, name)
+    short, long = (live.made(n).adapt(bench.policy, bench.demos, rng=live.rng).log for n in (2, 4))
+    assert [e for e in long if e["step"] <= 2 and e["task"] == 0] == [e for e in short if e["task"] == 0]
+
+
+def test_a_tuner_that_plays_is_watched(home, bench):
+    live = explore.Live(bench, "hill", steps=2, every=2, episodes=1, online=True)
+    live.run()
+    assert [t for t, _ in live.judged] == [1, 2] and live.score.env_steps > 0
+
+
+def test_only_tuners_that_can_play_are_offered_where_play_judges(home):
+    panel = explore.TuningPanel(explore.policies())
+    panel.online.value = True
+    assert {b.description for b in panel.starts if not b.disabled} == {n for n in explore.TUNERS if explore.plays(n)}
+    panel.online.value = False
+    assert not any(b.disabled for b in panel.starts)
+
+
+@pytest.mark.parametrize("name", ["hill", "full", "diffuser"])
+def test_stop_ends_a_tuner_after_its_step(home, name):
     panel = explore.TuningPanel(explore.policies())
     panel.steps.value = 200
-    panel.start("hill")
+    panel.start(name)
     assert panel.starts[0].disabled and not panel.end.disabled
     panel.end.click()
     panel.thread.join(60)
-    assert not panel.thread.is_alive() and len(panel.live.judged) < 20
-    assert "stopped" in panel.line.value and panel.end.disabled
+    assert not panel.thread.is_alive() and panel.live.step < 200
+    assert f"{name}: stopped after" in panel.line.value and panel.end.disabled
 
 
 def test_results_are_filtered_and_compared(home):
