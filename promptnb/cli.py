@@ -154,7 +154,7 @@ def cmd_list(a):
 # %% ../nbs/12_cli.ipynb #clicol01
 def scale_argument(p):
     "Declare --scale."
-    p.add_argument("--scale", default="laptop", help="smoke, laptop or paper")
+    p.add_argument("--scale", default="laptop", help=", ".join(rc.SCALES))
 
 
 # %% ../nbs/12_cli.ipynb #cliwhol1
@@ -211,6 +211,7 @@ def cmd_collect(a):
     for quality in a.quality or ():
         check_choice(quality, (*fam.qualities, *dict(fam.remote)), f"quality of {fam.name}")
     of_scale = dict(zip(("smoke", "laptop", "paper"), fam.episodes, strict=True))
+    of_scale["desk"] = of_scale["laptop"]
     episodes = of_scale[a.scale] if a.episodes is None else a.episodes
     qualities = a.quality or fam.qualities or [quality for quality, _ in fam.remote[:1]]
     wait = -1 if a.stamp else 0  # a graph waits for another one's

@@ -60,6 +60,7 @@ class FitConfig:
     checkpoint_every: int = 1000
     log_every: int = 100
     eps: float = 1e-8  # of AdamW; LaMo's code: 1e-6 for a pre-trained trunk
+    decay_to: float = 1.0  # part of lr at which the last update ends, along a cosine; 1: the rate stays
 
 
 # %% ../nbs/04_train.ipynb #a3b3efff
@@ -136,8 +137,12 @@ def optimiser(params, c: FitConfig):
 
 # %% ../nbs/04_train.ipynb #trrate01
 def learning_rate(c: FitConfig, t) -> float:
-    "The rate of update t: a linear warm-up, then `lr`."
-    return c.lr * min(1.0, (t + 1) / max(c.warmup, 1))
+    "The rate of update t: a linear warm-up, then `lr`, or half a cosine from there down to `decay_to` of it."
+    rate = c.lr * min(1.0, (t + 1) / max(c.warmup, 1))
+    if c.decay_to == 1:
+        return rate
+    done = max(0, t + 1 - c.warmup) / max(1, c.steps - c.warmup)
+    return rate * (c.decay_to + (1 - c.decay_to) * (1 + math.cos(math.pi * done)) / 2)
 
 
 # %% ../nbs/04_train.ipynb #trgrad01

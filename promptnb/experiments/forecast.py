@@ -100,11 +100,16 @@ def good_records(run: Run) -> list:
 def write_seconds(paper) -> Path:
     "Write data/seconds/<paper>.json: median seconds of this machine's records of a run; what it has not run stays."
     before = shipped_seconds(paper)
-    every = {time_name(run) for scale in rc.SCALES for job in rc.jobs(paper).values() for run in runs_of(job, scale, 0)}
+    every = {
+        time_name(run)
+        for scale in rc.SCALES
+        for job in rc.jobs(paper, scale).values()
+        for run in runs_of(job, scale, 0)
+    }
     known = {name: seconds for name, seconds in before["seconds"].items() if name in every}
     machines = {before["where"]} if known else set()
     for scale in rc.SCALES:
-        for run in (run for job in rc.jobs(paper).values() for run in runs_of(job, scale, 0)):
+        for run in (run for job in rc.jobs(paper, scale).values() for run in runs_of(job, scale, 0)):
             records = good_records(run)
             machines |= {f"{x['where']['device']}, {many(x['where']['threads'], 'thread')}" for x in records}
             if records:
@@ -194,7 +199,8 @@ def size_of(run: Run) -> float:
 def _measured(paper, kind, file, changed) -> list:
     known, out = shipped_seconds(paper)["seconds"], []
     for scale in rc.SCALES:
-        for run in (run for job in rc.jobs(paper).values() if job.kind == kind for run in runs_of(job, scale, 0)):
+        jobs = [job for job in rc.jobs(paper, scale).values() if job.kind == kind]
+        for run in (run for job in jobs for run in runs_of(job, scale, 0)):
             if (name := time_name(run)) in known:
                 out.append((scale, run.recipe.key, known[name] / size_of(run)))
     return out

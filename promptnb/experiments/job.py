@@ -43,9 +43,11 @@ __all__ = [
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #fc7ab9a2
-def find_job(id) -> rc.Job:
-    "The job of that id; a misspelt one is answered with the nearest."
-    every = {k: v for paper in rc.PAPERS for k, v in rc.jobs(paper).items()}
+def find_job(id, scale=None) -> rc.Job:
+    "The job of that id at a scale; a misspelt one is answered with the nearest."
+    every = {k: v for paper in rc.PAPERS for k, v in rc.jobs(paper, scale).items()}
+    for e in rc.EXHIBITS.values():
+        every |= rc.jobs_apart(e) if e.apart else {}
     return every[check_choice(id, every, "job")]
 
 
@@ -213,7 +215,7 @@ def run_seeds(id, seeds=(0,), scale="laptop", accelerator="auto", threads=1) -> 
     from promptnb.captured import GRAPHS, finished, in_turn
     from promptnb.train import pick_device
 
-    job = find_job(id)
+    job = find_job(id, scale)
     torch.set_num_threads(threads)
     with own_card(accelerator):
         device = pick_device(accelerator)

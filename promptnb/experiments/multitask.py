@@ -387,6 +387,7 @@ def config(self: Pretraining):
         precision_of(p, self.run.device),
         checkpoint_every=max(1, p.steps // max(p.curve_points, 1)),
         log_every=max(1, p.steps // 50),
+        decay_to=p.decay_to,
     )
 
 

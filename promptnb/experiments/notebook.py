@@ -142,7 +142,7 @@ def check_values(given: dict):
     if "scale" in given:
         check_choice(given["scale"], rc.SCALES, "scale")
     if "job" in given:
-        find_job(given["job"])
+        find_job(given["job"], given.get("scale"))
     if "accelerator" in given:
         check_choice(given["accelerator"], ("auto", "cpu", "cuda"), "accelerator")
         if given["accelerator"] == "cuda" and not cards():
@@ -398,7 +398,7 @@ def possible(runs) -> list:
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkver004
 def note_killed(paper, scale):
     "The failed records of a paper's jobs whose process was killed: nobody else is left to write them."
-    every = {run_id(job.id, scale, ""): job for job in rc.jobs(paper).values()}
+    every = {run_id(job.id, scale, ""): job for job in rc.jobs(paper, scale).values()}
     for folder in (runs_dir() / "locks").glob(f"{scale}.{paper}.*"):
         name, _, seed = folder.name.rpartition(".s")
         job, who = every.get(f"{name}.s"), dead_holder(folder)
@@ -478,10 +478,10 @@ def stop_without(name, every=1.0):
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkjob001
-def asked_job(word, seed):
-    "'id' or 'id@seed' -> (job, its seed)."
+def asked_job(word, seed, scale=None):
+    "'id' or 'id@seed' -> (job at a scale, its seed)."
     id, at, own = word.partition("@")
-    return find_job(id), seed_in(own, f"'{word}' has no seed behind its @") if at else seed
+    return find_job(id, scale), seed_in(own, f"'{word}' has no seed behind its @") if at else seed
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkjob003
@@ -555,7 +555,7 @@ def job_command(job, seed, scale, accelerator="auto", threads=1, **extra):
     Two processes on one job: the second is refused."""
     check_choice(scale, rc.SCALES, "scale")
     words = [job] if isinstance(job, str) else job
-    todo = [asked_job(word, seed) for word in words]
+    todo = [asked_job(word, seed, scale) for word in words]
     for found, own in todo:
         given = dict(job=found.id, seed=own, scale=scale, accelerator=accelerator, threads=threads, **extra)
         given = check_parameters(root() / TEMPLATE, given)

@@ -423,6 +423,7 @@ def fit_config(run: Run) -> FitConfig:
         checkpoint_every=max(1, x.steps // max(x.points, 1)),
         log_every=max(1, x.steps // 20),
         eps=x.eps,
+        decay_to=x.decay_to,
     )
 
 

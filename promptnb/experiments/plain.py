@@ -94,7 +94,7 @@ def plain_jobs(words, seed=0, scale="laptop", accelerator="auto", threads=1, min
     check_choice(scale, rc.SCALES, "scale")
     if minutes is not None and minutes <= 0:
         raise PromptnbError(f"--minutes is {minutes:g}, but must be above 0")
-    todo, failed = [asked_job(word, seed) for word in words], []
+    todo, failed = [asked_job(word, seed, scale) for word in words], []
     for _, own in todo:
         check_values(dict(seed=own, accelerator=accelerator, threads=threads))
     try:

@@ -89,7 +89,7 @@ def chosen(paper, exhibit_ids=(), scale=None) -> list:
         if not rc.run_at(e, scale):
             raise PromptnbError(f"exhibit '{i}' is made at {' and '.join(e.only)} scale only: --scale {e.only[0]}")
     makeable = [e for e in every.values() if not e.unknown and rc.run_at(e, scale)]
-    return [e for e in makeable if (e.id in exhibit_ids if exhibit_ids else not e.asked)]
+    return [e for e in makeable if (e.id in exhibit_ids if exhibit_ids else not e.waits(scale))]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plrecip1
@@ -107,7 +107,11 @@ def recipes(self: Request) -> list:
 def jobs(self: Request) -> list:
     "The jobs that it needs: owners of its recipes, and of those recipes' policies."
     wanted = {r.id for r in self.recipes()}
-    every = [job for paper in self.papers for job in rc.jobs(paper).values()]
+    apart = [e for e in (rc.EXHIBITS[self.paper, i] for i in self.exhibits) if e.apart]
+    if apart and len(apart) == len(self.exhibits):
+        every = [job for e in apart for job in rc.jobs_apart(e).values()]
+    else:
+        every = [job for paper in self.papers for job in rc.jobs(paper, self.scale).values()]
     owners = {job.id for job in every if job.kind != "pretrain" and wanted & set(job.recipes)}
     tuned = (
         wanted.union(*(job.recipes for job in every if job.id in owners)) - self.without
@@ -125,7 +129,8 @@ def work(self: Request) -> list:
     "[(job, seed)] of all that it needs."
     out = []
     for job in self.jobs():
-        seeds = job_recipes(job, self.scale)[0].seeds if self.seeds is None else self.seeds
+        own = rc.EXHIBITS[job.paper, job.exhibit].seeds or job_recipes(job, self.scale)[0].seeds
+        seeds = own if self.seeds is None else self.seeds
         out += [(job, seed) for seed in seeds]
     return out
 

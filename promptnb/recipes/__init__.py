@@ -26,7 +26,7 @@ from promptnb.recipes.core import (
     unique,
     value_of,
 )
-from .scales import LAPTOP, SCALES, SINGLE, SKIRMISHES, SMALL, SMOKE, resolve, scaled
+from .scales import DESK, LAPTOP, SCALES, SINGLE, SKIRMISHES, SMALL, SMOKE, resolve, scaled
 
 _all_ = [  # these names are read from here
     "CORPORA",
@@ -46,6 +46,7 @@ _all_ = [  # these names are read from here
     "digest",
     "unique",
     "value_of",
+    "DESK",
     "LAPTOP",
     "SCALES",
     "SINGLE",
@@ -70,8 +71,10 @@ __all__ = [
     "recipes_of",
     "ids_of",
     "Job",
+    "owning",
     "owners",
     "jobs",
+    "jobs_apart",
     "CORPORA",
     "POOLS",
     "Pool",
@@ -89,6 +92,7 @@ __all__ = [
     "digest",
     "unique",
     "value_of",
+    "DESK",
     "LAPTOP",
     "SCALES",
     "SINGLE",
@@ -169,10 +173,15 @@ class Job:
 
 
 # %% ../../nbs/09g_recipes.ipynb #35f199ba
-def owners(paper):
+def owning(paper, scale=None) -> list:
+    "The exhibits of a paper that have jobs, in order of print, a scale's main ones first."
+    return sorted((e for e in exhibits(paper) if not e.apart), key=lambda e: e.asked_at.get(scale, False))
+
+
+def owners(paper, scale=None):
     "(recipe id -> its first exhibit, pre-training -> its first exhibit and recipe)."
     of, policy = {}, {}
-    for e in exhibits(paper):
+    for e in owning(paper, scale):
         for r in recipes_of(e):
             of.setdefault(r.id, e.id)
             if r.pretrain:
@@ -194,13 +203,26 @@ def _jobs_on(e: Exhibit, family, own, policies):
 
 
 # %% ../../nbs/09g_recipes.ipynb #2857530c
-def jobs(paper) -> dict:
-    "All jobs of a paper: {id: Job}."
-    owner, policy = owners(paper)
+def jobs(paper, scale=None) -> dict:
+    "All jobs of a paper: {id: Job}; without a scale, as where no exhibit is a main one."
+    owner, policy = owners(paper, scale)
     out = {}
-    for e in exhibits(paper):
+    for e in owning(paper, scale):
         for family in e.families:
             policies = tuple(i for p, (ex, i) in policy.items() if ex == e.id and p.family == family)
             own = [RECIPES[i] for i in e.recipes if owner[i] == e.id and RECIPES[i].family == family]
             out.update({j.id: j for j in _jobs_on(e, family, own, policies)})
+    return out
+
+
+# %% ../../nbs/09g_recipes.ipynb #desk0g02
+def jobs_apart(e: Exhibit) -> dict:
+    "The jobs of an exhibit's own rows, although other exhibits show them too: {id: Job}."
+    out = {}
+    for family in e.families:
+        own = [RECIPES[i] for i in e.recipes if RECIPES[i].family == family]
+        policies = {}
+        for r in own:
+            policies.setdefault(r.pretrain, r.id)
+        out.update({j.id: j for j in _jobs_on(e, family, own, tuple(policies.values()))})
     return out

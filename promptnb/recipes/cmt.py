@@ -476,7 +476,10 @@ for _field, _value in MADT.items():
 PAPER.publish("eval_episodes", code=32, source=_MADT, on=TEAM)
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #cmpub005
-_OURS = ("family", "name", "context", "train", "ratio", "ratio_seed", "precision", "curve_points", "curve_episodes")
+_OURS = (
+    *("family", "name", "context", "train", "ratio", "ratio_seed", "precision", "curve_points", "curve_episodes"),
+    *("times", "decay_to"),
+)
 POLICY = tuple(name for name in Pretrain.__dataclass_fields__ if name not in _OURS)
 for _name in POLICY:
     if _name in ("quality", "J", "H"):  # of the context, or the data set itself
@@ -538,3 +541,8 @@ PAPER.stand(
     "as on their own pages, with the differences that are listed there",
     "which baselines there are is not said",
 )
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #desk0e02
+PAPER.main("desk", "adaptation", "embedding", "meta", "single", "skirmish")
+for _id, _families in {"single": SINGLE[::2], "skirmish": ("smax-3m", "smax-2s3z", "smax-5m-vs-6m")}.items():
+    PAPER.exhibits[_id] = replace(PAPER.exhibits[_id], keep={"desk": _families})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 
 # %% auto #0
@@ -92,6 +92,8 @@ class Pretrain:
     mlp_ratio: int = 4
     tanh: bool = False  # after the embeddings
     scaled_init: bool = False  # residual projections begin at GPT-2's scaled standard deviation; code: at 0.02
+    decay_to: float = 1.0  # part of lr at which training ends, along a cosine; code: the rate stays
+    times: tuple = ()  # factors of these fields, as pairs: of what a scale makes of them
     # histories are never cut from a task's trajectory of lowest return: code, whose sampling leaves it out (prompts and
     # the states' mean and standard deviation are of all)
     drop_lowest: bool = True
@@ -199,6 +201,8 @@ class Offline:
     warmup: int = 2500
     clip: float = 0.25
     eps: float = 1e-8  # of AdamW
+    decay_to: float = 1.0  # part of lr at which training ends, along a cosine; code: the rate stays
+    times: tuple = ()  # factors of these fields, as pairs: of what a scale makes of them
     precision: str = "fp32"
     points: int = 40  # evaluations, evenly spaced
     last: float = 0.2  # the score is the mean of the evaluations in this last part of training
@@ -336,6 +340,8 @@ LATER = dict(
     timeout=10.0,
     retries=5,
     extra=(),
+    decay_to=1.0,
+    times=(),
 )
 
 
@@ -403,7 +409,14 @@ class Exhibit:
     unknown: str = ""
     only: tuple = ()  # scales at which it is made (none: all)
     asked: bool = False  # made only when asked for by name: it takes long
+    asked_at: dict = field(default_factory=dict)  # scale -> `asked` there, where it is otherwise
+    seeds: tuple = ()  # that it shows (none: each recipe's)
+    apart: bool = False  # rows of other exhibits that are jobs of their own where nothing else is asked for
     keep: dict = field(default_factory=dict)  # scale -> the families that it shows there (none: all)
+
+    def waits(self, scale) -> bool:
+        "Is it made at a scale only when it is asked for by name?"
+        return self.asked_at.get(scale, self.asked)
 
 
 # %% ../../nbs/09_recipes.core.ipynb #f89600e3
@@ -448,6 +461,14 @@ class Paper:
         families = tuple(dict.fromkeys(r.family for r in recipes))
         ids = tuple(r.id for r in recipes)
         self.exhibits[id] = Exhibit(self.slug, id, title, claim, kind, ids, families, protocol=protocol, **fields)
+
+    def main(self, scale, *ids):
+        "Name the main exhibits of a scale. The others are made there when they are asked for."
+        if unknown := set(ids) - set(self.exhibits):
+            raise ValueError(f"{self.slug} has no exhibit named {min(unknown)}")
+        for id, e in self.exhibits.items():
+            if e.recipes:
+                self.exhibits[id] = replace(e, asked_at={**e.asked_at, scale: id not in ids})
 
     def unknown(self, id, title, why):
         "Register a table or figure that cannot be made, with the reason."

@@ -1108,3 +1108,15 @@ PAPER.stand(
     "synthetic pre-training: it falls linearly over 80,000 steps, of which 20,000 are taken",
     _SYNTHETIC,
 )
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #desk0d02
+PAPER.main(
+    "desk", *("arms", "share", "fig3", "fig4", "fig5", "fig6a", "fig6b", "table15", "texts", "targets", "real_weights")
+)
+for _id, _families in {
+    "fig3": ("hopper",),
+    "fig4": ("walker2d", "reacher2d"),
+    "table15": ("reacher2d",),
+    "real_weights": ("hopper", "reacher2d"),
+}.items():
+    PAPER.exhibits[_id] = replace(PAPER.exhibits[_id], keep={**PAPER.exhibits[_id].keep, "desk": _families})

@@ -493,3 +493,10 @@ PAPER.unknown("fig1", "Figure 1. Architecture", "a drawing, nothing to compute")
 PAPER.unknown("fig2a", "Figure 2a. A prompt as a point", "a drawing, nothing to compute")
 for _id, _title in (("fig6", "Figure 6"), *((f"table{k}", f"Table {k}") for k in range(4, 9))):
     PAPER.unknown(_id, _title, "the paper's full text could not be had; its subject is not known")
+
+# %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #desk0c02
+PAPER.main(
+    "desk",
+    *("table1", "table1_mw", "table2", "table3", "fig2b", "fig3", "fig4", "fig5"),
+    *("controls", "diversity", "conflict", "cost"),
+)

@@ -43,6 +43,9 @@ __all__ = [
     "RELEASED",
     "TABLE7",
     "WORLD",
+    "STORY",
+    "SIZES",
+    "STAYS",
     "pretraining",
     "pretrains",
     "parted",
@@ -64,6 +67,7 @@ __all__ = [
     "batch_recipes",
     "publish_policies",
     "publish_tuning",
+    "size_recipes",
 ]
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #9c34369c
@@ -569,6 +573,7 @@ POLICY = {  # field: (paper, code, source, why)
     "pretrain.mlp_ratio": (None, 4, _MAIN),
     "pretrain.dropout": (None, 0.1, _MAIN),
     "pretrain.warmup": (None, 10_000, _MAIN),
+    "pretrain.decay_to": (None, 1.0, _MAIN),
     "pretrain.clip": (None, 0.25, "prompt_seq_trainer.py of mxu34/prompt-dt"),
     "pretrain.normalise": (None, "train+test", f"{_MAIN}: average_state_mean"),
     "pretrain.scaled_init": (None, False, "transformers 4.5.1, on which mxu34/prompt-dt stands"),
@@ -808,3 +813,58 @@ PAPER.stand(
 PAPER.unknown("fig1", "Figure 1. Overview", "a drawing, nothing to compute")
 PAPER.unknown("fig2", "Figure 2", _UNSEEN)
 PAPER.unknown("fig4", "Figure 4", _UNSEEN)
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #desk0b02
+STORY = ("pdt", "pdt-uniform", "ranking", "ranking-uniform", "full", "soft")
+PAPER.exhibit(
+    "story",
+    "Table 1 in six rows",
+    "a random prompt ruins the policy, and tuning repairs it",
+    "table",
+    [r for f in ("cheetah-dir", "cheetah-vel") for r in _main[f] if r.key in STORY],
+    protocol=PROTOCOL + POOLS_TEXT,
+    reported="table1",
+    asked=True,
+    seeds=(0, 1, 2),
+    apart=True,
+)
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #desk0b04
+SIZES = {  # label: factors of the scale's size
+    "the scale's size": (),
+    "a third of the updates": (("steps", 1 / 3),),
+    "twice the updates": (("steps", 2.0),),
+    "half the width": (("width", 0.5),),
+    "twice the width": (("width", 2.0),),
+    "a third of the rate": (("lr", 1 / 3),),
+}
+STAYS = "a rate that stays"
+
+
+def size_recipes(family) -> dict:
+    "Prompt-DT of several sizes, untuned: {label: recipe}."
+    sized = {}
+    for i, (label, times) in enumerate(SIZES.items()):
+        sized[label] = pdt(family, f"size-{i}", f"Prompt-DT, {label}", times=times)
+    stays = pdt(family, "size-stays", f"Prompt-DT, {STAYS}", times=(("decay_to", 50.0),))
+    return sized | {STAYS: replace(stays, only=("desk",))}  # 50 x 2 % is all of it
+
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #desk0b05
+_sizes = {f: size_recipes(f) for f in ("cheetah-dir", "cheetah-vel")}
+PAPER.exhibit(
+    "sizes",
+    "Why this size",
+    "ours: where the learning curve levels off, and how far seeds are apart there",
+    "pretraining",
+    [r for by_label in _sizes.values() for r in by_label.values()],
+    protocol="Return on the test tasks along pre-training, one policy for each size. ",
+    labels={r.id: label for by_label in _sizes.values() for label, r in by_label.items()},
+    only=("desk", "smoke"),
+    asked=True,
+)
+PAPER.main(
+    "desk",
+    *("table1", "fig3", "controls", "fig5", "ablation_m", "ablation_mu", "ablation_init"),
+    *("pdt_table1", "pdt_fig2", "pdt_fig3", "pdt_fig4", "pdt_fig5", "pdt_fig7", "pdt_table7"),
+)

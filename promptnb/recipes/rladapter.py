@@ -237,6 +237,9 @@ PAPER.unknown(
 )
 PAPER.unknown("v1", "RLAdapter, version 1: all numbers", "none was found in a public source")
 
+# %% ../../nbs/09f_recipes.rladapter.ipynb #desk0f02
+PAPER.main("desk", "main", "success", "curve", "comprehension", "behaviour", "guidance", "cost", "benchmark")
+
 
 # %% ../../nbs/09f_recipes.rladapter.ipynb #rlpub001
 def own_rows(field) -> tuple:

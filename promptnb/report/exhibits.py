@@ -141,7 +141,7 @@ def show(view, wanted=None):
     if wanted is not None and e.id not in wanted:
         print(f"{e.id}: not asked for, or its weights cannot be had here")
         return
-    if e.asked and not status(view)["done"]:
+    if e.waits(view.scale) and not status(view)["done"]:
         command = f"promptnb run {e.paper} --exhibit {e.id} --scale {view.scale}"
         print(f"{e.id}: no runs, as it is made only when asked for: {command}")
         return
@@ -272,11 +272,12 @@ def parts_of(r) -> dict:
     if r.online:
         return parts | {"online": asdict(r.online)}
     if x := r.offline:
-        own = {k: v for k, v in asdict(x).items() if k not in ("text", "model")}
+        own = {k: v for k, v in asdict(x).items() if k not in ("text", "model", "times")}
         parts["offline"] = {**dict(x.model), **own}
         return parts | ({"offline.text": asdict(x.text)} if x.text else {})
     tune = {k: v for k, v in asdict(r.tune).items() if k != "hyper"}
-    return {"pretrain": asdict(r.pretrain), "tune": {**tune, **dict(r.tune.hyper)}} | parts
+    pretrain = {k: v for k, v in asdict(r.pretrain).items() if k != "times"}
+    return {"pretrain": pretrain, "tune": {**tune, **dict(r.tune.hyper)}} | parts
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000021

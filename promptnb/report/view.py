@@ -157,7 +157,7 @@ class View:
         out = []
         for full in rc.recipes_of(e, self.scale):
             r = rc.resolve(full, self.scale)
-            for seed in r.seeds if self.seeds is None else self.seeds:
+            for seed in (e.seeds or r.seeds) if self.seeds is None else self.seeds:
                 out.append(self.run(r, e.labels.get(r.id, r.method), seed))
         return out
 
