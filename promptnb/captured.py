@@ -138,7 +138,8 @@ class Captured:
     the position in it, the losses, and whether one of them was not finite."""
 
     def __init__(self, fit, sampler, loss):
-        self.fit, self.sampler, self.loss = fit, sampler, loss
+        self.fit, self.sampler, self.loss, self.first = fit, sampler, loss, fit.step
+        self.kinds = fit.model.kinds() if hasattr(fit.model, "kinds") else None
         new = {"device": fit.device}
         self.draws = sampler.draw(fit.step).map(lambda x: torch.zeros(CHUNK, *x.shape, dtype=x.dtype, **new))
         self.rates, self.losses = torch.zeros(CHUNK, **new), torch.zeros(CHUNK, **new)
@@ -190,6 +191,29 @@ def drawn(self: Captured, first):
     return draws.map(lambda x: x.pin_memory()) if self.fit.device.type == "cuda" else draws
 
 
+# %% ../nbs/04a_captured.ipynb #capt0061
+@patch
+def kind(self: Captured, t):
+    "Which graph update t is; None where all are one."
+    return self.kinds and self.kinds(t - self.first)
+
+
+# %% ../nbs/04a_captured.ipynb #capt0062
+@patch
+def record(self: Captured):
+    "Record a graph for each kind of the updates that are left."
+    fit, replay = self.fit, {}
+    first = self.drawn(fit.step)
+    try:
+        for kind in dict.fromkeys(map(self.kind, range(fit.step, fit.config.steps))):
+            fit.model.now = kind
+            self.fill(first, fit.step)
+            replay[kind] = GRAPHS[fit.device.type](self.update)
+    finally:
+        fit.model.now = None
+    self.replay = replay
+
+
 # %% ../nbs/04a_captured.ipynb #capt0020
 @patch
 def run(self: Captured):
@@ -202,8 +226,8 @@ def run(self: Captured):
         end = chunk_end(c, t)
         self.fill(ahead, t)
         torch.manual_seed(seed_for(c.seed, "chunk", t) % 2**63)
-        for _ in range(end - t):
-            self.replay()
+        for step in range(t, end):
+            self.replay[self.kind(step)]()
         if end < c.steps:
             ahead = self.drawn(end)
         yield None
@@ -216,7 +240,7 @@ def run(self: Captured):
 @torch.no_grad()
 def kept(fit):
     "A function that puts weights and moments of a fit back, in place, as they are now."
-    tensors = [*(p for p in fit.model.parameters() if p.requires_grad), *fit.model.buffers()]
+    tensors = [*fit.model.parameters(), *fit.model.buffers()]  # those that do not train too: targets move
     values = [x.detach().clone() for x in tensors]
     moments = {(p, k): v.clone() for p, state in fit.opt.state.items() for k, v in state.items()}
 
@@ -240,8 +264,7 @@ def recorded(fit, sampler, loss):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, on an optimiser for graphs that runs without one
-                graph.fill(graph.drawn(fit.step), fit.step)
-                graph.replay = GRAPHS[fit.device.type](graph.update)
+                graph.record()
             return graph
         except torch.OutOfMemoryError as e:
             reason = str(e)

@@ -105,6 +105,7 @@ __all__ = [
     "Draw",
     "Sampler",
     "Demos",
+    "PromptDraw",
     "demos",
 ]
 
@@ -1087,10 +1088,6 @@ class Sampler:
         G = len(self.ids)
         return torch.randperm(G, generator=gen)[:n] if n < G else torch.arange(G)
 
-    def starts(self, g, gen):
-        "Rows (n * per_task,) at which windows of tasks g (n,) begin."
-        return self.placed(self.rows.draw(g, (len(g), self.per_task), gen).flatten().to(self.device))
-
     def placed(self, rows):
         "Where the windows of drawn rows (B,) begin: there, or at the tail of their trajectories."
         if self.windows == "any":
@@ -1164,6 +1161,49 @@ def segments(self: Demos, m, P, gen) -> Steps:
     return steps.map(lambda x: x.unflatten(0, traj.shape))
 
 
+# %% ../nbs/02_data.ipynb #datapdr1
+@dataclass(frozen=True)
+class PromptDraw:
+    "What was chosen for prompts and windows of n tasks: everything random about them."
+
+    rows: torch.Tensor  # (n, B) of the Store
+    traj: torch.Tensor  # (n, m, J) trajectories of prompts
+    place: torch.Tensor | None = None  # (n, m, J) uniform on [0, 1): where in them; None: at the tail
+
+    def map(self, f):
+        "The draw with `f` applied to every tensor."
+        return PromptDraw(f(self.rows), f(self.traj), None if self.place is None else f(self.place))
+
+
+# %% ../nbs/02_data.ipynb #datapdr2
+@patch
+def choose(self: Demos, t, m, tasks=None, seed=0) -> PromptDraw:
+    "What draw t (`Demos.draw`) is made of, on the CPU."
+    s = self.sampler
+    gen = torch.Generator().manual_seed(seed_for(s.seed, "draw", seed, t))
+    g = s.draw_tasks(min(tasks or self.G, self.G), gen)
+    rows = s.rows.draw(g, (len(g), s.per_task), gen)
+    traj = s.trajs.draw(g, (len(g), m, self.J), gen)
+    return PromptDraw(rows, traj, torch.rand(traj.shape, generator=gen) if self.position == "random" else None)
+
+
+# %% ../nbs/02_data.ipynb #datapdr3
+@patch
+def drawn(self: Demos, d: PromptDraw):
+    "Prompts, rewards and windows of a choice, which is on the device: as `Demos.draw` gives them."
+    s, (n, m, _) = self.sampler, d.traj.shape
+    traj, place = d.traj.flatten(0, 1), None if d.place is None else d.place.flatten(0, 1)
+    at = prompt_rows(s.table, traj, self.H, self.position, place=place).flatten()
+
+    def as_prompts(x):
+        return joined(x, traj.shape, self.gap).unflatten(0, (n, m))
+
+    prompts = s.table.windows(at, self.H).map(as_prompts)
+    rewards = as_prompts(s.table.rewards(at, self.H))
+    windows = s.table.windows(s.placed(d.rows.flatten()), s.K).map(lambda x: x.unflatten(0, (n, -1)))
+    return prompts, rewards, windows
+
+
 # %% ../nbs/02_data.ipynb #datadraw
 @patch
 def draw(self: Demos, t, m, tasks=None, seed=0):
@@ -1171,21 +1211,7 @@ def draw(self: Demos, t, m, tasks=None, seed=0):
 
     (m prompts per task, cut from demonstrations: Steps (n, m, P, .); their rewards (n, m, P, 1); windows (n, B, K, .)).
     """
-    s = self.sampler
-    gen = torch.Generator().manual_seed(seed_for(s.seed, "draw", seed, t))
-    n = min(tasks or self.G, self.G)
-    g = s.draw_tasks(n, gen)
-    rows = s.starts(g, gen)
-    traj = s.trajs.draw(g, (n, m, self.J), gen).flatten(0, 1).to(s.device)
-    at = prompt_rows(s.table, traj, self.H, self.position, gen).flatten()
-
-    def as_prompts(x):
-        return joined(x, traj.shape, self.gap).unflatten(0, (n, m))
-
-    prompts = s.table.windows(at, self.H).map(as_prompts)
-    rewards = as_prompts(s.table.rewards(at, self.H))
-    windows = s.table.windows(rows, s.K).map(lambda x: x.unflatten(0, (n, -1)))
-    return prompts, rewards, windows
+    return self.drawn(self.choose(t, m, tasks, seed).map(lambda x: x.to(self.sampler.device)))
 
 
 # %% ../nbs/02_data.ipynb #databest

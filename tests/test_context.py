@@ -23,6 +23,7 @@ from promptnb.tuners.context import (
     Windows,
     advantages,
     components,
+    order_of,
     shuffled,
     usual_return,
     weights,
@@ -160,12 +161,14 @@ def test_shuffled_keeps_actions_whole_and_padding_in_place():
     m = torch.ones(2, 6, 4)
     m[0, :2, 0] = 0
     real = m > 0
-    x = shuffled(a, m, 0)
+    x = shuffled(a, m, order_of((2, 24), 0))
     assert (x == x[..., :1]).all() and (x != a)[real].float().mean() > 0.8
     for g in range(2):
         for k in (real[g], ~real[g]):
             assert set(x[g][k].flatten().tolist()) == set(a[g][k].flatten().tolist())
-    assert torch.equal(shuffled(a, m, 0), x) and not torch.equal(shuffled(a, m, 1), x)
+    assert torch.equal(shuffled(a, m, order_of((2, 24), 0)), x) and not torch.equal(
+        shuffled(a, m, order_of((2, 24), 1)), x
+    )
 
 
 @pytest.mark.parametrize("family, quality", [("smax-3m", "good"), ("cheetah-vel", "expert")])

@@ -339,11 +339,11 @@ def trajectories(lengths, pictures=False):
 def test_transitions_by_hand():
     st = trajectories([4, 2, 1, 4])
     mu, sd = data.state_stats(st)
-    b = V.Transitions(st, mu, sd, horizon=4).take(torch.arange(11))
+    b = V.Transitions(st, mu, sd, horizon=4).take(V.RowDraw(torch.arange(11)))
     assert torch.equal(b.s, (st.s - mu) / sd) and torch.equal(b.a, st.a) and torch.equal(b.r, st.r)
     assert torch.equal(b.s2, b.s[[1, 2, 3, 3, 5, 5, 6, 8, 9, 10, 10]])
     assert b.done.tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0]  # those of four steps were cut
-    assert V.Transitions(st, mu, sd, horizon=5).take(torch.arange(11)).done.tolist() == [
+    assert V.Transitions(st, mu, sd, horizon=5).take(V.RowDraw(torch.arange(11))).done.tolist() == [
         0,
         0,
         0,

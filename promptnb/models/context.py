@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import Batch, PromptnbError, Steps, check_choice
-from .dt import DTConfig, Policy, PromptDT, clipped
+from .dt import DTConfig, Policy, PromptDT, clipped, picks
 
 # %% auto #0
 __all__ = [
@@ -87,17 +87,21 @@ class Encoder(nn.Module):
 
 
 # %% ../../nbs/03d_models.context.ipynb #f00eea0f
-def info_nce(z, task, temperature=0.1):
-    "InfoNCE in nats of embeddings z (B, d) of tasks (B,): how badly each finds its task's others among all, by cosine."
+def info_nce(z, task, temperature=0.1, some=None):
+    """InfoNCE in nats of embeddings z (B, d) of tasks (B,): how badly each finds its task's others, by cosine.
+
+    some: which rows (B,) are there; the result is that without the others."""
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=-1)
         cosine = z @ z.T
     me = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    score = (cosine / temperature).masked_fill(me, -torch.inf).log_softmax(-1)
-    same = (task[:, None] == task) & ~me
+    out, least = (me, -torch.inf) if some is None else (me | ~(some[:, None] & some), torch.finfo(cosine.dtype).min)
+    score = (cosine / temperature).masked_fill(out, least).log_softmax(-1)
+    same = (task[:, None] == task) & ~out
     n = same.sum(-1)
     per_row = -score.masked_fill(~same, 0.0).sum(-1) / n.clamp(min=1)
-    return per_row[n > 0].sum() / (n > 0).sum().clamp(min=1)
+    total = per_row[n > 0].sum() if some is None else per_row.sum()  # of a row without others it is 0
+    return total / (n > 0).sum().clamp(min=1)
 
 
 # %% ../../nbs/03d_models.context.ipynb #1f11febc
@@ -183,10 +187,12 @@ def task_losses(self: ContextDT, z, some, task):
     "{name: weighted loss} of embeddings z (M, d) of tasks (M,), over the contexts that say anything, `some` (M,)."
     c, out = self.config, {}
     if c.w_nce:
-        out["nce"] = c.w_nce * info_nce(z[some], task[some], c.temperature)
+        there = (z[some], task[some], c.temperature) if picks(z) else (z, task, c.temperature, some)
+        out["nce"] = c.w_nce * info_nce(*there)
     if c.w_class:
         each = F.cross_entropy(self.classify(z).float(), task, reduction="none")
-        out["class"] = c.w_class * each[some].sum() / some.sum().clamp(min=1)
+        total = each[some].sum() if picks(z) else (each * some).sum()
+        out["class"] = c.w_class * total / some.sum().clamp(min=1)
     return out
 
 
@@ -248,16 +254,6 @@ def parts(self: ContextDT, batch: Batch, n) -> list:
     c = self.config
     more = batch.task is not None and (c.w_state or c.w_return or c.w_nce or c.w_class)
     return [(None, batch)] if more else PromptDT.parts(self, batch, n)
-
-
-# %% ../../nbs/03d_models.context.ipynb #ctxuncap
-@patch(as_prop=True)
-def uncaptured(self: ContextDT) -> str:
-    "Why a GPU's graph cannot hold its loss; '' where it can."
-    c = self.config
-    return (
-        "a loss over tasks picks the rows with a context, and how many there are varies" if c.w_nce or c.w_class else ""
-    )
 
 
 # %% ../../nbs/03d_models.context.ipynb #2926eca2

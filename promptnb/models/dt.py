@@ -54,6 +54,7 @@ __all__ = [
     "Embed",
     "Prefix",
     "PromptDT",
+    "picks",
     "spans",
     "check_hashes",
     "place_of",
@@ -382,6 +383,12 @@ def error(self: PromptDT, pred, target, mask, reduction="mean"):
     "Squared error of actions, or cross-entropy of choices; arguments as `action_loss`."
     loss = choice_loss if self.config.discrete else action_loss
     return loss(pred.to(target.dtype), target, mask, reduction)
+
+
+# %% ../../nbs/03_models.dt.ipynb #dtpick02
+def picks(x) -> bool:
+    "May shapes follow from values where this tensor lies? On a CPU; a GPU would wait for them, and a graph cannot."
+    return x.device.type == "cpu"
 
 
 # %% ../../nbs/03_models.dt.ipynb #c94ca117

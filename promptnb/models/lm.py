@@ -44,7 +44,7 @@ from promptnb.core import (
     sha256_file,
     write_sealed,
 )
-from .dt import SafeHub, check_heads, check_sizes, check_window, config_of, spans, tokens3
+from .dt import SafeHub, check_heads, check_sizes, check_window, config_of, picks, spans, tokens3
 
 # %% auto #0
 __all__ = [
@@ -300,6 +300,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, x, mask=None):
         "Vectors (B, T, d), who sees whom (B, 1, T, T) or None for causal -> (B, T, d)."
+        if mask is None and not picks(x):  # without one, transformers looks at values, which a GPU's graph cannot
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
         return self.trunk(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
 
     def loss(self, batch):

@@ -14,10 +14,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import PromptnbError, Steps
+from .dt import picks
 from .lm import LamoPolicy, LMConfig, Residual
 
 # %% auto #0
-__all__ = ["LAYERS", "PixelConfig", "Eye", "Past", "PixelLamo"]
+__all__ = ["LAYERS", "PixelConfig", "Eye", "Past", "PixelLamo", "choice_error"]
 
 
 # %% ../../nbs/03c_models.pixels.ipynb #039c100a
@@ -90,7 +91,6 @@ class PixelLamo(LamoPolicy):
     "A LamoPolicy that reads pictures (B, K, C, H, W) uint8 and scores discrete actions (B, K, A)."
 
     pictures = True
-    uncaptured = "its loss picks the real steps, and how many there are varies"
 
     def __init__(self, model: dict, K: int = 30, rtg_scale: float = 1.0, frames=None):
         # `frames` may stand here or in `model`
@@ -126,6 +126,16 @@ def positions(self: PixelLamo):
     return table if isinstance(table, nn.Embedding) else None
 
 
+# %% ../../nbs/03c_models.pixels.ipynb #pixerr01
+def choice_error(scores, a, real):
+    "Cross-entropy of scores (B, K, A) with one-hot actions of the same shape, over the real steps (B, K)."
+    if picks(scores):
+        return F.cross_entropy(scores[real].float(), a[real].argmax(-1))
+    nothing = -100  # cross_entropy passes over such a target
+    wanted = torch.where(real, a.argmax(-1), nothing)
+    return F.cross_entropy(scores.flatten(0, 1).float(), wanted.flatten(), ignore_index=nothing)
+
+
 # %% ../../nbs/03c_models.pixels.ipynb #4ac50ae8
 @patch
 def loss(self: PixelLamo, batch):
@@ -133,8 +143,7 @@ def loss(self: PixelLamo, batch):
     x, lam, text = batch.history, self.config.lam, getattr(batch, "text", None)
     if x is None:
         return lam * self.lm.loss(batch)
-    real = x.mask > 0
-    loss = F.cross_entropy(self(x)[real].float(), x.a[real].argmax(-1))
+    loss = choice_error(self(x), x.a, x.mask > 0)
     return loss if text is None or not lam else loss + lam * self.lm.loss(batch)
 
 

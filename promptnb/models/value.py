@@ -24,6 +24,7 @@ from .dt import SafeHub
 __all__ = [
     "LEARNERS",
     "TransitionBatch",
+    "RowDraw",
     "Transitions",
     "return_scale",
     "mlp",
@@ -65,6 +66,18 @@ class TransitionBatch:
         return len(self.r)
 
 
+# %% ../../nbs/03b_models.value.ipynb #valdraw1
+@dataclass(frozen=True)
+class RowDraw:
+    "What was chosen for a batch: everything random about it."
+
+    rows: torch.Tensor  # (B,) of the store
+
+    def map(self, f):
+        "The draw with `f` applied to its tensor."
+        return RowDraw(f(self.rows))
+
+
 # %% ../../nbs/03b_models.value.ipynb #4d75af25
 @dataclass
 class Transitions:
@@ -94,9 +107,9 @@ class Transitions:
         back = torch.arange(self.stack - 1, -1, -1, device=rows.device)
         return s[torch.maximum(rows[:, None] - back, first[:, None])]  # before the start: the first frame again
 
-    def take(self, rows) -> TransitionBatch:
-        "The steps of rows (B,) of the store."
-        store = self.store
+    def take(self, drawn) -> TransitionBatch:
+        "The steps of drawn rows of the store."
+        store, rows = self.store, drawn.rows
         j = torch.searchsorted(store.first, rows, right=True) - 1  # the trajectory of each row
         first, last = store.first[j], store.first[j] + store.length[j] - 1
         r = store.r[rows].clamp(-self.reward_clip, self.reward_clip) * self.reward_scale
@@ -104,10 +117,14 @@ class Transitions:
         after = self.states((rows + 1).minimum(last), first)
         return TransitionBatch(self.states(rows, first), store.a[rows], r, after, done)
 
-    def batch(self, t) -> TransitionBatch:
-        "The batch of step t: rows drawn with replacement."
+    def draw(self, t) -> RowDraw:
+        "What the batch of step t is made of, on the CPU: rows drawn with replacement."
         gen = torch.Generator().manual_seed(seed_for(self.seed, "transitions", t))
-        return self.take(torch.randint(len(self.store.r), (self.size,), generator=gen).to(self.device))
+        return RowDraw(torch.randint(len(self.store.r), (self.size,), generator=gen))
+
+    def batch(self, t) -> TransitionBatch:
+        "The batch of step t."
+        return self.take(self.draw(t).map(lambda x: x.to(self.device)))
 
 
 # %% ../../nbs/03b_models.value.ipynb #150922dd
@@ -161,6 +178,8 @@ class Learner(nn.Module, SafeHub, tags=["promptnb", "offline-rl"]):
 
     A subclass has `build` (its nets), `losses(batch)` (by name) and `choose(states)` (actions, or their scores)."""
 
+    uncaptured = ""  # its losses are made of tensors alone: a GPU's graph can hold them
+    now = None  # the kind of update that is being recorded (`kinds`)
     K = 1  # steps of history
     discrete = False  # True: `choose` gives scores of actions
     every = 1  # steps per move of the targets
@@ -223,12 +242,28 @@ def loss(self: Learner, batch):
     return sum(self.losses(batch).values())
 
 
+# %% ../../nbs/03b_models.value.ipynb #valkind1
+@patch
+def kind(self: Learner, t) -> tuple:
+    "(do the targets move in update t?,): updates of one kind are made of the same operations, so a GPU records each."
+    return (bool(self.copies) and t > 0 and t % self.every == 0,)
+
+
+# %% ../../nbs/03b_models.value.ipynb #valkind2
+@patch
+def kinds(self: Learner):
+    "A function of k: the kind of the k-th update from now."
+    done = int(self.step)
+    return lambda k: self.kind(done + k)
+
+
 # %% ../../nbs/03b_models.value.ipynb #e3630dc3
 @patch
 @torch.no_grad()
 def follow(self: Learner):
     "Move the target copies by the fraction tau, each `every` steps but not before the first; then count the step."
-    if self.step and self.step % self.every == 0:
+    moves, *_ = self.kind(int(self.step)) if self.now is None else self.now
+    if moves:
         for name in self.copies:
             copied, part = getattr(self, f"{name}_target"), getattr(self, name)
             for target, weight in zip(copied.parameters(), part.parameters()):
@@ -298,6 +333,10 @@ class TD3BC(Learner):
         self.actor = nn.Sequential(mlp(self.state_dim, self.act_dim, self.hidden, self.depth), nn.Tanh())
         self.q = Twin(self.state_dim + self.act_dim, self.hidden, self.depth)
 
+    def kind(self, t):
+        "(do the targets move?, does the actor train?)"
+        return *super().kind(t), (t + 1) % self.delay == 0
+
     @torch.no_grad()
     def target(self, b):
         "What the data's actions should be worth: (B,). The target actor acts, with clipped noise."
@@ -314,7 +353,8 @@ class TD3BC(Learner):
     def losses(self, b):
         "The critics' loss; in training the actor's only every `delay` steps."
         out = dict(critic=squares(self.q(b.s, b.a), self.target(b)))
-        if not self.training or self.step % self.delay == 0:
+        acts = self.step % self.delay == 0 if self.now is None else self.now[1]
+        if not self.training or acts:
             out["actor"] = self.actor_loss(b)
         return out
 

@@ -19,6 +19,8 @@ __all__ = [
     "usual_return",
     "advantages",
     "weights",
+    "WindowDraw",
+    "order_of",
     "Windows",
     "joined",
     "shuffled",
@@ -71,6 +73,25 @@ def weights(advantage, beta=1.0, most=20.0):
     return w / w.mean(1, keepdim=True)
 
 
+# %% ../../nbs/06c_tuners.context.ipynb #ctxdraw1
+@dataclass(frozen=True)
+class WindowDraw:
+    "What was chosen for windows: a draw of the demonstrations' sampler, and numbers that put actions in order."
+
+    windows: object
+    order: torch.Tensor | None = None  # (G, B * K) uniform on [0, 1)
+
+    def map(self, f):
+        "The draw with `f` applied to every tensor."
+        return WindowDraw(self.windows.map(f), None if self.order is None else f(self.order))
+
+
+# %% ../../nbs/06c_tuners.context.ipynb #ctxdraw2
+def order_of(shape, seed):
+    "Uniform random numbers of a shape that follow from a seed: they put actions in another order."
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
 # %% ../../nbs/06c_tuners.context.ipynb #8a29684f
 @dataclass
 class Windows:
@@ -87,11 +108,28 @@ class Windows:
             seen = [self.demos.batch(("usual", self.seed, i)) for i in range(16)]
             self.usual = usual_return(joined(seen))
 
+    def draw(self, t) -> WindowDraw:
+        "What the windows of step t are made of, on the CPU."
+        windows, sampler = self.demos.sampler.draw((self.seed, t)), self.demos.sampler
+        return WindowDraw(windows, self.order(t, (self.demos.G, sampler.per_task * sampler.K)))
+
+    def take(self, d: WindowDraw):
+        "The windows of a draw, which is on the device, their actions shuffled or weights beside them."
+        return self.ready(self.demos.taken(d.windows), d.order)
+
     def batch(self, t):
-        "The windows of step t, their actions shuffled or weights beside them."
+        "The windows of step t."
         h = self.demos.batch((self.seed, t))
-        if self.towards == "shuffled":
-            return replace(h, a=shuffled(h.a, h.mask, seed_for(self.seed, "shuffled", t)))
+        return self.ready(h, self.order(t, h.mask.flatten(1).shape))
+
+    def order(self, t, shape):
+        "What shuffles the actions of step t; None where they stay."
+        return order_of(shape, seed_for(self.seed, "shuffled", t)) if self.towards == "shuffled" else None
+
+    def ready(self, h, order):
+        "Windows with their actions in another order, or with weights beside them."
+        if order is not None:
+            return replace(h, a=shuffled(h.a, h.mask, order.to(h.a.device)))
         return h if self.usual is None else (h, weights(advantages(h, self.usual), self.beta))
 
 
@@ -102,10 +140,9 @@ def joined(parts, dim=1) -> Steps:
 
 
 # %% ../../nbs/06c_tuners.context.ipynb #533ffc40
-def shuffled(a, mask, seed):
-    "Actions (G, B, K, A), those of each task's real steps in another order."
+def shuffled(a, mask, key):
+    "Actions (G, B, K, A), those of each task's real steps in the order of random numbers `key` (G, B * K)."
     pad = 1 - mask.flatten(1)
-    key = torch.rand(pad.shape, generator=torch.Generator().manual_seed(seed)).to(a.device)
     # real steps come first in both: in a random order, and in their own
     take, put = (key + 2 * pad).argsort(1), pad.argsort(dim=1, stable=True)
 

@@ -161,7 +161,7 @@ def noise(self: Diffuser, x, y, i):
     def rows(z):
         return z.reshape(self.G, -1, *z.shape[3:])
 
-    i = torch.as_tensor(i, device=x.device).expand(x.shape[:3])
+    i = i if torch.is_tensor(i) else torch.full(x.shape[:3], i, device=x.device)  # filled there: a graph cannot copy it
     return self.net(rows(x), rows((y.rtg - self.rtg_mean) / self.rtg_std), rows(y.t), rows(i)).view_as(x)
 
 
@@ -180,7 +180,8 @@ def loss(self: Diffuser, x, y):
 @patch
 def chain(self: Diffuser, y, gen=None) -> Iterator[torch.Tensor]:
     "From noise to prompts: x_N, x_N-1, ..., x_0, each (n, m, P, D) standardised, for conditions y (n, m, P, .)."
-    x = torch.randn(*y.t.shape, len(self.mean), generator=gen).to(self.mean.device)
+    device = self.mean.device
+    x = torch.randn(*y.t.shape, len(self.mean), generator=gen, device=gen.device if gen else device).to(device)
     yield x
     for i in self.sched.timesteps.tolist():
         x = self.sched.step(self.noise(x, y, i), i, x, generator=gen, return_dict=False)[0]
@@ -274,6 +275,8 @@ def combine(g_dm, g_dt, lam=1.0, guidance="always"):
 class Guided(nn.Module):
     "What `fit` minimises: the diffuser is its only module with parameters, the policy's model stays frozen."
 
+    uncaptured = ""  # the chain's N forwards and both gradients are one graph on a GPU
+
     def __init__(self, diffuser, model, guidance="always", lam=1.0):
         super().__init__()
         self.diffuser, self.guidance, self.lam = diffuser, guidance, lam
@@ -334,6 +337,14 @@ class Draws:
     m: int
     tasks: int | None
     seed: int
+
+    def draw(self, t):
+        "What the batch of update t is made of, on the CPU."
+        return self.demos.choose(t, self.m, self.tasks, self.seed)
+
+    def take(self, drawn):
+        "Prompts, rewards and windows of a choice, which is on the device."
+        return self.demos.drawn(drawn)
 
     def batch(self, t):
         "Prompts, rewards and windows of update t."
