@@ -25,6 +25,7 @@ import torch
 from fastcore.basics import patch
 from IPython.display import Image, Markdown
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import collect, data, tasks
 from . import recipes as rc
@@ -405,7 +406,7 @@ def dots(ax, games: dict, expert):
         ax.annotate(f"{mean:.1f}", (mean, y), (0, 16), textcoords="offset points", ha="center", fontsize=9)
     if expert is not None:
         ax.axvline(expert, color="k", ls=":")
-        ax.annotate(f" expert {expert:.1f}", (expert, -0.75), ha="left" if expert < 0 else "right", fontsize=9)
+        ax.annotate(f"  expert {expert:.1f}  ", (expert, -0.75), ha="left" if expert < 0 else "right", fontsize=9)
     ax.set_yticks(range(len(games)), list(games))
     ax.set(ylim=(len(games) - 0.4, -0.9), xlabel="return", title="played from the same starts; bar: mean")
     ax.grid(axis="x", alpha=0.3)
@@ -805,6 +806,7 @@ def curves_figure(results: Results, ks, metric) -> Figure:
         shown += 1
     title = "mean over seeds and tasks" + (f"; the first {MOST} of {len(groups)} lines" * (shown == MOST))
     ax.set(xlabel="step", ylabel=metric.replace("_", " "), title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.grid(alpha=0.3)
     if shown:
         fig.legend(loc="outside right upper", fontsize=8)
@@ -850,7 +852,8 @@ class ResultsPanel:
             self.filters[name] = menu
         self.metric = widgets.Dropdown(description="curve of", layout=dict(width="240px"))
         self.metric.observe(lambda _: self.draw(), "value")
-        self.pair = [widgets.Dropdown(description=x, layout=dict(width="480px")) for x in "AB"]
+        style = dict(description_width="20px")
+        self.pair = [widgets.Dropdown(description=x, style=style, layout=dict(width="515px")) for x in "AB"]
         for menu in self.pair:
             menu.observe(lambda _: self.compare(), "value")
         self.count, self.table, self.difference = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -887,7 +890,7 @@ def filter(self: ResultsPanel):
 def run_name(row) -> str:
     "A row of the results in one line."
     kind = "" if row.kind == "run" else f", {row.kind}"
-    return f"{row.method} on {row.family}, {row.scale} scale, seed {row.seed}, {row.paper}{kind}"
+    return f"{row.method} on {row.family}, {row.scale}, seed {row.seed} ({row.paper}{kind})"
 
 
 # %% ../nbs/12b_explore.ipynb #expl0072
@@ -1145,7 +1148,7 @@ def draw_moved(self: Live, ax, task):
 # %% ../nbs/12b_explore.ipynb #expl0081
 def live_figure(bench: Bench, task, live: Live | None = None) -> Figure:
     "The judge, the return, and what was moved for a test task (an index)."
-    fig = Figure(figsize=(10.4, 3.4), layout="constrained")
+    fig = Figure(figsize=(10.4, 3.0), layout="constrained")
     judge, value, moved = fig.subplots(1, 3, width_ratios=(1, 1, 1.15))
     if live is None or live.now is None:
         heat(moved, bench.demos.prompt[task], "the prompt as drawn")
@@ -1155,8 +1158,10 @@ def live_figure(bench: Bench, task, live: Live | None = None) -> Figure:
         return fig
     points = (live.judged, live.returns)
     for ax, xy, color in zip((judge, value), points, ("C0", "C2"), strict=True):
-        ax.plot([t for t, _ in xy], [y for _, y in xy], ".-" if ax is judge else "o-", color=color)
+        line = ".-" if ax is judge else "o-"
+        ax.plot([t for t, _ in xy], [y for _, y in xy], line, color=color, clip_on=False, zorder=3)
         ax.set(xlabel="tuning step", xlim=(0, live.steps))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.grid(alpha=0.3)
     judge.set_title("its judge: return of what it tries" if live.online else "its judge: action error")
     value.set_title("return, test tasks")
@@ -1196,8 +1201,9 @@ class TuningPanel:
 @patch
 def connect(self: TuningPanel):
     "Let each widget call what it stands for."
-    for button in self.starts:
+    for button in (*self.starts, self.end):
         button.layout.width = "110px"
+    for button in self.starts:
         button.on_click(lambda b: self.start(b.description))
     self.end.on_click(lambda _: self.live.stop())
     self.policy.observe(lambda _: self.open(), "value")
@@ -1279,7 +1285,7 @@ def work(self: TuningPanel, live: Live):
         live.run(tell)
         self.show()
         done = live.step
-        self.line.value = f"{live.tuner}: {'stopped' if done < live.steps else 'done'} after {done} steps"
+        self.line.value = f"{live.tuner}: {'stopped' if done < live.steps else 'done'} after step {done}"
     except Exception as e:  # nobody else would hear of it
         self.line.value = f"<span style='color:#b00'>{html.escape(f'{type(e).__name__}: {e}')}</span>"
     finally:

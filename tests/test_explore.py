@@ -167,7 +167,7 @@ def test_stop_ends_a_tuner_after_its_step(home, name):
     panel.end.click()
     panel.thread.join(60)
     assert not panel.thread.is_alive() and panel.live.step < 200
-    assert f"{name}: stopped after" in panel.line.value and panel.end.disabled
+    assert f"{name}: stopped after step" in panel.line.value and panel.end.disabled
 
 
 def test_results_are_filtered_and_compared(home):
