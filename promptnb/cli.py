@@ -9,8 +9,10 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,6 +32,7 @@ from promptnb.core import (
     figures_dir,
     folder_named_by,
     process_name,
+    results_dir,
     root,
     run_lock,
     runs_dir,
@@ -37,6 +40,7 @@ from promptnb.core import (
     write_atomic,
     write_json,
 )
+from .experiments import live
 from .experiments.cards import PER_GPU, cards, per_gpu
 from .experiments.cluster import FEW, asked, executor_of, longest_job, requeue, settings_of
 from promptnb.experiments.forecast import (
@@ -50,7 +54,7 @@ from promptnb.experiments.forecast import (
     spell,
     write_seconds,
 )
-from .experiments.job import log_path
+from .experiments.job import check_variants, log_path, vary
 from promptnb.experiments.notebook import (
     GRACE,
     LIMIT,
@@ -70,8 +74,9 @@ from promptnb.experiments.notebook import (
     time_limit,
 )
 from .experiments.plain import plain_jobs
-from .experiments.plan import Request, chosen, is_finished, plan, tasks_of, within_means, write_plan
+from .experiments.plan import Request, chosen, is_finished, plan, tasks_of, varied, within_means, write_plan
 from .experiments.run import RETRAIN, relative
+from .recipes.variants import in_text
 
 # %% auto #0
 __all__ = [
@@ -91,6 +96,7 @@ __all__ = [
     "a_card",
     "run",
     "alone",
+    "draws",
     "in_words",
     "handed_over",
     "summary",
@@ -102,6 +108,8 @@ __all__ = [
     "paper_argument",
     "job_settings",
     "in_force",
+    "set_argument",
+    "set_words",
     "run_arguments",
     "pairs",
     "seeds_of",
@@ -124,6 +132,7 @@ __all__ = [
     "cmd_policies",
     "status_arguments",
     "status_line",
+    "found_sets",
     "cmd_status",
     "film_arguments",
     "cmd_film",
@@ -287,7 +296,8 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
             return 0
         # told to terminate, Snakemake waits for what it has on a cluster; interrupted, it cancels that
         last_word = signal.SIGINT if remote else signal.SIGTERM
-        return handed_over(rules, tasks, lambda file: snakemake(file, cores, dry, profile, slots), dry, last_word)
+        command = functools.partial(snakemake, cores=cores, dry=dry, profile=profile, slots=slots)
+        return handed_over(rules, tasks, command, dry, last_word, draws(request))
 
 
 # %% ../nbs/12_cli.ipynb #clirun09
@@ -301,6 +311,16 @@ def alone(request: Request):
         yield
 
 
+# %% ../nbs/12_cli.ipynb #cliset14
+def draws(request: Request) -> str:
+    "The command that draws the variants of a request; '' where there are none."
+    if not request.sets:
+        return ""
+    exhibits = dict.fromkeys(id.partition("+")[0] for id in request.exhibits)
+    named = "".join(f" --exhibit {id}" for id in exhibits)
+    return f"render {request.paper} --scale {request.scale}{named}{set_words(request.sets)}"
+
+
 # %% ../nbs/12_cli.ipynb #clirun06
 def in_words(request: Request) -> str:
     "What is asked for: the paper and its exhibits that have runs here, or all papers."
@@ -312,10 +332,10 @@ def in_words(request: Request) -> str:
 
 
 # %% ../nbs/12_cli.ipynb #clirun07
-def handed_over(rules, tasks, command, dry=False, last_word=signal.SIGTERM) -> int:
+def handed_over(rules, tasks, command, dry=False, last_word=signal.SIGTERM, then="") -> int:
     """Let Snakemake work on rules, then say what came out.
 
-    command: of the plan's file, the command that runs it; last_word: as `owned` takes it."""
+    command: of the plan's file, the command that runs it; last_word: as `owned` takes it; then: as `summary` does."""
     file, start = write_plan(rules, dry), time.monotonic()
     try:
         status = owned(command(file), last_word)
@@ -325,13 +345,15 @@ def handed_over(rules, tasks, command, dry=False, last_word=signal.SIGTERM) -> i
         for paper in {task.job.paper for task in tasks}:
             note_killed(paper, tasks[0].scale)
     if not dry:
-        print("\n".join(summary(tasks, time.monotonic() - start)), flush=True)
+        print("\n".join(summary(tasks, time.monotonic() - start, then=then)), flush=True)
     return status
 
 
 # %% ../nbs/12_cli.ipynb #clirun08
-def summary(tasks, seconds, most=20) -> list:
-    "Lines: how much ran, what failed and why and where its log is, what was not begun, where the tables come from."
+def summary(tasks, seconds, most=20, then="") -> list:
+    """Lines: how much ran, what failed and why and where its log is, what was not begun, where the tables come from.
+
+    then: the command that draws them, where it is not `report`."""
     left = [run for task in tasks for run in task.left]
     ran = [run for run in left if run.finished]
     failed = [run for run in left if run not in ran and run.failed_path.exists()]
@@ -345,7 +367,7 @@ def summary(tasks, seconds, most=20) -> list:
         out.append(f"not run: {many(unbegun, 'run')}, stopped or waiting for what failed; the same command goes on")
     papers = dict.fromkeys(task.job.paper for task in tasks)
     paper = next(iter(papers)) if len(papers) == 1 else "all"
-    return [*out, f"tables and figures: promptnb report {paper} --scale {tasks[0].scale}"]
+    return [*out, f"tables and figures: promptnb {then or f'report {paper} --scale {tasks[0].scale}'}"]
 
 
 # %% ../nbs/12_cli.ipynb #cliown01
@@ -439,6 +461,8 @@ def job_settings(p):
 def in_force(a):
     "The settings of `job_settings`, in the environment that jobs and their kernels inherit."
     given = {ACCEPT: "1" if a.accept_changed_data else None, LIMIT: a.time_limit, PER_GPU: a.per_gpu}
+    if a.command == "run":  # refused before work starts, and a path written out; to a job it does no harm
+        given[live.LOG] = live.named() or None
     given[RETRAIN] = "1" if a.retrain else None
     if a.compile:
         from promptnb.captured import COMPILE
@@ -459,6 +483,19 @@ def in_force(a):
                 os.environ[k] = v
 
 
+# %% ../nbs/12_cli.ipynb #cliset11
+def set_argument(p):
+    "Declare --set."
+    what = "another value of a recipe's field: tune.lr=1e-3; several, with commas, make a sweep"
+    p.add_argument("--set", action="append", default=[], dest="sets", metavar="FIELD=VALUE", help=what)
+
+
+# %% ../nbs/12_cli.ipynb #cliset12
+def set_words(sets) -> str:
+    "' --set tune.lr=1e-3', as a shell takes it: the end of a command about these variants."
+    return "".join(f" --set {shlex.quote(text)}" for text in sets)
+
+
 # %% ../nbs/12_cli.ipynb #aaa2054c
 def run_arguments(p):
     "Declare what `run` takes."
@@ -472,6 +509,7 @@ def run_arguments(p):
     p.add_argument("--measure", action="store_true", help="time training steps again, for the forecast")
     p.add_argument("--profile", default="local", help="folder of workflow/profiles: local, gpu, slurm, kubernetes")
     p.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of nbs/papers/run.ipynb")
+    set_argument(p)
     job_settings(p)
 
 
@@ -533,12 +571,15 @@ def cmd_run(a):
     executor_of(a.profile)
     if a.paper == "all" and a.exhibit:
         raise PromptnbError(f"--exhibit {a.exhibit[0]} is of one paper: name that instead of all")
-    request = Request(a.paper, tuple(a.exhibit), fixed.get("scale", a.scale), seeds, tuple(a.family))
+    scale, families = fixed.get("scale", a.scale), tuple(a.family)
+    request = varied(Request(a.paper, tuple(a.exhibit), scale, seeds, families, sets=tuple(a.sets)))
     check_families(request)
+    check_variants([rc.resolve(r, scale) for r in request.recipes() if r.sets])
     with in_force(a):
         failed = run(request, a.cores, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile, a.measure)
     if failed:
-        see = "see above" if a.paper == "all" else f"see `promptnb status {a.paper} --scale {a.scale}`"
+        status = f"promptnb status {a.paper} --scale {a.scale}{set_words(a.sets)}"
+        see = "see above" if a.paper == "all" else f"see `{status}`"
         raise PromptnbError(f"not everything ran: {see}; the same command goes on from here")
 
 
@@ -553,6 +594,7 @@ def job_arguments(p):
     p.add_argument("-p", action="append", default=[])
     p.add_argument("--plain", action="store_true", help="in this process, without a notebook: needs no papermill")
     p.add_argument("--minutes", type=float, help="with --plain: stop in time at a checkpoint, and say what is left")
+    set_argument(p)
     job_settings(p)
 
 
@@ -564,10 +606,13 @@ def cmd_job(a):
         raise PromptnbError("--minutes is of --plain, which stops at a checkpoint; a notebook has --time-limit")
     if a.plain and a.p:
         raise PromptnbError(f"-p {a.p[0]} is a notebook's parameter, and --plain runs none")
+    for paper in {id.split("/")[0] for id in a.id} & {*rc.PAPERS}:
+        vary(paper, a.sets)
     with in_force(a):
         if a.plain:
             return plain_jobs(a.id, **given, minutes=a.minutes)
-        job_command(**{**given, "job": a.id, **pairs(a.p)})
+        sets = dict(sets=in_text(a.sets)) if a.sets else {}
+        job_command(**{**given, "job": a.id, **sets, **pairs(a.p)})
 
 
 # %% ../nbs/12_cli.ipynb #75ece5c3
@@ -579,6 +624,7 @@ def render_arguments(p):
     p.add_argument("--partial", action="store_true", help=partial)
     shipped = "of shipped records alone, into figures/<paper>: what this project commits"
     p.add_argument("--shipped", action="store_true", help=shipped)
+    set_argument(p)
 
 
 # %% ../nbs/12_cli.ipynb #9eb51754
@@ -586,7 +632,7 @@ def cmd_render(a):
     "Tables and figures from finished runs, by the paper's page."
     views = drawable(a)
     ids = [view.exhibit.id for view in views]
-    out = page_run(a.paper, a.scale, exhibits=",".join(ids), partial=a.partial, shipped=a.shipped)
+    out = page_run(a.paper, a.scale, exhibits=",".join(ids), partial=a.partial, shipped=a.shipped, sets=in_text(a.sets))
     folder = views[0].folder
     print(f"tables and figures: {folder}\nnotebook, run: {out}")
     for id in ids:
@@ -596,12 +642,12 @@ def cmd_render(a):
 
 
 # %% ../nbs/12_cli.ipynb #clirend4
-def page_run(paper, scale, kernel=None, **given):
-    "Run a paper's page with these parameters; returns the path of the notebook."
+def page_run(paper, scale, kernel=None, sets="", **given):
+    "Run a paper's page with these parameters; returns the path of the notebook. sets: what is set of variants."
     page = root() / f"nbs/papers/{paper}.ipynb"
-    if not page.exists():  # a plug-in's study
-        page, given = root() / "nbs/papers/study.ipynb", dict(given, paper=paper)
-    out = runs_dir() / "notebooks" / f"{scale}.{paper}.ipynb"
+    if sets or not page.exists():  # variants, a plug-in's study: a page for any exhibit
+        page, given = root() / "nbs/papers/study.ipynb", dict(given, paper=paper, sets=sets)
+    out = runs_dir() / "notebooks" / f"{scale}.{paper}{'.variants' if sets else ''}.ipynb"
     return execute(page, dict(given, scale=scale), out, stream=False, kernel=kernel)
 
 
@@ -611,7 +657,13 @@ def drawable(a) -> list:
     from promptnb.report.view import View
 
     whose = "shipped" if a.shipped else "any"
-    views = [View(e, a.scale, partial=a.partial, whose=whose) for e in chosen(a.paper, a.exhibit, a.scale)]
+    if a.shipped and a.sets:
+        raise PromptnbError(
+            f"--set {a.sets[0]} makes variants, and none are shipped: leave one of --set, --shipped out"
+        )
+    request = varied(Request(a.paper, tuple(a.exhibit), a.scale, sets=tuple(a.sets)))
+    exhibits = chosen(a.paper, request.exhibits, a.scale)
+    views = [View(e, a.scale, partial=a.partial, whose=whose) for e in exhibits]
     lacking = [view for view in views if view.lacking and not a.partial]
     if lacking and (a.exhibit or len(lacking) == len(views)):
         lacking[0].require()
@@ -712,6 +764,7 @@ def cmd_policies(a):
 def status_arguments(p):
     "Declare what `status` takes."
     paper_argument(p)
+    set_argument(p)
     p.add_argument("--seconds", action="store_true", help=argparse.SUPPRESS)  # writes data/seconds/<paper>.json
 
 
@@ -731,7 +784,8 @@ def status_line(e: rc.Exhibit, scale, done, seconds) -> str:
     known = status(View(e, scale, whose="yours"))
     todo = forecast(Request(e.paper, (e.id,), scale), done=done, seconds=seconds)
     parts = [f"{todo.total - todo.left}/{todo.total} runs"]
-    if there := status(View(e, scale, whose="shipped"))["done"]:
+    there = status(View(e, scale, whose="shipped"))["done"]
+    if there and not e.beside:  # of variants none is: those are the unchanged runs beside them
         parts.append(f"{there} shipped")
     if known["stale"]:
         parts.append(f"{known['stale']} stale")
@@ -744,6 +798,16 @@ def status_line(e: rc.Exhibit, scale, done, seconds) -> str:
     return ", ".join(parts)
 
 
+# %% ../nbs/12_cli.ipynb #cliset13
+def found_sets(paper, scale) -> list:
+    "What was set (`set_words`) of the variants that have records here, each once."
+    found = {}
+    for path in sorted(results_dir(paper).glob(f"{scale}.*+*.json")):
+        sets = ((sound_record(path) or {}).get("recipe") or {}).get("sets", ())
+        found.setdefault(set_words(f"{field}={json.dumps(value)}" for field, value in sets))
+    return [words for words in found if words]
+
+
 # %% ../nbs/12_cli.ipynb #a9f168de
 def cmd_status(a):
     "Per exhibit: runs finished, stale, the time that `run` would take, failed (and why); what cannot be made."
@@ -751,11 +815,16 @@ def cmd_status(a):
     check_choice(a.paper, rc.PAPERS, "paper")
     if a.seconds:
         return print(write_seconds(a.paper))
+    shown = rc.exhibits(a.paper)
+    if a.sets:
+        shown = chosen(a.paper, varied(Request(a.paper, (), a.scale, sets=tuple(a.sets))).exhibits, a.scale)
     note_killed(a.paper, a.scale)
     done = functools.cache(is_finished)  # many exhibits, the same runs
     seconds = functools.cache(functools.partial(run_seconds, rates=Rates(measure="none")))
-    for e in rc.exhibits(a.paper):
+    for e in shown:
         print(f"{e.id:14s} {status_line(e, a.scale, done, seconds)}")
+    for text in [] if a.sets else found_sets(a.paper, a.scale):
+        print(f"variants: promptnb status {a.paper} --scale {a.scale}{text}")
 
 
 # %% ../nbs/12_cli.ipynb #2d5a37b3

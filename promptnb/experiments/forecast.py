@@ -216,10 +216,11 @@ def measured(paper, kind) -> list:
 def guess(run: Run):
     "Seconds of a run, guessed from like ones; None where no run of its kind was measured."
     every = [x for paper in (run.recipe.paper, *rc.PAPERS) for x in measured(paper, run.kind)]
+    own = run.recipe.key.partition("+")[0]  # of a variant, what it varies
     for like in (
-        lambda scale, key: (scale, key) == (run.scale, run.recipe.key),
+        lambda scale, key: (scale, key) == (run.scale, own),
         lambda scale, key: scale == run.scale,
-        lambda scale, key: key == run.recipe.key,
+        lambda scale, key: key == own,
         lambda scale, key: True,
     ):
         if found := [unit for scale, key, unit in every if like(scale, key)]:

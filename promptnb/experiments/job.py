@@ -17,12 +17,15 @@ from pathlib import Path
 from .. import recipes as rc
 from ..core import PromptnbError, check_choice, disk_error, runs_dir, server_answers
 from .cards import own_card
+from .live import followed
 from .run import Run, run_id
+from ..recipes import variants
 
 # %% auto #0
 __all__ = [
     "WORK",
     "hub_answers",
+    "vary",
     "find_job",
     "job_recipes",
     "runs_of",
@@ -30,6 +33,11 @@ __all__ = [
     "work_on",
     "within_reach",
     "lacks",
+    "check_qualities",
+    "check_tuned",
+    "check_offline",
+    "check_guided",
+    "check_variants",
     "record_failure",
     "log_path",
     "Both",
@@ -43,8 +51,22 @@ __all__ = [
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #fc7ab9a2
-def find_job(id, scale=None) -> rc.Job:
-    "The job of that id at a scale; a misspelt one is answered with the nearest."
+def vary(paper, given) -> dict:
+    "Make the variants of a paper known (`recipes.variants.vary`); what cannot be set is a PromptnbError."
+    try:
+        return variants.vary(paper, given)
+    except variants.SettingError as e:
+        raise PromptnbError(str(e)) from None
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbset001
+def find_job(id, scale=None, sets="") -> rc.Job:
+    """The job of that id at a scale; a misspelt one is answered with the nearest.
+
+    sets: what is set of the recipes (`recipes.variants`), where it is a job of variants, as a shell reads it."""
+    paper = id.split("/")[0]
+    if sets and paper in rc.PAPERS:
+        vary(paper, variants.from_text(sets))
     every = {k: v for paper in rc.PAPERS for k, v in rc.jobs(paper, scale).items()}
     for e in rc.EXHIBITS.values():
         every |= rc.jobs_apart(e) if e.apart else {}
@@ -124,6 +146,69 @@ def lacks(r: rc.Recipe) -> str:
     return f"needs the weights of '{text.kind}', which are not here and cannot be fetched: {remedy}"
 
 
+# %% ../../nbs/10d_experiments.job.ipynb #jbset003
+def check_qualities(r: rc.Recipe, **qualities):
+    "Refuse a quality, {field: name}, that the data of a recipe's family do not have."
+    from promptnb import tasks
+
+    fam = tasks.family(r.family)
+    for field, quality in qualities.items():
+        pools = rc.POOLS if field == "prompt_quality" else ()
+        check_choice(quality, (*fam.qualities, *dict(fam.remote), *pools), f"{field} of {fam.name}")
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbset004
+def check_tuned(r: rc.Recipe):
+    "What pre-training and tuning would refuse."
+    from promptnb.tuners.core import make_tuner
+
+    t = r.tune
+    make_tuner(t.tuner, **dict(t.hyper))
+    check_qualities(r, quality=r.pretrain.quality, demo_quality=t.demo_quality, prompt_quality=t.prompt_quality)
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbset005
+def check_offline(r: rc.Recipe):
+    "What offline training would refuse."
+    from promptnb import tasks
+    from promptnb.experiments.offline import TRUNKS
+    from promptnb.models.lm import LMConfig
+    from promptnb.models.value import LEARNERS, make_learner
+
+    x, fam = r.offline, tasks.family(r.family)
+    check_choice(x.learner, (*TRUNKS, *LEARNERS), "learner")
+    if x.learner in TRUNKS:
+        LMConfig(fam.state_dim, fam.act_dim, **dict(x.model))
+    else:
+        make_learner(x.learner, fam.state_dim, fam.act_dim, frames=fam.frames, **dict(x.model))
+    check_qualities(r, quality=x.quality)
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbset006
+def check_guided(r: rc.Recipe):
+    "What guided training would refuse."
+    from promptnb.llm.adapter import SFT
+    from promptnb.llm.backends import Budget, check_url
+
+    x = r.online
+    Budget(**dict(x.budget))
+    SFT(**dict(x.sft))
+    if x.url and x.guide in ("decision", "adapter"):
+        check_url(x.url, x.key_env)
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jbset007
+def check_variants(recipes):
+    "Refuse resolved variants that could not be run; one line, which names the first."
+    for r in recipes:
+        check = check_guided if r.online else check_offline if r.offline else check_tuned
+        try:
+            check(r)
+        except (PromptnbError, TypeError, ValueError, AssertionError) as e:
+            said = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise PromptnbError(f"{r.family}, {r.method}: {said}") from None
+
+
 # %% ../../nbs/10d_experiments.job.ipynb #jbfail01
 def record_failure(run: Run, error: Exception):
     "A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it."
@@ -188,7 +273,7 @@ def attempting(run: Run):
     "Work on a run, with a log; what breaks it is its failed record, and no more. A generator that pauses as it does."
     from promptnb.train import Interrupted
 
-    with logged(run):
+    with logged(run), followed(run):
         try:
             work = work_on(run)
             if inspect.isgenerator(work):
@@ -208,14 +293,16 @@ def working(runs):
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbside03
-def run_seeds(id, seeds=(0,), scale="laptop", accelerator="auto", threads=1) -> list:
-    "Do a job's runs for some seeds, side by side on one GPU where there is one; the paths of the good records."
+def run_seeds(id, seeds=(0,), scale="laptop", accelerator="auto", threads=1, sets="") -> list:
+    """Do a job's runs for some seeds, side by side on one GPU where there is one; the paths of the good records.
+
+    sets: as `find_job` takes it."""
     import torch
 
     from promptnb.captured import GRAPHS, finished, in_turn
     from promptnb.train import pick_device
 
-    job = find_job(id, scale)
+    job = find_job(id, scale, sets)
     torch.set_num_threads(threads)
     with own_card(accelerator):
         device = pick_device(accelerator)
@@ -230,9 +317,9 @@ def run_seeds(id, seeds=(0,), scale="laptop", accelerator="auto", threads=1) -> 
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #ca26dd4c
-def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1) -> list:
+def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1, sets="") -> list:
     "Do a job's runs, on a GPU of its own where there is one; returns the paths of its good records."
-    return run_seeds(id, (seed,), scale, accelerator, threads)
+    return run_seeds(id, (seed,), scale, accelerator, threads, sets)
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #77ed7a22

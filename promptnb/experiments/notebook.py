@@ -142,7 +142,7 @@ def check_values(given: dict):
     if "scale" in given:
         check_choice(given["scale"], rc.SCALES, "scale")
     if "job" in given:
-        find_job(given["job"], given.get("scale"))
+        find_job(given["job"], given.get("scale"), given.get("sets", ""))
     if "accelerator" in given:
         check_choice(given["accelerator"], ("auto", "cpu", "cuda"), "accelerator")
         if given["accelerator"] == "cuda" and not cards():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -27,8 +28,9 @@ from promptnb.core import (
     swept,
     write_json,
 )
-from .job import job_recipes, lacks, runs_of, stamp
+from .job import job_recipes, lacks, runs_of, stamp, vary
 from .run import Run
+from ..recipes import variants
 
 # %% auto #0
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "ENOUGH",
     "Request",
     "chosen",
+    "varied",
     "within_means",
     "named",
     "Task",
@@ -69,6 +72,7 @@ class Request:
     seeds: tuple | None = None  # (None: the recipes' own)
     families: tuple = ()  # (none: all)
     without: frozenset = frozenset()  # ids of recipes that cannot be made here
+    sets: tuple = ()  # 'field=value' texts: their variants are asked for (`varied`)
 
     @property
     def papers(self) -> tuple:
@@ -89,7 +93,7 @@ def chosen(paper, exhibit_ids=(), scale=None) -> list:
         if not rc.run_at(e, scale):
             raise PromptnbError(f"exhibit '{i}' is made at {' and '.join(e.only)} scale only: --scale {e.only[0]}")
     makeable = [e for e in every.values() if not e.unknown and rc.run_at(e, scale)]
-    return [e for e in makeable if (e.id in exhibit_ids if exhibit_ids else not e.waits(scale))]
+    return [e for e in makeable if (e.id in exhibit_ids if exhibit_ids else not e.waits(scale) and not e.beside)]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plrecip1
@@ -98,7 +102,8 @@ def recipes(self: Request) -> list:
     "The recipes that it asks for, each once."
     out = []
     for e in (e for paper in self.papers for e in chosen(paper, self.exhibits, self.scale)):
-        out += [r for r in rc.recipes_of(e, self.scale) if not self.families or r.family in self.families]
+        own = [r for r in rc.recipes_of(e, self.scale) if r.id not in e.beside]
+        out += [r for r in own if not self.families or r.family in self.families]
     return [r for r in rc.unique(out) if r.id not in self.without]
 
 
@@ -133,6 +138,26 @@ def work(self: Request) -> list:
         seeds = own if self.seeds is None else self.seeds
         out += [(job, seed) for seed in seeds]
     return out
+
+
+# %% ../../nbs/10f_experiments.plan.ipynb #plset001
+def varied(request: Request) -> Request:
+    "The request for the variants that its `sets` make of its recipes; what cannot be set is a PromptnbError."
+    if not request.sets:
+        return request
+    if request.paper == "all":
+        raise PromptnbError(f"--set {request.sets[0]} is of one paper: name that instead of all")
+    asked = chosen(request.paper, request.exhibits, request.scale)
+    recipes = [r for e in asked for r in rc.recipes_of(e, request.scale)]
+    where = f"{request.paper} {', '.join(request.exhibits)}".strip()
+    try:
+        variants.check_fields(recipes, request.sets, where)
+        of = vary(request.paper, request.sets)
+        ids = tuple(id for e in asked for id in of[e.id])
+        variants.resolved_variants(replace(request, exhibits=ids).recipes(), request.scale)
+    except variants.SettingError as e:
+        raise PromptnbError(str(e)) from None
+    return replace(request, exhibits=ids)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plreach1
@@ -307,7 +332,7 @@ def collections(jobs, scale) -> dict:
 # %% ../../nbs/10f_experiments.plan.ipynb #pljob002
 def spelt(*parts) -> str:
     "Parts of a name as Snakemake takes it for a rule."
-    return "_".join(p for p in parts if p).replace("-", "_").replace(".", "_")
+    return re.sub(r"\W", "_", "_".join(p for p in parts if p), flags=re.ASCII)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat004
@@ -347,8 +372,8 @@ def batches(tasks, seconds, share=(SHORT, ENOUGH), beside=False) -> list:
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plbat002
-def batch_rule(batch, number, inputs, accelerator, asks) -> Rule:
-    "The rule of the tasks of one process. asks: of the runs of a job, its resources."
+def batch_rule(batch, number, inputs, accelerator, asks, sets=()) -> Rule:
+    "The rule of the tasks of one process. asks: of the runs of a job, its resources; sets: what is set of variants."
     first, outputs = batch[0], [task.stamp for task in batch]
     paper, job = first.job.paper, first.job
     name = spelt(paper, job.exhibit, job.family, job.kind, job.part, f"s{first.seed}")
@@ -356,6 +381,7 @@ def batch_rule(batch, number, inputs, accelerator, asks) -> Rule:
         name = spelt(paper, job.family, f"{len(batch)}_jobs_{number}")
     words = " ".join(task.word for task in batch)
     command = f"{program()} job {words} --scale {first.scale} --accelerator {accelerator} --threads 1"
+    command += "".join(f" --set {shlex.quote(text)}" for text in sets)
     needs = sorted({i for task in batch for i in inputs[task.stamp]} - set(outputs))
     resources = asks([run for task in batch for run in task.left])
     return Rule(name, needs, outputs, command, resources=resources)
@@ -403,7 +429,7 @@ def plan(
     inputs = inputs_of(left, missing)
     rules = [replace(c.rule(), resources=asks([])) for c in missing.values()]
     shared = batches(left, seconds, share, beside=accelerator == "cuda")
-    return rules + [batch_rule(b, i, inputs, accelerator, asks) for i, b in enumerate(shared)]
+    return rules + [batch_rule(b, i, inputs, accelerator, asks, request.sets) for i, b in enumerate(shared)]
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plstamp1

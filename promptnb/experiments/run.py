@@ -35,6 +35,7 @@ from promptnb.core import (
 # %% auto #0
 __all__ = [
     "COMMON",
+    "BEGUN",
     "CHANGED",
     "FAILED",
     "ACCEPTED",
@@ -220,6 +221,9 @@ def facts(self: Run) -> str:
 
 
 # %% ../../nbs/10_experiments.run.ipynb #runfol01
+BEGUN = {}  # id of a run -> its folder, of those that this process has asked for: who watches one looks there
+
+
 @patch
 def folder(self: Run, hashes=()) -> Path:
     """Where its checkpoints lie; `hashes` are those of the data that it reads.
@@ -230,7 +234,9 @@ def folder(self: Run, hashes=()) -> Path:
     p = self.recipe.pretrain
     what, name = ("policies", f"{p.family}.{p.name}") if self.policy else (self.kind, self.id)
     depends = [self.digest, hashes, self.code["fingerprint"], self.facts, where(self.device)]
-    return runs_dir() / what / f"{name}.{fingerprint(depends)}{f'.s{self.seed}' if self.policy else ''}"
+    path = runs_dir() / what / f"{name}.{fingerprint(depends)}{f'.s{self.seed}' if self.policy else ''}"
+    BEGUN[self.id] = path
+    return path
 
 
 # %% ../../nbs/10_experiments.run.ipynb #runfol02

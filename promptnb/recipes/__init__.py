@@ -174,8 +174,10 @@ class Job:
 
 # %% ../../nbs/09g_recipes.ipynb #35f199ba
 def owning(paper, scale=None) -> list:
-    "The exhibits of a paper that have jobs, in order of print, a scale's main ones first."
-    return sorted((e for e in exhibits(paper) if not e.apart), key=lambda e: e.asked_at.get(scale, False))
+    "The exhibits of a paper that have jobs, in order of print: a scale's main ones first, those of variants last."
+    return sorted(
+        (e for e in exhibits(paper) if not e.apart), key=lambda e: (bool(e.beside), e.asked_at.get(scale, False))
+    )
 
 
 def owners(paper, scale=None):

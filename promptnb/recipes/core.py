@@ -289,6 +289,7 @@ class Recipe:
     offline: Offline | None = None
     only: tuple = ()  # scales at which it is run (none: all)
     online: Online | None = None
+    sets: tuple = ()  # what was set from outside (recipes.variants), as (path, value) pairs: at every scale it stands
 
     @property
     def id(self):
@@ -342,6 +343,7 @@ LATER = dict(
     extra=(),
     decay_to=1.0,
     times=(),
+    sets=(),
 )
 
 
@@ -413,6 +415,8 @@ class Exhibit:
     seeds: tuple = ()  # that it shows (none: each recipe's)
     apart: bool = False  # rows of other exhibits that are jobs of their own where nothing else is asked for
     keep: dict = field(default_factory=dict)  # scale -> the families that it shows there (none: all)
+    beside: tuple = ()  # of its recipes, those that are shown if they have been run, and are not run for it
+    sets: tuple = ()  # what was set of the others (recipes.variants), as 'field=value'
 
     def waits(self, scale) -> bool:
         "Is it made at a scale only when it is asked for by name?"

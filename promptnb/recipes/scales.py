@@ -9,6 +9,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from .core import Offline, Recipe, Text, Tune
+from .settings import applied
 
 # %% auto #0
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "DESK",
     "SMOKE",
     "SCALES",
+    "FACTORS",
     "scaled",
     "multiplied",
     "stopped_at",
@@ -30,6 +32,7 @@ __all__ = [
     "resolve_online",
     "resolve_hyper",
     "resolve_tuned",
+    "resolved",
     "resolve",
 ]
 
@@ -291,9 +294,8 @@ def resolve_tuned(r: Recipe, o) -> Recipe:
 
 
 # %% ../../nbs/09a_recipes.scales.ipynb #99e322ae
-def resolve(r: Recipe, scale: str) -> Recipe:
-    "The recipe at a scale, every field final; an unknown scale is a KeyError."
-    o = SCALES[scale]
+def resolved(r: Recipe, o) -> Recipe:
+    "The recipe with the overrides of a scale."
     if r.online:
         return resolve_online(r, o)
     if not r.offline:
@@ -301,3 +303,12 @@ def resolve(r: Recipe, scale: str) -> Recipe:
     seeds = {k: v for k, v in o.get("Recipe", {}).items() if k == "seeds"}
     episodes = {**o.get("offline", {}), **o.get("offline_families", {}).get(r.family, {})}
     return replace(r, offline=resolve_offline(r.offline, r.family, o), **seeds, **episodes)
+
+
+# %% ../../nbs/09a_recipes.scales.ipynb #rscset02
+FACTORS = ("offline.steps_times", "offline.text.part")
+
+
+def resolve(r: Recipe, scale: str) -> Recipe:
+    "The recipe at a scale, every field final; an unknown scale is a KeyError."
+    return applied(resolved(r, SCALES[scale]), [(path, value) for path, value in r.sets if path not in FACTORS])

@@ -14,7 +14,8 @@ import pandas as pd
 
 from .. import recipes as rc
 from ..core import PromptnbError, check_choice, root
-from . import cmt, lamo, prompts, rladapter
+from ..recipes.variants import from_text, vary
+from . import cmt, lamo, prompts, rladapter, sweep
 from .style import note
 from .tables import save_figure, save_table, shown
 from .view import View, exhibit, flaws, makers, reported, seeds_shown, status
@@ -62,7 +63,7 @@ PAGES = {
 
 def page_of(e: rc.Exhibit):
     "The page that draws an exhibit: the first of its paper's that knows its kind; of a study of yours, any that does."
-    pages = PAGES.get(e.paper, (prompts, lamo, cmt, rladapter))
+    pages = (*PAGES.get(e.paper, (prompts, lamo, cmt, rladapter)), sweep)
     return next(page for page in pages if e.kind in page.DRAW)
 
 
@@ -86,7 +87,7 @@ def caption(view, numbers=None) -> str:
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000009
 def of_kind(e, what) -> str:
     "What the first of the paper's pages that knows an exhibit's kind says of it in READ or BAND; '' if none does."
-    tables = (getattr(page, what, {}) for page in PAGES.get(e.paper, (prompts,)))
+    tables = (getattr(page, what, {}) for page in (*PAGES.get(e.paper, (prompts,)), sweep))
     return next((table[e.kind] for table in tables if e.kind in table), "")
 
 
@@ -197,7 +198,7 @@ def injected() -> list:
 
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex0pgc02
-TYPES = dict(scale=str, exhibits=str, partial=bool, shipped=bool)  # the parameters of a paper's page
+TYPES = dict(scale=str, exhibits=str, partial=bool, shipped=bool, sets=str)  # the parameters of a paper's page
 
 
 def checked(paper, given) -> list:
@@ -209,10 +210,11 @@ def checked(paper, given) -> list:
         if not isinstance(value, TYPES[name]):
             raise PromptnbError(f"parameter '{name}' of this page is {TYPES[name].__name__}, not {value!r}")
     check_choice(given["scale"], rc.SCALES, "scale")
+    of = vary(paper, from_text(given.get("sets", "")))
     every = {e.id: e for e in rc.exhibits(paper)}
     wanted = [id.strip() for id in given["exhibits"].split(",") if id.strip()]
     if wanted in ([], ["all"]):
-        return [id for id, e in every.items() if not e.unknown]
+        return [id for ids in of.values() for id in ids] or [id for id, e in every.items() if not e.unknown]
     for id in wanted:
         if every[check_choice(id, every, "exhibit")].unknown:
             raise PromptnbError(f"exhibit '{id}' cannot be made: {every[id].unknown}")
@@ -221,10 +223,13 @@ def checked(paper, given) -> list:
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000031
 class Page:
-    "What a paper's notebook shows: its exhibits at a scale; `exhibits` are ids with commas between them, or 'all'."
+    """What a paper's notebook shows: its exhibits at a scale; `exhibits` are ids with commas between them, or 'all'.
 
-    def __init__(self, paper, scale, exhibits="all", partial=False, shipped=False):
-        self.wanted = checked(paper, dict(scale=scale, exhibits=exhibits, partial=partial, shipped=shipped))
+    sets: what is set of variants (`recipes.variants`), as a shell reads it: their exhibits are shown."""
+
+    def __init__(self, paper, scale, exhibits="all", partial=False, shipped=False, sets=""):
+        given = dict(scale=scale, exhibits=exhibits, partial=partial, shipped=shipped, sets=sets)
+        self.wanted = checked(paper, given)
         self.paper, self.scale, self.partial = paper, scale, partial
         self.whose = "shipped" if shipped else "any"
         self._views = {}

@@ -99,6 +99,7 @@ def pack(paper, scale) -> Path:
     "Add your good records of a paper and scale to the shipped ones; returns the file."
     names = sorted(results_dir(paper).glob(f"{scale}.*.json"))
     own = {p.name: read_record(p) for p in names if not p.name.endswith(".failed.json")}
+    own = {name: record for name, record in own.items() if not record.get("recipe", {}).get("sets")}  # no variants
     if not own:
         raise PromptnbError(
             f"{results_dir(paper)} has no record of {scale} scale: promptnb run {paper} --scale {scale}"

@@ -158,9 +158,9 @@ ARMS = (*MAIN, *ABLATED)
 
 # %% ../../nbs/11g_report.rladapter.ipynb #a1878070
 def in_order(labels) -> list:
-    "Distinct labels in the order of `ARMS`, unknown ones last."
+    "Distinct labels in the order of `ARMS`, unknown ones last; an arm's variants, 'PPO [lr=0.01]', follow it."
     rank = {label: i for i, label in enumerate(ARMS)}
-    return sorted(set(labels), key=lambda label: rank.get(label, len(ARMS)))
+    return sorted(dict.fromkeys(labels), key=lambda label: rank.get(label.partition(" [")[0], len(ARMS)))
 
 
 # %% ../../nbs/11g_report.rladapter.ipynb #032478d3

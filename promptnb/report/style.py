@@ -239,9 +239,9 @@ def style(label) -> dict:
 
 # %% ../../nbs/11b_report.style.ipynb #sy000012
 def in_order(labels) -> list:
-    "Distinct labels in the order of `LOOKS`, unknown ones last, in their own order."
+    "Distinct labels in the order of `LOOKS`, unknown ones last, in their own order; variants behind what they vary."
     rank = {name: i for i, name in enumerate(LOOKS)}
-    return sorted(dict.fromkeys(labels), key=lambda label: rank.get(main_name(label), len(rank)))
+    return sorted(dict.fromkeys(labels), key=lambda label: rank.get(main_name(label.partition(" [")[0]), len(rank)))
 
 
 # %% ../../nbs/11b_report.style.ipynb #sy000014

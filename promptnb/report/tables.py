@@ -146,7 +146,8 @@ def published_rows(view, made) -> list:
     for (method, family), pub in view.published.groupby(["method", "family"], sort=False):
         if (method, family) in known or (e.families and family not in e.families):
             continue
-        note = "not run at this scale" if (method, family) in ours else "published only"
+        here = "here" if e.beside else "at this scale"
+        note = f"not run {here}" if (method, family) in ours else "published only"
         rows.append(dict(method=method, family=family, note=note, **beside(pub)))
     return rows
 

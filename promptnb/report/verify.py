@@ -10,7 +10,7 @@ import pandas as pd
 from ..core import PromptnbError
 from .stats import LEAST, UNRESOLVED, compare, judged, summary
 from .tables import between, counted, plus_minus
-from .view import View
+from .view import View, headlines
 
 # %% auto #0
 __all__ = [
@@ -19,8 +19,6 @@ __all__ = [
     "DIFFERS",
     "FEW",
     "SIDES",
-    "headline",
-    "numbers",
     "word",
     "rows_of",
     "verified",
@@ -29,28 +27,6 @@ __all__ = [
     "all_agree",
     "conclusion",
 ]
-
-
-# %% ../../nbs/11i_report.verify.ipynb #ve000006
-def headline(record) -> float:
-    "The number that a run is judged by; NaN where it has none."
-    rows = pd.DataFrame(record["rows"], columns=["metric", "step", "value"])
-    for metric in ("score", "return"):
-        found = rows[rows.metric == metric]
-        if len(found):
-            return float(found[found.step == found.step.max()].value.mean())
-    return float("nan")
-
-
-# %% ../../nbs/11i_report.verify.ipynb #ve000008
-def numbers(view) -> pd.DataFrame:
-    "The headline of each good run of a view: one row per family (or data set), method and seed."
-    rows = []
-    for run in view.good:
-        where = run.recipe.dataset if run.recipe.offline else run.recipe.family
-        rows.append(dict(where=where, method=run.label, seed=run.seed, value=headline(run.record)))
-    return pd.DataFrame(rows, columns=["where", "method", "seed", "value"]).dropna()
-
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000009
 EQUAL, AGREES, DIFFERS, FEW = "equal", "agrees", "does not agree", "too few to say"
@@ -67,7 +43,7 @@ def word(v) -> str:
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000010
 def rows_of(exhibit_id, yours, shipped):
-    "Comparisons of one exhibit, from `numbers` of both sides: one dict per family and method that both have."
+    "Comparisons of one exhibit, from `headlines` of both sides: one dict per family and method that both have."
     both = yours.merge(shipped, on=["where", "method", "seed"], suffixes=("", "_shipped"))
     for (where, method), d in both.groupby(["where", "method"], sort=False):
         a, b = d.value.to_numpy(), d.value_shipped.to_numpy()
@@ -85,7 +61,7 @@ def verified(exhibits, scale) -> pd.DataFrame:
     "Your runs beside the shipped ones, a judged row each, with `agrees`; a PromptnbError if no run is on both sides."
     rows = []
     for e in exhibits:
-        sides = [numbers(View(e, scale, partial=True, whose=whose)) for whose in ("yours", "shipped")]
+        sides = [headlines(View(e, scale, partial=True, whose=whose)) for whose in ("yours", "shipped")]
         rows += rows_of(e.id, *sides)
     if not rows:
         paper = exhibits[0].paper

@@ -13,11 +13,13 @@ import pandas as pd
 
 from .. import recipes as rc
 from ..core import DamagedError, PromptnbError, Row, data_dir, figures_dir, is_current, read_record, results_dir
+from ..recipes.variants import in_words
 from . import records
 
 # %% auto #0
 __all__ = [
     "COLUMNS",
+    "SHOWN",
     "recipe_file",
     "policy_file",
     "RunState",
@@ -38,6 +40,9 @@ __all__ = [
     "matrix",
     "seeds_of",
     "paired",
+    "headline",
+    "place",
+    "headlines",
 ]
 
 
@@ -127,6 +132,7 @@ def your_run(path, r, label, seed, shared) -> list:
 
 # %% ../../nbs/11a_report.view.ipynb #vw000014
 COLUMNS = [*Row.__dataclass_fields__, "label"]  # of the tidy frame
+SHOWN = ("ok", "diverged", "unguided")  # states of a run that has ended
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +158,15 @@ class View:
 
     @functools.cached_property
     def runs(self) -> list:
-        "A RunState for each recipe and seed."
+        "A RunState for each recipe and seed; of those `beside` the exhibit's own, for the finished ones."
         e = self.exhibit
         out = []
         for full in rc.recipes_of(e, self.scale):
             r = rc.resolve(full, self.scale)
             for seed in (e.seeds or r.seeds) if self.seeds is None else self.seeds:
-                out.append(self.run(r, e.labels.get(r.id, r.method), seed))
+                run = self.run(r, e.labels.get(r.id, r.method), seed)
+                if r.id not in e.beside or run.state in SHOWN:
+                    out.append(run)
         return out
 
     def run(self, r, label, seed) -> RunState:
@@ -170,7 +178,7 @@ class View:
         if theirs:
             found.append(RunState(label, r, seed, shipped_state(theirs, r, shared), theirs["why"], theirs, "shipped"))
         found.append(RunState(label, r, seed, "missing"))
-        return next((run for run in found if run.state in ("ok", "diverged", "unguided")), found[0])
+        return next((run for run in found if run.state in SHOWN), found[0])
 
     @property
     def good(self) -> list:
@@ -203,7 +211,7 @@ class View:
         which = f"{first.recipe.family}, {first.label}, seed {first.seed}: {first.state}"
         raise PromptnbError(
             f"{e.id} at {self.scale} scale lacks {len(lack)} of {len(self.runs)} runs (first: {which}):"
-            f" promptnb run {e.paper} --exhibit {e.id} --scale {self.scale}, or render with --partial"
+            f" promptnb run {e.paper} {in_words(e)} --scale {self.scale}, or render with --partial"
         )
 
     @functools.cached_property
@@ -315,3 +323,30 @@ def paired(df, a, b, family) -> list:
     "Returns (seeds, tasks) of two methods, for the seeds that both have."
     both = seeds_of(df, a, family) & seeds_of(df, b, family)
     return [matrix(df[df.seed.isin(both)], label, family) for label in (a, b)]
+
+
+# %% ../../nbs/11a_report.view.ipynb #vwhead02
+def headline(record) -> float:
+    "The number that a run is judged by; NaN where it has none."
+    rows = pd.DataFrame(record["rows"], columns=["metric", "step", "value"])
+    for metric in ("score", "return"):
+        found = rows[rows.metric == metric]
+        if len(found):
+            return float(found[found.step == found.step.max()].value.mean())
+    return float("nan")
+
+
+# %% ../../nbs/11a_report.view.ipynb #vwhead04
+def place(r: rc.Recipe) -> str:
+    "What a recipe is run on, as tables name it: its data set where it trains offline, else its family."
+    return r.dataset if r.offline else r.family
+
+
+# %% ../../nbs/11a_report.view.ipynb #vwhead05
+def headlines(view) -> pd.DataFrame:
+    "The headline of each good run of a view: one row per place, method and seed."
+    rows = []
+    for run in view.good:
+        known = dict(where=place(run.recipe), method=run.label, seed=run.seed)
+        rows.append(dict(known, value=headline(run.record)))
+    return pd.DataFrame(rows, columns=["where", "method", "seed", "value"]).dropna()
