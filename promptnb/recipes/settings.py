@@ -210,7 +210,7 @@ COUNTS = (
     " prompts tasks depth hidden batches"
 ).split()
 COUNTED = ("pretrain.steps", "offline.steps", "online.steps", "offline.text.steps")  # a tuner may take 0 steps
-SHARES = ("dropout", "null", "ratio", "last", "part", "momentum", "gamma", "decay_to", "online.lam")
+SHARES = ("dropout", "null", "ratio", "last", "part", "momentum", "gamma", "online.lam")
 ABOVE_0 = ("ratio", "last", "part", "lr_times", "steps_times", "pretrain.context.temperature")
 ANY = ("target",)
 
