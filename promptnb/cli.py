@@ -630,8 +630,11 @@ def render_arguments(p):
 # %% ../nbs/12_cli.ipynb #9eb51754
 def cmd_render(a):
     "Tables and figures from finished runs, by the paper's page."
+    from promptnb.report import claims
+
     views = drawable(a)
     ids = [view.exhibit.id for view in views]
+    said = {view.exhibit.id: claims.told(t) for view in views if len(t := claims.of_view(view))}
     out = page_run(a.paper, a.scale, exhibits=",".join(ids), partial=a.partial, shipped=a.shipped, sets=in_text(a.sets))
     folder = views[0].folder
     print(f"tables and figures: {folder}\nnotebook, run: {out}")
@@ -639,6 +642,8 @@ def cmd_render(a):
         table = folder / f"{id}.md"
         if table.exists():
             print(f"\n{id}\n{table.read_text()}")
+        if id in said:
+            print(f"What the runs say, after Holm's correction over these lines:\n{said[id]}")
 
 
 # %% ../nbs/12_cli.ipynb #clirend4

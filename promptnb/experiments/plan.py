@@ -114,7 +114,10 @@ def jobs(self: Request) -> list:
     wanted = {r.id for r in self.recipes()}
     apart = [e for e in (rc.EXHIBITS[self.paper, i] for i in self.exhibits) if e.apart]
     if apart and len(apart) == len(self.exhibits):
-        every = [job for e in apart for job in rc.jobs_apart(e).values()]
+        every, known = [], set()
+        for job in (job for e in apart for job in rc.jobs_apart(e).values()):
+            every += [job] if (job.kind, job.recipes) not in known else []
+            known.add((job.kind, job.recipes))
     else:
         every = [job for paper in self.papers for job in rc.jobs(paper, self.scale).values()]
     owners = {job.id for job in every if job.kind != "pretrain" and wanted & set(job.recipes)}

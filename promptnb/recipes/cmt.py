@@ -546,3 +546,17 @@ PAPER.stand(
 PAPER.main("desk", "adaptation", "embedding", "meta", "single", "skirmish")
 for _id, _families in {"single": SINGLE[::2], "skirmish": ("smax-3m", "smax-2s3z", "smax-5m-vs-6m")}.items():
     PAPER.exhibits[_id] = replace(PAPER.exhibits[_id], keep={"desk": _families})
+
+# %% ../../nbs/09e_recipes.cmt.ipynb #desk0e12
+_GIVEN, _NULL, _OURS_TOO = "CMT, context given", "CMT, null prompt", dict(ours=True)
+for _text, _a, _b, _more in (
+    ("context of an unseen task helps on it", _GIVEN, _NULL, {}),
+    ("context can be collected by playing", "CMT, context collected", _NULL, {}),
+    ("another task's context misleads", "CMT, context of a wrong task", _GIVEN, dict(_OURS_TOO, expect="worse")),
+    ("context beats a trajectory prompt", _GIVEN, "Prompt-DT", _OURS_TOO),
+    ("tuned vectors beat random ones", "CMT, tuned context vectors", "CMT, random frozen prompt", _OURS_TOO),
+):
+    PAPER.claim(_text, "meta", _a, _b, **_more)
+_text = "a tuned prompt guides a frozen policy"
+PAPER.claim(_text, "single", "Prompt towards the best 10 %", "No prompt", metric="score")
+PAPER.claim("a tuned prompt guides a team", "skirmish", "Prompt a map, the best 10 %", "No prompt", metric="score")

@@ -31,6 +31,7 @@ __all__ = [
     "Exhibit",
     "unique",
     "Standing",
+    "Claim",
     "Paper",
 ]
 
@@ -440,6 +441,21 @@ class Standing:
     source: str = ""
 
 
+# %% ../../nbs/09_recipes.core.ipynb #desk0902
+@dataclass(frozen=True)
+class Claim:
+    "What a paper says of two rows of an exhibit, or what a control of ours asks, so that runs can decide it."
+
+    text: str
+    exhibit: str
+    a: str  # row label
+    b: str  # of the row that it is compared with
+    expect: str = "better"  # or 'worse': what `a` is said to be
+    metric: str = "return"
+    families: tuple = ()  # patterns of families on which it is said (none: all that the exhibit shows)
+    ours: bool = False  # a control or a question of ours, which no paper answers
+
+
 # %% ../../nbs/09_recipes.core.ipynb #bd89b4cd
 @dataclass
 class Paper:
@@ -451,6 +467,7 @@ class Paper:
     recipes: dict = field(default_factory=dict)
     published: list = field(default_factory=list)  # Published: what recipes are compared with, field by field
     standing: list = field(default_factory=list)  # Standing: what no field says
+    claims: list = field(default_factory=list)  # Claim: what is asked of the runs
 
     def add(self, recipe):
         "Register a recipe; two different ones of one name are a ValueError."
@@ -490,6 +507,13 @@ class Paper:
             return
         for name, (paper, code, source, *why) in table.items():
             self.publish(name, paper, code, source, on, *why)
+
+    def claim(self, text, exhibit, a, b, **fields):
+        "Note a claim on two rows of an exhibit, by their labels; `fields` are further ones of Claim."
+        labels = {self.exhibits[exhibit].labels.get(i, self.recipes[i].method) for i in self.exhibits[exhibit].recipes}
+        if unknown := {a, b} - labels:
+            raise ValueError(f"{exhibit} has no row '{min(unknown)}'")
+        self.claims.append(Claim(text, exhibit, a, b, **fields))
 
     def stand(self, what, ours, theirs, source=""):
         "Note a difference that stands at every scale and that no field of a recipe holds."

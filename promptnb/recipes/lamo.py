@@ -1120,3 +1120,25 @@ for _id, _families in {
     "real_weights": ("hopper", "reacher2d"),
 }.items():
     PAPER.exhibits[_id] = replace(PAPER.exhibits[_id], keep={**PAPER.exhibits[_id].keep, "desk": _families})
+
+# %% ../../nbs/09d_recipes.lamo.ipynb #desk0d12
+_RANDOM, _UNTALKED = "LaMo without pre-training", "LaMo without language loss"
+for _text, _exhibit, _a, _b, _ours in (
+    ("LaMo beats the Decision Transformer", "arms", "LaMo", "DT", False),
+    ("LaMo beats a DT with its own shapes", "arms", "LaMo", "DT, shared projection, long positions", True),
+    ("English weights beat random ones", "arms", _UNTALKED, _RANDOM, False),
+    ("a Markov chain's weights beat random ones", "arms", "LaMo on the Markov chain", _RANDOM, True),
+    ("MLP embeddings beat linear ones", "fig4", "LaMo", "LaMo with linear embeddings", False),
+    ("LoRA beats full fine-tuning", "fig5", "LaMo", "LaMo fully fine-tuned", False),
+    ("LoRA beats a frozen trunk", "fig5", "LaMo", "LaMo frozen without LoRA", False),
+    ("the language loss helps on sparse tasks", "fig6b", "LaMo", _UNTALKED, False),
+    ("LaMo beats the Decision Transformer, by share of the data", "fig3", "LaMo", "DT", False),
+    ("pre-training matters on sparse tasks", "table15", "LaMo", _RANDOM, False),
+    (
+        "MiniLM's weights beat its shape with new ones",
+        "real_weights",
+        *("LaMo on MiniLM's weights", "LaMo on MiniLM's shape, new weights"),
+        True,
+    ),
+):
+    PAPER.claim(_text, _exhibit, _a, _b, metric="score", ours=_ours)

@@ -500,3 +500,16 @@ PAPER.main(
     *("table1", "table1_mw", "table2", "table3", "fig2b", "fig3", "fig4", "fig5"),
     *("controls", "diversity", "conflict", "cost"),
 )
+
+# %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #desk0c12
+for _table in ("table1", "table1_mw"):
+    for _other in ("Prompt-DT", "Prompt-DT-FT", "Soft Prompt", "Adaptor", "Prompt-Tuning DT"):
+        PAPER.claim(f"a generated prompt beats {_other}", _table, "Prompt Diffuser", _other)
+PAPER.claim("it works zero-shot", "table3", "Prompt Diffuser, zero-shot", "Prompt-DT, zero-shot")
+PAPER.claim("it is best few-shot", "table3", "Prompt Diffuser, few-shot", "Prompt-Tuning DT, few-shot")
+PAPER.claim("guidance by the policy's error helps", "fig3", "projection", "DM only")
+PAPER.claim("the projection beats the plain sum", "fig3", "projection", "sum")
+for _control in ("Pure noise (control)", "Untrained diffuser (control)", "No diffusion, as many parameters (control)"):
+    PAPER.claim(
+        f"the diffuser beats its control: {_control[:-10].lower()}", "controls", "Prompt Diffuser", _control, ours=True
+    )

@@ -816,18 +816,23 @@ PAPER.unknown("fig4", "Figure 4", _UNSEEN)
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #desk0b02
 STORY = ("pdt", "pdt-uniform", "ranking", "ranking-uniform", "full", "soft")
-PAPER.exhibit(
-    "story",
-    "Table 1 in six rows",
-    "a random prompt ruins the policy, and tuning repairs it",
-    "table",
-    [r for f in ("cheetah-dir", "cheetah-vel") for r in _main[f] if r.key in STORY],
-    protocol=PROTOCOL + POOLS_TEXT,
-    reported="table1",
-    asked=True,
-    seeds=(0, 1, 2),
-    apart=True,
-)
+_story = [r for f in ("cheetah-dir", "cheetah-vel") for r in _main[f] if r.key in STORY]
+for _id, _title, _kind in (
+    ("story", "Table 1 in six rows", "table"),
+    ("story_bars", "Table 1 in six rows, drawn", "bars"),
+):
+    PAPER.exhibit(
+        _id,
+        _title,
+        "a random prompt ruins the policy, and tuning repairs it",
+        _kind,
+        _story,
+        protocol=PROTOCOL + POOLS_TEXT,
+        reported="table1",
+        asked=True,
+        seeds=(0, 1, 2),
+        apart=True,
+    )
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #desk0b04
 SIZES = {  # label: factors of the scale's size
@@ -868,3 +873,24 @@ PAPER.main(
     *("table1", "fig3", "controls", "fig5", "ablation_m", "ablation_mu", "ablation_init"),
     *("pdt_table1", "pdt_fig2", "pdt_fig3", "pdt_fig4", "pdt_fig5", "pdt_fig7", "pdt_table7"),
 )
+
+# %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #desk0b12
+_PDT, _OFFLINE, _RANDOM = "Prompt-DT, expert prompt", "PTDT-offline, expert prompt", "PTDT-offline, random prompt"
+_BAD = f"Prompt-DT, {UNIFORM}"
+PAPER.claim("a prompt of random actions ruins the policy", "table1", _BAD, _PDT, expect="worse", ours=True)
+PAPER.claim("tuning repairs a prompt of random actions", "table1", f"PTDT-offline, {UNIFORM}", _BAD, ours=True)
+PAPER.claim(
+    "a tuned random prompt beats an expert prompt", "table1", _RANDOM, _PDT, families=("cheetah-dir", "ant-dir")
+)
+PAPER.claim("tuning improves an expert prompt", "table1", _OFFLINE, _PDT)
+PAPER.claim("tuning the prompt beats full fine-tuning", "table1", _OFFLINE, "Prompt-DT-FT")
+PAPER.claim("tuning the prompt beats a soft prompt", "table1", _OFFLINE, "Soft Prompt")
+PAPER.claim("tuning the prompt beats adaptors", "table1", _OFFLINE, "Adaptor")
+PAPER.claim("returns guide better than action errors", "table1", "PTDT-online, expert prompt", _OFFLINE, ours=True)
+for _control in ("Hill climbing", "Evolution strategy", "Gradient on the prompt", "Re-sampled prompts"):
+    _text = f"ranking beats {_control[0].lower()}{_control[1:]}, with as many queries"
+    PAPER.claim(_text, "controls", _OFFLINE, f"{_control} (control)", ours=True)
+PAPER.claim("the prompt helps Prompt-DT on unseen tasks", "table1", _PDT, "MT-ORL")
+_cells = ("expert data, random prompt", "expert data, expert prompt")
+PAPER.claim("a random prompt is worse than an expert's", "pdt_fig3", *_cells, expect="worse")
+PAPER.claim("the prompt helps out of the training range too", "pdt_fig4", "Prompt-DT", "MT-ORL")

@@ -240,6 +240,18 @@ PAPER.unknown("v1", "RLAdapter, version 1: all numbers", "none was found in a pu
 # %% ../../nbs/09f_recipes.rladapter.ipynb #desk0f02
 PAPER.main("desk", "main", "success", "curve", "comprehension", "behaviour", "guidance", "cost", "benchmark")
 
+# %% ../../nbs/09f_recipes.rladapter.ipynb #desk0f12
+_ADAPTER = MAIN["adapter"][0]
+for _text, _a, _b, _ours in (
+    ("guidance by adapter and decision LM raises the score", _ADAPTER, "PPO", False),
+    ("it is more than a constant sentence", _ADAPTER, "PPO + constant sentence", True),
+    ("it is more than random goals", _ADAPTER, "PPO + random goals", True),
+    ("the adapter adds to the decision LM", _ADAPTER, "PPO + decision LM", False),
+    ("tuning the adapter helps", _ADAPTER, "PPO + adapter + decision LM, no SFT", False),
+    ("a rule advisor helps", "PPO + rule advisor", "PPO", True),
+):
+    PAPER.claim(_text, "main", _a, _b, metric="score", ours=_ours)
+
 
 # %% ../../nbs/09f_recipes.rladapter.ipynb #rlpub001
 def own_rows(field) -> tuple:

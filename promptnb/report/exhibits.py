@@ -143,7 +143,8 @@ def show(view, wanted=None):
         print(f"{e.id}: not asked for, or its weights cannot be had here")
         return
     if e.waits(view.scale) and not status(view)["done"]:
-        command = f"promptnb run {e.paper} --exhibit {e.id} --scale {view.scale}"
+        scale = view.scale if rc.run_at(e, view.scale) else e.only[0]
+        command = f"promptnb run {e.paper} --exhibit {e.id} --scale {scale}"
         print(f"{e.id}: no runs, as it is made only when asked for: {command}")
         return
     try:
