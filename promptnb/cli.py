@@ -45,6 +45,7 @@ from .experiments.cards import PER_GPU, cards, per_gpu
 from .experiments.cluster import FEW, asked, executor_of, longest_job, requeue, settings_of
 from promptnb.experiments.forecast import (
     Rates,
+    arithmetic,
     cores_here,
     expected,
     forecast,
@@ -140,6 +141,8 @@ __all__ = [
     "machine_lines",
     "family_line",
     "cmd_doctor",
+    "gpu_arguments",
+    "cmd_gpu",
     "new_arguments",
     "check_new",
     "cmd_new",
@@ -294,6 +297,8 @@ def run(request: Request, cores=None, accelerator="auto", dry=False, profile="lo
         print(expected(request, at_once, accelerator, rules, tasks=tasks, seconds=seconds), flush=True)
         if not rules:
             return 0
+        if dry and rates.card:
+            print("\n".join(arithmetic(tasks, seconds)), flush=True)
         # told to terminate, Snakemake waits for what it has on a cluster; interrupted, it cancels that
         last_word = signal.SIGINT if remote else signal.SIGTERM
         command = functools.partial(snakemake, cores=cores, dry=dry, profile=profile, slots=slots)
@@ -908,6 +913,23 @@ def cmd_doctor(a):
         print(family_line(fam))
 
 
+# %% ../nbs/12_cli.ipynb #cligpu01
+def gpu_arguments(p):
+    "Declare what `gpu` takes."
+    p.add_argument("--minutes", type=float, default=8.0, help="how long it may take (default: 8)")
+    p.add_argument("--device", default="auto", help="auto, cuda or cpu (small nets: to try it out)")
+    p.add_argument("--scale", default="", help="of the policies (default: paper; on a processor none are trained)")
+    p.add_argument("--out", help="where the measurements and the archive go (default: data/benchmarks)")
+
+
+# %% ../nbs/12_cli.ipynb #cligpu02
+def cmd_gpu(a):
+    "Measure a card, and train on it what is missing."
+    from promptnb.experiments.gpu import visit
+
+    visit(a.minutes, a.device, a.scale, a.out)
+
+
 # %% ../nbs/12_cli.ipynb #clinew02
 def new_arguments(p):
     "Declare what `new` takes."
@@ -952,6 +974,7 @@ COMMANDS = dict(
     status=(cmd_status, status_arguments, "what is finished, failed, stale, and how long the rest will take"),
     film=(cmd_film, film_arguments, "an agent before and after tuning, as a strip and a GIF"),
     doctor=(cmd_doctor, None, "what this machine has"),
+    gpu=(cmd_gpu, gpu_arguments, "some minutes on a card: the same numbers? how fast? policies at paper scale"),
     new=(cmd_new, new_arguments, "write a plug-in to start from: your environment, tuner, recipes, table"),
     job=(cmd_job, job_arguments, None),
 )  # name: (function, its arguments, help; None: not shown)
@@ -1000,7 +1023,7 @@ def settle_environment():
 
 def check_workbook(command):
     "Refuse a folder without notebooks where PROMPTNB_HOME names it, or where a command runs them."
-    needed = command in ("run", "job", "render") or os.environ.get("PROMPTNB_HOME")
+    needed = command in ("run", "job", "render", "gpu") or os.environ.get("PROMPTNB_HOME")
     if needed and not (root() / TEMPLATE).exists():
         raise PromptnbError(f"{root()} is no workbook (it has no {TEMPLATE}): set PROMPTNB_HOME to a clone of it")
 

@@ -30,7 +30,9 @@ from promptnb.core import (
     write_json,
     write_sealed,
 )
+from .cards import cards
 from .job import module_of, runs_of
+from .pace import card_at_hand, this_card
 from .plan import Request, is_finished, tasks_of
 from .policies import shipped_card
 from .run import Run
@@ -41,6 +43,7 @@ __all__ = [
     "RATE",
     "GUESS",
     "UNKNOWN",
+    "CARD",
     "UNPACKING",
     "CGROUPS",
     "ALLOCATED",
@@ -63,6 +66,7 @@ __all__ = [
     "Forecast",
     "forecast",
     "expected",
+    "arithmetic",
     "if_known",
 ]
 
@@ -87,13 +91,14 @@ def time_name(run: Run) -> str:
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #2f5114e3
-def good_records(run: Run) -> list:
-    "This machine's good records of a run, of any seed, current or stale."
+def good_records(run: Run, device="") -> list:
+    "This machine's good records of a run, of any seed, current or stale; of a device alone, where one is named."
     folder, any_seed = results_dir(run.recipe.paper), run.id.rsplit(".s", 1)[0] + ".s"
     names = os.listdir(folder) if folder.is_dir() else ()
     own = sorted(name for name in names if name.startswith(any_seed) and name.endswith(".json"))
     found = [sound_record(folder / name) for name in own]
-    return [record for record in found if record and record["status"] == "ok"]
+    good = [record for record in found if record and record["status"] == "ok"]
+    return [record for record in good if device in ("", record["where"]["device"])]
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #4c436605
@@ -142,6 +147,15 @@ class Rates:
         self.accelerator, self.measure, self.timed = accelerator, measure, set()
         self.machine = [accelerator, version("torch"), os.cpu_count()]
         self.path = runs_dir() / "rates" / f"{HOST}.json"
+
+    @functools.cached_property
+    def card(self):
+        """The card that will be used, by what was measured of it or of another one (`pace.Card`).
+
+        None on a processor, and where nothing was measured."""
+        if self.accelerator == "cpu" or (self.accelerator == "auto" and not card_at_hand()):
+            return None
+        return this_card(self.measure != "none")
 
     @functools.cached_property
     def kept(self) -> dict:
@@ -233,6 +247,8 @@ HERE = "measured on this machine"
 RATE = "extrapolated from a measured rate, evaluation along the way not in it"
 GUESS = "guessed from like ones"
 UNKNOWN = "of unknown length"
+# of a card, by how far what a run takes was measured
+CARD = {"measured": "computed", "no playing": "computed without what is played", "like": "guessed from like ones,"}
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcship01
 UNPACKING = 2.0  # seconds, of a policy that ships
@@ -243,8 +259,11 @@ def run_seconds(run: Run, rates=None):
     "(expected seconds of a run, where they come from)."
     if run.policy and shipped_card(run):
         return UNPACKING, "its policy ships"
-    if records := good_records(run):
+    card = rates.card if rates else None
+    if records := good_records(run, card_at_hand() if card else ""):
         return median(x["seconds"] for x in records), HERE
+    if card and (known := card.seconds(run)):
+        return known[0], f"{CARD[known[1]]} {card.source}"
     shipped = shipped_seconds(run.recipe.paper)
     known = shipped["seconds"].get(time_name(run))
     if known is not None:
@@ -346,15 +365,16 @@ class Forecast:
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #558d1264
 @patch
-def span(self: Forecast, cores=None) -> str:
-    "The time that is left, in a few words; a lower bound, or a guess, is called one."
+def span(self: Forecast, cores=None, what="core") -> str:
+    "The time that is left on so many cores (or GPUs: `what`); a lower bound, or a guess, is called one."
     cores = cores or cores_here()
     if set(self.sources) == {UNKNOWN}:
         return "unknown"
-    bound = "about " if self.sources[GUESS] else ""
-    if self.sources[RATE] + self.sources[UNKNOWN]:
+    guesses, bounds = (GUESS, CARD["like"]), (RATE, UNKNOWN, CARD["no playing"])
+    bound = "about " if any(source.startswith(guesses) for source in self.sources) else ""
+    if any(source.startswith(bounds) for source in self.sources):
         bound = "at least "
-    return f"{bound}{spell(wall(self.stages, cores))} on {many(cores, 'core')}"
+    return f"{bound}{spell(wall(self.stages, cores))} on {many(cores, what)}"
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #cde3d5c5
@@ -378,14 +398,36 @@ def expected(request: Request, cores=None, accelerator="auto", rules=(), **known
     """The line that `run` prints before work starts; that data are to be collected first follows from the `rules`.
 
     known: tasks and seconds, as `forecast` takes them."""
-    todo = forecast(request, Rates(accelerator), **known)
+    rates = Rates(accelerator)
+    todo = forecast(request, rates, **known)
+    unit = "core"
+    if rates.card:
+        cores, unit = max(1, len(cards())), "GPU"
     more = " + collecting data" if any(r.name.startswith("collect_") for r in rules) else ""
     if not todo.left:
         return f"expected: nothing to do{more} ({todo.total} of {many(todo.total, 'run')} finished)"
     minutes = sum(map(sum, todo.stages.values())) / 60
     sources = "; ".join(f"{many(n, 'run')} {source}" for source, n in todo.sources.items())
-    facts = f"{todo.left:,} of {many(todo.total, 'run')} to do, {minutes:,.{int(minutes < 1)}f} core-minutes; {sources}"
-    return f"expected: {todo.span(cores)}{more} ({facts})"
+    facts = (
+        f"{todo.left:,} of {many(todo.total, 'run')} to do, {minutes:,.{int(minutes < 1)}f} {unit}-minutes; {sources}"
+    )
+    return f"expected: {todo.span(cores, unit)}{more} ({facts})"
+
+
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcarit02
+def arithmetic(tasks, seconds) -> list:
+    "Lines: of each kind of run and family, how many are left and the minutes of each and of all; then the total."
+    sums = {}
+    for run in (run for task in tasks for run in task.left):
+        sums.setdefault((run.kind, run.recipe.family), []).append(seconds(run)[0])
+    lines, total = [], {}
+    for (kind, family), took in sums.items():
+        what = "policies" if kind == "pretrain" else "runs"
+        total.setdefault(what, []).extend(took)
+        mean, all_ = sum(took) / len(took) / 60, sum(took) / 60
+        lines.append(f"  {len(took):4d} {what} of {family}: {mean:.2f} min each, {all_:.1f} min")
+    whole = [f"{len(took)} {what}, {sum(took) / 60:.1f} min" for what, took in total.items()]
+    return [*lines, f"  together: {'; '.join(whole)}"]
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcbrief1
