@@ -5,6 +5,7 @@ CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2
 LAB_ARGS ?=
 EXTRAS ?= metaworld,kitchen,atari,smax,crafter,llm,slurm,dev
 WORKERS ?= $(CORES)
+MINUTES ?= 8
 
 PAPER := prompt_tuning_dt
 # `reproduce` tunes policies that ship: those of three seeds and two families. Without them it trains small ones.
@@ -18,7 +19,7 @@ READY := .venv/.ready
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: reproduce test test-all lint fix lab docs readme readme-text clean help
+.PHONY: reproduce test test-all lint fix lab gpu docs readme readme-text clean help
 
 reproduce: $(READY) ## the story of Prompt-Tuning DT's Table 1 from policies that ship, then: does it agree with the shipped numbers?
 ifeq ($(SCALE),laptop)
@@ -54,6 +55,9 @@ lab: $(READY) ## the notebooks in JupyterLab (LAB_ARGS="--port 9000" passes opti
 	  echo 'JupyterLab does not start as root unless told to: make lab LAB_ARGS="--allow-root"' >&2; exit 2;; esac
 	@$(BIN)/python -m ipykernel install --sys-prefix --name promptnb --display-name promptnb
 	$(BIN)/jupyter lab --notebook-dir=. nbs/papers/$(PAPER).ipynb $(LAB_ARGS)
+
+gpu: $(READY) ## on a machine with a GPU, MINUTES=8: the same numbers? how fast? and policies at paper scale
+	$(BIN)/promptnb gpu --minutes $(MINUTES)
 
 readme: $(READY) ## README.md from nbs/index.ipynb
 	@$(MAKE) -s readme-text > .README.tmp && mv .README.tmp README.md

@@ -65,8 +65,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00002
-# of the minutes, when each part ends; what is over sooner leaves its time to the next
-SHARES = dict(parity=0.15, steps=0.32, compiled=0.45, play=0.5, rates=0.58, others=0.62, policies=1.0)
+# in order: how much of the minutes each gets; what one leaves, or takes too much, the next ones share
+SHARES = dict(parity=15, steps=17, compiled=13, play=5, rates=8, others=4, policies=38)
 
 
 @dataclass
@@ -80,9 +80,14 @@ class Visit:
     found: dict = field(default_factory=dict)
     start: float = field(default_factory=time.monotonic)
 
-    def left(self, part) -> float:
-        "Seconds until a part has to end."
-        return self.start + 60 * self.minutes * SHARES[part] - time.monotonic()
+    def left(self) -> float:
+        "Seconds until all is over."
+        return self.start + 60 * self.minutes - time.monotonic()
+
+    def share(self, part) -> float:
+        "Seconds of what is left that a part may take."
+        order = list(SHARES)
+        return self.left() * SHARES[part] / sum(SHARES[p] for p in order[order.index(part) :])
 
 
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00003
@@ -115,12 +120,14 @@ def quiet():
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00005
 @patch
 def each(self: Visit, part, todo, line=None):
-    """Do the things {name: function} of a part until its time is over; what fails, or has no time, is left out.
+    """Do the things {name: function} of a part until its time is over, the first in any case.
+
+    What fails, or has no time, is left out.
 
     line: of a name and what came of it, what is said."""
-    done, late = {}, []
-    for name, work in todo.items():
-        if self.left(part) <= 0:
+    done, late, end = {}, [], time.monotonic() + self.share(part)
+    for i, (name, work) in enumerate(todo.items()):
+        if time.monotonic() > end and i:
             late.append(name)
             continue
         try:
@@ -355,7 +362,8 @@ def plain_lamo(ours):
             x, text = batch.history, getattr(batch, "text", None)
             sees = dict(inputs_embeds=self.tokens(x), attention_mask=x.mask.repeat_interleave(3, 1))
             h = self.lm.base_model.model.transformer(**sees).last_hidden_state
-            loss = action_loss(self.head(h[:, 1::3]), x.a, x.mask)
+            a = self.head(h[:, 1::3])
+            loss = action_loss(a.tanh() if c.squash else a, x.a, x.mask)
             return loss if text is None else loss + c.lam * self.lm(input_ids=text, labels=text).loss
 
     return PlainLamo()
@@ -519,7 +527,7 @@ def ppo(self: Visit):
 
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00037
 @patch
-def forward_seconds(self: Visit, episodes=250) -> float:
+def forward_seconds(self: Visit, episodes) -> float:
     "Seconds in which a policy chooses the actions of so many episodes."
     import torch
 
@@ -575,9 +583,10 @@ def play(self: Visit):
     "A policy's step, and, where there are environments, a step of all episodes of each family that is prompted."
     from promptnb import tasks
 
-    if done := self.each("play", {"a policy's step": self.forward_seconds}):
+    episodes = 10 if self.small else 250
+    if done := self.each("play", {"a policy's step": functools.partial(self.forward_seconds, episodes)}):
         self.found["policy_step_ms"] = 1e3 * done["a policy's step"]
-        self.say(f"a policy's step for 250 episodes: {self.found['policy_step_ms']:.2f} ms")
+        self.say(f"a policy's step for {episodes} episodes: {self.found['policy_step_ms']:.2f} ms")
     if trouble := no_episodes():
         return self.leave_out("play of episodes, and policies", trouble)
     families = {r.pretrain.family for r in rc.RECIPES.values() if r.pretrain and r.paper == "prompt_tuning_dt"}
@@ -624,7 +633,7 @@ def missing_policies(scale) -> list:
     "The pre-trainings (`plan.Task`) some of whose policies do not ship; what cannot be trained here is passed over."
     found = []
     for paper in rc.PAPERS:
-        for task in tasks_of(Request(paper, scale=scale), done=lambda run: packed_path(run).exists()):
+        for task in tasks_of(Request(paper, scale=scale), done=lambda run: run.policy and packed_path(run).exists()):
             if task.job.kind == "pretrain" and task.left and not any(lacks(run.recipe) for run in task.runs):
                 found.append(task)
     return found
@@ -642,7 +651,7 @@ def train(self: Visit, tasks, scale):
                 episodes = max(n for _, n in needed.needs)
                 for quality in needed.qualities:
                     collect.collect(needed.family, quality, episodes)
-        minutes = self.left("policies") / 60
+        minutes = self.left() / 60
         if minutes <= 0.05:
             return
         kind = "cuda" if self.device.type == "cuda" else "cpu"
