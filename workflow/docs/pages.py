@@ -68,6 +68,7 @@ def modules():
 def module_page(name):
     "The reference of one module, from its docstrings."
     first = (importlib.import_module(name).__doc__ or "").strip()
+    first = re.sub(r"\]\((\w[^):]*\.ipynb)", r"](../nbs/\1", first)  # written for the notebook beside it
     lines = [f"# {name}", "", first, "", "```{eval-rst}", f".. automodule:: {name}", "   :members:"]
     return "\n".join([*lines, "   :member-order: bysource", "```", ""])
 
