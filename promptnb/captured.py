@@ -399,8 +399,9 @@ def in_turn(works, device) -> list:
                     side.go_on(stop=stopped is not None)
         except BaseException as e:
             stopped = stopped or e
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    for side in sides:
+        if "stream" in side.own:
+            torch.cuda.current_stream().wait_stream(side.own["stream"])
     if stopped:
         raise stopped
     return [side.result for side in sides]

@@ -5,19 +5,23 @@
 # %% ../nbs/05_evaluate.ipynb #08663a60
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from . import tasks
+from .captured import GRAPHS, finished, in_turn
 from .core import PromptnbError, Row, Steps, seed_for
 from .tasks.rows import fault
 
 # %% auto #0
 __all__ = [
+    "LEAST_STEPS",
     "EvalTask",
     "eval_tasks",
     "RolloutResult",
@@ -34,6 +38,16 @@ __all__ = [
     "say_failed",
     "trace_of",
     "check_eyes",
+    "Stepper",
+    "Recorded",
+    "Share",
+    "halves",
+    "why_unrecorded",
+    "say_unrecorded",
+    "worth_recording",
+    "stepper_of",
+    "playing",
+    "joined_tallies",
     "rollout",
     "to_rows",
 ]
@@ -309,6 +323,246 @@ def check_eyes(eval_tasks, fam):
         raise PromptnbError(f"{fam.name} shows pictures, which this policy does not read: it takes flat states")
 
 
+# %% ../nbs/05_evaluate.ipynb #evalste1
+class Stepper:
+    "The steps of a rollout on its device, launched one by one: `launch`, `read`, then `acted` with the rewards."
+
+    def __init__(self, actors, buffers, vec, fam):
+        self.actors, self.buffers, self.vec, self.fam = actors, buffers, vec, fam
+
+    def launch(self, t, obs, alive):
+        "Let the policies act on the observations (N, S) of step t."
+        self.buffers.observe(t, obs)
+        self.a = self.actors.act(self.buffers, t, alive)
+
+    def read(self):
+        "Actions (N, A) for the environment, and which rows' are finite (N,)."
+        finite = torch.isfinite(self.a).all(-1).cpu().numpy()
+        if self.fam.discrete:
+            self.a = self.actors.actions = chosen(self.a, getattr(self.vec, "legal", None))
+        return torch.nan_to_num(self.a).clamp(-1, 1).cpu().numpy(), finite
+
+    def acted(self, t, r):
+        "Note the rewards (N,) of step t."
+        self.buffers.acted(t, self.a, r)
+
+
+# %% ../nbs/05_evaluate.ipynb #evalste3
+class Recorded(Stepper):
+    "The same, a step being one graph. A policy without a state of its rows acts in all of them, ended ones too."
+
+    def __init__(self, actors, buffers, vec, fam):
+        super().__init__(actors, buffers, vec, fam)
+        (n, _, S), A, device = buffers.s.shape, buffers.a.shape[-1], buffers.s.device
+        legal = getattr(vec, "legal", None)
+        new = dict(obs=(n, S), r=(n,), out=(n, A), finite=(n,)) | ({} if legal is None else dict(legal=(n, A)))
+        kinds = dict(finite=torch.bool, legal=torch.bool)
+        self.there = {k: torch.zeros(size, dtype=kinds.get(k), device=device) for k, size in new.items()}
+        pinned = device.type == "cuda"
+        self.here = {k: torch.zeros(size, dtype=kinds.get(k), pin_memory=pinned) for k, size in new.items()}
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+        self.rtg = buffers.rtg[:, buffers.K - 1].clone()
+        self.target = self.rtg.clone()
+        self.rows = [None if len(g.rows) == n else torch.as_tensor(g.rows, device=device) for g in actors.groups]
+
+
+# %% ../nbs/05_evaluate.ipynb #evalste4
+@patch
+def window(self: Recorded):
+    "The K steps up to the current one: Steps (N, K, .)."
+    b = self.buffers
+    at = self.t + torch.arange(b.K, device=self.t.device)
+    known = {name: getattr(b, name).index_select(1, at) for name in ("s", "a", "rtg")}
+    of_all = {name: getattr(b, name)[:1].index_select(1, at).expand(len(b.s), -1) for name in ("t", "mask")}
+    return Steps(**known, **of_all)
+
+
+# %% ../nbs/05_evaluate.ipynb #evalste5
+@patch
+def step(self: Recorded):
+    "One step. Nothing in it looks at a value, so it can be recorded."
+    b, at, there = self.buffers, self.t + (self.buffers.K - 1), self.there
+    self.rtg.sub_(there["r"][:, None])  # by the rewards of the step before
+    b.rtg.index_copy_(1, at, self.rtg[:, None])
+    b.s.index_copy_(1, at, there["obs"][:, None])
+    window, a = self.window(), self.actors.actions
+    for group, state, rows in zip(self.actors.groups, self.actors.states, self.rows):
+        if rows is None:
+            a.copy_(group.policy.act(window, state))
+        else:
+            a.index_copy_(0, rows, group.policy.act(window.map(lambda x, rows=rows: x.index_select(0, rows)), state))
+    there["finite"].copy_(torch.isfinite(a).all(-1))
+    if self.fam.discrete:
+        a.copy_(chosen(a, there.get("legal")))
+    there["out"].copy_(torch.nan_to_num(a).clamp(-1, 1))
+    b.a.index_copy_(1, at, a[:, None])
+    self.t.add_(1)
+
+
+# %% ../nbs/05_evaluate.ipynb #evalste6
+@patch
+def record(self: Recorded):
+    "Record the step, and put back what that moved."
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # what a recording caches lies in its memory
+    try:
+        self.replay = GRAPHS[self.t.device.type](self.step)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        for x in (self.t, self.buffers.s, self.buffers.a, self.buffers.rtg, self.actors.actions):
+            x.zero_()
+        self.rtg.copy_(self.target)
+        self.buffers.rtg[:, self.buffers.K - 1] = self.target
+
+
+# %% ../nbs/05_evaluate.ipynb #evalste7
+@patch
+def launch(self: Recorded, t, obs, alive):
+    "Let the policies act on the observations (N, S) of step t."
+    self.here["obs"].numpy()[:] = obs
+    if "legal" in self.here:
+        self.here["legal"].numpy()[:] = self.vec.legal
+    for name in self.here.keys() - {"out", "finite"}:
+        self.there[name].copy_(self.here[name], non_blocking=True)
+    self.replay()
+    for name in ("out", "finite"):
+        self.here[name].copy_(self.there[name], non_blocking=True)
+
+
+# %% ../nbs/05_evaluate.ipynb #evalste8
+@patch
+def read(self: Recorded):
+    "Actions (N, A) for the environment, and which rows' are finite (N,)."
+    if self.t.is_cuda:
+        torch.cuda.current_stream().synchronize()
+    return self.here["out"].numpy().copy(), self.here["finite"].numpy().copy()
+
+
+# %% ../nbs/05_evaluate.ipynb #evalste9
+@patch
+def acted(self: Recorded, t, r):
+    "Note the rewards (N,) of step t; the next step reads them."
+    self.here["r"].numpy()[:] = r
+
+
+# %% ../nbs/05_evaluate.ipynb #evalsha1
+@dataclass(frozen=True)
+class Share:
+    "Rows of a rollout that advance in lock step."
+
+    fam: object
+    groups: list
+    task_rows: np.ndarray  # (N,): a row is an agent of an episode
+    seeds: np.ndarray  # (N,)
+    target: object  # initial return-to-go, a number or one per row
+    T: int  # steps
+
+    def part(self, first, last):
+        "The rows from the first up to the last."
+        groups = []
+        for g in self.groups:
+            own = (g.rows >= first) & (g.rows < last)
+            if own.any():
+                groups.append(Group(g.policy, g.rows[own] - first, g.prompt_rows[own]))
+        rows = slice(first, last)
+        target = self.target if np.ndim(self.target) == 0 else np.asarray(self.target)[rows]
+        return replace(self, groups=groups, task_rows=self.task_rows[rows], seeds=self.seeds[rows], target=target)
+
+
+# %% ../nbs/05_evaluate.ipynb #evalsha2
+def halves(share) -> list:
+    "A share as two, of whole episodes; as it is, in a list, where there is one episode."
+    N, agents = len(share.task_rows), share.fam.agents
+    middle = N // agents // 2 * agents
+    return [share.part(0, middle), share.part(middle, N)] if middle else [share.part(0, N)]
+
+
+# %% ../nbs/05_evaluate.ipynb #evalsha3
+LEAST_STEPS = 20  # steps of an episode that are worth a recording
+
+
+def why_unrecorded(share) -> str:
+    "Why steps cannot be recorded, in words; '' where they can. A policy says it of its `act`: `unrecorded`."
+    if share.fam.frames:
+        return "pictures lie in a ring, whose beginning Python knows"
+    silent = "does not say that its `act` is made of tensors alone (`unrecorded = ''`)"
+    reasons = [getattr(g.policy, "unrecorded", f"{type(g.policy).__name__} {silent}") for g in share.groups]
+    return next(filter(None, reasons), "")
+
+
+# %% ../nbs/05_evaluate.ipynb #evalsha4
+@functools.cache
+def say_unrecorded(why):
+    "One line, said once, on steps that are launched one by one."
+    print(f"steps of episodes are launched one by one, which is slower: {why}", flush=True)
+
+
+def worth_recording(share, device) -> bool:
+    "Are steps recorded as a graph: is there a GPU, are there enough of them, can they be? If not, it says why."
+    if device.type not in GRAPHS or share.T < LEAST_STEPS:
+        return False
+    why = why_unrecorded(share)
+    if why:
+        say_unrecorded(why)
+    return not why
+
+
+# %% ../nbs/05_evaluate.ipynb #evalsha5
+def stepper_of(recorded, *of) -> Stepper:
+    "What takes the steps: recorded ones, or, where a recording fails, those launched one by one, after a line on it."
+    if recorded:
+        try:
+            stepper = Recorded(*of)
+            stepper.record()
+            return stepper
+        except RuntimeError as e:
+            say_unrecorded((str(e).strip() or type(e).__name__).splitlines()[0])
+    return Stepper(*of)
+
+
+# %% ../nbs/05_evaluate.ipynb #evalsha6
+def playing(share, threads, keep, device, recorded=False):
+    "Play a share: (its `Tally`, its trace). A generator that pauses where its device has something to compute."
+    fam, N = share.fam, len(share.task_rows)
+    vec = tasks.lock_step(fam, share.task_rows, threads=threads)
+    env = SafeEnv(vec, fam.state_dim)
+    obs = env.reset(share.seeds.tolist())
+    actors = Actors(share.groups, N, fam.act_dim, device)
+    kind = ImageBuffers if fam.frames else Buffers
+    buffers = kind(N, share.T, actors.K, fam.frames or fam.state_dim, fam.act_dim, share.target, device)
+    stepper = stepper_of(recorded, actors, buffers, vec, fam)
+    tally = Tally(N, share.T if keep else None)
+    tally.check(np.isfinite(obs).reshape(N, -1).all(-1), env.why or "the environment gave NaN")
+    for t in range(share.T):
+        stepper.launch(t, np.nan_to_num(obs), tally.alive)
+        if recorded:
+            yield
+        a, finite = stepper.read()
+        tally.check(finite, "the policy gave NaN")
+        obs, r, ended, info = env.step(a)
+        tally.check(np.isfinite(r) & np.isfinite(obs).reshape(N, -1).all(-1), env.why or "the environment gave NaN")
+        r = np.nan_to_num(r)
+        stepper.acted(t, r)
+        tally.count(t, r, ended, info)
+        if not tally.alive.any():
+            break
+    vec.close()
+    return tally, trace_of(buffers, tally, share.task_rows) if keep else {}
+
+
+# %% ../nbs/05_evaluate.ipynb #evalsha7
+def joined_tallies(tallies):
+    "The tallies of shares as one, in their order."
+    if len(tallies) == 1:
+        return tallies[0]
+    out = Tally(sum(len(x.alive) for x in tallies))
+    for name in ("alive", "returns", "lengths", "failed", "success"):
+        setattr(out, name, np.concatenate([getattr(x, name) for x in tallies]))
+    out.reports_success = any(x.reports_success for x in tallies)
+    out.why = next((x.why for x in tallies if x.why), "")
+    return out
+
+
 # %% ../nbs/05_evaluate.ipynb #1ed3cbdc
 @torch.no_grad()
 def rollout(
@@ -324,35 +578,22 @@ def rollout(
     fam = tasks.family(fam)
     check_eyes(eval_tasks, fam)
     rows_per_task = episodes * fam.agents
-    task_rows = np.repeat([e.task for e in eval_tasks], rows_per_task)  # (N,): a row is an agent of an episode
-    N = len(task_rows)
-    T = fam.horizon if limit is None else min(limit, fam.horizon)
-    target = fam.target_return if target is None else target
-
-    vec = tasks.lock_step(fam, task_rows, threads=threads)
-    env = SafeEnv(vec, fam.state_dim)
-    obs = env.reset(episode_seeds(eval_tasks, fam, episodes, seed))
-    actors = Actors(groups_of(eval_tasks, rows_per_task), N, fam.act_dim, device)
-    kind = ImageBuffers if fam.frames else Buffers
-    buffers = kind(N, T, actors.K, fam.frames or fam.state_dim, fam.act_dim, target, device)
-    tally = Tally(N, T if keep else None)
-    tally.check(np.isfinite(obs).reshape(N, -1).all(-1), env.why or "the environment gave NaN")
-    for t in range(T):
-        buffers.observe(t, np.nan_to_num(obs))
-        a = actors.act(buffers, t, tally.alive)
-        tally.check(torch.isfinite(a).all(-1).cpu().numpy(), "the policy gave NaN")
-        if fam.discrete:
-            a = actors.actions = chosen(a, getattr(vec, "legal", None))
-        obs, r, ended, info = env.step(torch.nan_to_num(a).clamp(-1, 1).cpu().numpy())
-        tally.check(np.isfinite(r) & np.isfinite(obs).reshape(N, -1).all(-1), env.why or "the environment gave NaN")
-        r = np.nan_to_num(r)
-        buffers.acted(t, a, r)
-        tally.count(t, r, ended, info)
-        if not tally.alive.any():
-            break
-    vec.close()
+    share = Share(
+        fam,
+        groups_of(eval_tasks, rows_per_task),
+        np.repeat([e.task for e in eval_tasks], rows_per_task),
+        np.array(episode_seeds(eval_tasks, fam, episodes, seed), dtype=object),
+        fam.target_return if target is None else target,
+        fam.horizon if limit is None else min(limit, fam.horizon),
+    )
+    device = torch.device(device)
+    shares = halves(share) if worth_recording(share, device) else [share]
+    works = [playing(one, threads, keep, device, recorded=shares[0] is not share) for one in shares]
+    played = in_turn(works, device) if len(works) > 1 else [finished(work) for work in works]
+    tally = joined_tallies([tally for tally, _ in played])
     say_failed(fam, tally)
-    trace = trace_of(buffers, tally, task_rows) if keep else {}
+    traces = [trace for _, trace in played]
+    trace = {k: np.concatenate([own[k] for own in traces]) for k in traces[0]}
     return tally_result(tally, len(eval_tasks), fam.agents, trace)
 
 

@@ -143,7 +143,7 @@ LAYERS = {
     "models": ("core", "gymnasium minari", ""),
     "captured": ("core", "gymnasium", ""),
     "train": ("core captured", "gymnasium", ""),
-    "evaluate": ("core tasks", "", ""),
+    "evaluate": ("core tasks captured", "", ""),
     "predict": ("core tasks evaluate", "", ""),
     "tuners": ("core models train", "gymnasium minari", ""),
     "llm": ("core", "gymnasium", ""),

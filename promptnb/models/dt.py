@@ -561,6 +561,7 @@ class Policy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer"]):
     "Model, normaliser and prompts. `prompt`: Steps (G, P, .), normalised and scaled, one row per task; or None."
 
     CONFIG, MODEL = DTConfig, PromptDT
+    unrecorded = ""  # its `act` is made of tensors alone: a GPU's graph can hold it
 
     def __init__(
         self, model: dict, K: int = 20, rtg_scale: float = 1000.0, prompt_shape: list | None = None, soft: bool = False

@@ -540,7 +540,7 @@ def action_head(c: LMConfig, d):
 class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "lamo"]):
     "A Decision Transformer on a language model, with its normaliser."
 
-    uncaptured = ""
+    uncaptured = unrecorded = ""  # neither its loss nor its `act`
 
     def __init__(self, model: dict, K: int = 20, rtg_scale: float = 1000.0):
         super().__init__()

@@ -91,6 +91,7 @@ class PixelLamo(LamoPolicy):
     "A LamoPolicy that reads pictures (B, K, C, H, W) uint8 and scores discrete actions (B, K, A)."
 
     pictures = True
+    unrecorded = "it remembers the last pictures in Python"
 
     def __init__(self, model: dict, K: int = 30, rtg_scale: float = 1.0, frames=None):
         # `frames` may stand here or in `model`

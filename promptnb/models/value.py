@@ -178,7 +178,7 @@ class Learner(nn.Module, SafeHub, tags=["promptnb", "offline-rl"]):
 
     A subclass has `build` (its nets), `losses(batch)` (by name) and `choose(states)` (actions, or their scores)."""
 
-    uncaptured = ""  # its losses are made of tensors alone: a GPU's graph can hold them
+    uncaptured = unrecorded = ""  # its losses and `act` are made of tensors alone: a GPU's graph can hold them
     now = None  # the kind of update that is being recorded (`kinds`)
     K = 1  # steps of history
     discrete = False  # True: `choose` gives scores of actions
