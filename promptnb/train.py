@@ -336,7 +336,7 @@ def rates(self: Trainer, first, n) -> list:
 
 # %% ../nbs/04_train.ipynb #trupd003
 @patch
-def updates(self: Trainer, sampler):
+def pausing(self: Trainer, sampler):
     """The updates that are left, one by one: (loss, may the fit be saved or stopped here?).
 
     Each is launched by itself, or, on a GPU, where that can be, they are chunks of one graph (`captured`), with a None
@@ -347,6 +347,13 @@ def updates(self: Trainer, sampler):
         return
     for t in range(self.step, self.config.steps):
         yield self.update(sampler.batch(t)), True
+
+
+# %% ../nbs/04_train.ipynb #trupd004
+@patch
+def updates(self: Trainer, sampler):
+    "The same without the pauses."
+    return (done for done in self.pausing(sampler) if done is not None)
 
 
 # %% ../nbs/04_train.ipynb #trcnt001
@@ -389,7 +396,7 @@ def fitting(model, sampler, config: FitConfig, folder=None, data_hashes=(), desc
         model.train()
         first, steps = trainer.step, config.steps
         counter = progress(range(first, steps), desc)
-        for done in trainer.updates(sampler):
+        for done in trainer.pausing(sampler):
             if done is None:
                 yield
                 continue

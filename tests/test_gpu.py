@@ -378,6 +378,21 @@ def test_captured_updates_are_the_eager_ones(kind, graphs, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_updates_are_counted_without_the_pauses(graphs):
+    model, sampler = small()
+    updates = list(train.Trainer(model, CHUNKY).updates(sampler))
+    assert len(updates) == UPDATES and [t for t, (_, whole) in enumerate(updates, 1) if whole] == [
+        20,
+        25,
+        40,
+        50,
+        60,
+        75,
+        80,
+        90,
+    ]
+
+
 def test_the_processor_has_no_graphs_and_says_nothing_of_it(capsys):
     model, sampler = small()
     assert captured.captured(train.Trainer(model, train.FitConfig()), sampler) is None

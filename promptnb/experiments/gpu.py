@@ -28,7 +28,7 @@ from .forecast import cores_here
 from .job import lacks
 from .notebook import Stopped
 from .plain import plain_jobs
-from .plan import Request, collections, tasks_of
+from .plan import Request, collections, kept_together, tasks_of
 from .policies import pack, packed_path
 from .run import Run
 
@@ -642,11 +642,11 @@ def missing_policies(scale) -> list:
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00045
 @patch
 def train(self: Visit, tasks, scale):
-    "Collect what some pre-trainings read, and train, until the minutes are over."
+    "Collect what some pre-trainings read, and train, all seeds of one side by side, until the minutes are over."
     from promptnb import collect
 
-    for task in tasks:
-        for needed in collections([task.job], scale).values():
+    for own in kept_together(tasks, beside=True):
+        for needed in collections([own[0].job], scale).values():
             if not needed.is_there():
                 episodes = max(n for _, n in needed.needs)
                 for quality in needed.qualities:
@@ -655,7 +655,7 @@ def train(self: Visit, tasks, scale):
         if minutes <= 0.05:
             return
         kind = "cuda" if self.device.type == "cuda" else "cpu"
-        plain_jobs([task.word], scale=scale, accelerator=kind, threads=1, minutes=minutes)
+        plain_jobs([task.word for task in own], scale=scale, accelerator=kind, threads=1, minutes=minutes)
 
 
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00046
