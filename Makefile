@@ -35,7 +35,7 @@ PYTEST := $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadgroup
 test: $(READY) .venv/.extras-$(EXTRAS) lint ## the tests, on all cores (EXTRAS=dev: without what needs extras)
 	@$(PYTEST) -m "not long"
 
-test-all: $(READY) .venv/.extras-$(EXTRAS),browser lint ## long tests too, and JupyterLab in a browser
+test-all: $(READY) .venv/.extras-$(EXTRAS),browser,docs lint ## long tests too, JupyterLab in a browser, and the site
 	@$(PYTEST)
 
 lint: $(READY) .venv/.extras-$(EXTRAS) ## is the code laid out as ruff.toml says?

@@ -1,7 +1,8 @@
 "The site: every notebook has its place, the command line's page is its help, what is broken fails the build."
 
 import importlib.util
-import shutil
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,22 +50,54 @@ def test_every_module_has_a_page(source, pages):
     assert {p.stem for p in (source / "api").glob("*.md")} == set(pages.modules())
 
 
-def built(source, site, builder="html"):
-    "Sphinx on the folder of pages, as the Makefile calls it."
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(ROOT / "workflow" / "docs")]
-    command += ["-d", str(site.parent / "doctrees"), "-b", builder, str(source), str(site)]
-    return subprocess.run(command, capture_output=True, text=True)
+def sphinx(folder, builder="html", path=""):
+    "Sphinx as the Makefile calls it, on folder/source into folder/<builder>. path: more modules to import."
+    (line,) = re.findall(r"^SITE := \S+ (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    command = [sys.executable, *line.replace("_docs", str(folder)).split(), "-b", builder, str(folder / builder)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def page(pages, tmp_path):
+    "page(text): a site of one page, of this text, and of the reference of a module `bare`. Returns its folder."
+    pytest.importorskip("sphinx", reason="pip install promptnb[docs]")
+
+    def made(text, module='"A module."\n'):
+        pages.write(tmp_path / "modules" / "bare.py", module)
+        pages.write(tmp_path / "source" / "index.md", f"# A page\n\n{text}\n\n{pages.tree('Modules', ['bare'])}")
+        pages.write(tmp_path / "source" / "bare.md", pages.reference("bare", "A module."))
+        return tmp_path
+
+    return made
+
+
+def test_a_page_without_a_fault_is_built(page):
+    folder = page("A [link](bare.md) and `code`.")
+    for builder in ("html", "coverage"):
+        p = sphinx(folder, builder, folder / "modules")
+        assert p.returncode == 0, p.stderr[-3000:]
+    assert (folder / "html" / "searchindex.js").exists()
+
+
+@pytest.mark.parametrize("link", ["nowhere.ipynb", "nowhere.md", "bare.md#no-such-heading"])
+def test_a_broken_link_fails_the_build(page, link):
+    folder = page(f"A [link]({link}).")
+    p = sphinx(folder, path=folder / "modules")
+    assert p.returncode != 0 and link.rpartition("#")[2] in p.stderr, p.stderr[-3000:]
+
+
+def test_a_missing_docstring_fails_the_build(page):
+    folder = page("Text.", '"A module."\n\n\ndef speechless():\n    return 1\n')
+    assert sphinx(folder, path=folder / "modules").returncode == 0
+    p = sphinx(folder, "coverage", folder / "modules")
+    assert p.returncode != 0 and "speechless" in p.stderr, p.stderr[-3000:]
 
 
 @pytest.mark.long
-def test_the_site_builds_and_a_broken_link_or_a_missing_docstring_fails_it(source, tmp_path):
+def test_the_whole_site_builds(source):
     pytest.importorskip("sphinx", reason="pip install promptnb[docs]")
-    p = built(source, tmp_path / "site")
-    assert p.returncode == 0, p.stderr[-3000:]
-    assert (tmp_path / "site" / "searchindex.js").exists()
-    coverage = built(source, tmp_path / "coverage", "coverage")
-    assert coverage.returncode == 0, coverage.stderr[-3000:]
-    broken = shutil.copytree(source, tmp_path / "broken")
-    (broken / "cli.md").write_text((broken / "cli.md").read_text() + "\n[nowhere](nowhere.ipynb)\n")
-    p = built(broken, tmp_path / "site2")
-    assert p.returncode != 0 and "nowhere.ipynb" in p.stderr
+    for builder in ("html", "coverage"):
+        p = sphinx(source.parent, builder)
+        assert p.returncode == 0, p.stderr[-3000:]
+    assert (source.parent / "html" / "searchindex.js").exists()

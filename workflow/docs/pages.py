@@ -65,12 +65,16 @@ def modules():
     return sorted(name for name in found if name.rpartition(".")[2] not in HIDDEN)
 
 
-def module_page(name):
-    "The reference of one module, from its docstrings."
-    first = (importlib.import_module(name).__doc__ or "").strip()
-    first = re.sub(r"\]\((\w[^):]*\.ipynb)", r"](../nbs/\1", first)  # written for the notebook beside it
+def reference(name, first):
+    "The reference of one module: what is said first, then its docstrings."
     lines = [f"# {name}", "", first, "", "```{eval-rst}", f".. automodule:: {name}", "   :members:"]
     return "\n".join([*lines, "   :member-order: bysource", "```", ""])
+
+
+def module_page(name):
+    "The page of a module of the library, which begins as its notebook does."
+    first = (importlib.import_module(name).__doc__ or "").strip()
+    return reference(name, re.sub(r"\]\((\w[^):]*\.ipynb)", r"](../nbs/\1", first))
 
 
 def gather(source):
