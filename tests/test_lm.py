@@ -22,7 +22,7 @@ from promptnb.evaluate import eval_tasks, rollout
 from promptnb.llm import adapter, backends
 from promptnb.models import lm as L
 from promptnb.models.lm import LamoBatch, LamoPolicy, LMConfig, WithText, chain, corpus, counts, entropy, pretrain_lm
-from promptnb.train import FitConfig, fit, optimiser
+from promptnb.train import FitConfig, autocast, fit, optimiser
 
 S, A, K, B = 11, 3, 4, 5
 SMALL = LMConfig(S, A, layers=2, heads=2, width=16, vocab=30, r=3, alpha=6)
@@ -808,3 +808,101 @@ def test_import_is_light():
     code = "import sys, promptnb.models.lm; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "promptnb.models.lm" in out.split() and not heavy & set(out.split())
+
+
+# ---- on a GPU: projections together, frozen weights held
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    "What a model of these tests does where its tensors lie on a GPU."
+    monkeypatch.setattr(L, "on_gpu", lambda x: True)
+
+
+def outputs_and_gradients(pi, precision="fp32"):
+    "(actions, loss, gradients) of a policy on windows and text."
+    batch = L.LamoBatch(windows(), text())
+    pi.zero_grad()
+    with autocast(precision):
+        actions, loss = pi(batch.history), pi.loss(batch)
+    loss.backward()
+    return [actions, loss], [p.grad.clone() for p in pi.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kw", [{}, dict(bias=False), dict(split=False), dict(train="frozen"), dict(train="full")])
+def test_projections_together_give_what_each_gives(kw, monkeypatch):
+    pi = policy(lam=0.1, **kw)
+    (a, loss), gradients = outputs_and_gradients(pi)
+    monkeypatch.setattr(L, "on_gpu", lambda x: True)
+    (a_too, loss_too), gradients_too = outputs_and_gradients(pi)
+    torch.testing.assert_close(a_too, a, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss_too, loss, rtol=1e-6, atol=1e-6)
+    assert len(gradients) == len(gradients_too)
+    for g, g_too in zip(gradients, gradients_too, strict=True):
+        torch.testing.assert_close(g_too, g, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_weights_are_held_in_half_precision_once(as_on_a_gpu, monkeypatch):
+    pi = policy(lam=0.1)
+    (a, _), gradients = outputs_and_gradients(pi, "bf16")
+    held = {name: m.held for name, m in pi.lm.named_modules() if getattr(m, "held", None) is not None}
+    assert held and all(x.dtype == torch.bfloat16 and not x.requires_grad for x in held.values())
+    assert any("c_fc" in name for name in held) and any(name.endswith("c_attn") for name in held)
+    outputs_and_gradients(pi, "bf16")
+    assert all(pi.lm.get_submodule(name).held is x for name, x in held.items())
+    monkeypatch.setattr(L, "on_gpu", lambda x: False)
+    (a_too, _), gradients_too = outputs_and_gradients(pi, "bf16")
+    torch.testing.assert_close(a, a_too, rtol=0.05, atol=0.05)
+    for g, g_too in zip(gradients, gradients_too, strict=True):
+        torch.testing.assert_close(g, g_too, rtol=0.1, atol=0.02)
+
+
+def saved(pi):
+    "Bytes that autograd keeps of a loss in bf16, without what the model holds anyway."
+    held = [m.held for m in pi.lm.modules() if getattr(m, "held", None) is not None]
+    own, seen = {x.untyped_storage().data_ptr() for x in (*pi.parameters(), *pi.buffers(), *held)}, {}
+
+    def note(x):
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast("bf16"):
+        loss = pi.loss(Batch(windows()))
+    del loss
+    return sum(storage.nbytes() for at, storage in seen.items() if at not in own)
+
+
+def test_autograd_keeps_no_copies_of_frozen_weights(monkeypatch):
+    pi = policy(dropout=0.0, lora_dropout=0.0, width=64, bias=False).train()
+    copied = saved(pi)
+    monkeypatch.setattr(L, "on_gpu", lambda x: True)
+    saved(pi)
+    frozen = sum(m.held.nbytes for m in pi.lm.modules() if getattr(m, "held", None) is not None)
+    assert copied - saved(pi) > 0.8 * frozen
+
+
+def test_held_weights_follow_those_that_are_loaded(as_on_a_gpu):
+    pi, other = policy(), policy(seed=1)
+    with torch.no_grad():
+        before = pi(windows())
+        for m in other.lm.modules():
+            if isinstance(m, L.Held):
+                m.held = None
+        wanted = other(windows())
+        pi.load_state_dict(other.state_dict(), strict=False)
+        torch.testing.assert_close(pi(windows()), wanted)
+    assert not torch.allclose(before, wanted)
+
+
+def test_each_projection_drops_entries_of_its_own(as_on_a_gpu):
+    pi = policy(lora_dropout=0.5, dropout=0.0).train()
+    qkv = next(m for m in pi.lm.modules() if isinstance(m, L.SplitQKV))
+    with torch.no_grad():
+        for name in L.QKV:
+            getattr(qkv, name).base_layer.weight.zero_()
+            getattr(qkv, name).base_layer.bias.zero_()
+            for pair in ("lora_A", "lora_B"):
+                getattr(getattr(qkv, name), pair)["default"].weight.fill_(1.0)
+        qkv.held = None
+        q, k, v = qkv(torch.ones(1, 4, pi.lm.trunk.config.hidden_size)).chunk(3, -1)
+    assert not torch.equal(q, k) and not torch.equal(k, v)

@@ -61,6 +61,12 @@ __all__ = [
     "without_pooler",
     "quiet_transformers",
     "load_lm",
+    "on_gpu",
+    "product_type",
+    "Held",
+    "HeldLayer",
+    "held_class",
+    "hold",
     "LanguageModel",
     "NoPositions",
     "position_table",
@@ -280,6 +286,70 @@ def load_lm(c: LMConfig):
     return without_pooler(lm)
 
 
+# %% ../../nbs/03a_models.lm.ipynb #lmheld01
+def on_gpu(x) -> bool:
+    "Does a tensor lie on a GPU?"
+    return x.device.type == "cuda"
+
+
+def product_type(x) -> torch.dtype:
+    "The type in which products with a tensor are computed: autocast's where that is on."
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmheld02
+class Held:
+    "Mixin of a module with frozen weights: keeps them in the type that products are computed in."
+
+    held = None  # (out, in); made when first asked for
+
+    def frozen(self):
+        "Its weight (out, in)."
+        return self.weight.T if hasattr(self, "nf") else self.weight  # GPT-2 keeps its matrices transposed
+
+    def held_as(self, kind):
+        "The weight (out, in) in a type."
+        if self.held is None or self.held.dtype != kind:
+            self.held = self.frozen().detach().to(kind, copy=True).contiguous()
+        return self.held
+
+    def _apply(self, *args, **kwargs):
+        self.held = None  # it goes to another device or type
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args):
+        self.held = None
+        super()._load_from_state_dict(*args)
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmheld03
+class HeldLayer(Held):
+    "Mixin of a linear layer with a frozen weight; its bias may train."
+
+    def forward(self, x):
+        "As the layer itself; on a GPU with the weight that is held."
+        kind = product_type(x)
+        if not on_gpu(x) or kind == self.weight.dtype:
+            return super().forward(x)
+        return F.linear(x, self.held_as(kind), self.bias)
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmheld04
+@functools.cache
+def held_class(kind):
+    "A class of layers or tables, with its frozen weight held."
+    return type(f"Held{kind.__name__}", (Held if issubclass(kind, nn.Embedding) else HeldLayer, kind), {})
+
+
+def hold(trunk):
+    "Let the layers and the table of words of a trunk hold those of their weights that are frozen; in place."
+    for m in trunk.modules():
+        is_layer = isinstance(m, (nn.Linear, nn.Embedding)) or hasattr(m, "nf")
+        if is_layer and not isinstance(m, Held) and not m.weight.requires_grad:
+            m.__class__ = held_class(type(m))
+
+
 # %% ../../nbs/03a_models.lm.ipynb #3577c73c
 class LanguageModel(nn.Module):
     "A causal language model: `forward` takes vectors (B, T, d), `loss` takes a batch with text (B, T)."
@@ -309,7 +379,9 @@ class LanguageModel(nn.Module):
         if not self.speaks:
             raise PromptnbError(f"a {type(self.trunk).__name__} has no head that says words: give lam=0")
         h = self(self.words(batch.text))[:, :-1]
-        logits = F.linear(h, self.words.weight) if self.head is None else self.head(h)  # (B, T - 1, vocabulary)
+        words = self.words
+        table = words.held_as(product_type(h)) if isinstance(words, Held) and on_gpu(h) else words.weight
+        logits = F.linear(h, table) if self.head is None else self.head(h)  # (B, T - 1, vocabulary)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.text[:, 1:].flatten())
 
 
@@ -352,7 +424,7 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 
 # %% ../../nbs/03a_models.lm.ipynb #b8f4140c
-class SplitQKV(nn.Module):
+class SplitQKV(Held, nn.Module):
     "GPT-2's merged c_attn, weight (d, 3d), as three projections, for a LoRA each."
 
     def __init__(self, merged):
@@ -365,7 +437,29 @@ class SplitQKV(nn.Module):
 
     def forward(self, x):
         "(B, T, d) -> queries, keys and values side by side, (B, T, 3d)."
+        if on_gpu(x) and hasattr(self.q_proj, "lora_A"):
+            return self.together(x)
         return torch.cat([getattr(self, n)(x) for n in QKV], -1)
+
+    def frozen(self):
+        "The weights of the three, one below the other: (3d, d)."
+        return torch.cat([getattr(self, n).base_layer.weight for n in QKV])
+
+
+# %% ../../nbs/03a_models.lm.ipynb #lmqkv004
+@patch
+def together(self: SplitQKV, x):
+    "The same with one frozen product, and two batched ones for the pairs of small matrices."
+    parts = [getattr(self, n) for n in QKV]
+
+    def stacked(pairs):
+        return torch.stack([getattr(p, pairs)["default"].weight for p in parts])
+
+    z = parts[0].lora_dropout["default"](x.flatten(0, -2).expand(3, -1, -1))  # (3, B T, d)
+    pairs = torch.bmm(torch.bmm(z, stacked("lora_A").mT), stacked("lora_B").mT)
+    bias = torch.cat([p.base_layer.bias for p in parts])
+    whole = F.linear(x, self.held_as(product_type(x)), bias)
+    return whole + parts[0].scaling["default"] * pairs.movedim(0, 1).reshape(whole.shape)
 
 
 # %% ../../nbs/03a_models.lm.ipynb #lmqkv001
@@ -566,6 +660,7 @@ class LamoPolicy(nn.Module, SafeHub, tags=["promptnb", "decision-transformer", "
             self.lm.trunk.set_submodule(at, NoPositions())
         if c.train == "lora":
             add_lora(self.lm.trunk, c)
+        hold(self.lm)
         self.register_buffer("mean", torch.zeros(c.state_dim))
         self.register_buffer("std", torch.ones(c.state_dim))
         self._hub_mixin_config = dict(model=asdict(c), K=K, rtg_scale=rtg_scale)
