@@ -59,7 +59,7 @@ _all_ = [  # these names are read from here
     "scaled",
 ]
 
-from . import cmt, lamo, prompt_diffuser, prompt_tuning_dt, rladapter
+from . import cmt, grid, lamo, prompt_diffuser, prompt_tuning_dt, rladapter
 
 # %% auto #0
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "RECIPES",
     "EXHIBITS",
     "add",
+    "enter",
     "exhibits",
     "run_at",
     "recipes_of",
@@ -125,8 +126,14 @@ def add(paper: Paper) -> Paper:
     return paper
 
 
-for _module in (prompt_tuning_dt, prompt_diffuser, lamo, cmt, rladapter):
+for _module in (prompt_tuning_dt, prompt_diffuser, lamo, cmt, rladapter, grid):
     add(_module.PAPER)
+
+
+# %% ../../nbs/09g_recipes.ipynb #deskg102
+def enter(tuner, label, **fields) -> Paper:
+    "Give a registered tuner of yours its rows in the grid of all tuners; `fields` as `recipes.grid.enter` takes them."
+    return add(grid.enter(tuner, label, **fields))
 
 
 # %% ../../nbs/09g_recipes.ipynb #17a1ed4d

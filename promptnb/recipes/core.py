@@ -423,6 +423,10 @@ class Exhibit:
         "Is it made at a scale only when it is asked for by name?"
         return self.asked_at.get(scale, self.asked)
 
+    def shows(self, recipe) -> tuple:
+        "The seeds of a recipe that it shows: those of its own among the recipe's, else all of these."
+        return tuple(seed for seed in recipe.seeds if seed in self.seeds) or recipe.seeds
+
 
 # %% ../../nbs/09_recipes.core.ipynb #f89600e3
 def unique(recipes) -> list:

@@ -15,7 +15,7 @@ import pandas as pd
 from .. import recipes as rc
 from ..core import PromptnbError, check_choice, root
 from ..recipes.variants import from_text, vary
-from . import cmt, lamo, prompts, rladapter, sweep
+from . import cmt, grid, lamo, prompts, rladapter, sweep
 from .style import note
 from .tables import save_figure, save_table, shown
 from .view import View, exhibit, flaws, makers, reported, seeds_shown, status
@@ -58,6 +58,7 @@ PAGES = {
     "lamo": (lamo,),
     "cmt": (cmt, lamo, prompts),
     "rladapter": (rladapter,),
+    "grid": (grid,),
 }
 
 
