@@ -121,7 +121,7 @@ def test_a_plugin_that_breaks_leaves_the_library_usable(tmp_path):
     env = dict(os.environ, PROMPTNB_PLUGINS=str(tmp_path / "broken_study.py"))
     code = "import promptnb.recipes as rc; print(len(rc.PAPERS))"
     p = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert p.stdout.strip() == "5" and "ZeroDivisionError" in p.stderr and "Traceback" not in p.stderr
+    assert p.stdout.strip() == "6" and "ZeroDivisionError" in p.stderr and "Traceback" not in p.stderr
 
 
 @pytest.mark.parametrize("name, says", [("json", "installed"), ("My-Study", "small letters"), (NAME, "there already")])

@@ -121,7 +121,7 @@ def built() -> Paper:
         ("grid", "Every tuner on every policy", "tuners", every),
         ("repair", "How much of the loss is repaired", "repair", every),
     ):
-        paper.exhibit(id, title, claim, kind, recipes, _ONE, asked=True)
+        paper.exhibit(id, title, claim, kind, recipes, _ONE)
     paper.main("desk", "prompt_dt", "grid", "repair")
     return paper
 

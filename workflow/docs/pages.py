@@ -34,11 +34,11 @@ def tree(caption, names):
 def front(source):
     "The first page: the contents of the site."
     nbs = sorted(p.stem for p in (source / "nbs").glob("*.ipynb"))
-    papers = [f"nbs/papers/{slug}" for slug in recipes.PAPERS]
+    papers = [f"nbs/papers/{slug}" for slug in ("index", *recipes.PAPERS)]
     guides = [f"nbs/{name}" for name in GUIDES.split() if name in nbs]
     library = [f"nbs/{name}" for name in nbs if re.match(r"\d\d", name)]
-    parts = [("Start", ["nbs/index"]), ("The five papers", papers), ("Guides", guides), ("The library", library)]
-    parts += [("Reference", ["cli", "api"])]
+    parts = [("Start", ["nbs/index"]), ("The five papers, and a grid", papers), ("Guides", guides)]
+    parts += [("The library", library), ("Reference", ["cli", "api"])]
     return "# promptnb\n\n" + "\n".join(tree(caption, names) for caption, names in parts)
 
 

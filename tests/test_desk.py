@@ -1,0 +1,191 @@
+"Desk scale: what is run there, what the runs say of the papers' claims, and the grid of all tuners."
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from homes import ROOT, fabricate
+
+from promptnb import recipes as rc
+from promptnb.experiments import job, plan
+from promptnb.report import claims, exhibits, grid
+from promptnb.report.view import View
+
+PTDT = "prompt_tuning_dt"
+SLUGS = [slug for slug in rc.PAPERS if rc.PAPER_OF[slug].published or slug == "grid"]
+
+
+# ---- what is run
+
+
+@pytest.mark.parametrize("paper", SLUGS)
+def test_a_desk_runs_what_its_main_exhibits_show_and_nothing_else(paper):
+    request = plan.Request(paper, scale="desk")
+    runs = [run for task in plan.tasks_of(request, done=lambda run: False) for run in task.runs if not run.policy]
+    wanted = {(r.id, seed) for r in request.recipes() for seed in rc.resolve(r, "desk").seeds}
+    assert {(run.recipe.id, run.seed) for run in runs} == wanted and len(runs) == len(wanted)
+
+
+@pytest.mark.parametrize("paper", SLUGS)
+def test_the_recipes_of_a_job_have_the_same_seeds(paper):
+    "A job is told its seeds once."
+    for own in plan.Request(paper, scale="desk").jobs():
+        assert len({r.seeds for r in job.job_recipes(own, "desk")}) == 1, own.id
+
+
+def test_papers_share_their_policies_at_a_desk():
+    "Prompt Diffuser's and the grid's are Prompt-Tuning DT's: the same digest, so the same file."
+    ours = rc.resolve(rc.RECIPES[f"{PTDT}/cheetah-vel/pdt"], "desk").pretrain
+    for id in ("prompt_diffuser/cheetah-vel/diffuser", "grid/cheetah-vel/prompt-dt-ranking", "cmt/cheetah-vel/pdt"):
+        assert rc.resolve(rc.RECIPES[id], "desk").pretrain == ours
+
+
+def test_a_rate_that_stays_leaves_old_results_valid():
+    r = rc.resolve(rc.RECIPES[f"{PTDT}/cheetah-vel/pdt"], "laptop")
+    assert (r.pretrain.decay_to, rc.resolve(r, "desk").pretrain.decay_to) == (1.0, 0.02)
+    assert rc.digest(r) != rc.digest(replace(r, pretrain=replace(r.pretrain, decay_to=0.02)))
+    old = {k: v for k, v in vars(r.pretrain).items() if k not in ("decay_to", "times")}
+    assert rc.digest(rc.Pretrain(**old)) == rc.digest(r.pretrain)
+
+
+def test_the_story_tunes_six_rows_alone_and_all_of_them_beside_the_table():
+    alone = plan.Request(PTDT, ("story", "story_bars"), "desk")
+    runs = [run for task in plan.tasks_of(alone, done=lambda run: False) for run in task.runs]
+    assert (
+        len([run for run in runs if not run.policy]) == 6 * 2 * 3 and len([run for run in runs if run.policy]) == 2 * 3
+    )
+    assert {run.seed for run in runs} == {0, 1, 2}
+    together = plan.Request(PTDT, ("story", "table1"), "desk", families=("cheetah-dir",))
+    assert {own.exhibit for own in together.jobs()} == {"table1"}
+
+
+def test_a_job_of_the_story_is_found_by_its_name():
+    found = job.find_job(f"{PTDT}/story/cheetah-dir/tune", "desk")
+    assert {r.key for r in job.job_recipes(found, "desk")} == set(rc.prompt_tuning_dt.STORY)
+
+
+def make(folder, *words):
+    "What `make` would do in a folder."
+    p = subprocess.run(["make", "-n", *words], cwd=folder, capture_output=True, text=True, check=True)
+    return p.stdout
+
+
+def test_make_reproduce_starts_from_policies_that_ship_and_says_where_none_do(tmp_path):
+    for name in ("Makefile", "settings.ini", "setup.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    without = make(tmp_path, "reproduce")
+    assert "No policies of desk scale ship yet" in without and "--scale laptop --exhibit table1" in without
+    (tmp_path / "data" / "policies").mkdir(parents=True)
+    for family in ("cheetah-dir", "cheetah-vel"):
+        for seed in range(3):
+            (tmp_path / "data" / "policies" / f"{family}.prompt-dt-0123456789.s{seed}.safetensors").touch()
+    ships = make(tmp_path, "reproduce")
+    assert "No policies" not in ships and ships.count("--scale desk --exhibit story --exhibit story_bars") == 3
+    whole = make(tmp_path, "reproduce", "WHOLE=1", "FRESH=1")
+    assert "--exhibit table1" in whole and whole.count("--retrain") == 1
+
+
+# ---- claims
+
+
+def level(r, seed, i):
+    "Tuned prompts far above untuned ones, those of random actions far below."
+    return (
+        100.0 * r.key.startswith("ranking")
+        - 500.0 * (r.key == "pdt-uniform")
+        + np.random.default_rng((seed, i)).normal()
+    )
+
+
+def decisions(t):
+    "{claim: its decisions}."
+    return {text: set(g.decision) for text, g in t.groupby([c.text for c in t.claim])}
+
+
+def test_claims_are_confirmed_refuted_or_left_open(tmp_home):
+    table = exhibits.exhibit(PTDT, "table1")
+    fabricate(tmp_home, table, "laptop", (0, 1, 2), level)
+    found = decisions(claims.answered(PTDT, "laptop", "yours"))
+    assert found["a prompt of random actions ruins the policy"] == {"confirmed"}
+    assert found["tuning repairs a prompt of random actions"] == {"confirmed"}
+    assert found["returns guide better than action errors"] == {"refuted"}
+    assert found["the prompt helps Prompt-DT on unseen tasks"] == {"not resolved"}
+    assert found["ranking beats hill climbing, with as many queries"] == {"not tested"}
+
+
+def test_one_seed_decides_nothing(tmp_home):
+    fabricate(tmp_home, exhibits.exhibit(PTDT, "table1"), "laptop", (0,), level)
+    assert set(claims.answered(PTDT, "laptop", "yours").decision) == {"not tested"}
+
+
+def test_the_summary_has_a_line_for_every_claim_without_any_run(tmp_home):
+    for slug in SLUGS[:-1]:
+        t = claims.summary(slug, "desk", "yours")
+        assert {c.text for c in rc.PAPER_OF[slug].claims} == set(t.claim), slug
+        assert set(t["ours, desk scale"]) == {"no runs"}
+    assert claims.counts("desk", "yours").drop(columns="not tested").sum(axis=None) == 0
+
+
+def test_a_claim_on_a_row_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="table1 has no row 'Soft Prmpt'"):
+        rc.PAPER_OF[PTDT].claim("-", "table1", "Soft Prmpt", "Soft Prompt")
+
+
+# ---- the grid
+
+
+def good(r, seed, i):
+    "An expert's prompt at 100, the random one at 0, tuners between: each the better the later in the alphabet."
+    if r.key.endswith("-expert"):
+        return 100.0
+    return 0.0 if r.tune.tuner == "none" else 90.0 - ord("z") + ord(r.tune.tuner[0]) + 0.01 * seed
+
+
+@pytest.fixture
+def shown(tmp_home):
+    "The view of a grid whose Prompt-DT rows have run."
+    fabricate(tmp_home, exhibits.exhibit("grid", "prompt_dt"), "laptop", (0, 1, 2), good, spent={"tuning_seconds": 2.0})
+    return View(exhibits.exhibit("grid", "grid"), "laptop", partial=True, whose="yours")
+
+
+def test_the_grid_has_eight_tuners_on_four_families_and_a_reason_in_every_hole(shown):
+    printed, _ = grid.tuners(shown)
+    families = list(shown.families)
+    filled = printed[families].apply(lambda column: column.str.match(r"-?\d"))
+    tuned = filled.drop(index=[f"Prompt-DT: {rc.grid.RANDOM}", f"Prompt-DT: {rc.grid.EXPERT}"])
+    assert (tuned.sum(axis=1) >= 4).sum() >= 8
+    assert printed[families].where(~filled).stack().dropna().str.fullmatch(r"\(.+\)").all()
+    assert printed.loc["Prompt-DT: encoder, given context", families[0]] == "(needs an encoder)"
+    assert printed.loc["CMT: LoRA", families[0]] == "(missing)"
+
+
+def test_ranks_and_repair_are_those_of_the_returns(shown):
+    values = grid.values_of(shown, "prompt-dt")
+    ranked = grid.ranks(values)
+    assert ranked.index[0] in ("soft prompt", "re-sampled prompts", "preference ranking") and ranked.n.eq(3).all()
+    assert ranked.index[-1] == rc.grid.RANDOM and rc.grid.EXPERT not in ranked.index
+    share = grid.repaired(values).mean()
+    assert share["soft prompt"] == pytest.approx(0.83, abs=0.01) and share.max() < 1
+
+
+def test_a_tuner_of_a_reader_appears_in_the_grid():
+    code = """
+from promptnb import recipes as rc
+rc.enter("nudge", "a nudge", steps=7)
+rows = [r for r in rc.RECIPES.values() if r.paper == "grid" and r.tune.tuner == "nudge"]
+print(len(rows), {r.pretrain.name for r in rows} == {"prompt-dt", "prompt-mt-bc", "cmt"}, rows[0].tune.hyper)
+print(rows[0].id in rc.EXHIBITS["grid", "grid"].recipes)
+"""
+    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert p.stdout.split("\n")[:2] == ["12 True (('steps', 7),)", "True"]
+
+
+def test_an_empty_grid_says_so(tmp_home):
+    view = View(exhibits.exhibit("grid", "grid"), "desk", partial=True, whose="yours")
+    printed, tidy = grid.tuners(view)
+    assert printed[list(view.families)].map(lambda x: x.startswith("(")).all(axis=None)
+    figure, numbers = grid.repair(view)
+    assert isinstance(tidy, pd.DataFrame) and numbers.empty and figure.axes
