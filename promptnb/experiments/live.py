@@ -22,6 +22,7 @@ from .run import BEGUN, Run
 # %% auto #0
 __all__ = [
     "LOG",
+    "EVERY",
     "WAIT",
     "function_of",
     "named",
@@ -38,7 +39,7 @@ __all__ = [
 
 # %% ../../nbs/10m_experiments.live.ipynb #live0006
 LOG = "PROMPTNB_LOG"  # environment variable: 'tensorboard', or 'module:function'
-WAIT = 5.0  # seconds that a run, at its end, waits for its logger
+EVERY, WAIT = 1.0, 5.0  # seconds between two looks; that a run, at its end, waits for its logger
 
 
 # %% ../../nbs/10m_experiments.live.ipynb #live0008
@@ -159,9 +160,9 @@ def last_rows(run: Run) -> list:
 class Follower(threading.Thread):
     "Tells a logger of the rows of a run."
 
-    def __init__(self, run: Run, tell, every=1.0):
+    def __init__(self, run: Run, tell, every=None):
         super().__init__(daemon=True, name=f"log of {run.id}")
-        self.followed, self.tell, self.every = run, tell, every
+        self.followed, self.tell, self.every = run, tell, EVERY if every is None else every
         self.over, self.tail = threading.Event(), None
 
     def look(self):

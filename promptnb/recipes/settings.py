@@ -47,7 +47,7 @@ __all__ = [
     "nearest",
     "check_secrets",
     "check_value",
-    "check_heads",
+    "check_together",
 ]
 
 
@@ -240,6 +240,14 @@ CHOICES = {  # path: the words that it may be
     "tune.demo_position": ("tail", "any"),
     "tune.prompt_from": ("test", "train", "other", "none"),
     "tune.play": ("test", "all"),
+    "tune.distribution": ("gaussian", "uniform", "exponential", "gamma", "laplace"),
+    "tune.keep": ("last", "best", "first", "demos", "score"),
+    "tune.schedule": ("vp", "linear", "cosine"),
+    "tune.guidance": ("always", "conflict", "sum", "dm", "dt"),
+    "tune.condition": ("prompt", "train"),
+    "tune.source": ("diffused", "untrained", "noise"),
+    "tune.towards": ("best", "advantage", "return", "shuffled"),
+    "tune.begin": ("random", "encoded"),
     "offline.precision": PRECISIONS,
     "offline.text.precision": PRECISIONS,
     "online.guide": ("adapter", "decision", "rules", "random", "constant", "off"),
@@ -286,9 +294,11 @@ def check_value(path, value):
 
 
 # %% ../../nbs/09_recipes.settings.ipynb #rset0035
-def check_heads(r: Recipe):
-    "Refuse a width that the heads of a recipe do not divide; another than a net's own width is its own affair."
+def check_together(r: Recipe):
+    "Refuse values of a recipe that do not go together: heads that do not divide a width, more kept than there are."
     values = {path: value for path, (value, _) in fields_of(r).items()}
+    if (values.get("tune.k") or 0) > values.get("tune.m", 0):
+        raise SettingError(f"tune.k is {values['tune.k']}, but there are tune.m = {values['tune.m']} candidates")
     for path, heads in values.items():
         where, _, name = path.rpartition(".")
         width = values.get(f"{where}.width")

@@ -20,7 +20,7 @@ from promptnb.recipes.settings import (
     SettingError,
     applied,
     as_json,
-    check_heads,
+    check_together,
     check_value,
     fields_of,
     nearest,
@@ -233,12 +233,12 @@ def check_fields(recipes, given, where):
 
 # %% ../../nbs/09h_recipes.variants.ipynb #rvar0029
 def resolved_variants(recipes, scale) -> list:
-    "The variants among some recipes, at a scale; one whose width its heads do not divide is a SettingError."
+    "The variants among some recipes, at a scale; one whose values do not go together is a SettingError."
     from promptnb.recipes import resolve
 
     out = [resolve(r, scale) for r in recipes if r.sets]
     for r in out:
-        check_heads(r)
+        check_together(r)
     return out
 
 

@@ -1,0 +1,299 @@
+"A field of the recipes set from the shell: its variants run, survive a kill, stand beside the unchanged ones."
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from homes import DATA, FAMILY, PAPER, PRETRAIN, SMOKE, cli, env_for, new_home, one_line, went
+
+from promptnb import cli as command
+from promptnb import recipes
+from promptnb.captured import finished
+from promptnb.core import read_record
+from promptnb.experiments import job, live
+from promptnb.experiments.plan import Request, plan, varied
+from promptnb.report import records
+
+TABLE = ("--exhibit", "table1", "--family", FAMILY, *SMOKE)
+SWEEP = ("--set", "tune.size=4,8")  # the adapters' alone: a run each
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A home in which Table 1 has been run on one family, with nothing set."
+    return new_home(tmp_path_factory.mktemp("variants") / "home", *DATA, "data/results", "data/runs/policies")
+
+
+def made(home):
+    "{what was set: record} of the variants that have been run."
+    found = [json.loads(p.read_text()) for p in (home / "data" / "results" / PAPER).glob("*+*.json")]
+    return {json.dumps(record["recipe"]["sets"]): record for record in found}
+
+
+def killed_after_one(home):
+    "Start the sweep, and kill -9 every process of it when the first of its two runs has ended."
+    script = str(Path(sys.executable).with_name("promptnb"))
+    words = [script, "run", PAPER, *TABLE, *SWEEP, "--cores", "1"]
+    run = subprocess.Popen(words, cwd=home, env=env_for(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 300
+    while not made(home):
+        assert time.time() < end and run.poll() is None, "no run has ended"
+        time.sleep(0.01)
+    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            os.kill(process.pid, signal.SIGKILL)
+    run.wait()
+
+
+@pytest.fixture(scope="module")
+def swept(home):
+    "The same home after a sweep that was killed in the middle: (home, what had been made by then)."
+    killed_after_one(home)
+    before = made(home)
+    p = went(cli(home, "run", PAPER, *TABLE, *SWEEP, "--cores", 1))
+    assert "promptnb render prompt_tuning_dt --scale smoke --exhibit table1 --set tune.size=4,8" in p.stdout
+    return home, before
+
+
+def test_a_sweep_survives_kill_9_and_its_records_say_what_was_set(swept):
+    home, before = swept
+    after = made(home)
+    assert set(after) == {'[["tune.size", 4]]', '[["tune.size", 8]]'} and set(before) < set(after)
+    assert all(after[sets] == record for sets, record in before.items()), "what was finished was made again"
+    sizes = {dict(record["recipe"]["tune"]["hyper"])["size"]: record for record in after.values()}
+    assert sorted(sizes) == [4, 8] and sizes[4]["rows"] != sizes[8]["rows"]
+    assert len({record["recipe_digest"] for record in after.values()}) == 2
+    assert {row["method"] for row in sizes[4]["rows"]} == {"Adaptor [size=4]"}
+
+
+def rendered(home, *sets):
+    "The files that `render` leaves of the table with these settings, {end of its name: text or bytes}."
+    went(cli(home, "render", PAPER, "--exhibit", "table1", *SMOKE, "--partial", *sets))
+    folder = home / "figures" / "yours" / PAPER / "smoke"
+    return {p.name: p.read_bytes() for p in folder.glob("table1+*")}
+
+
+def test_a_sweep_has_a_table_and_a_figure_of_its_own(swept):
+    files = rendered(swept[0], *SWEEP)
+    name = "table1+tune.size=4_8"
+    assert {f"{name}.md", f"{name}.csv", f"{name}.figure.png", f"{name}.figure.csv"} <= set(files)
+    rows = [line.split("|")[1].strip() for line in files[f"{name}.md"].decode().splitlines() if line.startswith("|")]
+    at = rows.index("Adaptor")
+    assert rows[at + 1 : at + 3] == ["Adaptor [size=4]", "Adaptor [size=8]"]
+    assert files[f"{name}.figure.csv"].decode().count("Adaptor") == 3
+    assert not (swept[0] / "figures" / PAPER).exists(), "a committed figure was touched"
+
+
+def test_one_value_is_a_row_below_the_unchanged_one_and_a_run_of_a_sweep_counts(swept):
+    home, _ = swept
+    p = went(cli(home, "run", PAPER, *TABLE, "--set", "tune.size=4"))
+    assert "nothing to do" in p.stdout
+    text = rendered(home, "--set", "tune.size=4")["table1+tune.size=4.md"].decode()
+    assert text.index("| Adaptor ") < text.index("| Adaptor [size=4] ") < text.index("| LoRA")
+    assert "with tune.size=4" in text and "published" in text
+
+
+def test_status_knows_the_variants(swept, monkeypatch, capsys):
+    home, _ = swept
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    assert command.main(["status", PAPER, *SMOKE]) == 0
+    assert "variants: promptnb status prompt_tuning_dt --scale smoke --set tune.size=4" in capsys.readouterr().out
+    assert command.main(["status", PAPER, *SMOKE, *SWEEP]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.split()[0].partition("+")[2].startswith("tune.size=4_8") for line in lines)
+
+
+def test_variants_do_not_ship(swept, monkeypatch):
+    monkeypatch.setenv("PROMPTNB_HOME", str(swept[0]))
+    assert command.main(["records", "pack", PAPER, *SMOKE]) == 0
+    packed = records.shipped(PAPER, "smoke")
+    assert packed and not any("+" in name for name in packed)
+
+
+# ---- what cannot be set is one line, before work starts
+
+
+@pytest.mark.parametrize(
+    "sets, says",
+    [
+        (["tune.sise=4"], ["no recipe of prompt_tuning_dt table1", "did you mean 'tune.size'?"]),
+        (["online.url=http://127.0.0.1/v1"], ["they have pretrain and tune"]),
+        (["tune.size=big"], ["tune.size is a whole number, not big"]),
+        (["tune.size=0"], ["at least 1"]),
+        (["tune.size=4,0"], ["at least 1"]),
+        (["tune.lr=-1"], ["at least 0"]),
+        (["pretrain.dropout=2"], ["at most 1"]),
+        (["pretrain.prompt=yes"], ["true or false"]),
+        (["pretrain.position=head"], ["unknown pretrain.position 'head'"]),
+        (["pretrain.heads=3"], ["does not divide"]),
+        (["tune.demo_quality=exprt"], ["did you mean 'expert'?"]),
+        (["tune.distribution=gausian"], ["did you mean 'gaussian'?"]),
+        (["seeds=1,2"], ["use --seeds"]),
+        (["tune.size"], ["FIELD=VALUE"]),
+        (["tune.size=4", "tune.size=8"], ["tune.size is set twice"]),
+    ],
+    ids=lambda x: " ".join(x),
+)
+def test_what_cannot_be_set_is_one_line(home, no_snakemake, monkeypatch, capsys, sets, says):
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    asked = ["run", PAPER, *TABLE, *(word for text in sets for word in ("--set", text))]
+    assert command.main(asked) == 2 and not no_snakemake
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(text in line for text in says), line
+
+
+@pytest.mark.parametrize(
+    "text", ["online.api_key=sk-very-secret", "online.extra={'api_key': 1}", "online.key_env=sk-very-secret"]
+)
+def test_a_key_is_never_set_nor_shown(home, monkeypatch, capsys, text):
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    assert command.main(["run", "rladapter", *SMOKE, "--set", text.replace("'", '"')]) == 2
+    said = capsys.readouterr().err
+    assert "online.key_env=NAME" in said and "sk-very-secret" not in said
+
+
+def test_variants_are_of_one_paper_and_not_of_shipped_records(home, monkeypatch, capsys):
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    assert command.main(["run", "all", "--set", "tune.size=4"]) == 2
+    assert "name that instead of all" in capsys.readouterr().err
+    assert command.main(["render", PAPER, "--shipped", "--set", "tune.size=4"]) == 2
+    assert "leave --shipped out" in capsys.readouterr().err
+
+
+def test_a_page_that_is_told_something_wrong_fails_in_one_line(home):
+    p = cli(home, "job", PRETRAIN, *SMOKE, "-p", "sets=tune.sise")
+    one_line(p, "FIELD=VALUE")
+
+
+# ---- what a setting means
+
+
+def test_what_is_set_stands_at_every_scale_and_in_the_digest():
+    request = varied(Request(PAPER, ("table1",), "laptop", sets=("pretrain.width=32", "tune.lr=1e-3")))
+    made = {r.id: r for r in request.recipes()}
+    assert made and all(r.sets for r in made.values())
+    for r in made.values():
+        own = recipes.RECIPES[r.id.partition("+")[0]]
+        for scale in recipes.SCALES:
+            assert recipes.resolve(r, scale).pretrain.width == 32
+            assert recipes.digest(recipes.resolve(r, scale)) != recipes.digest(recipes.resolve(own, scale))
+    trained = [j for j in request.jobs() if j.kind == "pretrain"]
+    assert trained and all("+" in j.exhibit for j in trained), "a changed policy is a job of its own"
+
+
+def test_jobs_in_other_processes_are_told_what_is_set(home, monkeypatch):
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    url = "http://127.0.0.1:8000/v1"
+    monkeypatch.setenv("MY_KEY", "any")
+    request = varied(Request("rladapter", ("main",), "smoke", sets=(f"online.url={url}", "online.key_env=MY_KEY")))
+    commands = [rule.command for rule in plan(request)]
+    assert commands and all(f"--set online.url={url} --set online.key_env=MY_KEY" in c for c in commands)
+    for j in request.jobs():
+        (r,) = job.job_recipes(job.find_job(j.id, "smoke"), "smoke")
+        assert (r.online.url, r.online.key_env) == (url, "MY_KEY") and "/" not in r.key
+
+
+# ---- watched
+
+
+def watched(home, monkeypatch, name):
+    "Pre-train one policy, watched by the logger `name` ('': by nobody), from the start; returns (run, its record)."
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    monkeypatch.setenv(live.LOG, name)
+    monkeypatch.setattr(live, "EVERY", 0.02)
+    run = job.runs_of(job.find_job(PRETRAIN), "smoke", 3)[0]
+    run.path.unlink(missing_ok=True)
+    subprocess.run(["rm", "-rf", str(live.BEGUN.get(run.id, home / "none"))], check=True)
+    finished(job.attempting(run))
+    return run, read_record(run.path)
+
+
+def logger(folder, body):
+    "A logger of somebody's: 'file:function', whose body has `run`, `row`, and `note` to write a line with."
+    head = "import json, os, time\n\ndef note(x):\n    with open(os.path.dirname(__file__) + '/heard', 'a') as f:\n"
+    head += "        f.write(json.dumps(x) + '\\n')\n\ndef tell(run, row):\n    "
+    (folder / f"mine_{folder.name}.py").write_text(head + body + "\n")
+    return f"{folder / f'mine_{folder.name}.py'}:tell"
+
+
+def heard(folder):
+    "What that logger wrote."
+    return [json.loads(line) for line in (folder / "heard").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    "The rows of that policy's record when nobody watches."
+    with pytest.MonkeyPatch.context() as m:
+        return watched(home, m, "")[1]["rows"]
+
+
+def test_a_function_hears_rows_as_they_are_written(home, alone, tmp_path, monkeypatch):
+    path = job.runs_of(job.find_job(PRETRAIN), "smoke", 3)[0].path
+    name = logger(tmp_path, f"note([run['id'], row, os.path.exists({str(path)!r})])")
+    run, record = watched(home, monkeypatch, name)
+    said = heard(tmp_path)
+    assert {id for id, _, _ in said} == {run.id}
+    steps = [row["step"] for _, row, _ in said if "returns" in row]
+    assert steps == [5, 10, 15, 20] and said[0][2] is False, "the first row came when the run had ended"
+    assert any(row.get("metric") == "loss" for _, row, _ in said) and record["rows"] == alone
+
+
+@pytest.mark.parametrize("body", ["raise ConnectionError('nobody there')", "raise SystemExit(3)", "1 / 0"])
+def test_a_logger_that_raises_is_one_line_and_no_harm(home, alone, tmp_path, monkeypatch, capsys, body):
+    _, record = watched(home, monkeypatch, logger(tmp_path, body))
+    lines = [line for line in capsys.readouterr().err.splitlines() if live.LOG in line]
+    assert len(lines) == 1 and "nothing more is told" in lines[0]
+    assert record["status"] == "ok" and record["rows"] == alone
+
+
+def test_a_logger_that_hangs_is_left_behind(home, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "WAIT", 0.2)
+    start = time.time()
+    _, record = watched(home, monkeypatch, logger(tmp_path, "note(1)\n    time.sleep(600)"))
+    assert record["rows"] == alone and heard(tmp_path) == [1] and time.time() - start < 300
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("tensorbord", "takes tensorboard, module:function"),
+        ("nowhere_at_all:f", "cannot be imported"),
+        ("json:dump_s", "did you mean"),
+        ("here/none.py:f", "there is no file"),
+    ],
+)
+def test_a_logger_that_is_not_there_is_one_line_before_work(home, no_snakemake, monkeypatch, capsys, name, says):
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    monkeypatch.setenv(live.LOG, name)
+    assert command.main(["run", PAPER, *TABLE]) == 2 and not no_snakemake
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line and live.LOG in line or "plug-in" not in line
+
+
+def test_without_tensorboard_its_extra_is_named(home, monkeypatch, capsys):
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    monkeypatch.setenv(live.LOG, "tensorboard")
+    monkeypatch.setattr(live.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["run", PAPER, *TABLE]) == 2
+    assert "pip install 'promptnb[tensorboard]'" in capsys.readouterr().err
+
+
+def test_tensorboard_has_the_curves(home, alone, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, record = watched(home, monkeypatch, "tensorboard")
+    events = EventAccumulator(str(home / "data" / "runs" / "tensorboard" / run.id)).Reload()
+    assert {"returns", "returns/0", "return", "loss"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("returns")] == [5, 10, 15, 20]
+    last = [row["value"] for row in alone if row["metric"] == "return" and row["step"] == 20]
+    assert events.Scalars("returns")[-1].value == pytest.approx(sum(last) / len(last), rel=1e-5)
+    assert record["rows"] == alone
