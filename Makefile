@@ -48,6 +48,7 @@ fix: $(READY) .venv/.extras-$(EXTRAS) ## format notebooks and code, export the p
 	@$(BIN)/nbdev_export
 	@$(BIN)/python tests/faults.py
 	@$(BIN)/nbdev_clean
+	@$(BIN)/python tests/counts.py
 	@$(BIN)/ruff format -q .
 
 lab: $(READY) ## the notebooks in JupyterLab (LAB_ARGS="--port 9000" passes options on)

@@ -1,20 +1,24 @@
 "What the project promises of its own files. Each check names what is wrong in a root, and is shown a broken copy too."
 
 import ast
+import base64
 import configparser
 import json
 import os
 import re
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from counts import write_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 2**20
@@ -334,12 +338,58 @@ def sync(root):
 
 
 def clean(root):
-    "Notebooks are as nbdev_clean writes them; outputs may stay."
+    "Notebooks are as `make fix` leaves them: as nbdev_clean writes them, with the counts of a run from top to bottom."
     with tempfile.TemporaryDirectory() as tmp:
         new = copied(root, Path(tmp), "settings.ini", "nbs")
         run_python("from nbdev.clean import nbdev_clean; nbdev_clean()", new)
+        write_counts(new / "nbs")
         files = [n for n in notebooks(root) if (root / "nbs" / n).read_bytes() != (new / "nbs" / n).read_bytes()]
     return [f"nbs/{n} is not clean: run make fix" for n in files]
+
+
+def unchanged_by_opening(root):
+    "A notebook that is valid, and that Jupyter saves as it stands."
+    wrong = []
+    for f in notebooks(root):
+        text = (root / "nbs" / f).read_text("utf-8")
+        nb = nbformat.reads(text, 4)
+        if nbformat.writes(nb) + "\n" != text or not nbformat.validator.isvalid(nb):
+            wrong.append(f"nbs/{f} is not as Jupyter saves it")
+    return wrong
+
+
+WIDEST = 1040  # pixels of a picture: what a cell of JupyterLab has for it in a window of 1,280
+STRAY = {  # what is in an output by accident
+    "a warning": r"\w+Warning: ",
+    "a traceback": r"Traceback \(most recent call last\)",
+    "a progress bar": r"\d%\|.*\||\d(it/s|s/it)\b|\r",
+    "a path of one machine": r"(?<![\w.~-])/(tmp|root|home|work|Users|private|var/folders)/\w",
+}
+
+
+def texts(output):
+    "All text of an output of a cell."
+    data = output.get("data", {})
+    parts = [output.get("text", ""), *(data.get(f"text/{kind}", "") for kind in ("plain", "html", "markdown"))]
+    return "\n".join("".join(part) for part in [*parts, output.get("traceback", [])])
+
+
+def readable(root):
+    "Outputs as committed fit the page, and hold nothing that is there by accident."
+    wrong = []
+    outputs = [
+        (f"nbs/{f}, cell {c['id']}", output)
+        for f, nb in notebooks(root).items()
+        for c in nb["cells"]
+        for output in c.get("outputs", ())
+    ]
+    for where, output in outputs:
+        wrong += [f"{where} shows {what}" for what, how in STRAY.items() if re.search(how, texts(output))]
+        wrong += [f"{where} is an error"] * (output["output_type"] == "error")
+        png = base64.b64decode("".join(output.get("data", {}).get("image/png", "")))
+        width = struct.unpack(">I", png[16:20])[0] if png else 0
+        wrong += [f"{where} has a picture of {width} pixels, more than {WIDEST}"] * (width > WIDEST)
+    return wrong
 
 
 def tags(root):
@@ -416,6 +466,20 @@ def put_notebook(root, name, *sources, **metadata):
     put(root, f"nbs/{name}.ipynb", json.dumps(nb, sort_keys=True, indent=1) + "\n")
 
 
+def put_output(root, **output):
+    "Write a notebook of one cell with this output: text of a stream, where nothing else is said."
+    output = dict(dict(output_type="stream", name="stdout"), **output)
+    cell = dict(cell_type="code", id="c0", metadata={}, source=["1"], execution_count=1, outputs=[output])
+    nb = dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)
+    put(root, "nbs/98_x.ipynb", json.dumps(nb, sort_keys=True, indent=1) + "\n")
+
+
+def put_picture(root, width):
+    "A notebook with the beginning of a picture, which says how wide it is."
+    png = base64.b64encode(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, 9)).decode()
+    put_output(root, output_type="display_data", metadata={}, data={"image/png": png})
+
+
 def replace(root, file, old, new):
     "Replace text in a file, which must hold it."
     text = (root / file).read_text()
@@ -475,6 +539,19 @@ DAMAGE = [
     (sync, lambda r: (r / "promptnb/core.py").unlink(), "promptnb/core.py is not"),
     (sync, lambda r: put(r, "promptnb/extra.py", ""), "promptnb/extra.py is not"),
     (clean, lambda r: put_notebook(r, "98_x", "1", scrolled=True), "nbs/98_x.ipynb is not clean"),
+    (clean, lambda r: replace(r, "nbs/00_core.ipynb", '"execution_count": 2,', '"execution_count": null,'), "00_core"),
+    (unchanged_by_opening, lambda r: put(r, "nbs/98_x.ipynb", '{"cells": [], "metadata": {}}'), "98_x.ipynb is not"),
+    (unchanged_by_opening, lambda r: put(r, "nbs/00_core.ipynb", "\n"), "00_core.ipynb is not as"),
+    (readable, lambda r: put_output(r, text=["x.py:3: UserWarning: std()\n"]), "98_x.ipynb, cell c0 shows a warning"),
+    (readable, lambda r: put_output(r, text=["Traceback (most recent call last):\n"]), "shows a traceback"),
+    (readable, lambda r: put_output(r, text=["train:  40%|####      | 4/10\n"]), "shows a progress bar"),
+    (
+        readable,
+        lambda r: put_output(r, text=["in " + "/".join(["", "tmp", "x9"]) + "\n"]),
+        "shows a path of one machine",
+    ),
+    (readable, lambda r: put_output(r, output_type="error", ename="E", evalue="", traceback=[]), "is an error"),
+    (readable, lambda r: put_picture(r, WIDEST + 1), "a picture of 1041 pixels"),
     (tags, lambda r: put_notebook(r, "98_x", "seed = 0", tags=["parameters"]), "nbs/98_x.ipynb has 1"),
     (tags, lambda r: put_notebook(r, "papers/x", "seed = 0"), "nbs/papers/x.ipynb has 0"),
     (tags, lambda r: put_notebook(r, "papers/x", "seed = 0", "scale = ''", tags=["parameters"]), "x.ipynb has 2"),

@@ -164,7 +164,7 @@ def test_variants_are_of_one_paper_and_not_of_shipped_records(home, monkeypatch,
     assert command.main(["run", "all", "--set", "tune.size=4"]) == 2
     assert "name that instead of all" in capsys.readouterr().err
     assert command.main(["render", PAPER, "--shipped", "--set", "tune.size=4"]) == 2
-    assert "leave --shipped out" in capsys.readouterr().err
+    assert "none are shipped" in capsys.readouterr().err
 
 
 def test_a_page_that_is_told_something_wrong_fails_in_one_line(home):

@@ -52,9 +52,11 @@ __all__ = [
 
 # %% ../../nbs/10d_experiments.job.ipynb #fc7ab9a2
 def vary(paper, given) -> dict:
-    "Make the variants of a paper known (`recipes.variants.vary`); what cannot be set is a PromptnbError."
+    """Make the variants of a paper known (`recipes.variants.vary`); what cannot be set is a PromptnbError.
+
+    given: 'field=value' texts, or all in one, as a shell reads it."""
     try:
-        return variants.vary(paper, given)
+        return variants.vary(paper, variants.from_text(given) if isinstance(given, str) else given)
     except variants.SettingError as e:
         raise PromptnbError(str(e)) from None
 
@@ -66,7 +68,7 @@ def find_job(id, scale=None, sets="") -> rc.Job:
     sets: what is set of the recipes (`recipes.variants`), where it is a job of variants, as a shell reads it."""
     paper = id.split("/")[0]
     if sets and paper in rc.PAPERS:
-        vary(paper, variants.from_text(sets))
+        vary(paper, sets)
     every = {k: v for paper in rc.PAPERS for k, v in rc.jobs(paper, scale).items()}
     for e in rc.EXHIBITS.values():
         every |= rc.jobs_apart(e) if e.apart else {}
