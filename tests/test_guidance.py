@@ -982,3 +982,14 @@ def test_the_table_of_settings_is_of_three_columns_and_a_place(tmp_home):
     assert list(table.loc["lr"])[:3] == ["0.0001", "0.0001", "0.0003"]
     assert list(table.loc["tuning: lr"])[:3] == ["0.0002", "0.0002", "0.002"]
     assert set(RELEASED) | set(HABITS) <= set(table.index)
+
+
+def test_exchanges_at_one_step_are_shown_in_one_table():
+    "Rows may have the same name: several worlds ask at the same step."
+    import pandas as pd
+
+    from promptnb.report.tables import shown
+
+    twice = pd.DataFrame(dict(said=["sleep", "mine coal"]), index=pd.Index([3, 3], name="step"))
+    html = shown(twice).to_html()
+    assert "sleep" in html and "mine coal" in html and "pre-line" in html

@@ -195,8 +195,9 @@ def printed(t: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000034
 def shown(p):
-    "A printed table as a notebook displays it: the lines of an entry below each other."
-    return p.style.set_properties(**{"white-space": "pre-line", "text-align": "right", "vertical-align": "top"})
+    "A printed table as a notebook displays it: the lines of an entry below each other. Rows may have the same name."
+    look = [("white-space", "pre-line"), ("text-align", "right"), ("vertical-align", "top")]
+    return p.style.set_table_styles([dict(selector="td", props=look)])
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000020
