@@ -97,6 +97,7 @@ class Board:
         self.writer = None
 
     def __call__(self, run, row):
+        "Write the numbers of a row at its step."
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -174,6 +175,7 @@ class Follower(threading.Thread):
             self.tell(facts(self.followed), row)
 
     def run(self):
+        "Look until the run has ended, then tell of its record's rows."
         try:
             while not self.over.wait(self.every):
                 self.look()

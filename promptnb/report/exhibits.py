@@ -14,7 +14,7 @@ import pandas as pd
 
 from .. import recipes as rc
 from ..core import PromptnbError, check_choice, root
-from ..recipes.variants import from_text, vary
+from ..recipes.variants import from_text, in_words, vary
 from . import cmt, grid, lamo, prompts, rladapter, sweep
 from .style import note
 from .tables import save_figure, save_table, shown
@@ -145,7 +145,7 @@ def show(view, wanted=None):
         return
     if e.waits(view.scale) and not status(view)["done"]:
         scale = view.scale if rc.run_at(e, view.scale) else e.only[0]
-        command = f"promptnb run {e.paper} --exhibit {e.id} --scale {scale}"
+        command = f"promptnb run {e.paper} {in_words(e)} --scale {scale}"
         print(f"{e.id}: no runs, as it is made only when asked for: {command}")
         return
     try:
