@@ -22,6 +22,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from .captured import GRAPHS, kept
 from .core import Checkpoints, PromptnbError, check_choice, rng_for, seed_for
 from .tasks import crafter
 from .tasks.rows import fault
@@ -30,6 +31,7 @@ from .tasks.rows import fault
 __all__ = [
     "NETS",
     "GAINS",
+    "LOSSES",
     "nature",
     "spcnn",
     "Residual",
@@ -41,6 +43,7 @@ __all__ = [
     "make_ppo",
     "Quiet",
     "Trainer",
+    "Minibatches",
     "play",
     "play_random",
     "seconds_of",
@@ -464,6 +467,7 @@ class Trainer:
         self.c, self.seed = c, seed
         self.every = every  # steps between checkpoints
         self.losses, self.restarts = [], 0
+        self.graph, self.alone = None, False  # of minibatches; can they not be recorded?
         self.envs = Guided(c, seed, advise, encode)
         self.model = make_ppo(c, self.envs, device)
         self.policy = self.model.policy
@@ -542,17 +546,148 @@ def check_weights(self: Trainer):
         raise FloatingPointError(f"weights are not finite at step {self.step}")
 
 
+# %% ../nbs/08_online.ipynb #o1upda05
+LOSSES = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl")  # that are kept of an update
+
+
 # %% ../nbs/08_online.ipynb #o1upda02
 @patch
 def note_losses(self: Trainer):
     "Keep the losses of the last update; refuse those that are not finite."
     v = self.model.logger.name_to_value
-    names = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl")
-    losses = {k: float(v[f"train/{k}"]) for k in names}
+    losses = {k: float(v[f"train/{k}"]) for k in LOSSES}
     if not all(map(np.isfinite, losses.values())):
         raise FloatingPointError(f"loss is not finite at step {self.step}: {losses}")
     self.check_weights()
     self.losses.append(dict(step=self.step, **{k: round(x, 6) for k, x in losses.items()}))
+
+
+# %% ../nbs/08_online.ipynb #o1grph01
+class Minibatches:
+    "The minibatches of an update, as one graph. A rollout of n steps lies on the policy's device."
+
+    def __init__(self, c: PPOConfig, policy):
+        self.c, self.model, self.opt = c, policy, policy.optimizer
+        self.table, n = policy.features_extractor.table, c.envs * c.rollout
+        new = {"device": policy.device}
+        self.obs = dict(
+            image=torch.zeros(n, 3, 64, 64, dtype=torch.uint8, **new), text=torch.zeros(n, 1, dtype=torch.int32, **new)
+        )
+        self.actions = torch.zeros(n, dtype=torch.long, **new)
+        self.numbers = {name: torch.zeros(n, **new) for name in ("log_probs", "advantages", "returns")}
+        self.order = torch.zeros(c.epochs * n // c.batch, c.batch, dtype=torch.long, **new)
+        self.losses = torch.zeros(len(self.order), len(LOSSES), **new)
+        self.at = torch.zeros(1, dtype=torch.long, **new)
+
+    def fits(self, policy) -> bool:
+        "Is it of this policy, as it is now?"
+        return self.opt is policy.optimizer and self.table is policy.features_extractor.table
+
+
+# %% ../nbs/08_online.ipynb #o1grph02
+@patch
+def fill(self: Minibatches, buffer):
+    "Copy a rollout to the device, and the order of its steps, as stable-baselines3's buffer would draw it."
+    before = np.random.get_state()
+    next(buffer.get(self.c.batch))  # brings its arrays into the order of steps
+    np.random.set_state(before)
+    for name, x in self.obs.items():
+        x.copy_(torch.as_tensor(buffer.observations[name]))
+    self.actions.copy_(torch.as_tensor(buffer.actions).flatten())
+    for name, x in self.numbers.items():
+        x.copy_(torch.as_tensor(getattr(buffer, name)).flatten())
+    drawn = [np.random.permutation(len(self.actions)) for _ in range(self.c.epochs)]
+    self.order.copy_(torch.as_tensor(np.stack(drawn)).view_as(self.order))
+    self.at.zero_()
+
+
+# %% ../nbs/08_online.ipynb #o1grph03
+@patch
+def loss(self: Minibatches, rows):
+    "(what PPO minimises on these steps, its parts as LOSSES names them)."
+    c, policy = self.c, self.model
+    features = policy.extract_features({k: x.index_select(0, rows) for k, x in self.obs.items()})
+    actor, critic = policy.mlp_extractor(features)
+    log_p, values = policy.action_net(actor).log_softmax(-1), policy.value_net(critic).flatten()
+    old, advantages, returns = (x.index_select(0, rows) for x in self.numbers.values())
+    if c.batch > 1:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    log_ratio = log_p.gather(1, self.actions.index_select(0, rows)[:, None])[:, 0] - old
+    ratio = log_ratio.exp()
+    gain = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - c.clip, 1 + c.clip)).mean()
+    value, entropy = nn.functional.mse_loss(returns, values), (log_p.exp() * log_p).sum(-1).mean()
+    whole = gain + c.entropy * entropy + c.value * value
+    return whole, torch.stack([gain, value, entropy, (ratio - 1 - log_ratio).mean()]).detach()
+
+
+# %% ../nbs/08_online.ipynb #o1grph04
+@patch
+def update(self: Minibatches):
+    "The update on one minibatch. Nothing in it looks at a value, so it can be recorded."
+    self.opt.zero_grad(set_to_none=True)
+    whole, parts = self.loss(self.order.index_select(0, self.at)[0])
+    whole.backward()
+    torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.c.max_grad)
+    self.opt.step()
+    self.losses.index_copy_(0, self.at, parts[None])
+    self.at.add_(1)
+
+
+# %% ../nbs/08_online.ipynb #o1grph05
+@patch
+def record(self: Minibatches, make):
+    "Record the update. make: of an update, what runs it again (`captured.GRAPHS`). Weights and moments stay."
+    usual = [dict(group) for group in self.opt.param_groups]
+    for p, state in self.opt.state.items():
+        state["step"] = state["step"].to(self.at.device)
+        for name in ("exp_avg", "exp_avg_sq"):  # the fused optimiser wants them in the order of the weight's memory
+            state[name] = torch.empty_like(p).copy_(state[name])
+    put_back = kept(self)
+    for group in self.opt.param_groups:
+        group.update(fused=True, capturable=True, foreach=False)
+    try:
+        self.replay = make(self.update)
+    except RuntimeError:
+        for group, before in zip(self.opt.param_groups, usual):
+            group.update(before)
+        for state in self.opt.state.values():
+            state["step"] = state["step"].cpu()
+        raise
+    finally:
+        put_back()
+        self.at.zero_()
+    return self
+
+
+# %% ../nbs/08_online.ipynb #o1grph06
+@patch
+def learn(self: Trainer):
+    "The update on a rollout: stable-baselines3's; on a GPU its minibatches as one graph."
+    make, policy, m = GRAPHS.get(self.policy.device.type), self.policy, self.model
+    if make is None or self.alone:
+        return m.train()
+    policy.set_training_mode(True)
+    if self.graph is None or not self.graph.fits(policy):
+        before = np.random.get_state()
+        try:
+            self.graph = Minibatches(self.c, policy)
+            self.graph.fill(m.rollout_buffer)
+            self.graph.record(make)
+        except RuntimeError as e:
+            first = (str(e).strip() or type(e).__name__).splitlines()[0]
+            print(f"PPO: minibatches are launched one by one, which is slower: {first}", flush=True)
+            self.graph, self.alone = None, True
+            np.random.set_state(before)  # the order of minibatches is drawn again
+            return m.train()
+    else:
+        self.graph.fill(m.rollout_buffer)
+    for _ in range(len(self.graph.order)):
+        self.graph.replay()
+    m._n_updates += self.c.epochs
+    means = self.graph.losses.mean(0).tolist()
+    means[-1] = self.graph.losses[-len(self.graph.order) // self.c.epochs :, -1].mean().item()  # of the last pass
+    for name, value in zip(LOSSES, means, strict=True):
+        m.logger.record(f"train/{name}", value)
 
 
 # %% ../nbs/08_online.ipynb #o1upda03
@@ -565,7 +700,7 @@ def update(self: Trainer):
     self.envs.begin_rollout()
     try:
         self.model.collect_rollouts(self.envs, self.quiet, self.model.rollout_buffer, self.c.rollout)
-        self.model.train()
+        self.learn()
     except ValueError:
         self.check_weights()  # a distribution refuses NaN: then this is what is wrong
         raise

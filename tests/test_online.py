@@ -978,3 +978,47 @@ def test_a_rate_is_measured_for_any_size(envs, rollout, batch):
 
 def test_seconds_a_step():
     assert 1e-4 < O.seconds_a_step(C) < 1
+
+
+# ---- minibatches as one graph, which here is a call
+
+
+def by_calls(update):
+    update()  # as a recording is preceded by updates
+    return update
+
+
+@pytest.mark.parametrize("advise", ["own", None])
+def test_minibatches_as_a_graph_learn_what_stable_baselines3_learns(advise, tmp_path, monkeypatch, capsys):
+    c = replace(C, epochs=2, entropy=0.01)
+    usual = went(tmp_path / "a", 64, c, advise=advise)
+    monkeypatch.setitem(O.GRAPHS, "cpu", by_calls)
+    graphed = went(tmp_path / "b", 64, c, advise=advise)
+    assert graphed.graph is not None and usual.graph is None and "one by one" not in capsys.readouterr().out
+    assert graphed.model._n_updates == usual.model._n_updates
+    for a, b in zip(usual.policy.parameters(), graphed.policy.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+    for a, b in zip(usual.losses, graphed.losses, strict=True):
+        assert b == pytest.approx(a, rel=1e-2, abs=1e-4)
+
+
+def test_a_graph_of_minibatches_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setitem(O.GRAPHS, "cpu", by_calls)
+    whole = went(tmp_path / "a", 96)
+    went(tmp_path / "b", 32)
+    again = went(tmp_path / "b", 96)
+    assert all(torch.equal(a, b) for a, b in zip(whole.policy.parameters(), again.policy.parameters(), strict=True))
+
+
+def test_minibatches_that_cannot_be_recorded_are_left_to_stable_baselines3(tmp_path, monkeypatch, capsys):
+    def cannot_record(update):
+        update()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    usual = went(tmp_path / "a", 64)
+    monkeypatch.setitem(O.GRAPHS, "cpu", cannot_record)
+    alone = went(tmp_path / "b", 64)
+    said = [line for line in capsys.readouterr().out.splitlines() if "one by one" in line]
+    assert len(said) == 1 and said[0].endswith("operation not permitted when stream is capturing")
+    for a, b in zip(usual.policy.parameters(), alone.policy.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)

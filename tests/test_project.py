@@ -151,7 +151,7 @@ LAYERS = {
     "predict": ("core tasks evaluate", "", ""),
     "tuners": ("core models train", "gymnasium minari", ""),
     "llm": ("core", "gymnasium", ""),
-    "online": ("core tasks", "", ""),
+    "online": ("core tasks captured", "", ""),
     "recipes": ("", "everything", ""),
     "experiments": (EVERYTHING_OURS, "matplotlib", ""),
     # tasks: for the facts of a family, of which a result is stale when they change
