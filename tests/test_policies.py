@@ -122,4 +122,4 @@ def test_a_file_that_is_too_large_does_not_ship(packed, monkeypatch, refused):
 def test_a_forecast_counts_seconds_for_it(packed, monkeypatch):
     monkeypatch.setenv("PROMPTNB_HOME", str(packed))
     run = next(run for run in runs() if run.policy)
-    assert forecast.run_seconds(run) == (forecast.UNPACKING, "its policy ships")
+    assert forecast.run_seconds(run) == (forecast.UNPACKING, "taken from a policy that ships")

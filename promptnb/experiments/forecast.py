@@ -258,7 +258,7 @@ UNPACKING = 2.0  # seconds, of a policy that ships
 def run_seconds(run: Run, rates=None):
     "(expected seconds of a run, where they come from)."
     if run.policy and shipped_card(run):
-        return UNPACKING, "its policy ships"
+        return UNPACKING, "taken from a policy that ships"
     card = rates.card if rates else None
     if records := good_records(run, card_at_hand() if card else ""):
         return median(x["seconds"] for x in records), HERE
