@@ -81,7 +81,7 @@ def test_a_policy_of_several_papers_is_trained_by_the_first(everything):
         for run in task.runs:
             trainers.setdefault((run.recipe.pretrain, task.seed), []).append(task)
     shared = [found for found in trainers.values() if len(found) > 1]
-    assert {found[0].job.paper for found in shared} == {PAPER}
+    assert {found[0].job.paper for found in shared} == {PAPER, "cmt"}  # the grid has policies of both
     for first, *others in shared:
         assert all(first.stamp in inputs[other.stamp] for other in others)
 
