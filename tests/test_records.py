@@ -12,7 +12,7 @@ from promptnb.core import PromptnbError, read_json, results_dir, write_json
 from promptnb.experiments.plan import Request, tasks_of
 from promptnb.recipes import EXHIBITS
 from promptnb.report import records, verify
-from promptnb.report.view import View, lacks, makers, seeds_shown
+from promptnb.report.view import View, headline, lacks, makers, seeds_shown
 
 SCALE, SEEDS = "laptop", (0, 1, 2)
 TABLE1 = EXHIBITS[PAPER, "table1"]
@@ -239,6 +239,6 @@ def test_nothing_to_compare_is_one_line(packed, lacks, capsys):
 
 def test_the_headline_is_the_score_else_the_return_at_the_end():
     rows = [dict(metric=m, step=s, value=v) for m, s, v in (("return", 0, 1.0), ("return", 5, 2.0), ("return", 5, 4.0))]
-    assert verify.headline(dict(rows=rows)) == 3
-    assert verify.headline(dict(rows=[*rows, dict(metric="score", step=1, value=7.0)])) == 7
-    assert np.isnan(verify.headline(dict(rows=[])))
+    assert headline(dict(rows=rows)) == 3
+    assert headline(dict(rows=[*rows, dict(metric="score", step=1, value=7.0)])) == 7
+    assert np.isnan(headline(dict(rows=[])))
