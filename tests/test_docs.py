@@ -1,6 +1,7 @@
 "The site: every notebook has its place, the command line's page is its help, what is broken fails the build."
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -48,6 +49,16 @@ def test_the_command_lines_page_has_every_command_and_no_hidden_one(source):
 def test_every_module_has_a_page(source, pages):
     assert len(pages.modules()) > 40
     assert {p.stem for p in (source / "api").glob("*.md")} == set(pages.modules())
+
+
+def test_the_first_page_shows_no_code_and_no_page_a_hidden_cell(source):
+    def tags(name):
+        cells = [c for c in json.loads((source / "nbs" / name).read_text())["cells"] if c["cell_type"] == "code"]
+        return {"".join(c["source"]).partition("\n")[0]: c["metadata"].get("tags", []) for c in cells}
+
+    assert all("remove-input" in t for t in tags("index.ipynb").values())
+    of_a_guide = tags("own_lm.ipynb")
+    assert "remove-cell" in of_a_guide.pop("#| hide") and not any(of_a_guide.values())
 
 
 def sphinx(folder, builder="html", path=""):

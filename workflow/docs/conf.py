@@ -5,6 +5,8 @@ author = "The promptnb authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.coverage"]
 html_theme = "furo"
 html_title = "promptnb"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["nbs/papers/run.ipynb", "nbs/papers/study.ipynb", "**/.ipynb_checkpoints"]
 nb_execution_mode = "off"  # outputs are committed
 nb_number_source_lines = False
@@ -23,6 +25,8 @@ suppress_warnings = [
 
 def as_markdown(app, what, name, obj, options, lines):
     "Docstrings are plain text with `code`: a bar in them is a bar, not reStructuredText's substitution."
+    if what == "module":  # its page begins with it
+        lines.clear()
     lines[:] = [line.replace("|", r"\|").replace("*", r"\*") for line in lines]
 
 

@@ -6,6 +6,7 @@ python workflow/docs/pages.py _docs/source
 import contextlib
 import importlib
 import io
+import json
 import pkgutil
 import re
 import shutil
@@ -77,12 +78,24 @@ def module_page(name):
     return reference(name, re.sub(r"\]\((\w[^):]*\.ipynb)", r"](../nbs/\1", first))
 
 
+def tag(path, hidden):
+    "Let a notebook's page leave out its cells marked `#| hide` and, if `hidden`, the code of the others."
+    nb = json.loads(path.read_text())
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            left_out = ["remove-cell"] if "".join(cell["source"]).startswith("#| hide") else ["remove-input"] * hidden
+            cell["metadata"].setdefault("tags", []).extend(left_out)
+    path.write_text(json.dumps(nb))
+
+
 def gather(source):
     "Fill the folder."
     shutil.rmtree(source, ignore_errors=True)
     for name in ("nbs", "figures", "tests"):
         left = shutil.ignore_patterns(".ipynb_checkpoints", "yours", "__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=left)
+    for path in (source / "nbs").rglob("*.ipynb"):
+        tag(path, hidden=path.name == "index.ipynb")  # the first page shows what its code says, as README.md does
     write(source / "index.md", front(source))
     write(source / "cli.md", command_line())
     for name in modules():
