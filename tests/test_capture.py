@@ -74,7 +74,7 @@ def sighted():
     shape = dict(width=16, layers=1, heads=1, vocab=30, dropout=0.0, train="full", use_positions=False, lam=0.0)
     torch.manual_seed(0)
     model = pixels.PixelLamo(dict(state_dim=4 * 84 * 84, act_dim=3, max_timestep=40, **shape), 4, 1.0, [4, 84, 84])
-    return model, data.Sampler(store, torch.zeros(1), torch.ones(1), 1.0, K=4, per_task=3, H=0)
+    return model, data.Sampler(store, torch.zeros(1), torch.ones(1), 1.0, K=4, per_task=2, H=0)
 
 
 def writer(kind=PromptDiffuser, **fields):
@@ -119,7 +119,7 @@ RANDOM = {  # which draw random numbers on the device: not those of updates one 
     "td3+bc with noise": lambda: learner("td3+bc"),
     "cql": lambda: learner("cql"),
     "trunk with dropout": lambda: trunk(0.2),
-    **{f"diffuser, guidance {g}": lambda g=g: writer(guidance=g) for g in GUIDANCE},
+    **{f"diffuser, guidance {g}": lambda g=g: writer(guidance=g, N=3) for g in GUIDANCE},
 }
 SHORT = dataclasses.replace(CHUNKY, steps=45)
 
@@ -201,6 +201,12 @@ def watching():
         yield
 
 
+def without_autocast(monkeypatch):
+    "The meta device has none."
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *a: False)
+
+
 def as_meta(x):
     "A copy of a sampler, and of all that it holds, on the meta device."
     if isinstance(x, torch.Tensor):
@@ -241,7 +247,7 @@ GRAPHED = {**MODELS, **RANDOM, "Prompt-DT": small, "Prompt-DT with dropout": dro
 
 @pytest.mark.parametrize("name", GRAPHED)
 def test_an_update_neither_looks_at_values_nor_brings_any(name, monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # meta has none
+    without_autocast(monkeypatch)
     gradients, kinds = without_values(name)
     for kind in kinds:
         assert [gradients(t, kind).shape for t in range(2)] == [(), ()]
@@ -249,7 +255,7 @@ def test_an_update_neither_looks_at_values_nor_brings_any(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["context, all losses", "pixels", "trunk"])
 def test_losses_as_on_a_processor_do_look(name, monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    without_autocast(monkeypatch)
     for module in (context, pixels, lm):
         monkeypatch.setattr(module, "picks", lambda x: True)
     gradients, _ = without_values(name)

@@ -1,12 +1,11 @@
 "Episodes whose policy steps are a graph, a call in its place: the returns are those of steps launched one by one."
 
-import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from test_capture import learner, watching
+from test_capture import learner, watching, without_autocast
 from test_gpu import by_calls
 from test_lm import policy as language_policy
 from toys import A, S, toy
@@ -202,7 +201,7 @@ def test_short_episodes_are_not_worth_a_recording(maze, graphs, monkeypatch):
 
 @pytest.mark.parametrize("name", [*POLICIES, "bcq"])
 def test_a_policy_neither_looks_at_values_nor_brings_any(name, monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    without_autocast(monkeypatch)
     policy = {**POLICIES, **SCORES}[name]().to("meta")
     steps = evaluate.Buffers(4, 30, getattr(policy, "K", 1), S, A if name != "bcq" else 3, 1.0, "meta")
     state = policy.prefix() if hasattr(policy, "model") and policy.config.prompt else None
