@@ -643,11 +643,11 @@ def cmd_render(a):
     out = page_run(a.paper, a.scale, exhibits=",".join(ids), partial=a.partial, shipped=a.shipped, sets=in_text(a.sets))
     folder = views[0].folder
     print(f"tables and figures: {folder}\nnotebook, run: {out}")
-    for id in ids:
+    for k, id in enumerate(ids):
         table = folder / f"{id}.md"
         if table.exists():
             print(f"\n{id}\n{table.read_text()}")
-        if id in said:
+        if id in said and said[id] not in map(said.get, ids[:k]):
             print(f"What the runs say, after Holm's correction over these lines:\n{said[id]}")
 
 

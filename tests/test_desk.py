@@ -54,10 +54,9 @@ def test_a_rate_that_stays_leaves_old_results_valid():
 def test_the_story_tunes_six_rows_alone_and_all_of_them_beside_the_table():
     alone = plan.Request(PTDT, ("story", "story_bars"), "desk")
     runs = [run for task in plan.tasks_of(alone, done=lambda run: False) for run in task.runs]
-    assert (
-        len([run for run in runs if not run.policy]) == 6 * 2 * 3 and len([run for run in runs if run.policy]) == 2 * 3
-    )
-    assert {run.seed for run in runs} == {0, 1, 2}
+    tuned, policies = [run for run in runs if not run.policy], [run for run in runs if run.policy]
+    assert (len(tuned), len(policies)) == (6 * 2 * 5, 2 * 5)
+    assert {run.seed for run in runs} == set(range(5))
     together = plan.Request(PTDT, ("story", "table1"), "desk", families=("cheetah-dir",))
     assert {own.exhibit for own in together.jobs()} == {"table1"}
 
@@ -80,7 +79,7 @@ def test_make_reproduce_starts_from_policies_that_ship_and_says_where_none_do(tm
     assert "No policies of desk scale ship yet" in without and "--scale laptop --exhibit table1" in without
     (tmp_path / "data" / "policies").mkdir(parents=True)
     for family in ("cheetah-dir", "cheetah-vel"):
-        for seed in range(3):
+        for seed in range(5):
             (tmp_path / "data" / "policies" / f"{family}.prompt-dt-0123456789.s{seed}.safetensors").touch()
     ships = make(tmp_path, "reproduce")
     assert "No policies" not in ships and ships.count("--scale desk --exhibit story --exhibit story_bars") == 3

@@ -137,8 +137,7 @@ def work(self: Request) -> list:
     "[(job, seed)] of all that it needs."
     out = []
     for job in self.jobs():
-        own = rc.EXHIBITS[job.paper, job.exhibit].shows(job_recipes(job, self.scale)[0])
-        seeds = own if self.seeds is None else self.seeds
+        seeds = job_recipes(job, self.scale)[0].seeds if self.seeds is None else self.seeds
         out += [(job, seed) for seed in seeds]
     return out
 

@@ -413,7 +413,6 @@ class Exhibit:
     only: tuple = ()  # scales at which it is made (none: all)
     asked: bool = False  # made only when asked for by name: it takes long
     asked_at: dict = field(default_factory=dict)  # scale -> `asked` there, where it is otherwise
-    seeds: tuple = ()  # that it shows (none: each recipe's)
     apart: bool = False  # rows of other exhibits that are jobs of their own where nothing else is asked for
     keep: dict = field(default_factory=dict)  # scale -> the families that it shows there (none: all)
     beside: tuple = ()  # of its recipes, those that are shown if they have been run, and are not run for it
@@ -422,10 +421,6 @@ class Exhibit:
     def waits(self, scale) -> bool:
         "Is it made at a scale only when it is asked for by name?"
         return self.asked_at.get(scale, self.asked)
-
-    def shows(self, recipe) -> tuple:
-        "The seeds of a recipe that it shows: those of its own among the recipe's, else all of these."
-        return tuple(seed for seed in recipe.seeds if seed in self.seeds) or recipe.seeds
 
 
 # %% ../../nbs/09_recipes.core.ipynb #f89600e3

@@ -830,7 +830,6 @@ for _id, _title, _kind in (
         protocol=PROTOCOL + POOLS_TEXT,
         reported="table1",
         asked=True,
-        seeds=(0, 1, 2),
         apart=True,
     )
 

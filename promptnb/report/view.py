@@ -163,7 +163,7 @@ class View:
         out = []
         for full in rc.recipes_of(e, self.scale):
             r = rc.resolve(full, self.scale)
-            for seed in e.shows(r) if self.seeds is None else self.seeds:
+            for seed in r.seeds if self.seeds is None else self.seeds:
                 run = self.run(r, e.labels.get(r.id, r.method), seed)
                 if r.id not in e.beside or run.state in SHOWN:
                     out.append(run)
