@@ -139,7 +139,11 @@ def beside(pub, mean=None) -> dict:
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000p02
 def published_rows(view, made) -> list:
-    "Rows of what was published beside an exhibit, on its families, and is not among the rows `made` of its runs."
+    """Rows of what was published beside an exhibit, on its families, and is not among the rows `made` of its runs.
+
+    None where the exhibit is a choice of another's rows."""
+    if view.exhibit.apart:
+        return []
     e, known = view.exhibit, {(row["method"], row["family"]) for row in made}
     ours = {(e.labels.get(i, rc.RECIPES[i].method), rc.RECIPES[i].family) for i in e.recipes}
     rows = []
