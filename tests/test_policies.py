@@ -107,6 +107,14 @@ def test_a_damaged_one_is_named_and_nothing_is_done_with_it(packed, tmp_path, mo
     assert not run.path.exists()
 
 
+def test_packing_what_ships_leaves_its_card(taken):
+    "A policy that was taken was trained by somebody else, and its card says so."
+    home, _ = taken
+    before = {path.name: path.read_bytes() for path in (home / KEPT).iterdir()}
+    went(cli(home, *PACK))
+    assert {path.name: path.read_bytes() for path in (home / KEPT).iterdir()} == before
+
+
 def test_pack_says_what_is_missing(tmp_path):
     home = new_home(tmp_path / "home")
     one_line(cli(home, *PACK), "no policy of", PAPER, "promptnb run")
