@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from homes import FAMILY, METHODS, PAPER, fabricate
+from homes import FAMILY, METHODS, PAPER, ROOT, fabricate
 
 from promptnb import cli as command
 from promptnb.core import PromptnbError, read_json, results_dir, write_json
@@ -242,3 +245,15 @@ def test_the_headline_is_the_score_else_the_return_at_the_end():
     assert headline(dict(rows=rows)) == 3
     assert headline(dict(rows=[*rows, dict(metric="score", step=1, value=7.0)])) == 7
     assert np.isnan(headline(dict(rows=[])))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+def test_reading_shipped_records_starts_no_thread():
+    "A thread of Arrow's that is still at work when a short command ends aborts it (status 134)."
+    code = """import os, pyarrow.parquet
+from promptnb.report import records
+before = len(os.listdir("/proc/self/task"))
+assert records.shipped("prompt_tuning_dt", "laptop")
+print(len(os.listdir("/proc/self/task")) - before)"""
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert p.stdout.strip() == "0", p.stdout + p.stderr

@@ -69,10 +69,11 @@ def packed(records: dict) -> bytes:
 
 # %% ../../nbs/11_report.records.ipynb #rp000009
 def unpacked(data: bytes) -> dict:
-    "The bytes of a Parquet file as {file name: record}."
+    "The bytes of a Parquet file as {file name: record}; by this thread alone, as one of Arrow's may outlive a command."
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lines = pq.read_table(io.BytesIO(data)).to_pylist()
+    lines = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).to_pylist()
     return {line["name"]: json.loads(line["record"]) | dict(rows=line["rows"]) for line in lines}
 
 
