@@ -380,7 +380,7 @@ def test_the_middle_goals_are_the_only_change_of_their_policy():
 @pytest.mark.parametrize("word", ["ContextVectors", "Collect", "Encode", '"encode"'])
 def test_its_tuners_are_named_in_three_places(word):
     "The registry, their module, and recipe rows; the model names its method."
-    allowed = {"tuners/core.py", "tuners/context.py", "recipes/cmt.py", "models/context.py"}
+    allowed = {"tuners/core.py", "tuners/context.py", "recipes/cmt.py", "recipes/grid.py", "models/context.py"}
     package = ROOT / "promptnb"
     for file in package.rglob("*.py"):
         if file.name != "_modidx.py" and re.search(rf"(?<![\w.]){word}(?![\w])", file.read_text()):
@@ -396,7 +396,7 @@ def test_misspelt_tuners():
 
 # ---- digests
 
-ADDED = ("ratio", "ratio_seed", "context", "train", "activation", "mlp_ratio", "tanh")
+ADDED = ("ratio", "ratio_seed", "context", "train", "activation", "mlp_ratio", "tanh", "decay_to", "times")
 
 
 def test_fields_that_came_later_say_nothing_where_they_are_not_used():

@@ -115,7 +115,8 @@ class Home:
                 shutil.copytree(ROOT / name, self.path / name)
             shutil.copy(ROOT / "settings.ini", self.path)
         self.patches.everywhere("code_fingerprint", self.fingerprint)
-        self.patches.everywhere("find_job", {j.id: j for j in JOBS.values()}.get)
+        known = {j.id: j for j in JOBS.values()}
+        self.patches.everywhere("find_job", lambda id, *more: known.get(id))
         self.patches.attribute(notebook, "execute", self.execute)
         short = dataclasses.replace(tasks.FAMILIES[FAMILY], horizon=20)
         self.patches.item(tasks.FAMILIES, FAMILY, short)

@@ -295,7 +295,7 @@ def tiny(tmp_path, monkeypatch):
         m.delenv("MINARI_DATASETS_PATH", raising=False)
         m.setitem(scales.SMOKE, "Pretrain", small)
         for module in (job, notebook):
-            m.setattr(module, "find_job", lambda id: jobs[id])
+            m.setattr(module, "find_job", lambda id, *more: jobs[id])
         m.setattr(notebook, "run_notebook", run_here)
         yield home
 

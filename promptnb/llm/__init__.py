@@ -62,12 +62,12 @@ __all__ = [
     "DRESS",
     "SPREAD",
     "ASIDE",
+    "REMEMBER",
     "CAMEL",
     "CAMELS",
     "NEVER",
     "AVOID",
     "REASON",
-    "REMEMBER",
     "SENTENCE",
     "LINK",
     "HEADING",
@@ -444,6 +444,11 @@ DRESS = re.compile(r"</?[a-z][^<>]{0,40}>|\x1b\[[\d;]*[a-z]|[*`~]", re.I)
 _BETWEEN = r"(?: ?\n ?| )"  # the words of a goal: one may be in the next line
 SPREAD = re.compile(rf"(?<!\w)(?:{'|'.join(_BETWEEN.join(g.split()) for g in sorted(GOALS, key=len)[::-1])})(?!\w)")
 ASIDE = re.compile(r"\(((?:but |and |do )?(?:not|never|no|avoid|don't|without|instead of|rather than)\b[^()]{0,200})\)")
+# two negations that say yes
+REMEMBER = re.compile(
+    r"\b(?:(?:do not|don't|dont|never|not to) (?:forget|fail|neglect|omit|hesitate)(?= to\b)"
+    r"|cannot but|no choice but to)\b"
+)
 CAMEL = {"".join(w.capitalize() for w in g.split()): g for g in GOALS if " " in g}  # MineCoal, mineCoal
 CAMELS = re.compile(rf"(?<!\w)(?:{'|'.join(f'[{c[0]}{c[0].lower()}]{c[1:]}' for c in CAMEL)})(?!\w)")
 
@@ -480,11 +485,6 @@ AVOID = re.compile(
     r"|without|instead of|rather than|except|unless|nor|sans|ohne|sin|statt|no(?!\W*\d))\b"
 )
 REASON = re.compile(r"\b(?:because|since|so that|so as|so (?:you|i|we)|in order|to avoid|as (?:you|i|we|there|it))\b")
-# two negations that say yes
-REMEMBER = re.compile(
-    r"\b(?:(?:do not|don't|dont|never|not to) (?:forget|fail|neglect|omit|hesitate)(?= to\b)"
-    r"|cannot but|no choice but to)\b"
-)
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n|;")
 LINK = re.compile(r"([,|/•·→]|\b(?<!work )and\b|\bx?or\b|\bbut\b|\bthen\b|(?<!\w)\d+\s*[.):])")
 HEADING = re.compile(r"\s*#+ .*|.*:\s*")
