@@ -362,7 +362,7 @@ def test_pictures_are_stacked_as_in_table():
     st = trajectories([6, 3], True)
     tab = data.Table(st, torch.zeros(1), torch.ones(1), 1.0)
     r = torch.arange(9)
-    b = V.Transitions(st, *data.state_stats(st)).take(r)
+    b = V.Transitions(st, *data.state_stats(st)).take(V.RowDraw(r))
     assert (
         b.s.dtype == torch.uint8
         and torch.equal(b.s, tab.windows(r, 1).s[:, 0])

@@ -642,7 +642,7 @@ def missing_policies(scale) -> list:
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00045
 @patch
 def train(self: Visit, tasks, scale):
-    "Collect what some pre-trainings read, and train, all seeds of one side by side, until the minutes are over."
+    "Make the data that some pre-trainings read, and train, all seeds of one side by side, until the minutes are over."
     from promptnb import collect
 
     for own in kept_together(tasks, beside=True):
