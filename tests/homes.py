@@ -1,14 +1,18 @@
 "Workbooks for tests: homes of their own, the console script, one finished smoke run that all share, made-up records."
 
 import atexit
+import contextlib
 import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import psutil
 
 from promptnb import recipes, tasks
 from promptnb.core import code_fingerprint
@@ -102,6 +106,14 @@ def cli(home, *args, timeout=600, **env):
     script = str(Path(sys.executable).with_name("promptnb"))
     command = [script, *map(str, args)]
     return subprocess.run(command, cwd=home, env=env_for(home, **env), capture_output=True, text=True, timeout=timeout)
+
+
+def kill_tree(run):
+    "kill -9 of a process that was started, and of all below it."
+    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            os.kill(process.pid, signal.SIGKILL)
+    run.wait()
 
 
 def went(p):

@@ -1,17 +1,14 @@
 "A study of somebody else, outside the package: written by `new`, run, killed, rendered, stale where it has changed."
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from homes import SMOKE, cli, env_for, new_home, one_line, went
+from homes import SMOKE, cli, env_for, kill_tree, new_home, one_line, went
 
 NAME = "slide"
 RUN = ("run", NAME, *SMOKE, "--cores", 1)
@@ -42,11 +39,7 @@ def killed_in_training(home, env):
         [script, *map(str, RUN)], cwd=home, env=env_for(home, **env), stdout=subprocess.DEVNULL, start_new_session=True
     )
     until(lambda: list((home / "data" / "runs" / "policies").glob(f"{NAME}*/metrics.jsonl")))
-    tree = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-    for process in tree:
-        with contextlib.suppress(psutil.Error):
-            os.kill(process.pid, signal.SIGKILL)
-    run.wait()
+    kill_tree(run)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,13 @@
 "A field of the recipes set from the shell: its variants run, survive a kill, stand beside the unchanged ones."
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from homes import DATA, FAMILY, PAPER, PRETRAIN, SMOKE, cli, env_for, new_home, one_line, went
+from homes import DATA, FAMILY, PAPER, PRETRAIN, SMOKE, cli, env_for, kill_tree, new_home, one_line, went
 
 from promptnb import cli as command
 from promptnb import recipes
@@ -46,10 +42,7 @@ def killed_after_one(home):
     while not made(home):
         assert time.time() < end and run.poll() is None, "no run has ended"
         time.sleep(0.01)
-    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            os.kill(process.pid, signal.SIGKILL)
-    run.wait()
+    kill_tree(run)
 
 
 @pytest.fixture(scope="module")
