@@ -202,6 +202,7 @@ def standard(family, device="cpu", smaller=()) -> Run:
     return Run(rc.Recipe("prompt_tuning_dt", family, p.name, p.name, p, seeds=()), "paper", device=device, policy=True)
 
 
+# %% ../../nbs/10m_experiments.pace.ipynb #ra45c9f0
 def probe(device, limit=1.0, smaller=()) -> dict:
     "{'small', 'large'}: seconds of an update of two standard sizes."
     return {name: pace(*on_noise(standard(family, device, smaller)), limit).seconds for name, family in PROBES.items()}
@@ -251,6 +252,7 @@ def name_of(run: Run) -> str:
     return f"{'pretrain.' if run.policy else ''}{run.recipe.family}.{run.recipe.key}"
 
 
+# %% ../../nbs/10m_experiments.pace.ipynb #radb29a5
 def rate_size(run: Run) -> str:
     "Fingerprint of what the rate of a run depends on."
     r = run.recipe
@@ -283,12 +285,14 @@ def folder():
     return data_dir() / "benchmarks"
 
 
+# %% ../../nbs/10m_experiments.pace.ipynb #r7b8c1b6
 def measured_cards() -> list:
     "What was measured on cards, oldest first; a prototype's values come before all measurements."
     found = [read_json(path) for path in sorted(folder().glob("*.json"))]
     return sorted((x for x in found if x["device"] == "cuda"), key=lambda x: (not x.get("prototype"), x["date"]))
 
 
+# %% ../../nbs/10m_experiments.pace.ipynb #racc7ff4
 def card_at_hand() -> str:
     "The name of this machine's first card; '' where there is none."
     if not shutil.which("nvidia-smi") or not cards():

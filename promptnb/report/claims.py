@@ -90,6 +90,7 @@ def policy_seconds(run) -> float:
     return (record.get("shipped") or record)["seconds"] if record else 0.0
 
 
+# %% ../../nbs/11j_report.claims.ipynb #r4b54496
 def scale_of(run) -> str:
     "The scale of a run that has a record."
     return run.record["run_id"].split(".")[0]
@@ -127,6 +128,7 @@ def answered(paper, scale, whose="any") -> pd.DataFrame:
     return pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True) if tables else decided([])
 
 
+# %% ../../nbs/11j_report.claims.ipynb #r0e168e2
 def decided(rows) -> pd.DataFrame:
     "Comparisons with Holm's p, a verdict and the claim's decision."
     t = judged(rows, COLUMNS)
@@ -140,6 +142,7 @@ def told(t, digits=1) -> str:
     return "\n".join(f"{r['claim'].text} ({r['where']}): {entry(r, digits)}" for r in t.to_dict("records"))
 
 
+# %% ../../nbs/11j_report.claims.ipynb #rdc52245
 def entry(r, digits=1) -> str:
     "A decided claim in a few words: the decision, the difference, its interval, n."
     return f"{r['decision']}{in_words(r, digits).removeprefix(r['verdict'])}" if r["n"] else "no runs"
