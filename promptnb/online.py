@@ -145,6 +145,7 @@ class PPOConfig:
     bf16: bool = False  # the image net
     text: bool = True  # has a text head
     length: int = 10_000  # an episode's most steps
+    apart: bool = False  # every environment in a process of its own
     interval: int = 100  # K: steps between two queries
     ask_on_reset: bool = True  # a new life asks at once
     text_after_step: bool = False  # store a step with the sentence after it, as released
@@ -161,7 +162,8 @@ class Guided(VecEnv):
         self.c, self.advise, self.encode = c, advise, encode
         self.once = once  # one episode per environment
         self.seeds = [seed_for(seed, "env", i) % 2**31 for i in range(c.envs)]  # RandomState takes 32 bits at most
-        self.envs = [crafter.Crafter(c.length, image=image) for _ in range(c.envs)]
+        game = crafter.Apart if c.apart else crafter.Crafter
+        self.envs = [game(c.length, image=image) for _ in range(c.envs)]
         space = gym.spaces.Dict(
             image=gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), text=gym.spaces.Box(0, 2**24, (1,), np.int32)
         )
@@ -200,7 +202,11 @@ class Guided(VecEnv):
         n = self.num_envs
         rewards, dones, infos = np.zeros(n, np.float32), np.zeros(n, bool), [{} for _ in range(n)]
         self.images = self.images.copy()
-        for i in np.flatnonzero(~self.over):
+        playing = np.flatnonzero(~self.over)
+        if self.c.apart:  # all at a time, before the first result is waited for
+            for i in playing:
+                self.envs[i].begin(int(self.actions[i]))
+        for i in playing:
             rewards[i], dones[i], infos[i] = self.step_one(i, int(self.actions[i]))
         if not self.c.text_after_step:
             self.ids = self.ids.copy()  # else the array that the step is stored from is written into
@@ -210,7 +216,9 @@ class Guided(VecEnv):
         return self.observation(), rewards, dones, infos
 
     def close(self):
-        "Nothing to close."
+        "End the processes of environments that have their own."
+        for env in self.envs if self.c.apart else ():
+            env.close()
 
     def get_attr(self, name, indices=None):
         "An attribute of each environment."
@@ -473,7 +481,8 @@ class Trainer:
         self.policy = self.model.policy
         self.envs.extractor = self.policy.features_extractor
         init_policy(self.policy, seed)
-        self.checkpoints = Checkpoints(Path(folder), dict(c=c, seed=seed, **(config or {})))
+        same = replace(c, apart=False)  # a run may move
+        self.checkpoints = Checkpoints(Path(folder), dict(c=same, seed=seed, **(config or {})))
 
     @property
     def step(self):

@@ -120,6 +120,27 @@ def test_one_seed_decides_nothing(tmp_home):
     assert set(claims.answered(PTDT, "laptop", "yours").decision) == {"not tested"}
 
 
+def apart(r, seed, i):
+    "As `level`, where every row has noise of its own."
+    return level(r, seed, i) + np.random.default_rng((seed, i, *r.key.encode())).normal()
+
+
+def test_seeds_by_need(tmp_home):
+    "What lies far apart needs the fewest seeds; what is as close as the published values more than there are."
+    fabricate(tmp_home, exhibits.exhibit(PTDT, "table1"), "laptop", (0, 1, 2), apart)
+    t = claims.seeds(PTDT, "laptop", "yours").set_index("claim")
+    far, close = t.loc["tuning repairs a prompt of random actions"], t.loc["tuning improves an expert prompt"]
+    assert set(t.n) == {3} and set(far["seeds for it"]) <= {"3", "4"}
+    assert all(float(r["n seeds see"]) > float(r.spread) for _, r in t.iterrows())
+    assert int(close.set_index("on")["seeds for it"]["cheetah-vel"]) > 4  # published: -1.6
+
+
+def test_one_seed_has_no_spread(tmp_home):
+    fabricate(tmp_home, exhibits.exhibit(PTDT, "controls"), "laptop", (0,), apart)
+    t = claims.seeds(PTDT, "laptop", "yours")
+    assert set(t.n) == {1} and set(t["seeds for it"]) == set(t.spread) == set(t["n seeds see"]) == {""}
+
+
 def test_the_summary_has_a_line_for_every_claim_without_any_run(tmp_home):
     for slug in SLUGS[:-1]:
         t = claims.summary(slug, "desk", "yours")

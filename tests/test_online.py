@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -747,6 +750,56 @@ def test_kill(where, tmp_path, monkeypatch):
     assert t.step == 64
     t.go(160)
     same(want, t)
+
+
+# ---- games in processes of their own
+
+
+def test_games_in_other_processes_are_the_same(tmp_path):
+    "Every number of a training, and it may stop in one way and go on in the other."
+    want = went(tmp_path / "one", 96)
+    apart = went(tmp_path / "two", 32, replace(C, apart=True))
+    apart.envs.close()
+    t = went(tmp_path / "two", 64)
+    t = begun(tmp_path / "two", replace(C, apart=True))
+    t.go(96)
+    same(want, t)
+    t.envs.close()
+    assert not any(e.process.is_alive() for e in t.envs.envs)
+
+
+def test_what_a_game_raises_elsewhere_ends_its_episode(tmp_path):
+    envs = Guided(replace(C, apart=True), 0)
+    envs.reset()
+    step(envs, [0, 0])
+    _, _, dones, infos = step(envs, [0, 99])  # there is no such action
+    assert dones.tolist() == [False, True] and infos[1]["TimeLimit.truncated"]
+    (failed,) = envs.failed
+    assert failed["env"] == 1 and "IndexError" in failed["why"]
+    assert not step(envs, [0, 0])[2].any()
+    envs.envs[0].process.kill()
+    envs.envs[0].process.join()
+    with pytest.raises(PromptnbError, match="process of a Crafter environment has died"):
+        envs.envs[0].step(0)
+    envs.close()
+
+
+def test_games_die_with_the_process_that_trains(tmp_path):
+    program = f"""
+import os, signal
+from promptnb.tasks.crafter import Apart
+games = [Apart(image=False) for _ in range(2)]
+[g.reset(seed=0) for g in games]
+open({str(tmp_path / "pids")!r}, "w").write(" ".join(str(g.process.pid) for g in games))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "train.py").write_text(f"if __name__ == '__main__':\n    exec({program!r})")
+    assert subprocess.run([sys.executable, tmp_path / "train.py"]).returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    until = time.monotonic() + 60
+    while (alive := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(pids) == 2 and not alive
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):

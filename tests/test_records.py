@@ -223,6 +223,13 @@ def test_one_row_that_does_not_agree_is_enough(packed):
     assert status == 1 and (row.where, row.method, row.agrees) == (FAMILY, "LoRA (control)", verify.DIFFERS)
 
 
+def test_a_run_shown_twice_is_compared_once(packed):
+    "Holm's correction is over comparisons, not over pictures of them."
+    own_again(packed)
+    once = verify.verified([TABLE1], SCALE)
+    assert len(verify.verified([TABLE1, EXHIBITS[PAPER, "fig3"], TABLE1], SCALE)) == len(once)
+
+
 def test_two_seeds_are_too_few(packed):
     own_again(packed, shifted([5, 6, 7]))
     for path in results_dir(PAPER).glob("*.s2.json"):

@@ -893,7 +893,9 @@ def test_an_arm_of_an_interval_has_it(interval):
 
 @pytest.mark.parametrize("arm", list(R.ARMS))
 def test_a_laptop_trains_the_net_of_nature(arm):
-    assert guided.ppo_config(rc.resolve(R.ARMS[arm], "laptop").online, CPU).net == "nature"
+    small = rc.resolve(R.ARMS[arm], "laptop").online
+    assert guided.ppo_config(small, CPU).net == "nature"
+    assert guided.ppo_config(small, "cuda").apart and not guided.ppo_config(small, CPU).apart
 
 
 @pytest.mark.parametrize(

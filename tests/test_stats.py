@@ -131,6 +131,38 @@ def test_no_word_is_said_of_a_small_difference_with_three_seeds():
     assert np.mean([word_of(row, np.zeros(3)) == BETTER for row in d]) < 0.2
 
 
+# ---- how many seeds
+
+
+@pytest.mark.parametrize("effect, n, size", [(1, 5, 1), (3, 3, 1), (3, 5, 10), (1.5, 10, 10)])
+def test_the_power_is_the_share_of_words_in_simulated_tables(effect, n, size):
+    "The first step of Holm's correction: the smallest p of a table meets the level divided by its size."
+    d = np.random.default_rng(n).normal(effect, 1, size=(2000, n))
+    words = [stats.p_value(row) < stats.ALPHA / size for row in d]
+    assert stats.power(effect, 1, n, size) == pytest.approx(np.mean(words), abs=0.03)
+
+
+@pytest.mark.parametrize("effect, comparisons", [(0.4, 1), (2.0, 1), (2.0, 10), (-2.0, 10)])
+def test_the_seeds_needed_are_the_fewest(effect, comparisons):
+    n = stats.seeds_needed(effect, 1, comparisons)
+    assert stats.power(effect, 1, n, comparisons) >= stats.CHANCE
+    assert n == stats.LEAST or stats.power(effect, 1, n - 1, comparisons) < stats.CHANCE
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize("comparisons", [1, 10, 40])
+def test_the_smallest_seen_is_just_seen(n, comparisons):
+    effect = stats.smallest_seen(7.0, n, comparisons)
+    assert stats.power(effect, 7.0, n, comparisons) == pytest.approx(stats.CHANCE)
+
+
+def test_edges_of_the_power():
+    assert stats.power(5, 1, 2) == 0 and stats.smallest_seen(1, 2) == np.inf  # two seeds get no word
+    assert stats.seeds_needed(0, 1) is None and stats.seeds_needed(1e-3, 1) is None
+    assert stats.seeds_needed(1, 0) == stats.LEAST and stats.smallest_seen(0, 3) == 0  # seeds that agree
+    assert stats.power(100, 1, 5) == stats.power(30, 1, 5, 1) == 1  # too sure for scipy, which says NaN
+
+
 # ---- summaries
 
 

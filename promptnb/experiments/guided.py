@@ -243,7 +243,8 @@ def ppo_config(x: rc.Online, device):
     from promptnb.train import precision_of
 
     own = {f.name: getattr(x, f.name) for f in fields(PPOConfig) if hasattr(x, f.name)}
-    return PPOConfig(**own, text=x.guide != "off", bf16=precision_of(x, device) == "bf16")
+    apart = x.envs > 1 and "cuda" in str(device)  # on a processor the update takes the cores
+    return PPOConfig(**own, text=x.guide != "off", bf16=precision_of(x, device) == "bf16", apart=apart)
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #8209172d

@@ -114,7 +114,7 @@ LAPTOP = dict(
 )
 
 # %% ../../nbs/09a_recipes.scales.ipynb #desk0002
-DESK_RUN = dict(SMALL, steps=1_000_000, stages=2, rollout=512, batch=512)  # Crafter's own budget
+DESK_RUN = dict(SMALL, steps=1_000_000, stages=2, rollout=512, batch=512, precision="auto")  # Crafter's own budget
 
 # %% ../../nbs/09a_recipes.scales.ipynb #desk0003
 DESK_ROWS = (  # with five seeds

@@ -12,7 +12,17 @@ import pandas as pd
 from .. import recipes as rc
 from ..core import DamagedError
 from . import records
-from .stats import BETTER, UNRESOLVED, UNTESTED, WORSE, compare, judged
+from promptnb.report.stats import (
+    BETTER,
+    LEAST,
+    UNRESOLVED,
+    UNTESTED,
+    WORSE,
+    compare,
+    judged,
+    seeds_needed,
+    smallest_seen,
+)
 from .tables import beside, in_words
 from .view import View, exhibit, found_record, policy_file
 
@@ -37,6 +47,8 @@ __all__ = [
     "hours",
     "summary",
     "counts",
+    "needed",
+    "seeds",
 ]
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1106
@@ -98,7 +110,7 @@ def scale_of(run) -> str:
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1114
 def comparisons(view, claim) -> list:
-    "A dict per family or dataset on which a claim is put to a view's runs: difference, published one, seconds."
+    "A dict per family or dataset on which a claim is put to a view's runs: difference, spread, published one, seconds."
     rows = []
     for where in dict.fromkeys(run.recipe.dataset for run in view.runs):
         if claim.families and not any(fnmatchcase(where.split()[0], pattern) for pattern in claim.families):
@@ -109,13 +121,13 @@ def comparisons(view, claim) -> list:
         x, y = (by_seed(runs, claim.metric) for runs in (a, b))
         both = x.index.intersection(y.index)
         seconds = sum(run.record["seconds"] + policy_seconds(run) for run in a + b)
-        more = dict(published=published_difference(view, claim, where), seconds=seconds)
+        more = dict(published=published_difference(view, claim, where), seconds=seconds, spread=(x - y).std())
         rows.append(dict(claim=claim, where=where, **compare(x[both], y[both]), **more))
     return rows
 
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1115
-COLUMNS = ("claim", "where", "published", "seconds")
+COLUMNS = ("claim", "where", "published", "seconds", "spread")
 
 
 def answered(paper, scale, whose="any") -> pd.DataFrame:
@@ -190,3 +202,27 @@ def counts(scale="desk", whose="any") -> pd.DataFrame:
         found = list(answered(slug, scale, whose).decision)
         rows[slug] = {decision: found.count(decision) for decision in DECISIONS}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("paper")
+
+
+# %% ../../nbs/11j_report.claims.ipynb #desk1128
+def needed(effect, r, comparisons) -> str:
+    "Seeds that resolve a difference with the spread of a decided claim, as a word for a table."
+    if r["n"] < LEAST or not effect:
+        return ""
+    return str(seeds_needed(effect, r["spread"], comparisons) or "over 100")
+
+
+# %% ../../nbs/11j_report.claims.ipynb #desk1129
+def seeds(paper, scale="desk", whose="any") -> pd.DataFrame:
+    "The claims of a paper that have runs: seeds, spread of the difference, what these seeds see, seeds to see it."
+    rows, t = [], answered(paper, scale, whose)
+    tested = t.groupby(t.claim.map(lambda claim: claim.exhibit)).p_holm.count()
+    for r in t[t.n > 0].to_dict("records"):
+        claim, size = r["claim"], max(1, tested[r["claim"].exhibit])
+        row = {"claim": claim.text, "on": r["where"], "n": r["n"], "spread": f"{r['spread']:.1f}" if r["n"] > 1 else ""}
+        row["n seeds see"] = f"{smallest_seen(r['spread'], r['n'], size):.1f}" if r["n"] >= LEAST else ""
+        effect = r["difference"] if pd.isna(r["published"]) else r["published"]
+        row["worth seeing"] = f"{effect:+.1f}"
+        row["seeds for it"] = needed(effect, r, size)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["claim", "on", "n", "spread", "n seeds see", "worth seeing", "seeds for it"])

@@ -18,6 +18,7 @@ __all__ = [
     "UNRESOLVED",
     "UNTESTED",
     "VERDICTS",
+    "CHANCE",
     "student",
     "iqm",
     "iqm_interval",
@@ -27,6 +28,9 @@ __all__ = [
     "holm",
     "verdict",
     "judged",
+    "power",
+    "seeds_needed",
+    "smallest_seen",
 ]
 
 
@@ -143,3 +147,39 @@ def judged(rows, columns=()) -> pd.DataFrame:
     t["p_holm"] = holm(np.where(t.n >= LEAST, t.p, np.nan))
     t["verdict"] = [verdict(r.n, r.difference, r.p_holm) for r in t.itertuples()]
     return t
+
+
+# %% ../../nbs/11_report.stats.ipynb #st000031
+CHANCE = 0.8  # of a word, for a difference worth seeing
+
+
+def power(effect, std, n, comparisons=1) -> float:
+    """Chance that n seeds resolve a true difference `effect`, whose seeds spread by `std`, in a table of comparisons.
+
+    `effect` and `std` are in the same unit. 0 below `LEAST` seeds, which get no word."""
+    from scipy.special import nctdtr, stdtrit
+
+    if n < LEAST or effect == 0:
+        return 0.0
+    if std == 0:
+        return 1.0
+    need = stdtrit(n - 1, 1 - ALPHA / comparisons / 2)
+    missed = nctdtr(n - 1, abs(effect) / std * n**0.5, need)  # NaN where it is too small for a float
+    return float(1 - np.nan_to_num(missed))
+
+
+# %% ../../nbs/11_report.stats.ipynb #st000032
+def seeds_needed(effect, std, comparisons=1, chance=CHANCE, most=100) -> int | None:
+    "The fewest seeds that resolve a difference with this chance (see `power`); None if `most` do not."
+    return next((n for n in range(LEAST, most + 1) if power(effect, std, n, comparisons) >= chance), None)
+
+
+# %% ../../nbs/11_report.stats.ipynb #st000033
+def smallest_seen(std, n, comparisons=1, chance=CHANCE) -> float:
+    "The smallest true difference that n seeds resolve with this chance (see `power`); infinite below `LEAST` seeds."
+    from scipy.optimize import brentq
+
+    if n < LEAST:
+        return np.inf
+    most = 1000 * comparisons  # in units of std: even three seeds see this
+    return std and std * brentq(lambda effect: power(effect, 1, n, comparisons) - chance, 1e-6, most)

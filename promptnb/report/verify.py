@@ -21,6 +21,7 @@ __all__ = [
     "SIDES",
     "word",
     "rows_of",
+    "unrepeated",
     "verified",
     "with_words",
     "printed",
@@ -53,6 +54,15 @@ def rows_of(exhibit_id, yours, shipped):
         yield known | sides | compare(a, b)
 
 
+# %% ../../nbs/11i_report.verify.ipynb #ve000018
+def unrepeated(rows) -> list:
+    "Rows without those that an exhibit before them has too: the same runs in two pictures are one comparison."
+    first = {}
+    for r in rows:
+        first.setdefault((r["where"], r["method"], r["n"], r["yours"], r["shipped"]), r)
+    return [*first.values()]
+
+
 # %% ../../nbs/11i_report.verify.ipynb #ve000012
 SIDES = ("exhibit", "where", "method", "equal", "yours", "yours_std", "shipped", "shipped_std")
 
@@ -68,7 +78,7 @@ def verified(exhibits, scale) -> pd.DataFrame:
         raise PromptnbError(
             f"nothing to compare at {scale} scale: promptnb status {paper} says what you have and what is shipped"
         )
-    return with_words(judged(rows, SIDES))
+    return with_words(judged(unrepeated(rows), SIDES))
 
 
 def with_words(t) -> pd.DataFrame:

@@ -5,7 +5,9 @@
 # %% ../../nbs/01h_tasks.crafter.ipynb #366b3b73
 from __future__ import annotations
 
+import contextlib
 import functools
+import multiprocessing
 from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -63,6 +65,9 @@ __all__ = [
     "chances",
     "upkeep",
     "Crafter",
+    "host",
+    "alive",
+    "Apart",
     "score",
     "success_rates",
     "depth",
@@ -914,6 +919,98 @@ def restore(self: Crafter, state):
 # %% ../../nbs/01h_tasks.crafter.ipynb #b539878b
 gym.registry.pop("promptnb/crafter-v0", None)
 gym.register("promptnb/crafter-v0", entry_point="promptnb.tasks.crafter:Crafter")
+
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #apart002
+def host(pipe, length, image):
+    "Play a Crafter for the process at the other end of a pipe, until it hangs up: a call comes, its result goes."
+    env = Crafter(length, image)
+    while True:
+        try:
+            name, args, named = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = True, getattr(env, name)(*args, **named)
+        except Exception as error:
+            answer = False, error
+        pipe.send(answer)
+
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #apart005
+@contextlib.contextmanager
+def alive():
+    "What a pipe raises when the other end is gone, in words."
+    try:
+        yield
+    except (EOFError, OSError):
+        raise PromptnbError("the process of a Crafter environment has died") from None
+
+
+# %% ../../nbs/01h_tasks.crafter.ipynb #apart003
+class Apart:
+    "A `Crafter` in a process of its own: a method is called there, and raises here what it raises there."
+
+    render_mode = None
+
+    def __init__(self, length=10_000, image=True):
+        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and a GPU's context
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=host, args=(theirs, length, image), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.begun = False
+
+    def call(self, name, *args, **named):
+        "Call a method of the game."
+        self.send(name, *args, **named)
+        return self.answer()
+
+    def send(self, name, *args, **named):
+        "Have a method called, without waiting for it."
+        with alive():
+            self.pipe.send((name, args, named))
+
+    def reset(self, **named):
+        "As the game's."
+        return self.call("reset", **named)
+
+    def scene(self):
+        "As the game's."
+        return self.call("scene")
+
+    def state(self):
+        "As the game's."
+        return self.call("state")
+
+    def restore(self, state):
+        "As the game's."
+        return self.call("restore", state)
+
+    def answer(self):
+        "The result of the call before."
+        with alive():
+            worked, found = self.pipe.recv()
+        if not worked:
+            raise found
+        return found
+
+    def begin(self, action):
+        "Send a step off; `step` takes its result."
+        self.send("step", action)
+        self.begun = True
+
+    def step(self, action):
+        "The step that has begun, or one now."
+        if not self.begun:
+            self.begin(action)
+        self.begun = False
+        return self.answer()
+
+    def close(self):
+        "End the process."
+        self.pipe.close()
+        self.process.join(5)
 
 
 # %% ../../nbs/01h_tasks.crafter.ipynb #2f92a7a1
