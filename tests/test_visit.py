@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from promptnb import cli as command
 from promptnb.core import write_json
 from promptnb.experiments import gpu, pace
 from promptnb.experiments.run import Run
+from promptnb.train import FitConfig
 
 WITHOUT = [*ABSENT, "gymnasium", "mujoco", "minari", "stable_baselines3", "crafter"]
 NO_VERSION = f"""
@@ -252,3 +254,17 @@ def every_run():
 
     tasks = tasks_of(Request(PAPER, ("table1",), "paper", seeds=(0,)), done=lambda run: False)
     return [run for task in tasks for run in task.runs]
+
+
+def test_seeds_side_by_side_are_timed_without_their_starts(monkeypatch):
+    "Three trainings take 10 s to start and 2 s an update each: an update of one takes 2 s."
+    clock = SimpleNamespace(now=0.0)
+
+    def fitting(model, sampler, config):
+        clock.now += 10 + 2 * config.steps
+        yield
+
+    monkeypatch.setattr("promptnb.train.fitting", fitting)
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    fits = [(None, None, FitConfig())] * 3
+    assert pace.beside(fits, 0.1, torch.device("cpu")) == pytest.approx(2.0)

@@ -417,7 +417,7 @@ def peer_of(run: Run, model, sampler):
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00029
 @patch
 def timed(self: Visit, run: Run, peer) -> dict:
-    "A row: an update of a run as it is trained, launched one by one, and its peer's, in float32."
+    "A row: an update of a run as it is trained, of three seeds side by side, launched one by one; its peer's in fp32."
     run, limit = replace(run, device=self.device), 0.05 if self.small else 1.0
     model, sampler, config = pace.on_noise(run)
     ours = pace.pace(model, sampler, config, limit)
@@ -425,6 +425,8 @@ def timed(self: Visit, run: Run, peer) -> dict:
     if ours.captured:
         row |= dict(one_by_one_ms=1e3 * pace.pace(model, OneByOne(sampler), config, limit).seconds)
         row |= dict(kernels=pace.kernels(*pace.on_noise(run)))
+        seeds = [pace.on_noise(run) for _ in range(3)]
+        row |= dict(three_seeds_ms=1e3 * pace.beside(seeds, ours.seconds, run.device, limit))
     if peer:
         other = pace.pace(*peer_of(run, model, sampler), replace(config, precision="fp32"), limit)
         row |= dict(peer=peer, peer_ms=1e3 * other.seconds, ratio=ours.seconds / other.seconds)

@@ -32,6 +32,7 @@ __all__ = [
     "Pace",
     "compiling",
     "pace",
+    "beside",
     "kernels",
     "standard",
     "probe",
@@ -169,6 +170,25 @@ def pace(model, sampler, config, limit=2.0, compiled=False, warm=3) -> Pace:
                 begun, first = now, trainer.step
             elif now - begun > limit:
                 return Pace((now - begun) / (trainer.step - first), captured, begun - start)
+
+
+# %% ../../nbs/10m_experiments.pace.ipynb #pace0041
+def beside(fits, alone, device, limit=2.0) -> float:
+    """Seconds of an update of one of several fits (model, sampler, config) that share a device, as seeds do.
+
+    alone: seconds of an update by itself. What a long training takes more than a short one, so that starts do not
+    count."""
+    from promptnb.captured import CHUNK, in_turn
+    from promptnb.train import fitting
+
+    def took(steps):
+        start = time.perf_counter()
+        in_turn([fitting(m, s, replace(c, steps=steps, checkpoint_every=steps)) for m, s, c in fits], device)
+        return time.perf_counter() - start
+
+    short = 2 * CHUNK if device.type == "cuda" else 3
+    more = max(short, round(limit / alone / len(fits)))
+    return (took(short + more) - took(short)) / more / len(fits)
 
 
 # %% ../../nbs/10m_experiments.pace.ipynb #pace0011
