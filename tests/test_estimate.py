@@ -384,3 +384,18 @@ def test_jobs_that_take_no_time_share_a_process(share):
     shared = plan.batches(tasks, lambda run: 0.0, share)
     assert sorted(task.word for batch in shared for task in batch) == sorted(task.word for task in tasks)
     assert len(shared) == len({task.job.family for task in tasks})
+
+
+def test_who_others_wait_longest_for_goes_first(tmp_home):
+    "A policy's priority is that of its own seconds and its tuned rows'; data come before what is trained from them."
+    families = dict(zip(("cheetah-dir", "cheetah-vel"), (100.0, 7.0)))
+    asked = replace(ASK, families=tuple(families))
+
+    def seconds(run):
+        return families[run.recipe.family] * (10 if run.kind == "pretrain" else 1)
+
+    rules = plan.plan(asked, seconds=seconds)
+    of = {name: [r.priority for r in rules if name in r.name] for name in ("collect", "pretrain", "tune")}
+    rows = N - 3  # three policies of a family, and what is tuned from them
+    assert sorted(of["tune"]) == [7 * rows, 100 * rows]
+    assert sorted(of["pretrain"]) == sorted(of["collect"]) == [7 * (rows + 30), 100 * (rows + 30)]

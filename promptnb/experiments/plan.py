@@ -55,6 +55,7 @@ __all__ = [
     "batches",
     "batch_rule",
     "inputs_of",
+    "ordered",
     "plan",
     "drop_stamps",
     "write_plan",
@@ -237,6 +238,7 @@ class Rule:
     command: str
     threads: int = 1
     resources: dict = field(default_factory=dict)  # what its job asks of a cluster
+    priority: int = 0  # who goes first, of those that can start
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #e697728e
@@ -412,6 +414,18 @@ def inputs_of(tasks, collected) -> dict:
     return out
 
 
+# %% ../../nbs/10f_experiments.plan.ipynb #plprior1
+def ordered(rules, seconds) -> list:
+    "Rules, in an order in which they can run, with priorities: the seconds of the longest chain that begins with each."
+    chain, out = {}, []  # {stamp: seconds of the longest chain that waits for it}
+    for rule, own in reversed([*zip(rules, seconds)]):
+        whole = own + max((chain.get(name, 0) for name in rule.outputs), default=0)
+        for name in rule.inputs:
+            chain[name] = max(chain.get(name, 0), whole)
+        out.append(replace(rule, priority=round(whole)))
+    return out[::-1]
+
+
 # %% ../../nbs/10f_experiments.plan.ipynb #5a05838b
 def plan(
     request: Request,
@@ -431,7 +445,9 @@ def plan(
     inputs = inputs_of(left, missing)
     rules = [replace(c.rule(), resources=asks([])) for c in missing.values()]
     shared = batches(left, seconds, share, beside=accelerator == "cuda")
-    return rules + [batch_rule(b, i, inputs, accelerator, asks, request.sets) for i, b in enumerate(shared)]
+    rules += [batch_rule(b, i, inputs, accelerator, asks, request.sets) for i, b in enumerate(shared)]
+    took = [sum(seconds(run) or 0 for task in batch for run in task.left) for batch in shared]
+    return ordered(rules, [0] * len(missing) + took)
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plstamp1
