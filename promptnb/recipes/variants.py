@@ -31,11 +31,13 @@ from promptnb.recipes.settings import (
 
 # %% auto #0
 __all__ = [
+    "OF_A_GUIDE",
     "MOST",
     "WIDENED",
     "INSTEAD",
     "whose",
     "written",
+    "idle",
     "settable",
     "said",
     "briefly",
@@ -74,10 +76,28 @@ def written() -> dict:
     return out
 
 
+# %% ../../nbs/09h_recipes.variants.ipynb #rvaridl1
+OF_A_GUIDE = {  # fields of a guided agent that only these guides look at
+    ("adapter",): ("adapter", "sft", "targets", "tune", "cumulative", "use_score", "markup_twice"),
+    ("adapter", "decision"): (
+        *("decision", "url", "version", "key_env", "timeout", "retries", "extra", "budget", "tokens", "temperature"),
+        "raw_replies",
+    ),
+    ("adapter", "decision", "rules", "random", "constant"): ("encoder", "interval", "ask_on_reset", "history"),
+}
+
+
+# %% ../../nbs/09h_recipes.variants.ipynb #rvaridl2
+def idle(r: Recipe) -> set:
+    "Fields that a guided agent has and does not look at: with another value it is the same agent."
+    unused = [names for guides, names in OF_A_GUIDE.items() if r.online and r.online.guide not in guides]
+    return {f"online.{name}" for names in unused for name in names}
+
+
 # %% ../../nbs/09h_recipes.variants.ipynb #rvar0008
 def settable(r: Recipe, known: dict) -> dict:
-    "{path: types} of what can be set of a recipe. known: as `written` gives it."
-    own = {path: kinds for path, (_, kinds) in fields_of(r).items()}
+    "{path: types} of what can be set of a recipe, and changes it. known: as `written` gives it."
+    own = {path: kinds for path, (_, kinds) in fields_of(r).items() if path not in idle(r)}
     return own | {path: tuple(kinds) for path, kinds in known.get(whose(r), {}).items()}
 
 
