@@ -352,7 +352,7 @@ _meta = {f: contexts(f) for f in META}
 PAPER.exhibit(
     "adaptation",
     "Adaptation over episodes",
-    "an unseen task is solved after a few episodes, from what was seen of it",
+    "ours: is an unseen task solved after some episodes, from what was seen of it?",
     "adaptation",
     [r for f in META for r in _meta[f]],
     _S
@@ -364,7 +364,7 @@ PAPER.exhibit(
 PAPER.exhibit(
     "embedding",
     "What the context encoder learnt",
-    "contexts lie in the order of the goals",
+    "ours: do contexts lie in the order of the goals?",
     "embedding",
     [r for f in META for r in _meta[f] if r.key == "cmt"],
     _S + "First two principal components of embedded contexts; colour: the true goal; ringed: unseen tasks.",
@@ -551,7 +551,7 @@ for _id, _families in {"single": SINGLE[::2], "skirmish": ("smax-3m", "smax-2s3z
 _GIVEN, _NULL, _OURS_TOO = "CMT, context given", "CMT, null prompt", dict(ours=True)
 for _text, _a, _b, _more in (
     ("context of an unseen task helps on it", _GIVEN, _NULL, {}),
-    ("context can be collected by playing", "CMT, context collected", _NULL, {}),
+    ("context can be collected by playing", "CMT, context collected", _NULL, _OURS_TOO),
     ("another task's context misleads", "CMT, context of a wrong task", _GIVEN, dict(_OURS_TOO, expect="worse")),
     ("context beats a trajectory prompt", _GIVEN, "Prompt-DT", _OURS_TOO),
     ("tuned vectors beat random ones", "CMT, tuned context vectors", "CMT, random frozen prompt", _OURS_TOO),

@@ -44,6 +44,7 @@ __all__ = [
     "TABLE7",
     "WORLD",
     "STORY",
+    "EXPERT_TEXT",
     "SIZES",
     "STAYS",
     "pretraining",
@@ -355,8 +356,8 @@ PAPER.exhibit(
     "controls",
     "Controls that the papers left out",
     (
-        "ours: hill climbing, value-based evolution strategy, gradient on the prompt and re-sampling, with the "
-        "same number of queries"
+        "ours: hill climbing, value-based evolution strategy and re-sampling with the same number of queries, the "
+        "gradient on the prompt with the same number of updates"
     ),
     "table",
     [r for f in TABLE_FAMILIES for r in _main[f] if r.key in ("pdt", "ranking")]
@@ -816,6 +817,10 @@ PAPER.unknown("fig4", "Figure 4", _UNSEEN)
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #desk0b02
 STORY = ("pdt", "pdt-uniform", "ranking", "ranking-uniform", "full", "soft")
+EXPERT_TEXT = (
+    "Expert prompts are cut from the five highest trajectories by return of the test task's expert data, as in the first "
+    "author's code; the uniform-action prompt (control) from episodes of uniformly random actions on the test task. "
+)
 _story = [r for f in ("cheetah-dir", "cheetah-vel") for r in _main[f] if r.key in STORY]
 for _id, _title, _kind in (
     ("story", "Table 1 in six rows", "table"),
@@ -824,10 +829,10 @@ for _id, _title, _kind in (
     PAPER.exhibit(
         _id,
         _title,
-        "a random prompt ruins the policy, and tuning repairs it",
+        "ours: does a prompt of random actions ruin the policy, and does tuning repair it?",
         _kind,
         _story,
-        protocol=PROTOCOL + POOLS_TEXT,
+        protocol=PROTOCOL + EXPERT_TEXT,
         reported="table1",
         asked=True,
         apart=True,
@@ -858,7 +863,7 @@ def size_recipes(family) -> dict:
 _sizes = {f: size_recipes(f) for f in ("cheetah-dir", "cheetah-vel")}
 PAPER.exhibit(
     "sizes",
-    "Why this size",
+    "Other sizes of a desk's policy",
     "ours: where the learning curve levels off, and how far seeds are apart there",
     "pretraining",
     [r for by_label in _sizes.values() for r in by_label.values()],
@@ -882,12 +887,15 @@ PAPER.claim(
     "a tuned random prompt beats an expert prompt", "table1", _RANDOM, _PDT, families=("cheetah-dir", "ant-dir")
 )
 PAPER.claim("tuning improves an expert prompt", "table1", _OFFLINE, _PDT)
-PAPER.claim("tuning the prompt beats full fine-tuning", "table1", _OFFLINE, "Prompt-DT-FT")
+PAPER.claim(
+    "tuning the prompt beats full fine-tuning (the paper: matches or beats)", "table1", _OFFLINE, "Prompt-DT-FT"
+)
 PAPER.claim("tuning the prompt beats a soft prompt", "table1", _OFFLINE, "Soft Prompt")
 PAPER.claim("tuning the prompt beats adaptors", "table1", _OFFLINE, "Adaptor")
 PAPER.claim("returns guide better than action errors", "table1", "PTDT-online, expert prompt", _OFFLINE, ours=True)
 for _control in ("Hill climbing", "Evolution strategy", "Gradient on the prompt", "Re-sampled prompts"):
-    _text = f"ranking beats {_control[0].lower()}{_control[1:]}, with as many queries"
+    _as_many = "updates" if "Gradient" in _control else "queries"
+    _text = f"ranking beats {_control[0].lower()}{_control[1:]}, with as many {_as_many}"
     PAPER.claim(_text, "controls", _OFFLINE, f"{_control} (control)", ours=True)
 PAPER.claim("the prompt helps Prompt-DT on unseen tasks", "table1", _PDT, "MT-ORL")
 _cells = ("expert data, random prompt", "expert data, expert prompt")
