@@ -818,8 +818,8 @@ PAPER.unknown("fig4", "Figure 4", _UNSEEN)
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #desk0b02
 STORY = ("pdt", "pdt-uniform", "ranking", "ranking-uniform", "full", "soft")
 EXPERT_TEXT = (
-    "Expert prompts are cut from the five highest trajectories by return of the test task's expert data, as in the first "
-    "author's code; the uniform-action prompt (control) from episodes of uniformly random actions on the test task. "
+    "Expert prompts are cut from the five highest trajectories by return of the test task's expert data, as in the "
+    "first author's code; the uniform-action prompt (control) from episodes of uniformly random actions on that task. "
 )
 _story = [r for f in ("cheetah-dir", "cheetah-vel") for r in _main[f] if r.key in STORY]
 for _id, _title, _kind in (
@@ -887,9 +887,7 @@ PAPER.claim(
     "a tuned random prompt beats an expert prompt", "table1", _RANDOM, _PDT, families=("cheetah-dir", "ant-dir")
 )
 PAPER.claim("tuning improves an expert prompt", "table1", _OFFLINE, _PDT)
-PAPER.claim(
-    "tuning the prompt beats full fine-tuning (the paper: matches or beats)", "table1", _OFFLINE, "Prompt-DT-FT"
-)
+PAPER.claim("tuning the prompt beats full fine-tuning (said: or matches)", "table1", _OFFLINE, "Prompt-DT-FT")
 PAPER.claim("tuning the prompt beats a soft prompt", "table1", _OFFLINE, "Soft Prompt")
 PAPER.claim("tuning the prompt beats adaptors", "table1", _OFFLINE, "Adaptor")
 PAPER.claim("returns guide better than action errors", "table1", "PTDT-online, expert prompt", _OFFLINE, ours=True)
