@@ -131,6 +131,12 @@ def test_no_word_is_said_of_a_small_difference_with_three_seeds():
     assert np.mean([word_of(row, np.zeros(3)) == BETTER for row in d]) < 0.2
 
 
+def test_a_table_has_its_columns_whatever_its_rows_hold():
+    one = dict(method="a", **compare([1.0, 2.0, 3.0], [0.0, 0.5, 0.2]))
+    for rows in ([], [one], [one, dict(one, start=2.0)]):
+        assert {"method", "start", "verdict"} <= set(judged(rows, ("method", "start")).columns)
+
+
 # ---- how many seeds
 
 

@@ -140,10 +140,11 @@ def verdict(n, difference, p) -> str:
 def judged(rows, columns=()) -> pd.DataFrame:
     """All comparisons of one table (dicts with what `compare` returns): with Holm's p and a verdict each.
 
-    `columns` are those of the frame without any row."""
+    `columns` are those that the frame has whatever the rows hold."""
     if not len(rows):
         return pd.DataFrame(columns=[*columns, "n", "difference", "lo", "hi", "p", "p_holm", "verdict"])
     t = pd.DataFrame(list(rows))
+    t = t.reindex(columns=[*t.columns, *(name for name in columns if name not in t.columns)])
     t["p_holm"] = holm(np.where(t.n >= LEAST, t.p, np.nan))
     t["verdict"] = [verdict(r.n, r.difference, r.p_holm) for r in t.itertuples()]
     return t
