@@ -387,7 +387,8 @@ def readable(root):
         wrong += [f"{where} shows {what}" for what, how in STRAY.items() if re.search(how, texts(output))]
         wrong += [f"{where} is an error"] * (output["output_type"] == "error")
         png = base64.b64decode("".join(output.get("data", {}).get("image/png", "")))
-        width = struct.unpack(">I", png[16:20])[0] if png else 0
+        shown = output.get("metadata", {}).get("image/png", {}).get("width")
+        width = shown or (struct.unpack(">I", png[16:20])[0] if png else 0)
         wrong += [f"{where} has a picture of {width} pixels, more than {WIDEST}"] * (width > WIDEST)
     return wrong
 
