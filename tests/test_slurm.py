@@ -131,7 +131,7 @@ def test_a_pod_hands_stamps_to_the_storage(tmp_path):
     (home / "data").mkdir(parents=True)
     (home / "data" / "one.json").write_text("1")
     command = 'cp "$PROMPTNB_HOME/data/one.json" "$PROMPTNB_HOME/data/two.json"'
-    rule = dict(name="two", inputs=["data/one.json"], outputs=["data/two.json"], command=command, threads=1)
+    rule = dict(name="two", inputs=["data/one.json"], outputs=["data/two.json"], command=command, threads=1, priority=0)
     plan.write_text(json.dumps([dict(rule, resources={}, params={})]))
     pod.mkdir()
     settings = dict(snakefile=ROOT / "workflow" / "Snakefile", cores=1, mode="remote", config=f"plan={plan}")
