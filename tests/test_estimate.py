@@ -188,6 +188,20 @@ def test_seconds_of_several_machines_are_named(tmp_home):
     assert read_json(forecast.write_seconds(PAPER))["where"] == "a GPU, 1 thread; a processor, 1 thread"
 
 
+def test_a_policy_that_was_taken_took_what_its_training_took(tmp_home):
+    "Its record has the seconds of unpacking; what training takes stands in what it came with."
+    (run,) = runs(kind="pretrain")[:1]
+    record(run, 0.0)
+    made = dict(seconds=170.0, where=dict(device="another", threads=1))
+    write_json(run.path, dict(read_json(run.path), shipped=made))
+    (tuned,) = runs(kind="tune")[:1]
+    record(tuned, 30.0)
+    write_json(tuned.path, dict(read_json(tuned.path), shipped=True))  # tuned here, from what was taken
+    assert forecast.run_seconds(run)[1] != forecast.HERE and forecast.run_seconds(tuned) == (30.0, forecast.HERE)
+    known = read_json(forecast.write_seconds(PAPER))
+    assert known["seconds"][forecast.time_name(run)] == 170.0 and "another, 1 thread" in known["where"]
+
+
 def test_nothing_to_ship_is_said(tmp_home):
     with pytest.raises(PromptnbError, match=f"no good record: promptnb run {PAPER}"):
         forecast.write_seconds(PAPER)

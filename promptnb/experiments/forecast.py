@@ -91,13 +91,15 @@ def time_name(run: Run) -> str:
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #2f5114e3
-def good_records(run: Run, device="") -> list:
-    "This machine's good records of a run, of any seed, current or stale; of a device alone, where one is named."
+def good_records(run: Run, device="", taken=False) -> list:
+    """This machine's good records of a run, of any seed, current or stale; of a device alone, where one is named.
+
+    taken: those of policies that were not trained here, but came with the project."""
     folder, any_seed = results_dir(run.recipe.paper), run.id.rsplit(".s", 1)[0] + ".s"
     names = os.listdir(folder) if folder.is_dir() else ()
     own = sorted(name for name in names if name.startswith(any_seed) and name.endswith(".json"))
     found = [sound_record(folder / name) for name in own]
-    good = [record for record in found if record and record["status"] == "ok"]
+    good = [x for x in found if x and x["status"] == "ok" and isinstance(x.get("shipped"), dict) == taken]
     return [record for record in good if device in ("", record["where"]["device"])]
 
 
@@ -115,7 +117,7 @@ def write_seconds(paper) -> Path:
     machines = {before["where"]} if known else set()
     for scale in rc.SCALES:
         for run in (run for job in rc.jobs(paper, scale).values() for run in runs_of(job, scale, 0)):
-            records = good_records(run)
+            records = good_records(run) or [x["shipped"] for x in good_records(run, taken=True)]
             machines |= {f"{x['where']['device']}, {many(x['where']['threads'], 'thread')}" for x in records}
             if records:
                 known[time_name(run)] = round(median(x["seconds"] for x in records), 1)
