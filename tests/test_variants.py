@@ -15,6 +15,7 @@ from promptnb.captured import finished
 from promptnb.core import read_record
 from promptnb.experiments import job, live
 from promptnb.experiments.plan import Request, plan, varied
+from promptnb.recipes import variants
 from promptnb.report import records
 
 TABLE = ("--exhibit", "table1", "--family", FAMILY, *SMOKE)
@@ -290,3 +291,13 @@ def test_tensorboard_has_the_curves(home, alone, monkeypatch):
     last = [row["value"] for row in alone if row["metric"] == "return" and row["step"] == 20]
     assert events.Scalars("returns")[-1].value == pytest.approx(sum(last) / len(last), rel=1e-5)
     assert record["rows"] == alone
+
+
+def test_an_agent_varies_by_what_it_looks_at_alone():
+    "No server without a language model, no tuning without an adapter; what any reply goes through everywhere."
+    known = variants.written()
+    main = [recipes.RECIPES[id] for id in recipes.EXHIBITS["rladapter", "main"].recipes]
+    of = {r.online.guide: variants.settable(r, known) for r in main}
+    having = {name: {guide for guide, own in of.items() if f"online.{name}" in own} for name in ("url", "sft", "lr")}
+    assert having == dict(url={"decision", "adapter"}, sft={"adapter"}, lr=set(of))
+    assert all("online.raw_replies" in own and "online.budget" in own for guide, own in of.items() if guide != "off")

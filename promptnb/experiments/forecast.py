@@ -127,16 +127,17 @@ def write_seconds(paper) -> Path:
     return write_json(seconds_file(paper), content)
 
 
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcsrc009
+@functools.cache
+def _read(path, changed):
+    return read_json(path)
+
+
 # %% ../../nbs/10g_experiments.forecast.ipynb #fcsrc001
 def shipped_seconds(paper) -> dict:
     "{'where', 'seconds'} of the times that come with the project."
     path = seconds_file(paper)
     return _read(path, path.stat().st_mtime_ns) if path.exists() else dict(where="", seconds={})
-
-
-@functools.cache
-def _read(path, changed):
-    return read_json(path)
 
 
 # %% ../../nbs/10g_experiments.forecast.ipynb #272d11c9
@@ -222,6 +223,7 @@ def _measured(paper, kind, file, changed) -> list:
     return out
 
 
+# %% ../../nbs/10g_experiments.forecast.ipynb #fcguss09
 def measured(paper, kind) -> list:
     "[(scale, key, seconds for each unit of size)] of a paper's runs of a kind whose times came with the project."
     file = seconds_file(paper)
@@ -323,6 +325,7 @@ def _lines(path) -> list:
         return []
 
 
+# %% ../../nbs/10g_experiments.forecast.ipynb #fccor009
 def _grant(folder) -> float:
     # v2 says "50000 100000" or "max 100000": microseconds of time in a period; v1 says it in two files, -1 for no limit
     spent = _lines(folder / "cpu.max") or [

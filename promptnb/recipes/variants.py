@@ -80,10 +80,11 @@ def written() -> dict:
 OF_A_GUIDE = {  # fields of a guided agent that only these guides look at
     ("adapter",): ("adapter", "sft", "targets", "tune", "cumulative", "use_score", "markup_twice"),
     ("adapter", "decision"): (
-        *("decision", "url", "version", "key_env", "timeout", "retries", "extra", "budget", "tokens", "temperature"),
-        "raw_replies",
+        *("decision", "url", "version", "key_env", "timeout", "retries", "extra", "tokens", "temperature"),
     ),
-    ("adapter", "decision", "rules", "random", "constant"): ("encoder", "interval", "ask_on_reset", "history"),
+    ("adapter", "decision", "rules", "random", "constant"): (
+        *("encoder", "interval", "ask_on_reset", "history", "budget", "raw_replies"),
+    ),
 }
 
 
