@@ -4,6 +4,7 @@ The promises are `promptnb.tuners.checks`; a new entry of the registry is covere
 
 import contextlib
 import functools
+import itertools
 import json
 import time
 from dataclasses import fields, is_dataclass
@@ -225,6 +226,38 @@ def test_online_pays_for_every_query(name):
     assert small(name, online=True).adapt(*toy(), 0, counting).env_steps == 0  # this one counts no steps
     out = small(name, online=True).adapt(*toy(), 0, Judge())
     assert out.env_steps == 10 * sum(asked)
+
+
+@each_search
+def test_a_step_asks_as_many_queries_as_it_has_candidates(name):
+    "Searches are compared at an equal number of queries. Every fifth step, and the end, are logged by one more."
+    asked = []
+
+    def counting(prompts):
+        asked.append(prompts.t.shape[1])
+        return Judge()(prompts)
+
+    small(name, online=True, m=6, steps=5).adapt(*toy(), 0, counting)
+    assert sorted(asked) == [1, 1] + [6] * 5
+
+
+@pytest.mark.parametrize("name", ["hill", "resample"])
+def test_luck_of_the_episodes_moves_no_climber(name):
+    "Each call plays episodes of its own: what is kept was compared with what met the same ones."
+    calls, judge = itertools.count(), Judge()
+
+    def lucky(prompts):
+        return judge(prompts) + 1e3 * (-1.0) ** next(calls)
+
+    plain, luck = (small(name, online=True).adapt(*toy(), 0, score) for score in (judge, lucky))
+    for (a, i), (b, j) in zip(plain.assignments, luck.assignments):
+        assert i == j and torch.allclose(a.prompt.s, b.prompt.s, atol=1e-4)
+
+
+@each_search
+def test_one_candidate_cannot_be_compared(name):
+    with pytest.raises(PromptnbError, match="m is 1, but must be at least 2"):
+        small(name, m=1)
 
 
 @each_search

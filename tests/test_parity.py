@@ -480,9 +480,9 @@ def test_resampled_prompts_are_segments():
     long = [i for i, d in enumerate(trajs) if len(d["rewards"]) > 4]
     store = from_arrays([trajs[i] for i in long], [list(LENGTHS)[i // 3] for i in long])
     dem = Demos(Sampler(store, sam.mean, sam.std, 7.0, H=0), sam.batch(0).prompt[::40])
-    tuner, gen = Resampling(m=9), torch.Generator().manual_seed(0)
+    tuner, gen = Resampling(), torch.Generator().manual_seed(0)
     vec = PromptVector(dem.prompt, tuner.extra)
-    got = vec.steps(tuner.propose(vec.start, vec, dem, gen))
+    got = vec.steps(tuner.fresh(vec.start, 9, vec, dem, gen))
     first = got.s[:, :, 0]
     for j in range(3):
         equal(

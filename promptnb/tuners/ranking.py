@@ -140,6 +140,10 @@ class PromptSearch(Tuner):
     ENTRIES = True
     IDLE = dict(steps=0)
 
+    def __post_init__(self):
+        if self.m < 2:
+            raise PromptnbError(f"a search compares candidates: m is {self.m}, but must be at least 2")
+
     @property
     def needs_score(self):
         "Online, it plays."
@@ -150,9 +154,13 @@ class PromptSearch(Tuner):
         "Fields of a prompt that are tuned beside s, a and rtg."
         return 4 if self.seven else 0
 
+    def perturbed(self, x, n, gen):
+        "n vectors (G, n, D) around each of x (G, D)."
+        return x[:, None] + self.mu * NOISES[self.distribution]((len(x), n, x.shape[-1]), gen).to(x.device)
+
     def propose(self, x, vec, demos, gen):
-        "m candidates (G, m, D) around the current vectors x (G, D)."
-        return x[:, None] + self.mu * NOISES[self.distribution]((len(x), self.m, x.shape[-1]), gen).to(x.device)
+        "m candidates (G, m, D) from the current vectors x (G, D)."
+        return self.perturbed(x, self.m, gen)
 
     def update(self, x, xs, f, state, query):
         """The next vectors (G, D), from the current x and candidates xs (G, m, D) with scores f (G, m): low is good.
@@ -294,13 +302,23 @@ class PreferenceRanking(PromptSearch):
 # %% ../../nbs/06a_tuners.ranking.ipynb #cf3fb518
 @dataclass
 class HillClimbing(PromptSearch):
-    "The best of m perturbed prompts replaces the current one if it scores better on the same windows."
+    """The current prompt is one of m candidates, m - 1 perturbed ones are the others, and the best goes on.
+
+    All are judged in one query, so on the same windows or in the same episodes; the released code's `noisy` is the
+    exception."""
+
+    def fresh(self, x, n, vec, demos, gen):
+        "n candidates (G, n, D) beside the current vectors x (G, D)."
+        return self.perturbed(x, n, gen)
+
+    def propose(self, x, vec, demos, gen):
+        "The current vectors (G, D) and m - 1 fresh ones: (G, m, D)."
+        return torch.cat([x[:, None], self.fresh(x, self.m - 1, vec, demos, gen)], 1)
 
     def update(self, x, xs, f, state, query):
         "The best candidate, where it beats the current vector."
-        now, i = query(x[:, None])[:, 0], f.argmin(-1)
-        g = torch.arange(len(x))
-        return torch.where((f[g, i] < now)[:, None], xs[g, i], x)
+        g, i = torch.arange(len(x)), f.argmin(-1)
+        return torch.where((f[g, i] < f[:, 0])[:, None], xs[g, i], x)
 
 
 # %% ../../nbs/06a_tuners.ranking.ipynb #51715e11
@@ -321,16 +339,16 @@ class EvolutionStrategy(PromptSearch):
 # %% ../../nbs/06a_tuners.ranking.ipynb #149ad5af
 @dataclass
 class Resampling(HillClimbing):
-    """Each step draws m prompts from the demonstrations and keeps the best so far on the same windows.
+    """Hill climbing whose candidates are drawn from the demonstrations.
 
     Any segment may be drawn; it comes with its timesteps."""
 
     extra = 1
     ENTRIES = False  # it takes whole prompts, with their timesteps, in place of the drawn one
 
-    def propose(self, x, vec, demos, gen):
-        "m segments of demonstrations (G, m, D)."
-        return vec.vector(demos.segments(self.m, vec.like.t.shape[-1], gen))
+    def fresh(self, x, n, vec, demos, gen):
+        "n segments of demonstrations (G, n, D)."
+        return vec.vector(demos.segments(n, vec.like.t.shape[-1], gen))
 
     def check(self, policy, score):
         "Whole prompts have no seven fields."
