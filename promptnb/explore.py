@@ -704,7 +704,7 @@ FILTERS = ("paper", "family", "method", "scale", "seed")
 
 # %% ../nbs/12b_explore.ipynb #expl0059
 def result_row(record, whose) -> dict:
-    "A record in a row: what it is of, its state, and the mean of the returns (else scores) of its last step."
+    "A record in a row: what it is of, its state, and the mean of the returns of its last step, where it has any."
     r, (scale, *_, seed) = record["recipe"], record["run_id"].split(".")
     last = pd.DataFrame([w for w in record["rows"] if w["metric"] == "return"], columns=["step", "value"])
     value = last[last.step == last.step.max()].value.mean() if len(last) else np.nan
@@ -792,7 +792,7 @@ def curves_figure(results: Results, ks, metric) -> Figure:
     "The metric of records along their steps; mean over seeds and tasks, a line per paper, family, method and scale."
     fig = Figure(figsize=(10.4, 3.2), layout="constrained")
     ax = fig.subplots()
-    by = ["family", "method", "scale", "kind"]
+    by = ["paper", "family", "method", "scale", "kind"]
     chosen = results.table.loc[list(ks)]
     groups, many = chosen.groupby(by, sort=False).groups, [chosen[name].nunique() > 1 for name in by]
     shown = 0
@@ -801,7 +801,7 @@ def curves_figure(results: Results, ks, metric) -> Figure:
         if not curves or shown == MOST:
             continue
         mean = pd.concat(curves, axis=1).mean(axis=1)
-        label = f"{', '.join(x for x, m in zip(names, many, strict=True) if m) or names[1]} (n = {len(curves)})"
+        label = f"{', '.join(x for x, m in zip(names, many, strict=True) if m) or names[2]} (n = {len(curves)})"
         ax.plot(mean.index, mean, "o-", ms=4, label=label, color=f"C{shown}")
         shown += 1
     title = "mean over seeds and tasks" + (f"; the first {MOST} of {len(groups)} lines" * (shown == MOST))

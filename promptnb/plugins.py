@@ -54,8 +54,9 @@ def located(name) -> Path:
     file = path / "__init__.py" if path.is_dir() else path
     if not file.is_file():
         raise PromptnbError(f"there is no file {file}")
-    if not path.stem.isidentifier():
-        raise PromptnbError(f"'{path.stem}' cannot be a module's name")
+    module = path.name if path.is_dir() else path.stem
+    if not module.isidentifier():
+        raise PromptnbError(f"'{module}' cannot be a module's name")
     return file
 
 

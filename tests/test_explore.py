@@ -184,6 +184,16 @@ def test_results_are_filtered_and_compared(home):
     assert "tune.prompt_quality" in panel.difference.value
 
 
+def test_methods_of_one_name_in_two_papers_are_two_lines(home):
+    results = explore.Results()
+    two = results.table.index[results.table["return"].notna()][:2]
+    for name in ("family", "method", "scale", "kind"):
+        results.table.loc[two, name] = results.table.loc[two[0], name]
+    results.table.loc[two, "paper"] = ["one", "another"]
+    lines = explore.curves_figure(results, two, "return").axes[0].lines
+    assert [x.get_label() for x in lines] == ["one (n = 1)", "another (n = 1)"]
+
+
 @pytest.fixture(scope="module")
 def guided(home):
     "A finished run in Crafter that rules advise."

@@ -109,6 +109,12 @@ def test_a_plugin_that_breaks_is_one_line_and_nothing_is_planned_without_it(home
     one_line(cli(home[0], "list", PROMPTNB_PLUGINS=str(file)), str(file), says)
 
 
+def test_a_folder_whose_name_no_module_can_have_is_named(home, tmp_path):
+    (tmp_path / "my.study").mkdir()
+    (tmp_path / "my.study" / "__init__.py").touch()
+    one_line(cli(home[0], "list", PROMPTNB_PLUGINS=str(tmp_path / "my.study")), "'my.study' cannot be a module's name")
+
+
 def test_a_plugin_that_breaks_leaves_the_library_usable(tmp_path):
     (tmp_path / "broken_study.py").write_text("1 / 0")
     env = dict(os.environ, PROMPTNB_PLUGINS=str(tmp_path / "broken_study.py"))

@@ -223,8 +223,10 @@ class AtariEnv(gym.Env):
         return self.picture[0, 0].copy()
 
     def close(self):
-        "Stop the emulator."
+        "Stop the emulators."
         self.rows.close()
+        if self.render_mode:
+            self.camera.close()
 
 
 # %% ../../nbs/01f_tasks.atari.ipynb #805cfc12
