@@ -10,6 +10,7 @@ import pytest
 from homes import ROOT, fabricate
 
 from promptnb import recipes as rc
+from promptnb.core import read_json, results_dir, write_json
 from promptnb.experiments import job, plan
 from promptnb.report import claims, exhibits, grid
 from promptnb.report.view import View
@@ -120,6 +121,26 @@ def test_one_seed_decides_nothing(tmp_home):
     assert set(claims.answered(PTDT, "laptop", "yours").decision) == {"not tested"}
 
 
+def test_a_claim_says_which_of_its_runs_have_no_number(tmp_home):
+    fabricate(tmp_home, exhibits.exhibit(PTDT, "table1"), "laptop", (0, 1, 2, 3), level)
+    path = results_dir(PTDT) / "laptop.cheetah-vel.pdt-uniform.s3.json"
+    write_json(path, dict(read_json(path), status="diverged", rows=[]))
+    t = claims.answered(PTDT, "laptop", "yours")
+    view = View(exhibits.exhibit(PTDT, "table1"), "laptop", seeds=(0, 1, 2, 3))
+    (r,) = [x for x in claims.comparisons(view, t.claim[0]) if x["where"] == "cheetah-vel"]
+    assert (r["n"], r["ended"]) == (3, "1 diverged")
+    assert claims.entry(claims.decided([r]).iloc[0]).endswith("n = 3 (1 diverged)")
+
+
+def test_a_policy_that_two_rows_start_from_is_paid_once(tmp_home):
+    fabricate(tmp_home, exhibits.exhibit(PTDT, "table1"), "laptop", (0, 1, 2), level)
+    view = View(exhibits.exhibit(PTDT, "table1"), "laptop", partial=True)
+    runs = [run for run in view.good if run.recipe.key in ("pdt", "ranking") and run.recipe.family == "cheetah-vel"]
+    for run in runs:
+        write_json(claims.policy_file(run.recipe, "laptop", run.seed), dict(run.record, seconds=100.0))
+    assert len(runs) == 6 and claims.spent(runs) == 6 * 1.0 + 3 * 100.0
+
+
 def apart(r, seed, i):
     "As `level`, where every row has noise of its own."
     return level(r, seed, i) + np.random.default_rng((seed, i, *r.key.encode())).normal()
@@ -169,6 +190,14 @@ def shown(tmp_home):
     "The view of a grid whose Prompt-DT rows have run."
     fabricate(tmp_home, exhibits.exhibit("grid", "prompt_dt"), "laptop", (0, 1, 2), good, spent={"tuning_seconds": 2.0})
     return View(exhibits.exhibit("grid", "grid"), "laptop", partial=True, whose="yours")
+
+
+def test_a_cell_of_fewer_seeds_says_so():
+    rows = [("a", 3, ""), ("b", 2, "1 diverged"), ("c", 3, "1 with failed episodes"), ("d", np.nan, "3 missing")]
+    t = pd.DataFrame([dict(method=m, family="f", mean=1.0 + 0 * n, std=0.5, n=n, note=note) for m, n, note in rows])
+    said = {m: text for (m, _), text in grid.cells_of(t).items()}
+    assert said["a"] == "1.0 ± 0.5" and said["b"] == "1.0 ± 0.5 (n = 2; 1 diverged)"
+    assert said["c"] == "1.0 ± 0.5 (1 with failed episodes)" and said["d"] == ""
 
 
 def test_the_grid_has_eight_tuners_on_four_families_and_a_reason_in_every_hole(shown):

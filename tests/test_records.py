@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from homes import FAMILY, METHODS, PAPER, ROOT, fabricate
+from homes import FAMILY, METHODS, PAPER, ROOT, fabricate, made_of
 
 from promptnb import cli as command
+from promptnb import recipes as rc
 from promptnb.core import PromptnbError, read_json, results_dir, write_json
 from promptnb.experiments.plan import Request, tasks_of
 from promptnb.recipes import EXHIBITS
 from promptnb.report import records, verify
-from promptnb.report.view import View, headline, lacks, makers, seeds_shown
+from promptnb.report.view import RunState, View, flaws, headline, lacks, makers, seeds_shown
 
 SCALE, SEEDS = "laptop", (0, 1, 2)
 TABLE1 = EXHIBITS[PAPER, "table1"]
@@ -108,6 +109,25 @@ def test_a_file_that_is_too_large_is_refused(packed, monkeypatch):
     assert records.shipped_file(PAPER, SCALE).read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(recipe_digest="0123456789"),
+        dict(status="diverged", why="loss nan", rows=[]),
+        dict(shipped=dict(seconds=1.0, where={}, code={})),
+    ],
+    ids=["stale", "diverged", "taken"],
+)
+def test_what_is_not_worth_it_replaces_no_shipped_record(packed, change):
+    own_again(packed, shifted([1, 1, 1]))
+    for path in sorted(results_dir(PAPER).glob("*.json"))[1:]:
+        write_json(path, dict(read_json(path), **change))
+    before, (first, *_) = records.shipped(PAPER, SCALE), sorted(p.name for p in results_dir(PAPER).glob("*.json"))
+    records.pack(PAPER, SCALE)
+    after = records.shipped(PAPER, SCALE)
+    assert [name for name in before if before[name] != after[name]] == [first] and list(after) == list(before)
+
+
 def test_nothing_to_pack_is_one_line(tmp_home, capsys):
     assert command.main(["records", "pack", PAPER]) == 2
     assert f"promptnb run {PAPER}" in capsys.readouterr().err
@@ -165,6 +185,24 @@ def test_a_partial_view_says_so(packed):
     view = View(TABLE1, SCALE, partial=True)
     assert lacks(view) == f"PARTIAL: {len(view.runs) - 1} of {len(view.runs)} runs"
     assert seeds_shown(view) == "n = 2 to 3 seeds"
+
+
+def test_runs_without_a_number_are_said_and_lack_nothing(packed):
+    shutil.rmtree(packed / "data" / "records")
+    own_again(packed)
+    paths = sorted(results_dir(PAPER).glob("*.s2.json"))
+    for path, state in zip(paths, ("diverged", "diverged", "unguided")):
+        write_json(path, dict(read_json(path), status=state, rows=[]))
+    view = View(TABLE1, SCALE)
+    assert not view.lacking and flaws(view) == "of the runs, 2 diverged, 1 unguided"
+
+
+def test_a_shared_pretraining_is_as_old_as_its_own_digest_says():
+    "Its record has the digest of the pre-training, not that of the recipe that shows it."
+    r = rc.resolve(rc.RECIPES[f"{PAPER}/{FAMILY}/pdt"], SCALE)
+    record = dict(recipe_digest=rc.digest(r.pretrain), **made_of(r))
+    new, old = (RunState("a", r, 0, "ok", "", record, "shipped", shared) for shared in (True, False))
+    assert old.older and not new.older
 
 
 def test_yours_and_shipped_are_drawn_into_different_folders(tmp_home):
@@ -238,6 +276,24 @@ def test_two_seeds_are_too_few(packed):
     assert status == 1 and set(t.agrees) == {verify.FEW} and set(t.n) == {2}
 
 
+def test_a_run_of_yours_that_diverged_does_not_agree(packed, capsys):
+    "Two equal seeds beside a third that diverged, and a method that has no number at all."
+
+    def change(record):
+        row = record["rows"][0]
+        if (row["task"], row["method"]) in {(FAMILY, "LoRA (control)"), (FAMILY, "Adaptor")}:
+            if row["method"] == "Adaptor" or row["seed"] == 2:
+                record.update(status="diverged", why="loss nan", rows=[])
+
+    own_again(packed, change)
+    status, t = verified()
+    lost = t[t.agrees == verify.NO_NUMBER].set_index("method")
+    assert status == 1 and lost.lost.to_dict() == {"LoRA (control)": "1 diverged", "Adaptor": "3 diverged"}
+    assert lost.n.to_dict() == {"LoRA (control)": 2, "Adaptor": 0}
+    said = capsys.readouterr().out
+    assert "yours has no number: 3 diverged" in said and "yours has no number: 2 (" in said
+
+
 @pytest.mark.parametrize("lacks", ["yours", "shipped"])
 def test_nothing_to_compare_is_one_line(packed, lacks, capsys):
     if lacks == "shipped":
@@ -250,8 +306,16 @@ def test_nothing_to_compare_is_one_line(packed, lacks, capsys):
 def test_the_headline_is_the_score_else_the_return_at_the_end():
     rows = [dict(metric=m, step=s, value=v) for m, s, v in (("return", 0, 1.0), ("return", 5, 2.0), ("return", 5, 4.0))]
     assert headline(dict(rows=rows)) == 3
-    assert headline(dict(rows=[*rows, dict(metric="score", step=1, value=7.0)])) == 7
+    assert headline(dict(rows=[*rows, dict(metric="score", step=1, value=7.0, n_episodes=2)])) == 7
     assert np.isnan(headline(dict(rows=[])))
+
+
+def test_what_a_search_was_told_is_not_its_result():
+    "PTDT-online logs the returns of its candidates as scores of no episodes."
+    told = dict(metric="score", step=9, value=300.0, n_episodes=0)
+    assert headline(dict(rows=[told, dict(metric="return", step=9, value=500.0, n_episodes=6)])) == 500
+    scored = dict(metric="score", step=9, value=70.0, n_episodes=6)
+    assert headline(dict(rows=[scored, dict(metric="return", step=9, value=500.0, n_episodes=6)])) == 70
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.pyplot import close
 
 from promptnb import recipes as rc
-from promptnb.core import PromptnbError, code_fingerprint
-from promptnb.report import exhibits, lamo, style, view
+from promptnb.core import PromptnbError, code_fingerprint, results_dir
+from promptnb.report import exhibits, lamo, records, style, view
 from promptnb.report.style import LOOKS
 from promptnb.report.view import View
 from promptnb.tasks import facts
@@ -82,6 +84,26 @@ def fabricate(
 def line(t, dataset, method):
     "The row of a table."
     return t[(t.dataset == dataset) & (t.method == method)].iloc[0]
+
+
+def test_references_come_from_shipped_records_too(tmp_home):
+    fabricate("arms", lambda r, seed: 1.0, seeds=(0,))
+    records.pack("lamo", "laptop")
+    shutil.rmtree(results_dir("lamo"))
+    assert lamo.found_references("lamo", "laptop", "yours") == {}
+    for whose in ("any", "shipped"):
+        found = lamo.found_references("lamo", "laptop", whose)
+        assert found["hopper"] == dict(d4rl=[0, 100], own=[1, 50])
+
+
+def test_a_study_of_yours_is_read_as_the_page_that_draws_it_says():
+    "The kind `grid` is known to two pages."
+    for e in (exhibit("fig9"), rc.EXHIBITS["prompt_diffuser", "table2"]):
+        own = replace(e, paper="my_study")
+        page = exhibits.page_of(own)
+        for what in ("READ", "BAND"):
+            assert exhibits.of_kind(own, what) == getattr(page, what).get(e.kind, exhibits.of_kind(e, what))
+    assert exhibits.of_kind(replace(exhibit("fig9"), paper="my_study"), "BAND")
 
 
 # ---- tables

@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from homes import DATA, FAMILY, PAPER, PRETRAIN, SMOKE, cli, env_for, kill_tree, new_home, one_line, went
 
@@ -16,7 +19,8 @@ from promptnb.core import read_record
 from promptnb.experiments import job, live
 from promptnb.experiments.plan import Request, plan, varied
 from promptnb.recipes import variants
-from promptnb.report import records
+from promptnb.report import records, sweep
+from promptnb.report.view import RunState
 
 TABLE = ("--exhibit", "table1", "--family", FAMILY, *SMOKE)
 SWEEP = ("--set", "tune.size=4,8")  # the adapters' alone: a run each
@@ -92,6 +96,19 @@ def test_one_value_is_a_row_below_the_unchanged_one_and_a_run_of_a_sweep_counts(
     text = rendered(home, "--set", "tune.size=4")["table1+tune.size=4.md"].decode()
     assert text.index("| Adaptor ") < text.index("| Adaptor [size=4] ") < text.index("| LoRA")
     assert "with tune.size=4" in text and "published" in text
+
+
+def test_a_value_whose_runs_all_diverged_breaks_the_line():
+    r, made = recipes.RECIPES[f"{PAPER}/cheetah-vel/soft"], dict(metric="return", step=1, n_episodes=1)
+    runs = []
+    for lr, states in ((1e-4, ("ok", "ok")), (1e-3, ("diverged", "diverged")), (1e-2, ("ok", "diverged"))):
+        for seed, state in enumerate(states):
+            record = dict(rows=[dict(made, value=100.0)])
+            runs.append(RunState(f"Soft [lr={lr}]", replace(r, sets=(("tune.lr", lr),)), seed, state, "", record))
+    view = SimpleNamespace(runs=runs, good=[run for run in runs if run.state == "ok"])
+    t = sweep.points(view).set_index("x")
+    assert list(t.index) == [1e-4, 1e-3, 1e-2] and np.isnan(t["mean"][1e-3]) and list(t.n) == [2, 0, 1]
+    assert list(t.note) == ["", "2 diverged", "1 diverged"]
 
 
 def test_status_knows_the_variants(swept, monkeypatch, capsys):

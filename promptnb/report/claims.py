@@ -24,7 +24,7 @@ from promptnb.report.stats import (
     smallest_seen,
 )
 from .tables import beside, in_words
-from .view import View, exhibit, found_record, policy_file
+from .view import SHOWN, View, exhibit, found_record, policy_file, tally
 
 # %% auto #0
 __all__ = [
@@ -36,8 +36,10 @@ __all__ = [
     "runs_of",
     "by_seed",
     "published_difference",
+    "core_seconds",
     "policy_seconds",
     "scale_of",
+    "spent",
     "comparisons",
     "answered",
     "decided",
@@ -89,9 +91,15 @@ def published_difference(view, claim, where):
     return float("nan") if None in known else known[0] - known[1]
 
 
+# %% ../../nbs/11j_report.claims.ipynb #desk11c1
+def core_seconds(record) -> float:
+    "Seconds of a record in seconds of one core: its wall clock times its threads."
+    return record["seconds"] * record["where"]["threads"]
+
+
 # %% ../../nbs/11j_report.claims.ipynb #desk1113
 def policy_seconds(run) -> float:
-    "Seconds of the pre-training that a run starts from, wherever it was made; 0 without one."
+    "Core-seconds of the pre-training that a run starts from, wherever it was made; 0 without one."
     if not run.recipe.pretrain:
         return 0.0
     path = policy_file(run.recipe, scale_of(run), run.seed)
@@ -99,7 +107,7 @@ def policy_seconds(run) -> float:
         record = found_record(path) or records.shipped(run.recipe.paper, scale_of(run)).get(path.name)
     except DamagedError:
         record = None
-    return (record.get("shipped") or record)["seconds"] if record else 0.0
+    return core_seconds(record.get("shipped") or record) if record else 0.0
 
 
 # %% ../../nbs/11j_report.claims.ipynb #r4b54496
@@ -108,9 +116,18 @@ def scale_of(run) -> str:
     return run.record["run_id"].split(".")[0]
 
 
+# %% ../../nbs/11j_report.claims.ipynb #desk11c2
+def spent(runs) -> float:
+    "Core-seconds of runs and, once each, of the policies that they start from."
+    policies = {policy_file(run.recipe, scale_of(run), run.seed): run for run in runs if run.recipe.pretrain}
+    return sum(core_seconds(run.record) for run in runs) + sum(map(policy_seconds, policies.values()))
+
+
 # %% ../../nbs/11j_report.claims.ipynb #desk1114
 def comparisons(view, claim) -> list:
-    "A dict per family or dataset on which a claim is put to a view's runs: difference, spread, published one, seconds."
+    """A dict per family or dataset on which a claim is put to a view's runs: difference, spread, published, seconds.
+
+    ended: '1 diverged', of the runs of both rows that ended without a number."""
     rows = []
     for where in dict.fromkeys(run.recipe.dataset for run in view.runs):
         if claim.families and not any(fnmatchcase(where.split()[0], pattern) for pattern in claim.families):
@@ -120,14 +137,15 @@ def comparisons(view, claim) -> list:
         a, b = (runs_of(view, label, where) for label in (claim.a, claim.b))
         x, y = (by_seed(runs, claim.metric) for runs in (a, b))
         both = x.index.intersection(y.index)
-        seconds = sum(run.record["seconds"] + policy_seconds(run) for run in a + b)
-        more = dict(published=published_difference(view, claim, where), seconds=seconds, spread=(x - y).std())
+        here = [run for run in view.runs if run.recipe.dataset == where and run.label in (claim.a, claim.b)]
+        more = dict(published=published_difference(view, claim, where), seconds=spent(a + b), spread=(x - y).std())
+        more["ended"] = tally(run.state for run in here if run.state in SHOWN)
         rows.append(dict(claim=claim, where=where, **compare(x[both], y[both]), **more))
     return rows
 
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1115
-COLUMNS = ("claim", "where", "published", "seconds", "spread")
+COLUMNS = ("claim", "where", "published", "seconds", "spread", "ended")
 
 
 def answered(paper, scale, whose="any") -> pd.DataFrame:
@@ -156,8 +174,9 @@ def told(t, digits=1) -> str:
 
 # %% ../../nbs/11j_report.claims.ipynb #rdc52245
 def entry(r, digits=1) -> str:
-    "A decided claim in a few words: the decision, the difference, its interval, n."
-    return f"{r['decision']}{in_words(r, digits).removeprefix(r['verdict'])}" if r["n"] else "no runs"
+    "A decided claim in a few words: the decision, the difference, its interval, n; runs without a number."
+    said = f"{r['decision']}{in_words(r, digits).removeprefix(r['verdict'])}" if r["n"] else "no runs"
+    return f"{said} ({r['ended']})" if r["ended"] else said
 
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1120

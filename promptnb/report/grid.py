@@ -28,6 +28,7 @@ __all__ = [
     "cost_of",
     "kinds_of",
     "lines_of",
+    "cells_of",
     "tuners",
     "repair",
     "left_out",
@@ -117,11 +118,23 @@ def lines_of(view) -> list:
     return rows
 
 
+# %% ../../nbs/11k_report.grid.ipynb #deskrcel
+def cells_of(t) -> dict:
+    "{(method, family): '12.3 ± 0.4'} of a tidy table; where seeds lack or ended without a number, it says which."
+    most = t.n.max()
+    cells = {}
+    for _, r in t.iterrows():
+        few = f"n = {r.n:.0f}" if r.n < most else ""
+        said = "; ".join(part for part in (few, r.note) if part)
+        cells[r.method, r.family] = plus_minus(r["mean"], r["std"]) + (f" ({said})" if said and r.n > 0 else "")
+    return cells
+
+
 # %% ../../nbs/11k_report.grid.ipynb #deskr017
 def tuners(view):
     "(printed, tidy) the grid: return on each family, rank, cost; a hole with its reason."
     t, cost = tidy_table(view), cost_of(view)
-    known = {(r.method, r.family): plus_minus(r["mean"], r["std"]) for _, r in t.iterrows()}
+    known = cells_of(t)
     place = {kind: ranks(values_of(view, kind)) for kind in kinds_of(view)}
     rows = {}
     for kind, tuner, label in lines_of(view):
@@ -165,7 +178,8 @@ def repair(view):
 DRAW = dict(tuners=tuners, repair=repair)
 READ = dict(
     tuners="Entries: mean ± std over seed means. Rank: mean over families of the rank among the tuners that ran on "
-    "all of them, 1 the best, and its 95 % interval over seeds. Cost: means over families. In brackets: why no run.",
+    "all of them with all seeds, 1 the best, and its 95 % interval over seeds. Cost: means over families. In brackets: "
+    "why no run, or what a cell's seeds lack.",
     repair="0: the return of the untuned random prompt; 1: of an untuned expert prompt. Marker: mean over families, "
     "then over seeds; line: 95 % interval over seeds (Student's t); dots: seeds.",
 )

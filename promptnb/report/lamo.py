@@ -15,12 +15,13 @@ from matplotlib.ticker import MaxNLocator
 
 from .. import recipes as rc
 from ..core import PromptnbError, figures_dir, results_dir, sound_record
+from . import records
 from .stats import BETTER, LEAST, WORSE, compare, judged, summary
 from .style import PALETTE, axes_for, in_order, legend, nothing, style
-from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, tally, without_blank
+from .tables import BESIDE, basis, beside, between, counted, plus_minus, short, without_blank
 from .tables import in_words as gain_in_words
 from .tables import say as say_verdicts
-from .view import exhibit
+from .view import exhibit, tally
 
 # %% auto #0
 __all__ = [
@@ -451,14 +452,13 @@ def params(view):
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #48336d5b
-def found_references(paper, scale) -> dict:
-    "{family: returns behind a score of 0 and of 100}, from any record of a scale."
-    found = {}
-    for p in sorted(results_dir(paper).glob(f"{scale}.*.json")):
-        record = sound_record(p)
-        if record and record.get("references"):
-            found[p.name.split(".")[1]] = record["references"]
-    return found
+def found_references(paper, scale, whose="any") -> dict:
+    "{family: returns behind a score of 0 and of 100}, from any record of a scale: yours, else a shipped one."
+    known = {} if whose == "yours" else dict(records.shipped(paper, scale))
+    if whose != "shipped":
+        known |= {p.name: sound_record(p) for p in sorted(results_dir(paper).glob(f"{scale}.*.json"))}
+    told = {name: record["references"] for name, record in known.items() if record and record.get("references")}
+    return {name.split(".")[1]: references for name, references in sorted(told.items())}
 
 
 # %% ../../nbs/11e_report.lamo.ipynb #lm000003
@@ -468,7 +468,7 @@ def references(view):
     families = {r.family for r in rc.RECIPES.values() if r.paper == e.paper}
     pub = rep[rep.exhibit.isin([e.reported, "references"]) & rep.family.isin(families)]
     pub = pub.drop_duplicates(["method", "family"]).pivot(index="family", columns="method", values="value")
-    found, ends = found_references(e.paper, view.scale), ["random", "expert"]
+    found, ends = found_references(e.paper, view.scale, view.whose), ["random", "expert"]
     parts = {"published": pub.reindex(columns=ends)}
     for name, kind in (("used for scores", "d4rl"), ("our policies", "own")):
         values = {family: known[kind] or (np.nan, np.nan) for family, known in found.items()}

@@ -23,7 +23,19 @@ from promptnb.core import (
 )
 
 # %% auto #0
-__all__ = ["LIMIT", "folder", "shipped_file", "schema", "packed", "unpacked", "shipped", "pack", "write"]
+__all__ = [
+    "LIMIT",
+    "folder",
+    "shipped_file",
+    "schema",
+    "packed",
+    "unpacked",
+    "shipped",
+    "digests",
+    "ships",
+    "pack",
+    "write",
+]
 
 
 # %% ../../nbs/11_report.records.ipynb #rp000006
@@ -95,17 +107,37 @@ def _read(path, changed):
     return unpacked(path.read_bytes())
 
 
+# %% ../../nbs/11_report.records.ipynb #rpships2
+def digests(paper, scale) -> set:
+    "The digests of a paper's recipes at a scale, and of the pre-trainings that they share."
+    from promptnb import recipes as rc
+
+    resolved = [rc.resolve(r, scale) for r in rc.RECIPES.values() if r.paper == paper]
+    return {rc.digest(x) for r in resolved for x in (r, r.pretrain) if x}
+
+
+# %% ../../nbs/11_report.records.ipynb #rpships3
+def ships(record, known, today) -> bool:
+    "Is a record of yours to ship? known: the shipped one of its name, or None; today: as `digests` gives them."
+    if record.get("recipe", {}).get("sets") or record["recipe_digest"] not in today:
+        return False
+    is_taken = isinstance(record.get("shipped"), dict)
+    return not known or (not is_taken and (record["status"] == "ok" or known["status"] != "ok"))
+
+
 # %% ../../nbs/11_report.records.ipynb #rp000014
 def pack(paper, scale) -> Path:
-    "Add your good records of a paper and scale to the shipped ones; returns the file."
+    "Add your records of a paper and scale that are worth it to the shipped ones; returns the file."
     names = sorted(results_dir(paper).glob(f"{scale}.*.json"))
+    theirs, today = shipped(paper, scale), digests(paper, scale)
     own = {p.name: read_record(p) for p in names if not p.name.endswith(".failed.json")}
-    own = {name: record for name, record in own.items() if not record.get("recipe", {}).get("sets")}  # no variants
+    own = {name: record for name, record in own.items() if ships(record, theirs.get(name), today)}
     if not own:
         raise PromptnbError(
-            f"{results_dir(paper)} has no record of {scale} scale: promptnb run {paper} --scale {scale}"
+            f"{results_dir(paper)} has no record of {scale} scale that could ship: promptnb status {paper} says what"
+            f" you have, promptnb run {paper} --scale {scale} makes it"
         )
-    return write(paper, scale, shipped(paper, scale) | own)
+    return write(paper, scale, theirs | own)
 
 
 # %% ../../nbs/11_report.records.ipynb #rp000015

@@ -13,7 +13,8 @@ from ..core import root
 from . import stats
 from .stats import BETTER, UNRESOLVED, UNTESTED, WORSE
 from .style import axes_for, legend, nothing, style, wrap
-from .tables import basis, between, counted, entry, in_words, plus_minus, short, tally
+from .tables import basis, between, counted, entry, in_words, plus_minus, short
+from .view import tally
 
 # %% auto #0
 __all__ = [

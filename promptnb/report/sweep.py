@@ -9,8 +9,8 @@ import pandas as pd
 
 from .stats import summary
 from .style import axes_for, legend, nothing, style
-from .tables import OURS, printed, tally
-from .view import headlines, place, remarks
+from .tables import OURS, printed
+from .view import SHOWN, headlines, place, remarks, tally
 
 # %% auto #0
 __all__ = ["DRAW", "READ", "BAND", "row_of", "tidy", "table", "points", "panel", "sweep", "left_out"]
@@ -50,15 +50,20 @@ def table(view):
 
 # %% ../../nbs/11g_report.sweep.ipynb #swp00010
 def points(view) -> pd.DataFrame:
-    "One row per place, method and value of a sweep: mean over seeds, lowest, highest; x is NaN of an unchanged method."
-    of = {(run.label, place(run.recipe)): run.recipe.sets for run in view.runs}
-    rows = []
-    for (label, where), d in headlines(view).groupby(["method", "where"], sort=False):
-        sets = of[label, where]
-        known = dict(family=where, method=label.rpartition(" [")[0] if sets else label, n=len(d))
-        x = sets[0][1] if sets else float("nan")
-        rows.append(dict(known, x=x, mean=d.value.mean(), min=d.value.min(), max=d.value.max()))
-    return pd.DataFrame(rows, columns=["family", "method", "n", "x", "mean", "min", "max"])
+    """One row per place, method and value of a sweep: mean over seeds, lowest and highest.
+
+    x is NaN of an unchanged method. note: '2 diverged', of runs without a number; a value with no other run has NaN."""
+    found, rows = headlines(view), []
+    for label, where in dict.fromkeys((run.label, place(run.recipe)) for run in view.runs):
+        ended = [r for r in view.runs if (r.label, place(r.recipe)) == (label, where) and r.state in SHOWN]
+        if not ended:
+            continue
+        values = found[(found.method == label) & (found["where"] == where)].value
+        sets = ended[0].recipe.sets
+        known = dict(family=where, method=label.rpartition(" [")[0] if sets else label, n=len(values))
+        known |= dict(x=sets[0][1] if sets else float("nan"), note=tally(run.state for run in ended))
+        rows.append(known | dict(mean=values.mean(), min=values.min(), max=values.max()))
+    return pd.DataFrame(rows, columns=["family", "method", "n", "x", "mean", "min", "max", "note"])
 
 
 # %% ../../nbs/11g_report.sweep.ipynb #swp00011

@@ -14,7 +14,7 @@ import pandas as pd
 from .. import recipes as rc
 from ..core import write_atomic
 from .stats import UNRESOLVED, UNTESTED, VERDICTS, compare, judged, summary
-from .view import matrix, paired, remarks
+from .view import matrix, paired, remarks, tally
 
 # %% auto #0
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "plus_minus",
     "counted",
     "short",
-    "tally",
     "between",
     "in_words",
     "without_blank",
@@ -66,13 +65,6 @@ def short(n) -> str:
     if n >= 1e6:
         return f"{n / 1e6:.1f}M"
     return f"{n / 1e3:.0f}K" if n >= 1e3 else f"{n:.0f}"
-
-
-# %% ../../nbs/11c_report.tables.ipynb #tb000009
-def tally(states) -> str:
-    "'2 missing, 1 failed' of states that are not 'ok'."
-    bad = [s for s in states if s != "ok"]
-    return ", ".join(f"{bad.count(s)} {s}" for s in dict.fromkeys(bad))
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000029

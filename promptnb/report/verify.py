@@ -10,7 +10,7 @@ import pandas as pd
 from ..core import PromptnbError
 from .stats import LEAST, UNRESOLVED, compare, judged, summary
 from .tables import between, counted, plus_minus
-from .view import View, headlines
+from .view import View, headlines, place, tally
 
 # %% auto #0
 __all__ = [
@@ -18,9 +18,12 @@ __all__ = [
     "AGREES",
     "DIFFERS",
     "FEW",
+    "NO_NUMBER",
+    "LOST",
     "SIDES",
     "word",
     "rows_of",
+    "lost",
     "unrepeated",
     "verified",
     "with_words",
@@ -30,11 +33,13 @@ __all__ = [
 ]
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000009
-EQUAL, AGREES, DIFFERS, FEW = "equal", "agrees", "does not agree", "too few to say"
+EQUAL, AGREES, DIFFERS, FEW, NO_NUMBER = "equal", "agrees", "does not agree", "too few to say", "yours has no number"
 
 
 def word(v) -> str:
     "What a judged comparison of your runs (a) with shipped ones (b) says."
+    if v["lost"]:
+        return NO_NUMBER
     if v["equal"]:
         return EQUAL
     if v["n"] < LEAST:
@@ -43,15 +48,37 @@ def word(v) -> str:
 
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000010
-def rows_of(exhibit_id, yours, shipped):
-    "Comparisons of one exhibit, from `headlines` of both sides: one dict per family and method that both have."
+def rows_of(exhibit_id, yours, shipped, lost):
+    """Comparisons of one exhibit, from `headlines` of both sides: one dict per family and method that both have.
+
+    lost: what became of your runs that have no number, {(where, method): 'words'}; they are rows too."""
     both = yours.merge(shipped, on=["where", "method", "seed"], suffixes=("", "_shipped"))
-    for (where, method), d in both.groupby(["where", "method"], sort=False):
+    found = dict.fromkeys([*zip(both["where"], both.method), *lost])
+    for where, method in found:
+        d = both[(both["where"] == where) & (both.method == method)]
         a, b = d.value.to_numpy(), d.value_shipped.to_numpy()
-        known = dict(exhibit=exhibit_id, where=where, method=method, equal=(a == b).all())
+        known = dict(exhibit=exhibit_id, where=where, method=method, lost=lost.get((where, method), ""))
+        known["equal"] = len(d) > 0 and (a == b).all()
+        if not len(d):
+            yield known | dict(n=0, p=float("nan"))
+            continue
         ours, theirs = summary(a), summary(b)
         sides = dict(yours=ours["mean"], yours_std=ours["std"], shipped=theirs["mean"], shipped_std=theirs["std"])
         yield known | sides | compare(a, b)
+
+
+# %% ../../nbs/11i_report.verify.ipynb #ve0lost1
+LOST = ("failed", "diverged", "unguided", "damaged")
+
+
+def lost(yours, shipped) -> dict:
+    "{(where, method): '1 diverged'}: runs of yours that have no number where the shipped one has."
+    has = {(run.label, run.recipe.id, run.seed) for run in shipped.good}
+    states = {}
+    for run in yours.runs:
+        if run.state in LOST and (run.label, run.recipe.id, run.seed) in has:
+            states.setdefault((place(run.recipe), run.label), []).append(run.state)
+    return {where: tally(found) for where, found in states.items()}
 
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000018
@@ -59,20 +86,20 @@ def unrepeated(rows) -> list:
     "Rows without those that an exhibit before them has too: the same runs in two pictures are one comparison."
     first = {}
     for r in rows:
-        first.setdefault((r["where"], r["method"], r["n"], r["yours"], r["shipped"]), r)
+        first.setdefault((r["where"], r["method"], r["lost"], r["n"], r.get("yours"), r.get("shipped")), r)
     return [*first.values()]
 
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000012
-SIDES = ("exhibit", "where", "method", "equal", "yours", "yours_std", "shipped", "shipped_std")
+SIDES = ("exhibit", "where", "method", "lost", "equal", "yours", "yours_std", "shipped", "shipped_std", "difference")
 
 
 def verified(exhibits, scale) -> pd.DataFrame:
     "Your runs beside the shipped ones, a judged row each, with `agrees`; a PromptnbError if no run is on both sides."
     rows = []
     for e in exhibits:
-        sides = [headlines(View(e, scale, partial=True, whose=whose)) for whose in ("yours", "shipped")]
-        rows += rows_of(e.id, *sides)
+        yours, shipped = (View(e, scale, partial=True, whose=whose) for whose in ("yours", "shipped"))
+        rows += rows_of(e.id, headlines(yours), headlines(shipped), lost(yours, shipped))
     if not rows:
         paper = exhibits[0].paper
         raise PromptnbError(
@@ -99,7 +126,7 @@ def printed(t) -> pd.DataFrame:
                 "yours": plus_minus(r.yours, r.yours_std),
                 "shipped": plus_minus(r.shipped, r.shipped_std),
                 "difference [95 %]": f"{r.difference:+.1f} {between(r.lo, r.hi)}".strip() + f", n = {r.n}",
-                "": r.agrees,
+                "": f"{r.agrees}: {r.lost}" if r.lost else r.agrees,
             }
         )
     return pd.DataFrame(rows).set_index("exhibit")
@@ -113,8 +140,7 @@ def all_agree(t) -> bool:
 
 def conclusion(t) -> str:
     "The words of all rows, counted."
-    counts = [
-        f"{word}: {(t.agrees == word).sum()}" for word in (EQUAL, AGREES, DIFFERS, FEW) if (t.agrees == word).any()
-    ]
+    found = {word: (t.agrees == word).sum() for word in (EQUAL, AGREES, DIFFERS, FEW, NO_NUMBER)}
+    counts = [f"{word}: {n}" for word, n in found.items() if n]
     tested = counted(int(t.p_holm.notna().sum()), "comparison")
     return f"{'; '.join(counts)} (paired by seed, Student's test, Holm's correction over {tested})"

@@ -35,6 +35,7 @@ __all__ = [
     "lacks",
     "makers",
     "remarks",
+    "tally",
     "flaws",
     "status",
     "matrix",
@@ -71,11 +72,13 @@ class RunState:
     why: str = ""
     record: dict | None = None
     whose: str = ""  # 'yours' or 'shipped'
+    shared: bool = False  # is it the pre-training that the recipe shares with others?
 
     @property
     def older(self) -> bool:
         "Was a shown record made by code that has changed since?"
-        return self.whose == "shipped" and self.state == "ok" and not _current(self.record, self.recipe)
+        shown = self.whose == "shipped" and self.state == "ok"
+        return shown and not _current(self.record, self.recipe, self.shared)
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000010
@@ -127,7 +130,7 @@ def your_run(path, r, label, seed, shared) -> list:
         own = found_record(path)
     except DamagedError as e:
         return [RunState(label, r, seed, "damaged", str(e), whose="yours")]
-    return [RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours")] if own else []
+    return [RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours", shared)] if own else []
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000014
@@ -176,7 +179,8 @@ class View:
         found = [] if self.whose == "shipped" else your_run(path, r, label, seed, shared)
         theirs = None if self.whose == "yours" else records.shipped(r.paper, self.scale).get(path.name)
         if theirs:
-            found.append(RunState(label, r, seed, shipped_state(theirs, r, shared), theirs["why"], theirs, "shipped"))
+            state = shipped_state(theirs, r, shared)
+            found.append(RunState(label, r, seed, state, theirs["why"], theirs, "shipped", shared))
         found.append(RunState(label, r, seed, "missing"))
         return next((run for run in found if run.state in SHOWN), found[0])
 
@@ -283,11 +287,21 @@ def remarks(runs) -> str:
     return ", ".join(f"{found.count(remark)} {remark}" for remark in dict.fromkeys(found))
 
 
+# %% ../../nbs/11a_report.view.ipynb #vwtally1
+def tally(states) -> str:
+    "'2 missing, 1 failed' of states that are not 'ok'."
+    bad = [s for s in states if s != "ok"]
+    return ", ".join(f"{bad.count(s)} {s}" for s in dict.fromkeys(bad))
+
+
 # %% ../../nbs/11a_report.view.ipynb #vw000032
 def flaws(view) -> str:
-    "'PARTIAL: 5 of 9 runs; of the runs, 1 with failed episodes': what a caption must say of an exhibit's runs, or ''."
-    remarked = remarks(view.runs)
-    return "; ".join(part for part in (lacks(view), remarked and f"of the runs, {remarked}") if part)
+    """'PARTIAL: 5 of 9 runs; of the runs, 2 diverged, 1 with failed episodes'; '' of runs without flaw.
+
+    What a caption must say of an exhibit's runs: means and intervals are of those that have numbers."""
+    ended = tally(run.state for run in view.runs if run.state in SHOWN)
+    said = ", ".join(part for part in (ended, remarks(view.runs)) if part)
+    return "; ".join(part for part in (lacks(view), said and f"of the runs, {said}") if part)
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000019
@@ -327,10 +341,12 @@ def paired(df, a, b, family) -> list:
 
 # %% ../../nbs/11a_report.view.ipynb #vwhead02
 def headline(record) -> float:
-    "The number that a run is judged by; NaN where it has none."
-    rows = pd.DataFrame(record["rows"], columns=["metric", "step", "value"])
-    for metric in ("score", "return"):
-        found = rows[rows.metric == metric]
+    """The number that a run is judged by: its score, else its mean return, at the last step; NaN where it has neither.
+
+    A score of no episodes is what a tuner was told while it searched: a return comes before it."""
+    rows = pd.DataFrame(record["rows"], columns=["metric", "step", "value", "n_episodes"])
+    scores = rows[rows.metric == "score"]
+    for found in (scores[scores.n_episodes > 0], rows[rows.metric == "return"], scores):
         if len(found):
             return float(found[found.step == found.step.max()].value.mean())
     return float("nan")
