@@ -758,7 +758,8 @@ def load(name, quality="expert", task_ids=None, episodes=None, root=None, check=
         entry = known.get(id_, {})
         asked = f" --episodes {episodes}" if episodes else ""
         command = f"promptnb collect --family {fam.name} --quality {quality}{asked}"
-        if entry.get("episodes", 0) < (episodes or 1) or "columns" not in entry:
+        enough = entry.get("asked", entry.get("episodes", 0))  # data from elsewhere may hold fewer than were asked for
+        if enough < (episodes or 1) or "columns" not in entry:
             raise PromptnbError(f"dataset {id_} with {episodes or 1} episodes is not here: {command}")
         file = root / id_ / "columns.safetensors"
         if check or not file.exists():

@@ -398,6 +398,7 @@ def test_local_copy(local):
     assert same(data.load("hopper", "minari-medium"), data.from_arrays(trajectories[:2]))
     collect.collect("hopper", "minari-medium", **QUIET)
     assert same(data.load("hopper", "minari-medium"), data.from_arrays(trajectories))
+    assert same(data.load("hopper", "minari-medium", episodes=100), data.from_arrays(trajectories))
     (row,) = collect.listed(["hopper"])
     assert (row["quality"], row["trajectories"], row["steps"]) == ("minari-medium", 3, 21)
 
