@@ -152,6 +152,15 @@ class Group(NamedTuple):
     rows: np.ndarray  # (n,) of the lock-step environment
     prompt_rows: np.ndarray  # (n,) of the policy's prompts
 
+    @property
+    def K(self):
+        "How many steps the policy reads."
+        return getattr(self.policy, "K", 1)
+
+    def act(self, window, state):
+        "What the policy does at the end of a window, Steps (n, at least K, .): it sees the last K of them."
+        return self.policy.act(window.map(lambda x: x[:, -self.K :]), state)
+
 
 # %% ../nbs/05_evaluate.ipynb #258fa4da
 def groups_of(eval_tasks, rows_per_task):
@@ -175,7 +184,7 @@ class Actors:
         "`n` rows in all. Begins every policy: its state is what `begin` returns."
         self.groups = groups
         self.states = [g.policy.begin(g.prompt_rows) for g in groups]
-        self.K = max(getattr(g.policy, "K", 1) for g in groups)  # the longest history that one of them reads
+        self.K = max(g.K for g in groups)  # the longest history that one of them reads
         self.actions = torch.zeros(n, act_dim, device=device)
 
     def act(self, buffers, t, alive):
@@ -187,7 +196,7 @@ class Actors:
             rows = group.rows if state is not None else group.rows[alive[group.rows]]
             if len(rows):
                 at = slice(None) if len(rows) == len(alive) else torch.as_tensor(rows)
-                self.actions[at] = group.policy.act(buffers.window(t, at), state)
+                self.actions[at] = group.act(buffers.window(t, at), state)
         return self.actions
 
 
@@ -388,9 +397,9 @@ def step(self: Recorded):
     window, a = self.window(), self.actors.actions
     for group, state, rows in zip(self.actors.groups, self.actors.states, self.rows):
         if rows is None:
-            a.copy_(group.policy.act(window, state))
+            a.copy_(group.act(window, state))
         else:
-            a.index_copy_(0, rows, group.policy.act(window.map(lambda x, rows=rows: x.index_select(0, rows)), state))
+            a.index_copy_(0, rows, group.act(window.map(lambda x, rows=rows: x.index_select(0, rows)), state))
     there["finite"].copy_(torch.isfinite(a).all(-1))
     if self.fam.discrete:
         a.copy_(chosen(a, there.get("legal")))

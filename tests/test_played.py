@@ -123,6 +123,18 @@ def test_choices_are_legal_ones_in_recorded_episodes_too(name, maze, monkeypatch
         assert not (taken[:, t] == (2 + t) % 3).any()
 
 
+@pytest.mark.parametrize("where", ["launched", "recorded"])
+def test_a_policy_sees_as_many_steps_beside_one_that_reads_more(where, maze, monkeypatch):
+    if where == "recorded":
+        monkeypatch.setitem(captured.GRAPHS, "cpu", by_calls)
+    short, long = prompted(), prompted()
+    short.K = 2
+    alone = rollout([EvalTask(short, 1)], MAZE, 4)
+    beside = rollout([EvalTask(short, 1), EvalTask(long, 1)] * 2, MAZE, 4)  # each of two halves has both
+    np.testing.assert_allclose(beside.returns[0], alone.returns[0], rtol=1e-5)
+    assert not np.allclose(beside.returns[1], alone.returns[0], rtol=1e-3), "the longer history changes nothing"
+
+
 def test_one_half_computes_while_the_other_steps(maze, graphs, monkeypatch):
     launch = evaluate.Recorded.launch
 
