@@ -513,6 +513,26 @@ def test_stacked_pictures_give_their_newest_frame(refused):
     assert not result.failed.any()
 
 
+class Speaking(World):
+    "Says at its last step, and not before, whether it went well."
+
+    def step(self, action):
+        obs, reward, *over, info = super().step(action)
+        return obs, reward, *over, info if len(self.taken) < 3 else dict(success=True)
+
+
+gym.register("Speaking-v0", Speaking, max_episode_steps=3, disable_env_checker=True)
+
+
+def test_success_is_reported_only_by_those_who_speak_of_it():
+    silent = world()
+    speaking = own("speaking", "Speaking-v0", silent.goals)
+    choices = np.eye(2)[[0, 1, 0]]
+    assert played(silent, choices)[1].success is None
+    assert played(speaking, choices)[1].success.tolist() == [[True]]
+    assert played(speaking, choices[:2])[1].success is None
+
+
 # ---- row 7: sizes that do not fit each other
 
 SIZES = {

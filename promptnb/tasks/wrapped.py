@@ -44,6 +44,8 @@ class Wrapped(Rows):
     A kind says how to `make` one environment, and how to set its task.
     """
 
+    _reports_success = False  # has one of the environments said anything of it?
+
     def __init__(self, fam, task_ids, threads=None):
         self.family, self.envs = tasks.family(fam), []
         self.set_tasks(task_ids)
@@ -129,6 +131,7 @@ def step_row(self: Wrapped, i, action):
     obs, reward, terminated, truncated, info = self.envs[i].step(action)
     self.observe(i, obs)
     self._over[:, i] = bool(terminated), bool(truncated)
+    self._reports_success |= "success" in info
     return float(reward), bool(info.get("success", False))
 
 
@@ -137,15 +140,17 @@ def step_row(self: Wrapped, i, action):
 def step(self: Wrapped, actions):
     """Do one action a row. A row whose episode is over stays as it is and earns nothing.
 
-    `info['success']` (N,) where the environments report it; `info['fault']` where one of them raised.
+    `info['success']` (N,) from the step on at which an environment first reports it; `info['fault']` where one raised.
     """
     rewards, success = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
-    info = dict(success=success)
+    info = {}
     for i in np.flatnonzero(~self._over.any(0)):
         try:
             rewards[i], success[i] = self.step_row(i, actions[i])
         except Exception as e:
             info["fault"] = self.break_off(i, e)
+    if self._reports_success:
+        info["success"] = success
     rewards[self._broken] = np.nan
     return self._obs.copy(), rewards, self._over[0].copy(), self._over[1].copy(), info
 
