@@ -42,12 +42,12 @@ class Memory:
         self.t, self.limit, self.action = 0, fam.horizon, None
 
     def observe(self, observation, reward):
-        "Take up the observation (S,) that the last action led to, and its reward."
+        "Take up the observation (S,) that the last action led to, and its reward; after the last step, once."
         if self.action is not None:
+            if self.t == self.limit:
+                raise PromptnbError(f"the episode has had its {self.t} steps: begin another with episode_start=True")
             self.buffers.acted(self.t, self.action, [reward])
             self.t += 1
-        if self.t >= self.limit:
-            raise PromptnbError(f"the episode has had its {self.limit} steps: begin another with episode_start=True")
         self.buffers.observe(self.t, observation[None])
 
     def window(self):

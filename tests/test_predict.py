@@ -1,6 +1,7 @@
 """A policy step by step: stable-baselines3 plays it as its own models, and it earns what it earns in lock step."""
 
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -79,6 +80,28 @@ def test_a_second_episode_begins_anew(policy):
     with warnings.catch_warnings(action="ignore"):
         returns, _ = evaluate_policy(predictor, env, 2, return_episode_rewards=True)
     assert returns[0] == returns[1]
+
+
+def test_gymnasiums_vector_environments_ask_at_the_last_observation_too(policy):
+    "Two episodes of full length in each: the answer there goes nowhere, and the second plays as the first."
+    predictor = Predictor(policy, replace(FAM, horizon=LIMIT))
+    envs = gym.vector.SyncVectorEnv([lambda s=s: predictor.watch(environment(FAM.test[0], s)) for s in (3, 4)])
+    observations, _ = envs.reset()
+    start, over, returns = np.ones(2, bool), np.zeros(2, bool), np.zeros((2, 2))
+    for episode in returns:
+        for _ in range(LIMIT + 1):  # the last one begins the next episode
+            actions, _ = predictor.predict(observations, episode_start=start)
+            observations, rewards, _, truncated, _ = envs.step(actions)
+            start, over = over, truncated
+            episode += rewards
+    assert np.array_equal(returns[0], returns[1]) and returns.all()
+
+
+def test_an_episode_of_full_length_ends(policy, refused):
+    predictor = Predictor(policy, FAM)
+    for _ in range(FAM.horizon + 1):
+        predictor.predict(np.zeros(20), reward=0.0)
+    refused(predictor.predict, np.zeros(20), reward=0.0, says=["has had its 200 steps", "episode_start=True"])
 
 
 def test_steps_as_prompt(policy):
