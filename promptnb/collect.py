@@ -27,6 +27,7 @@ from promptnb.core import (
     code_fingerprint,
     disk_error,
     figures_dir,
+    fingerprint,
     minari_dataset,
     minari_dir,
     process_name,
@@ -330,7 +331,8 @@ def policy_of(fam, quality):
     if fam.kind in tasks.SCRIPTED:
         return f"script {code_fingerprint(f'tasks/{fam.kind}')} {experts.load_card(fam).get('sha256', '')}".strip()
     if fam.behaviour:
-        return f"{fam.behaviour} {code_fingerprint(*fam.code)}"
+        world = fingerprint([fam.body, fam.goals, fam.horizon, fam.chunk])
+        return f"{fam.behaviour} {code_fingerprint(*fam.code)} {world}"
     if quality == "random":
         return "uniform"
     bar = experts.KEPT_ABOVE.get((fam.name, quality))

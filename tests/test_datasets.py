@@ -22,6 +22,7 @@ from promptnb import cli as command
 from promptnb import collect, data, experts, recipes, tasks
 from promptnb.core import PromptnbError, read_json, results_dir
 from promptnb.experiments import job, multitask, run
+from promptnb.tasks.wrapped import own
 
 FAMILIES = [*tasks.FAMILIES.values()]
 QUIET = dict(threads=1, say=lambda *_: None)
@@ -336,6 +337,32 @@ def test_missing_extra(kind, package, tmp_home, monkeypatch, capsys):
     assert said.startswith("promptnb: ") and said.count("\n") == 1 and all(s in said for s in says)
     assert says[-1] in collect.listed([fam])[0]["note"]
     assert not (tmp_home / "data" / "minari").exists()
+
+
+def jumpy(observations, goals, quality, rng):
+    "A behaviour of yours, which draws for all rows at once."
+    return rng.uniform(-1, 1, (len(observations), 1))
+
+
+def pendulum(env_id="Pendulum-v1", g=9.81, **more):
+    "A family of yours."
+    sizes = dict(horizon=5, chunk=3, qualities=("expert",)) | more
+    return own("pendulum-of-data", env_id, [dict(g=g)], behaviour=jumpy, **sizes)
+
+
+@pytest.fixture
+def yours(monkeypatch):
+    "What a test adds is gone after it."
+    monkeypatch.setattr(tasks, "FAMILIES", dict(tasks.FAMILIES))
+
+
+@pytest.mark.parametrize("change", [dict(g=3.7), dict(horizon=6), dict(chunk=4), dict(env_id="Pendulum-v2")], ids=str)
+def test_data_of_a_world_of_yours_that_has_changed_are_made_anew(change, yours, tmp_path, monkeypatch):
+    monkeypatch.setitem(gym.registry, "Pendulum-v2", gym.spec("Pendulum-v1"))
+    said = []
+    for fam in (pendulum(), pendulum(target_return=7.0), pendulum(**change)):
+        collect.collect(fam, "expert", 1, root=tmp_path, threads=1, say=said.append)
+    assert [line.split(": ")[1].split()[0] for line in said] == ["1", "0", "1"], said
 
 
 REMOTE = dict(tasks.family("hopper").remote)["minari-medium"]
