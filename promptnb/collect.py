@@ -541,7 +541,8 @@ def moments(states, n):
 def strip(fam, task, quality, n=6, steps=None):
     """(At most n pictures, their timesteps) of the first episode of a dataset, or of its first `steps`.
 
-    It is played again from its seed and actions. None where nothing renders on this machine.
+    It is played again from its seed and actions. None where nothing renders on this machine, and of data that others
+    made, unless they hold pictures: where those episodes began is not known.
     """
     from promptnb.data import load
 
@@ -551,7 +552,7 @@ def strip(fam, task, quality, n=6, steps=None):
     at = np.linspace(0, shown - 1, n).astype(int)
     if fam.frames:
         return store.s[at].numpy(), at
-    if fam.renders_with_gl and not tasks.gl_backend():
+    if quality in dict(fam.remote) or (fam.renders_with_gl and not tasks.gl_backend()):
         return None
     actions = store.a[: T * fam.agents].numpy()
     entry = manifest(fam)[dataset_id(fam, task, quality)]

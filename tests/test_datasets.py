@@ -430,6 +430,14 @@ def test_local_copy(local):
     assert (row["quality"], row["trajectories"], row["steps"]) == ("minari-medium", 3, 21)
 
 
+def test_data_of_others_have_no_film(local, tmp_home):
+    "Their actions, played from where an episode of ours begins, would be another episode."
+    collect.collect("hopper", "minari-medium", 1, **QUIET)
+    assert collect.strip(tasks.family("hopper"), 0, "minari-medium") is None
+    collect.save_strip(tasks.family("hopper"), "minari-medium", tmp_home / "strip.png")
+    assert not (tmp_home / "strip.png").exists()
+
+
 @pytest.mark.fault(8)
 @pytest.mark.parametrize("part", [0, 0.5, 0.99])
 def test_damaged_local_copy(part, local, capsys):
