@@ -1231,8 +1231,9 @@ def best(self: Demos, share=0.1):
 def demos(
     store, prompt_store, policy, n=10, K=20, batch=64, J=1, H=5, position="tail", windows="any", seed=0, gap=False
 ) -> Demos:
-    """Draw `n` demonstrations (0: all) and one prompt per task; everything follows from the seed.
+    """Draw at most `n` demonstrations (0: all) and one prompt per task; everything follows from the seed.
 
+    `n` are drawn with replacement, and each is kept once. Prompts are drawn after them: they depend on `n` too.
     `prompt_store`: where prompts come from. `policy`: has the normaliser (mean, std, rtg_scale).
     `windows`: see `Sampler`.
     """
