@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import shutil
 import tempfile
@@ -143,7 +144,9 @@ def play_chunks(fam, task, quality, episodes, seed, threads=None, vec=None):
     bar = experts.KEPT_ABOVE.get((fam.name, quality))
     if bar is None:
         for start in range(0, episodes, fam.chunk):
-            yield from play_chunk(fam, task, quality, range(start, min(start + fam.chunk, episodes)), seed, vec)
+            n = min(fam.chunk, episodes - start)
+            games = range(start, start + (fam.chunk if fam.behaviour else n))
+            yield from itertools.islice(play_chunk(fam, task, quality, games, seed, vec), n * fam.agents)
         return
     start, left = 0, episodes
     while left:

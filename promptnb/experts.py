@@ -292,7 +292,7 @@ def snapshots_for(behaviour, quality, n, rows, rng):
 def acting(vec, quality, rng, expert=None):
     """The function obs -> actions by which a dataset of this quality is played.
 
-    What a row does is the same whether it plays alone or in a full chunk.
+    What a row does is the same whether it plays alone or in a full chunk. Behaviours of yours play full chunks only.
     """
     fam, n = vec.family, vec.num_envs
     kind = tasks.kind_module(fam)

@@ -356,6 +356,14 @@ def yours(monkeypatch):
     monkeypatch.setattr(tasks, "FAMILIES", dict(tasks.FAMILIES))
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_larger_dataset_of_yours_begins_with_the_smaller(n, yours):
+    smaller, larger = (list(collect.play_chunks(pendulum(), 0, "expert", k, seed=0)) for k in (n, 5))
+    assert [d["game"] for d in smaller] == [*range(n)]
+    for a, b in zip(smaller, larger):
+        assert np.array_equal(a["actions"], b["actions"]) and np.array_equal(a["observations"], b["observations"])
+
+
 @pytest.mark.parametrize("change", [dict(g=3.7), dict(horizon=6), dict(chunk=4), dict(env_id="Pendulum-v2")], ids=str)
 def test_data_of_a_world_of_yours_that_has_changed_are_made_anew(change, yours, tmp_path, monkeypatch):
     monkeypatch.setitem(gym.registry, "Pendulum-v2", gym.spec("Pendulum-v1"))
