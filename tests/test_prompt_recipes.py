@@ -354,3 +354,37 @@ def test_prompt_dts_own_tables_have_any_expert_prompt(exhibit):
     prompted = [rc.RECIPES[i] for i in e.recipes if rc.RECIPES[i].pretrain.prompt]
     assert {r.tune.prompt_quality for r in prompted} == {"expert"}
     assert "any of the test task's expert trajectories" in e.protocol
+
+
+# ---- how many demonstrations differ
+
+
+@pytest.mark.parametrize("scale, usable", [("paper", 99), ("desk", 19), ("laptop", 19)])
+@pytest.mark.parametrize("key", ["mt-bc-ft-128", "mt-bc-ft", "mt-bc-ft-100"])
+def test_batches_of_all_sizes_draw_from_the_same_windows(key, scale, usable):
+    "At the tail a trajectory has one window; the lowest trajectory has none."
+    r = recipe("ant-dir", key, scale=scale)
+    store = multitask.histories(store_of(range(r.pretrain.episodes), steps=30), r.pretrain)
+    demos = data.demos(store, store, policy_for(store), **multitask.windows_as(r.tune), H=5)
+    ends = [demos.batch(t).rtg[0, :, -1, 0] for t in range(10)]
+    assert len(store) == usable and len(torch.cat(ends).unique()) <= usable
+
+
+@pytest.mark.parametrize("exhibit", ["pdt_fig7", "pdt_table7"])
+def test_more_data_says_that_it_is_not(exhibit):
+    text = rc.EXHIBITS[PTDT, exhibit].protocol
+    assert "99 at paper scale, 19 at desk and laptop scale, whatever the batch" in text
+
+
+def test_few_shot_is_nearly_all_of_a_task():
+    "256 draws with replacement reach all of 19 trajectories and at least 85 of 99."
+    for n, least in ((19, 19), (99, 85)):
+        store = store_of(range(n))
+        for seed in range(3):
+            drawn = data.demos(store, store, policy_for(store), n=256, K=5, H=5, windows="tail", seed=seed)
+            assert least <= len(drawn.sampler.store) <= n
+
+
+@pytest.mark.parametrize("paper, exhibit", [(PTDT, "table1"), (PTDT, "controls"), (PD, "table1"), (PD, "table1_mw")])
+def test_a_table_says_how_few_its_demonstrations_are(paper, exhibit):
+    assert "so nearly all of them" in rc.EXHIBITS[paper, exhibit].protocol

@@ -28,6 +28,8 @@ __all__ = [
     "PAPER",
     "PROTOCOL",
     "POOLS_TEXT",
+    "FEW_TEXT",
+    "TAIL_TEXT",
     "ANY_EXPERT_TEXT",
     "POLICY",
     "SIZE",
@@ -327,6 +329,14 @@ POOLS_TEXT = (
     "Expert, medium and random prompts: the five highest, ranks 50 to 54, the five lowest trajectories by return of "
     "the test task's expert data, as in the first author's code; the paper's text could not be had. "
 )
+FEW_TEXT = (
+    "Demonstrations: 256 draws with replacement from the test task's trajectories but the lowest (99 at paper scale, "
+    "19 or fewer at desk and laptop scale), so nearly all of them; of each one window, its last steps. "
+)
+TAIL_TEXT = (
+    "A window is the end of a trajectory, so at most as many windows differ as the test task has trajectories, less "
+    "the lowest: 99 at paper scale, 19 at desk and laptop scale, whatever the batch. "
+)
 ANY_EXPERT_TEXT = "Prompts are cut from any of the test task's expert trajectories, as in Prompt-DT's text and code. "
 
 # %% ../../nbs/09b_recipes.prompt_tuning_dt.ipynb #94c4eb20
@@ -341,6 +351,7 @@ PAPER.exhibit(
     _all,
     protocol=PROTOCOL
     + POOLS_TEXT
+    + FEW_TEXT
     + "The published Meta-World column is an exhibit of its own, table1_mw, as it needs the metaworld extra.",
     reported="table1",
 )
@@ -362,7 +373,7 @@ PAPER.exhibit(
     "table",
     [r for f in TABLE_FAMILIES for r in _main[f] if r.key in ("pdt", "ranking")]
     + [r for f in TABLE_FAMILIES for r in _controls[f]],
-    protocol=PROTOCOL,
+    protocol=PROTOCOL + FEW_TEXT,
 )
 PAPER.exhibit(
     "fig5",
@@ -427,6 +438,7 @@ PAPER.exhibit(
     _mw,
     protocol=PROTOCOL
     + POOLS_TEXT
+    + FEW_TEXT
     + (
         "The column is headed reach-v2, but its returns, its split of 45 tasks and the released scripts are "
         "those of ML1 pick-place."
@@ -492,9 +504,12 @@ PAPER.exhibit(
     [r for by_batch in _batches.values() for r in by_batch.values()],
     protocol=PROTOCOL
     + (
-        "Ten updates on windows of K* steps; the paper draws the return along pre-training, here it is the last "
-        "policy's. The batches are those of paper scale; at laptop scale they are a quarter. "
-    ),
+        "Ten updates (two at laptop scale) on windows of K* steps; the paper draws the return along pre-training, here "
+        "it is the last policy's. The batches are those of paper scale; at laptop scale they are a quarter, at desk "
+        "scale an eighth. "
+    )
+    + TAIL_TEXT
+    + "So what differs between the rows is the batch, not the data. The released files of Cheetah-dir hold 999. ",
     labels={r.id: k for by_batch in _batches.values() for k, r in by_batch.items()},
     reported="pdt_fig7",
 )
@@ -554,7 +569,10 @@ PAPER.exhibit(
     "with enough data and updates, fine-tuning reaches Prompt-DT's return, and more on Ant-dir",
     "table",
     [r for f in TABLE_FAMILIES for r in _main[f] if r.key == "mt-bc-ft-100"],
-    protocol=PROTOCOL + "At laptop scale a quarter of the updates, with a quarter of the batch. ",
+    protocol=PROTOCOL
+    + "At laptop scale a quarter of the updates, with a quarter of the batch; at desk scale an eighth of the batch. "
+    + TAIL_TEXT
+    + "So against MT-BC-FT of Table 1 there are more updates and larger batches, not more data. ",
     reported="pdt_table7",
 )
 
@@ -777,7 +795,7 @@ for _line in WORLD:
     PAPER.stand(*_line)
 PAPER.stand(
     "what Table 7 counts",
-    "1,280 windows of K* steps an update",
+    "1,280 windows of K* steps an update, drawn from one of each trajectory: at most 99 differ at paper scale",
     "an adaptation batch of 1,280; 256 windows of 5 steps, the released batch, have as many steps",
     "Prompt-DT Table 7",
 )
@@ -796,7 +814,8 @@ _FIG7 = {
 PAPER.publish_all(MT_BC_FT | _FIG7, [r for r in PAPER.recipes.values() if r.key == "mt-bc-ft-128"])
 PAPER.stand(
     "what Figure 7 counts",
-    "128 and 256 windows of K* steps an update, cut from all trajectories of the test task; 256 is Figure 2's run",
+    "128 and 256 windows of K* steps an update, drawn from one of each trajectory of the test task: at most 99 differ "
+    "at paper scale; 256 is Figure 2's run",
     "batches of 128 and 256: of what is not said; in Figure 2, as much data as a prompt has",
     "Prompt-DT Figs. 2 and 7, appendix C.2",
 )
