@@ -388,3 +388,20 @@ def test_few_shot_is_nearly_all_of_a_task():
 @pytest.mark.parametrize("paper, exhibit", [(PTDT, "table1"), (PTDT, "controls"), (PD, "table1"), (PD, "table1_mw")])
 def test_a_table_says_how_few_its_demonstrations_are(paper, exhibit):
     assert "so nearly all of them" in rc.EXHIBITS[paper, exhibit].protocol
+
+
+@pytest.mark.parametrize("quality", ["highest", "middle", "lowest"])
+def test_seeds_share_a_prompt_where_a_pool_is_one_trajectory(quality):
+    "At desk and laptop scale: `rank_span` of 20. Of 100 a pool holds five."
+    p = rc.POOLS[quality]
+    for n, count in ((20, 1), (100, 5)):
+        store = data.pool(store_of(range(n)), p.first, p.count)
+        assert len(store) == count
+        prompts = [data.demos(store, store, policy_for(store), n=0, K=5, H=5, seed=i).prompt for i in range(9)]
+        assert (len({float(x.rtg[0, 0, 0]) for x in prompts}) == 1) == (count == 1)
+
+
+@pytest.mark.parametrize("exhibit", ["table1", "ablation_init", "story", "table1_mw"])
+def test_a_table_says_that_seeds_share_a_prompt(exhibit):
+    text = rc.EXHIBITS[PTDT, exhibit].protocol
+    assert "all seeds have the same prompt there" in text and "no variation of the prompt" in text

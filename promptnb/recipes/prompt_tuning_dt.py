@@ -27,6 +27,7 @@ __all__ = [
     "LONGEST",
     "PAPER",
     "PROTOCOL",
+    "ONE_TEXT",
     "POOLS_TEXT",
     "FEW_TEXT",
     "TAIL_TEXT",
@@ -325,10 +326,15 @@ PROTOCOL = (
     "Return of the last policy on the test tasks, mean over tasks, then over seeds; one prompt a task, drawn once, kept"
     " for all evaluation episodes; return-to-go starts at the family's target. "
 )
+ONE_TEXT = (
+    "Of 20 trajectories or fewer, which desk and laptop scale have, a pool holds one, so all seeds have the same "
+    "prompt there: the spread over seeds of its rows holds no variation of the prompt, that of uniform-action rows "
+    "does. "
+)
 POOLS_TEXT = (
     "Expert, medium and random prompts: the five highest, ranks 50 to 54, the five lowest trajectories by return of "
     "the test task's expert data, as in the first author's code; the paper's text could not be had. "
-)
+) + ONE_TEXT
 FEW_TEXT = (
     "Demonstrations: 256 draws with replacement from the test task's trajectories but the lowest (99 at paper scale, "
     "19 or fewer at desk and laptop scale), so nearly all of them; of each one window, its last steps. "
@@ -839,7 +845,7 @@ STORY = ("pdt", "pdt-uniform", "ranking", "ranking-uniform", "full", "soft")
 EXPERT_TEXT = (
     "Expert prompts are cut from the five highest trajectories by return of the test task's expert data, as in the "
     "first author's code; the uniform-action prompt (control) from episodes of uniformly random actions on that task. "
-)
+) + ONE_TEXT
 _story = [r for f in ("cheetah-dir", "cheetah-vel") for r in _main[f] if r.key in STORY]
 for _id, _title, _kind in (
     ("story", "Table 1 in six rows", "table"),
