@@ -111,9 +111,20 @@ def test_claims_are_confirmed_refuted_or_left_open(tmp_home):
     found = decisions(claims.answered(PTDT, "laptop", "yours"))
     assert found["a prompt of random actions ruins the policy"] == {"confirmed"}
     assert found["tuning repairs a prompt of random actions"] == {"confirmed"}
-    assert found["returns guide better than action errors"] == {"refuted"}
+    (online,) = [text for text in found if text.startswith("returns guide better than action errors")]
+    assert found[online] == {"refuted"}
     assert found["the prompt helps Prompt-DT on unseen tasks"] == {"not resolved"}
     assert found["ranking beats hill climbing, with as many queries"] == {"not tested"}
+
+
+def test_the_claim_on_returns_says_how_few_updates_they_get():
+    steps = {}
+    for scale in ("desk", "laptop", "paper"):
+        rows = [rc.resolve(rc.RECIPES[f"{PTDT}/ant-dir/{key}"], scale) for key in ("online", "ranking")]
+        steps[scale] = [dict(r.tune.hyper)["steps"] for r in rows]
+    assert steps == dict(desk=[10, 100], laptop=[2, 25], paper=[100, 100])
+    (text,) = [c.text for c in rc.PAPER_OF[PTDT].claims if c.a.startswith("PTDT-online")]
+    assert text.endswith("(updates: desk 10 to 100, laptop 2 to 25, paper as many)")
 
 
 def test_one_seed_decides_nothing(tmp_home):
