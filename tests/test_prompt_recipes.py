@@ -405,3 +405,24 @@ def test_seeds_share_a_prompt_where_a_pool_is_one_trajectory(quality):
 def test_a_table_says_that_seeds_share_a_prompt(exhibit):
     text = rc.EXHIBITS[PTDT, exhibit].protocol
     assert "all seeds have the same prompt there" in text and "no variation of the prompt" in text
+
+
+# ---- what the normaliser of states has read
+
+
+def normalisers(paper, exhibit, prefix=""):
+    "{normalise} of the rows of an exhibit whose keys begin so."
+    rows = [rc.RECIPES[i] for i in rc.EXHIBITS[paper, exhibit].recipes]
+    return {r.pretrain.normalise for r in rows if r.key.startswith(prefix)}
+
+
+def test_zero_shot_says_that_the_normaliser_is_of_test_tasks_too():
+    assert normalisers(PD, "table3") == {"train+test"}
+    text = rc.EXHIBITS[PD, "table3"].protocol
+    assert "nothing of the test tasks" not in text and "normalise states are of train and test tasks" in text
+
+
+@pytest.mark.parametrize("exhibit", ["range", "meta"])
+def test_cmt_says_whose_normaliser_has_read_the_test_tasks(exhibit):
+    assert normalisers("cmt", exhibit, "cmt") == {"train"} and normalisers("cmt", exhibit, "pdt") == {"train+test"}
+    assert "by the test tasks too, as released" in rc.EXHIBITS["cmt", exhibit].protocol

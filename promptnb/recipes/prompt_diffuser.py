@@ -120,7 +120,9 @@ def pd_table2(family="cheetah-vel"):
 
 # %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #ae9c0865
 def pd_table3(family="ant-dir-ood"):
-    "Ant-dir-OOD. Zero-shot: nothing of the test tasks is seen; the diffuser's condition is the train tasks' mean."
+    """Ant-dir-OOD. Zero-shot: neither prompt nor tuner sees the test tasks; the condition is the train tasks' mean.
+
+    The policy's normaliser of states is of train and test tasks all the same, as in Prompt-DT's released code."""
 
     def R(key, method, tune):
         return pd_recipe(family, key, method, tune)
@@ -314,9 +316,10 @@ PAPER.exhibit(
     shared(_table3),
     protocol=PROTOCOL
     + (
-        "Zero-shot, nothing of the test tasks is seen: Prompt-DT's prompt is cut from a train task, the "
-        "diffuser's condition is the train tasks' mean (the paper says neither). Only one of the three test "
-        "goals lies outside the train range."
+        "Zero-shot, neither prompt nor tuner sees the test tasks: Prompt-DT's prompt is cut from a train task, the "
+        "diffuser's condition is the train tasks' mean (the paper says neither). One thing is of them in all rows: "
+        "the mean and deviation that normalise states are of train and test tasks, as in Prompt-DT's released code. "
+        "Only one of the three test goals lies outside the train range."
     ),
     labels=named(_table3),
     reported="table3",
