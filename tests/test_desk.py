@@ -218,8 +218,28 @@ def test_the_grid_has_eight_tuners_on_four_families_and_a_reason_in_every_hole(s
     tuned = filled.drop(index=[f"Prompt-DT: {rc.grid.RANDOM}", f"Prompt-DT: {rc.grid.EXPERT}"])
     assert (tuned.sum(axis=1) >= 4).sum() >= 8
     assert printed[families].where(~filled).stack().dropna().str.fullmatch(r"\(.+\)").all()
-    assert printed.loc["Prompt-DT: encoder, given context", families[0]] == "(needs an encoder)"
+    assert printed.loc["Prompt-DT: encoder, collected context", families[0]] == "(needs an encoder)"
     assert printed.loc["CMT: LoRA", families[0]] == "(missing)"
+
+
+def test_the_grid_says_what_its_tuners_do_not_share():
+    "The budgets of its protocol are those of its recipes; `encode` would repeat CMT's untuned row."
+    budgets = {}
+    for scale in ("paper", "desk", "laptop"):
+        for tuner in ("diffuser", "direct", "context", "full", "ranking"):
+            hyper = dict(rc.resolve(rc.RECIPES[f"grid/ant-dir/cmt-{tuner}"], scale).tune.hyper)
+            budgets.setdefault(scale, {})[tuner] = hyper["steps"], hyper.get("prepare_steps", 0)
+    for scale, large, small in (("paper", (400, 4000), 100), ("desk", (400, 1000), 100), ("laptop", (100, 300), 25)):
+        writing = dict(diffuser=large, direct=large)
+        assert budgets[scale] == writing | {tuner: (small, 0) for tuner in ("context", "full", "ranking")}
+    text = rc.EXHIBITS["grid", "grid"].protocol
+    assert "400 updates (laptop scale: 100) after 4,000" in text and "context vectors start at random ones" in text
+    assert "encode" not in rc.grid.ROWS
+
+
+@pytest.mark.parametrize("exhibit", ["table1", "table1_mw", "table3"])
+def test_prompt_diffusers_tables_say_its_budget(exhibit):
+    assert "400 updates (laptop scale: 100) after 4,000" in rc.EXHIBITS["prompt_diffuser", exhibit].protocol
 
 
 def test_ranks_and_repair_are_those_of_the_returns(shown):
