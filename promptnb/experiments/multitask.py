@@ -762,7 +762,10 @@ def tuned_folder(run: Run) -> Path:
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #99eb6d9c
 def tune(run: Run) -> Path:
-    "Tune and play one recipe from its pre-trained policy; writes its record and returns the path."
+    """Tune and play one recipe from its pre-trained policy; writes its record and returns the path.
+
+    Rows of a table share demonstrations and prompts, but the tuner's seed is the recipe's: each draws its own windows.
+    """
     start = time.time()
     policy = pretrain(run)
     if policy is None:

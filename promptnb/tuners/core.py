@@ -262,7 +262,7 @@ def fitted(who, model, draws, config: FitConfig, **kw):
 # %% ../../nbs/06_tuners.core.ipynb #ac230a93
 @dataclass
 class _TaskDraws:
-    "What `fit` draws: windows of task g with its one prompt in front. All tuners see the same windows."
+    "What `fit` draws: windows of task g with its one prompt in front. Which windows follows from the tuner's seed."
 
     demos: object
     g: int
