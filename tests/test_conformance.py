@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import time
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from promptnb.core import PromptnbError, action_loss
 from promptnb.models.dt import Policy
 from promptnb.tuners import checks
 from promptnb.tuners.checks import PROMISES, Trial, actions, demo_error
-from promptnb.tuners.core import TUNERS, Tuner, WeightTuner, make_tuner, same_batch, tuner_class
+from promptnb.tuners.core import TUNERS, SoftPrompt, Tuner, WeightTuner, make_tuner, same_batch, tuner_class
 from promptnb.tuners.ranking import NOISES
 
 SMALL = dict(steps=12, m=12, lr=1e-2, mu=0.3, eta=0.3)  # for the fields that a tuner has
@@ -293,6 +293,44 @@ def test_windows_have_the_form_of_the_policy():
     h = checks.windows(policy)
     assert h.s.shape == (9, K, S) and h.a.shape == (9, K, A)
     assert h.mask[:, -1].all() and (h.mask == 0).any()
+
+
+class Silent(SoftPrompt):
+    "Moves its prompts and counts nothing."
+
+    def adapt(self, *args):
+        return replace(super().adapt(*args), trainable=0)
+
+
+def test_a_prompt_that_moves_and_is_not_counted_is_found():
+    with pytest.raises(AssertionError, match="prompts move that are not counted"):
+        checks.moves_only_what_it_counts(Trial(Silent(steps=3), *toy()))
+
+
+def test_another_row_of_the_prompts_is_another_prompt():
+    case = trial("none")
+    swapped = [(policy, G - 1 - row) for policy, row in case.start]
+    assert checks.same_prompts(case.start, case.start) and not checks.same_prompts(case.start, swapped)
+
+
+@dataclass
+class Wordless(SoftPrompt):
+    "Writes a log whose entries lack one thing."
+
+    missing: str = "loss"
+
+    def adapt(self, *args):
+        out = super().adapt(*args)
+        return replace(out, log=[{k: v for k, v in e.items() if k != self.missing} for e in out.log])
+
+
+@pytest.mark.parametrize("missing", ["loss", "step", "task"])
+def test_a_log_that_lacks_something_breaks_a_promise(missing):
+    "An AssertionError, which `check_tuner` reports, and not a KeyError."
+    case = Trial(Wordless(steps=3, missing=missing), *toy())
+    for promise in (checks.gives_each_task_a_policy, checks.logs_the_truth):
+        with pytest.raises(AssertionError, match="log entry|not every task has"):
+            promise(case)
 
 
 @each_tuner

@@ -35,6 +35,8 @@ __all__ = [
     "leaves_its_input_alone",
     "starts_where_it_says",
     "moved",
+    "prompts_of",
+    "same_prompts",
     "moves_only_what_it_counts",
     "repeats_itself",
     "short",
@@ -134,7 +136,8 @@ def gives_each_task_a_policy(trial):
     assert out.trainable >= 0
     for entry in out.log:
         assert {"step", "task"} <= entry.keys() and entry["task"] in range(G), f"log entry {entry}"
-        assert math.isfinite(entry["score" if "score" in entry else "loss"]), f"log entry {entry}"
+        value = entry.get("score", entry.get("loss"))
+        assert value is not None and math.isfinite(value), f"log entry {entry}"
     for fact in out.facts:
         assert {"metric", "task", "value"} <= fact.keys() and fact["task"] in range(-1, G), f"fact {fact}"
         assert math.isfinite(fact["value"]), f"fact {fact}"
@@ -193,6 +196,19 @@ def moved(before: dict, after: dict) -> dict:
     return {k: v for k, v in after.items() if not torch.equal(v, before[k])}
 
 
+# %% ../../nbs/06d_tuners.checks.ipynb #chk00046
+def prompts_of(assignments) -> list:
+    "The prompts of each task's policy, by name of their tensors, and the row that is the task's."
+    return [({k: v for k, v in p.state_dict().items() if k.startswith("prompt_")}, row) for p, row in assignments]
+
+
+# %% ../../nbs/06d_tuners.checks.ipynb #chk00047
+def same_prompts(a, b) -> bool:
+    "Have two lists of assignments the same prompts, to the bit?"
+    pairs = zip(prompts_of(a), prompts_of(b))
+    return len(a) == len(b) and all(same(p, q) and row == other for (p, row), (q, other) in pairs)
+
+
 # %% ../../nbs/06d_tuners.checks.ipynb #chk00028
 def moves_only_what_it_counts(trial):
     "`trainable` is the size, per task, of the tensors that differ from the idle result; nothing else differs."
@@ -201,6 +217,8 @@ def moves_only_what_it_counts(trial):
     if not out.trainable:
         before = trial.policy.model.state_dict()
         assert all(same(p.model.state_dict(), before) for p, _ in out.assignments), "weights move that are not counted"
+        still = trial.tuner.needs_encoder or same_prompts(out.assignments, idle.assignments)
+        assert still, "prompts move that are not counted"
         return
     sharing = Counter(id(p) for p, _ in out.assignments)
     for (policy, _), (untuned, _) in zip(out.assignments, idle.assignments):
@@ -270,10 +288,11 @@ def logs_the_truth(trial, rtol=1e-5):
         assert not log, "a log without steps"
         return
     for step, assignments in ((0, trial.start), (steps, trial.result.assignments)):
-        entries = sorted((e for e in log if e["step"] == step), key=lambda e: e["task"])
-        assert [e["task"] for e in entries] == list(range(G)), f"at step {step} not every task has one entry"
+        entries = sorted((e for e in log if e.get("step") == step), key=lambda e: e.get("task", -1))
+        assert [e.get("task") for e in entries] == list(range(G)), f"at step {step} not every task has one entry"
         if "score" in entries[0]:  # returns of an episode, which cannot be had twice
             continue
+        assert all("loss" in e for e in entries), f"at step {step} not every task has a loss"
         logged = torch.tensor([e["loss"] for e in entries])
         found = demo_error(assignments, trial.demos)
         assert torch.allclose(logged, found, rtol=rtol, atol=0), (
