@@ -206,6 +206,21 @@ def test_figure_11_has_its_qbert_panels():
     assert set(known.method) == set(rates)
 
 
+@pytest.mark.parametrize("scale", ["desk", "laptop"])
+def test_figure_11_says_what_its_labels_mean_below_paper_scale(scale):
+    "DT's rates keep their ratio to its own, 1e-3; weight decays and CQL's rates are as labelled."
+
+    def at(family, arm, quality="medium", ratio=0.01):
+        x = rc.resolve(R.offline_recipe(arm, family, quality, ratio), scale).offline
+        return x.lr * x.lr_times, x.weight_decay
+
+    assert [at("hopper", arm) for arm in ("dt", "dt-lr-10", "dt-wd-10")] == [(1e-3, 1e-4), (1e-2, 1e-4), (1e-3, 1e-3)]
+    assert at("qbert", "dt-lr-3e-5", ratio=0.1)[0] == pytest.approx(1e-4)
+    assert at("hopper", "cql-lr-10")[0] == pytest.approx(3e-3)
+    text = PAPER.exhibits["fig11"].protocol
+    assert "DT's own rate is 1e-3" in text and "ten times the paper's rate is 1e-2 there" in text
+
+
 def test_qberts_cql_curves_are_in_percent():
     "Fig. 11 draws them as fractions: 0.193, 0.580, 0.597. Table 2 prints 62.0 for the setting that is used."
     known = pd.read_csv(ROOT / "data" / "reported" / "lamo.csv").query("exhibit == 'fig11'")
