@@ -15,7 +15,7 @@ from homes import DATA, FAMILY, PAPER, PRETRAIN, SMOKE, cli, env_for, kill_tree,
 from promptnb import cli as command
 from promptnb import recipes
 from promptnb.captured import finished
-from promptnb.core import read_record
+from promptnb.core import PromptnbError, read_record
 from promptnb.experiments import job, live
 from promptnb.experiments.plan import Request, plan, varied
 from promptnb.recipes import variants
@@ -197,6 +197,31 @@ def test_what_is_set_stands_at_every_scale_and_in_the_digest():
             assert recipes.digest(recipes.resolve(r, scale)) != recipes.digest(recipes.resolve(own, scale))
     trained = [j for j in request.jobs() if j.kind == "pretrain"]
     assert trained and all("+" in j.exhibit for j in trained), "a changed policy is a job of its own"
+
+
+@pytest.mark.parametrize("scale", ("desk", "laptop"))
+def test_a_factor_of_an_arm_multiplies_what_is_set(scale):
+    sets = (("offline.steps", "2000"), ("offline.text.steps", "20000"))
+    arms = ("dt", "dt-long", "lamo", "early")
+    own = [recipes.RECIPES[f"lamo/hopper/{arm}-medium-0.01"] for arm in arms]
+    made = [recipes.resolve(variants.variant(r, sets, variants.written()), scale).offline for r in own]
+    assert [x.steps for x in made] == [2000, 8000, 2000, 2000]
+    whole, early = (x.text for x in made[2:])
+    assert (whole.steps, early.steps) == (20_000, early.warmup + (20_000 - early.warmup) // 10)
+
+
+def test_sizes_of_a_policy_stay_apart_when_its_steps_are_set():
+    from promptnb.recipes.prompt_tuning_dt import SIZES
+
+    request = varied(Request(PAPER, ("sizes",), "desk", families=("cheetah-dir",), sets=("pretrain.steps=3000",)))
+    made = [recipes.resolve(r, "desk").pretrain for r in request.recipes()]
+    factors = [dict(times).get("steps", 1) for times in SIZES.values()]
+    assert {p.steps for p in made} == {round(3000 * factor) for factor in factors} and len(set(factors)) > 2
+
+
+def test_a_rate_that_an_arm_would_let_grow_is_refused():
+    with pytest.raises(PromptnbError, match="decay_to is 25 with the factor of .*a rate that stays.*at most 1"):
+        varied(Request(PAPER, ("sizes",), "desk", sets=("pretrain.decay_to=0.5",)))
 
 
 def test_jobs_in_other_processes_are_told_what_is_set(home, monkeypatch):

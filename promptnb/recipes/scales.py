@@ -24,7 +24,6 @@ __all__ = [
     "DESK",
     "SMOKE",
     "SCALES",
-    "FACTORS",
     "scaled",
     "multiplied",
     "stopped_at",
@@ -33,6 +32,7 @@ __all__ = [
     "resolve_hyper",
     "resolve_tuned",
     "resolved",
+    "factored",
     "resolve",
 ]
 
@@ -239,7 +239,7 @@ def stopped_at(t: Text) -> int:
 
 # %% ../../nbs/09a_recipes.scales.ipynb #610da678
 def resolve_offline(x: Offline, family, o) -> Offline:
-    "The offline part of a recipe at a scale: its learner's overrides, then the family's."
+    "The offline part of a recipe at a scale, before its factors: its learner's overrides, then the family's."
     group = x.learner if x.learner in o.get("learners", {}) else "value"
     own = {
         **o.get("learners", {}).get(group, {}),
@@ -247,11 +247,9 @@ def resolve_offline(x: Offline, family, o) -> Offline:
         **o.get("Offline", {}).get((group, family), {}),
     }
     text = x.text and replace(x.text, **o.get("Text", {}), **o.get("sizes", {}).get(x.text.size, {}))
-    text = text and replace(text, steps=stopped_at(text), part=1.0)
     net = o.get("nets", {}).get(x.learner, {})
     model = tuple((k, net.get(k, v)) for k, v in x.model)
-    x = multiplied(replace(x, text=text, model=model, **own))
-    return replace(x, steps=round(x.steps * x.steps_times), steps_times=1.0)
+    return replace(x, text=text, model=model, **own)
 
 
 # %% ../../nbs/09a_recipes.scales.ipynb #be8a359d
@@ -278,7 +276,7 @@ def resolve_hyper(t: Tune, o) -> tuple:
 
 # %% ../../nbs/09a_recipes.scales.ipynb #7c5ca03b
 def resolve_tuned(r: Recipe, o) -> Recipe:
-    "A recipe of pre-training and tuning at a scale."
+    "A recipe of pre-training and tuning at a scale, before its factors."
     p = {**o.get("Pretrain", {}), **o.get("papers", {}).get(r.paper, {}), **o.get("families", {}).get(r.family, {})}
     wanted = {**o.get("Tune", {}), **o.get("tune_papers", {}).get(r.paper, {})}
     t = {k: scaled(getattr(r.tune, k), v) for k, v in wanted.items()}
@@ -287,7 +285,7 @@ def resolve_tuned(r: Recipe, o) -> Recipe:
         seeds = dict(seeds=o["main_seeds"])
     return replace(
         r,
-        pretrain=multiplied(replace(r.pretrain, **p)),
+        pretrain=replace(r.pretrain, **p),
         tune=replace(r.tune, hyper=resolve_hyper(r.tune, o), **t),
         **{**seeds, **o.get("Recipe", {}), **o.get("eval_families", {}).get(r.family, {})},
     )
@@ -295,7 +293,7 @@ def resolve_tuned(r: Recipe, o) -> Recipe:
 
 # %% ../../nbs/09a_recipes.scales.ipynb #99e322ae
 def resolved(r: Recipe, o) -> Recipe:
-    "The recipe with the overrides of a scale."
+    "The recipe with the overrides of a scale, before its factors."
     if r.online:
         return resolve_online(r, o)
     if not r.offline:
@@ -305,10 +303,19 @@ def resolved(r: Recipe, o) -> Recipe:
     return replace(r, offline=resolve_offline(r.offline, r.family, o), **seeds, **episodes)
 
 
+# %% ../../nbs/09a_recipes.scales.ipynb #rscfac02
+def factored(r: Recipe) -> Recipe:
+    "The recipe with the factors of its pre-training or its offline part taken in."
+    if r.online:
+        return r
+    if not r.offline:
+        return replace(r, pretrain=multiplied(r.pretrain))
+    x = multiplied(r.offline)
+    text = x.text and replace(x.text, steps=stopped_at(x.text), part=1.0)
+    return replace(r, offline=replace(x, text=text, steps=round(x.steps * x.steps_times), steps_times=1.0))
+
+
 # %% ../../nbs/09a_recipes.scales.ipynb #rscset02
-FACTORS = ("offline.steps_times", "offline.text.part")
-
-
 def resolve(r: Recipe, scale: str) -> Recipe:
     "The recipe at a scale, every field final; an unknown scale is a KeyError."
-    return applied(resolved(r, SCALES[scale]), [(path, value) for path, value in r.sets if path not in FACTORS])
+    return factored(applied(resolved(r, SCALES[scale]), r.sets))

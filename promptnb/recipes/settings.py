@@ -210,7 +210,7 @@ COUNTS = (
     " prompts tasks depth hidden batches"
 ).split()
 COUNTED = ("pretrain.steps", "offline.steps", "online.steps", "offline.text.steps")  # a tuner may take 0 steps
-SHARES = ("dropout", "null", "ratio", "last", "part", "momentum", "gamma", "online.lam")
+SHARES = ("dropout", "null", "ratio", "last", "part", "decay_to", "momentum", "gamma", "online.lam")
 ABOVE_0 = ("ratio", "last", "part", "lr_times", "steps_times", "pretrain.context.temperature")
 ANY = ("target",)
 
@@ -299,6 +299,8 @@ def check_together(r: Recipe):
     values = {path: value for path, (value, _) in fields_of(r).items()}
     if (values.get("tune.k") or 0) > values.get("tune.m", 0):
         raise SettingError(f"tune.k is {values['tune.k']}, but there are tune.m = {values['tune.m']} candidates")
+    if (end := values.get("pretrain.decay_to", 0)) > 1:
+        raise SettingError(f"pretrain.decay_to is {end:g} with the factor of '{r.method}', but is a share: at most 1")
     for path, heads in values.items():
         where, _, name = path.rpartition(".")
         width = values.get(f"{where}.width")
