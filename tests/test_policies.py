@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from homes import DATA, PAPER, SMOKE, TUNE, cli, finished_home, new_home, one_line, paths, runs, went
+from homes import DATA, FAMILY, PAPER, SMOKE, TUNE, cli, finished_home, new_home, one_line, paths, runs, went
 from safetensors.torch import load_file
 
+from promptnb import recipes as rc
+from promptnb import train
 from promptnb.core import sha256_file
 from promptnb.experiments import forecast, multitask, policies
 
@@ -65,6 +67,24 @@ def test_a_run_takes_it_trains_nothing_and_says_so(taken):
     assert not list((home / "data/runs/policies").glob("*/step-*"))
     theirs, _ = records(finished_home())
     assert policy["rows"] == theirs[policy["run_id"]]["rows"]
+
+
+def test_a_preparation_is_of_one_policy_on_one_machine(taken, monkeypatch):
+    home, run = taken
+    monkeypatch.setenv("PROMPTNB_HOME", str(home))
+    diffuser = rc.resolve(rc.RECIPES[f"prompt_diffuser/{FAMILY}/diffuser"], "smoke")
+    run = replace(run, recipe=replace(diffuser, paper=PAPER, pretrain=run.recipe.pretrain))
+
+    def folder():
+        return multitask.prepared_folder(run, multitask.recipe_tuner(run))
+
+    before, record = folder(), multitask.policy_record(run)
+    assert folder() == before and record["weights"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "where", lambda device: dict(torch="99"))
+        assert folder() != before
+    monkeypatch.setattr(multitask, "policy_record", lambda run: dict(record, weights="another"))
+    assert folder() != before
 
 
 def test_retrain_makes_it_here_and_what_stood_on_it_anew(taken, tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ __all__ = [
     "worst_where_failed",
     "EnvScore",
     "train_demos",
+    "policy_record",
     "prepared_folder",
     "prepare",
     "Tuned",
@@ -597,9 +598,17 @@ def train_demos(run: Run, policy):
     return on_device(data.demos(histories(store, p), store, **windows, **cut_as(policy, p, run.seed)), run.device)
 
 
+# %% ../../nbs/10a_experiments.multitask.ipynb #mtprp002
+def policy_record(run: Run) -> dict:
+    "The record of the pre-training that a run starts from; {} where there is none."
+    return sound_record(run.pretraining().path) or {}
+
+
 # %% ../../nbs/10a_experiments.multitask.ipynb #mtprp001
 def prepared_folder(run: Run, tuner) -> Path:
-    "Where the preparation of a tuner lies, for all recipes that share it."
+    "Where the preparation of a tuner lies, for all recipes that share it and its policy."
+    from promptnb.train import where
+
     r = run.recipe
     depends = [
         rc.digest(r.pretrain),
@@ -608,6 +617,8 @@ def prepared_folder(run: Run, tuner) -> Path:
         {k: getattr(tuner, k) for k in tuner.PREPARES},
         run.code["fingerprint"],
         run.facts,
+        policy_record(run).get("weights"),
+        where(run.device),
     ]
     return runs_dir() / "prepared" / f"{r.family}.{r.tune.tuner}.{fingerprint(depends)}.s{run.seed}"
 
@@ -799,8 +810,7 @@ def play_tuned(run: Run, out):
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun010
 def policy_remarks(run: Run) -> dict:
     "What the record of a run's pre-training remarks of the data that it was trained on."
-    record = sound_record(run.pretraining().path) or {}
-    return {k: v for k, v in record.get("remarks", {}).items() if k == CHANGED}
+    return {k: v for k, v in policy_record(run).get("remarks", {}).items() if k == CHANGED}
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #mttun009
@@ -819,7 +829,7 @@ def record_tuned(tuned: Tuned, seconds, **more) -> Path:
         tuner=asdict(tuned.tuner),  # all its hyper-parameters: a recipe names only those that differ from its own
         look=tuned.look(),
         floor=floor_of(run.recipe),
-        shipped=bool((sound_record(run.pretraining().path) or {}).get("shipped")),  # the policy that it starts from
+        shipped=bool(policy_record(run).get("shipped")),  # the policy that it starts from
         **more,
     )
 
