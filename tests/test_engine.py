@@ -147,7 +147,7 @@ def test_jobs_of_one_kernel_make_what_they_make_alone(one_each):
     notebooks = {p.name for p in (home / "data/runs/notebooks").glob("*.ipynb")}
     assert notebooks == {p.name for p in (one_each / "data/runs/notebooks").glob("*.ipynb")} and len(notebooks) == 2
     for _, name in expected(TUNE):
-        assert f"{name}: " in (home / "data/runs/logs" / f"{name}.log").read_text()
+        assert f"{name}: " in (home / "data/runs/logs" / PAPER / f"{name}.log").read_text()
 
 
 def test_a_kernel_that_dies_takes_no_other_job_along(tmp_path):
@@ -204,7 +204,7 @@ def test_the_summary_names_what_failed_and_where_its_log_is(one_broken):
     home, p = one_broken
     name = f"smoke.{FAMILY}.{BROKEN}.s0"
     assert p.returncode == 2 and f"ran: {len(expected()) - 1} of {len(expected())} runs in" in p.stdout
-    log = f"data/runs/logs/{name}.log"
+    log = f"data/runs/logs/{PAPER}/{name}.log"
     assert f"failed: {PAPER} {name}: ValueError: broken on purpose (log: {log})" in p.stdout
     assert "tables and figures: promptnb report" in p.stdout
     text = (home / log).read_text()

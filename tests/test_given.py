@@ -6,13 +6,14 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from homes import PAPER, ROOT, SMOKE, cli, env_for, went
 
 import promptnb
 from promptnb import cli as command
 from promptnb import recipes, tasks
-from promptnb.experiments import film
+from promptnb.experiments import film, job, multitask
 from promptnb.experiments.run import Run
 from promptnb.models import dt
 from promptnb.report import exhibits
@@ -75,6 +76,21 @@ def test_film_of_a_task_that_is_not_there(task, tmp_home, capsys):
     assert command.main(["film", f"{PAPER}/cheetah-vel/ranking", *SMOKE, "--task", str(task)]) == 2
     said = capsys.readouterr().err
     assert said == f"promptnb: there is no test task {task}: cheetah-vel has {n} test tasks, 0 to {n - 1}\n"
+
+
+def test_runs_of_one_name_in_two_papers_have_folders_of_their_own(tmp_home):
+    papers = ("prompt_tuning_dt", "prompt_diffuser", "cmt")
+    own = [Run(recipes.resolve(recipes.RECIPES[f"{paper}/cheetah-vel/ranking"], "smoke"), "smoke") for paper in papers]
+    assert len({run.id for run in own}) == 1
+    assert len({multitask.tuned_folder(run) for run in own}) == len({job.log_path(run) for run in own}) == 3
+
+
+def test_tuned_prompts_that_are_gone_are_made_again(monkeypatch, tmp_home):
+    run, tuned = Run(recipes.resolve(recipes.RECIPES[f"{PAPER}/cheetah-vel/ranking"], "smoke"), "smoke"), []
+    monkeypatch.setattr(film, "tune", tuned.append)
+    monkeypatch.setattr(film, "load_policy", lambda folder, p: torch.nn.Identity())
+    film.tuned_policy(run)
+    assert tuned == [run]
 
 
 def test_films_of_recipes_seeds_and_tasks_have_files_of_their_own():

@@ -198,7 +198,7 @@ def test_bombs_in_the_place_of_data_and_prompts(tmp_path):
             path.unlink()
     went(cli(home, "job", PRETRAIN, *SMOKE))
     assert weights(home) == weights(finished_home())
-    for path in home.glob("data/runs/tuned/*/model.safetensors"):
+    for path in home.glob("data/runs/tuned/*/*/model.safetensors"):
         path.write_bytes(raw)
     p = went(cli(home, "film", f"{PAPER}/{FAMILY}/ranking", *SMOKE))
     assert "model.safetensors is damaged" in p.stderr and "Traceback" not in p.stderr

@@ -219,7 +219,7 @@ class Cluster:
             status = p.wait(timeout=seconds)
         finally:
             end(p)
-        of_slurm, of_runs = (self.home.glob(x) for x in (".snakemake/slurm_logs/*/*.log", "data/runs/logs/*.log"))
+        of_slurm, of_runs = (self.home.glob(x) for x in (".snakemake/slurm_logs/*/*.log", "data/runs/logs/*/*.log"))
         return status, "\n".join(path.read_text() for path in (self.log, *of_slurm, *of_runs))
 
     def records(self):

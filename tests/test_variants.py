@@ -327,7 +327,7 @@ def test_tensorboard_has_the_curves(home, alone, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, record = watched(home, monkeypatch, "tensorboard")
-    events = EventAccumulator(str(home / "data" / "runs" / "tensorboard" / run.id)).Reload()
+    events = EventAccumulator(str(home / "data" / "runs" / "tensorboard" / PAPER / run.id)).Reload()
     assert {"returns", "returns/0", "return", "loss"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("returns")] == [5, 10, 15, 20]
     last = [row["value"] for row in alone if row["metric"] == "return" and row["step"] == 20]

@@ -53,7 +53,7 @@ def check_film(run: Run, task=None):
     if task is not None and task not in range(len(known)):
         count = f"{r.family} has {len(known)} test tasks, 0 to {len(known) - 1}"
         raise PromptnbError(f"there is no test task {task}: {count}")
-    if not tuned_folder(run).exists():
+    if not (run.finished or tuned_folder(run).exists()):
         raise PromptnbError(f"{run.id} has not been run: promptnb run {r.paper} --scale {run.scale}")
     if not tasks.gl_backend():
         tasks.film(tasks.family(r.family), tasks.family(r.family).test[0], [], 0)  # says what to install
@@ -61,8 +61,10 @@ def check_film(run: Run, task=None):
 
 # %% ../../nbs/10h_experiments.film.ipynb #flfil004
 def tuned_policy(run: Run):
-    "The policy of a finished run with its tuned prompts; a damaged one is set aside and made again."
+    "The policy of a finished run with its tuned prompts; what is gone, or damaged and set aside, is made again."
     folder = tuned_folder(run)
+    if not folder.exists():
+        tune(run)
     try:
         return load_policy(folder, run.recipe.pretrain).eval()
     except DamagedError as e:

@@ -231,7 +231,7 @@ def record_failure(run: Run, error: Exception):
 # %% ../../nbs/10d_experiments.job.ipynb #jblog001
 def log_path(run: Run) -> Path:
     "The file that keeps what a run has printed, over all attempts."
-    return runs_dir() / "logs" / f"{run.id}.log"
+    return runs_dir() / "logs" / run.recipe.paper / f"{run.id}.log"
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jblog002

@@ -101,7 +101,7 @@ class Board:
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(runs_dir() / "tensorboard" / run["id"]))
+            self.writer = SummaryWriter(str(runs_dir() / "tensorboard" / run["paper"] / run["id"]))
         step = int(row.get("step", 0))
         numbers = {row["metric"]: row["value"]} if "metric" in row else {k: v for k, v in row.items() if k != "step"}
         for name, value in scalars(numbers).items():

@@ -768,7 +768,7 @@ def floor_of(r: rc.Recipe):
 # %% ../../nbs/10a_experiments.multitask.ipynb #a33db7c7
 def tuned_folder(run: Run) -> Path:
     "Where the policy with its tuned prompts lies, for `film`."
-    return runs_dir() / "tuned" / run.id
+    return runs_dir() / "tuned" / run.recipe.paper / run.id
 
 
 # %% ../../nbs/10a_experiments.multitask.ipynb #99eb6d9c
