@@ -13,7 +13,7 @@ from homes import FAMILY, PAPER, ROOT, env_for
 from test_plain import ABSENT, SITE
 
 from promptnb import cli as command
-from promptnb.core import write_json
+from promptnb.core import PromptnbError, write_json
 from promptnb.experiments import gpu, pace
 from promptnb.experiments.run import Run
 from promptnb.train import FitConfig
@@ -97,6 +97,29 @@ def test_parity_that_does_not_hold_is_said(tmp_path, monkeypatch, capsys):
     visit.parity()
     assert [x["ok"] for x in visit.found["parity"]] == [False, True]
     assert "parity: 1 of 2 within 0.0001; not: model Decision Transformer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_card_that_computes_no_number_does_not_pass(broken):
+    good, bad = [torch.ones(2)], [torch.tensor([1.0, broken])]
+    assert gpu.difference(good, good) == 0
+    assert gpu.difference(good, bad) == gpu.difference(bad, good) == gpu.difference(bad, bad) == float("inf")
+
+
+def test_a_pretraining_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    def plain_jobs(words, **options):
+        trained.extend(words)
+        if len(trained) == 1:
+            raise PromptnbError("its data cannot be fetched")
+
+    trained, tasks = [], [SimpleNamespace(word=word, job=SimpleNamespace(id=word)) for word in "abc"]
+    monkeypatch.setattr(gpu, "kept_together", lambda tasks, beside: [[task] for task in tasks])
+    monkeypatch.setattr(gpu, "collections", lambda jobs, scale: {})
+    monkeypatch.setattr(gpu, "plain_jobs", plain_jobs)
+    visit = here(tmp_path)
+    visit.train(tasks, "smoke")
+    assert trained == ["a", "b", "c"]
+    assert visit.found["left_out"] == ["policy of a: PromptnbError: its data cannot be fetched"]
 
 
 @pytest.mark.parametrize("tuner", ["full", "soft", "ranking"])

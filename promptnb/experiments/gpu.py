@@ -10,6 +10,7 @@ import copy
 import datetime
 import functools
 import io
+import math
 import platform
 import subprocess
 import time
@@ -37,6 +38,7 @@ __all__ = [
     "SHARES",
     "VERSIONS",
     "LIMIT",
+    "BRIEF",
     "MOST",
     "PARTS",
     "Visit",
@@ -197,10 +199,12 @@ LIMIT = 1e-4  # of a relative difference
 
 
 def difference(a, b) -> float:
-    "The largest difference of two lists of tensors, each relative to its largest number."
+    "The largest difference of two lists of tensors, each relative to its largest number; inf where one is not finite."
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         x, y = x.detach().double().cpu(), y.detach().double().cpu()
+        if not (x.isfinite().all() and y.isfinite().all()):
+            return math.inf
         worst = max(worst, ((x - y).abs().max() / x.abs().max().clamp(min=1e-6)).item())
     return worst
 
@@ -641,23 +645,40 @@ def missing_policies(scale) -> list:
     return found
 
 
+# %% ../../nbs/10n_experiments.gpu.ipynb #gpu00061
+BRIEF = 3.0  # seconds: too few to begin a training
+
+
+@patch
+def train_one(self: Visit, own, scale):
+    "Make the data that a pre-training reads, and train all its seeds side by side, while there is time."
+    from promptnb import collect
+
+    for needed in collections([own[0].job], scale).values():
+        if not needed.is_there():
+            episodes = max(n for _, n in needed.needs)
+            for quality in needed.qualities:
+                collect.collect(needed.family, quality, episodes)
+    if self.left() > BRIEF:
+        kind, words = ("cuda" if self.device.type == "cuda" else "cpu"), [task.word for task in own]
+        plain_jobs(words, scale=scale, accelerator=kind, threads=1, minutes=self.left() / 60)
+
+
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00045
 @patch
 def train(self: Visit, tasks, scale):
-    "Make the data that some pre-trainings read, and train, all seeds of one side by side, until the minutes are over."
-    from promptnb import collect
+    """Train some pre-trainings, all seeds of one side by side, until the minutes are over.
 
+    One that fails is left out, and the next ones are trained."""
     for own in kept_together(tasks, beside=True):
-        for needed in collections([own[0].job], scale).values():
-            if not needed.is_there():
-                episodes = max(n for _, n in needed.needs)
-                for quality in needed.qualities:
-                    collect.collect(needed.family, quality, episodes)
-        minutes = self.left() / 60
-        if minutes <= 0.05:
+        try:
+            self.train_one(own, scale)
+        except Stopped:
+            raise
+        except (PromptnbError, OSError) as e:
+            self.leave_out(f"policy of {own[0].job.id}", e)
+        if self.left() <= BRIEF:
             return
-        kind = "cuda" if self.device.type == "cuda" else "cpu"
-        plain_jobs([task.word for task in own], scale=scale, accelerator=kind, threads=1, minutes=minutes)
 
 
 # %% ../../nbs/10n_experiments.gpu.ipynb #gpu00046
@@ -670,8 +691,6 @@ def policies(self: Visit, scale):
         self.train(todo, scale)
     except Stopped:
         self.say("the minutes are over: the same command goes on from the last checkpoint")
-    except (PromptnbError, OSError) as e:
-        self.leave_out("a policy", e)
     for run in (run for task in todo for run in task.runs):
         if run.finished and not packed_path(run).exists():
             try:
