@@ -383,6 +383,15 @@ def test_an_empty_list_of_exhibits_means_all(tmp_home):
     assert all(name in p.stdout + p.stderr for name in every)
 
 
+def test_seed_0_alone_is_not_all_seeds(tmp_home):
+    asked = [sys.executable, "-m", "snakemake", "-s", "workflow/Snakefile", "--cores", "1", "-n", "--config"]
+    asked += [f"paper={PAPER}", "scale=laptop", "exhibits=table1", f"families={FAMILY}", "seeds=0"]
+    p = subprocess.run(asked, cwd=tmp_home, env=env_for(tmp_home), capture_output=True, text=True)
+    said = p.stdout + p.stderr
+    assert p.returncode == 0 and f"laptop.{PAPER}.table1.{FAMILY}.tune.s0" in said, said[-2000:]
+    assert ".s1" not in said
+
+
 # ---- one page of all exhibits
 
 

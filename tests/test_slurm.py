@@ -151,6 +151,29 @@ def test_a_pod_hands_stamps_to_the_storage(tmp_path):
     assert "Storing in storage" in p.stderr
 
 
+ASKED = dict(PROMPTNB_RETRAIN="1", PROMPTNB_TIME_LIMIT="600", MINARI_DATASETS_PATH="/data", MY_KEY="secret")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_pod_is_handed_what_was_asked_for_by_name(tmp_path, shared):
+    command = "promptnb job rladapter/main --set online.key_env=MY_KEY"
+    rule = dict(name="one", inputs=[], outputs=["one.json"], command=command, threads=1, priority=0, resources={})
+    (tmp_path / "plan.json").write_text(json.dumps([rule]))
+    ours = ROOT / "workflow" / "Snakefile"
+    (tmp_path / "Snakefile").write_text(f'include: "{ours}"\nprint("handed over:", *sorted(workflow.envvars))\n')
+    words = ["--cores", "1", "-n", "--config", f"plan={tmp_path / 'plan.json'}"]
+    words += [] if shared else ["--shared-fs-usage", "persistence", "sources", "source-cache"]
+    env = env_for(tmp_path, **ASKED, PROMPTNB_OWNER="host 1 1")
+    p = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert p.returncode == 0, p.stderr
+    (line,) = [line for line in p.stdout.splitlines() if line.startswith("handed over:")]
+    names = set(line.split()[2:])
+    assert (ASKED.keys() <= names) != shared and "PROMPTNB_HOME" in names and "PROMPTNB_OWNER" not in names
+    assert "secret" not in p.stdout + p.stderr
+
+
 # ---- Slurm on this host
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from .. import recipes as rc
 from ..core import PromptnbError, check_choice, root
 from .notebook import OWNER, owner_gone
 from .plan import data_needs
@@ -45,6 +46,7 @@ __all__ = [
     "billions",
     "memory_mb",
     "asked",
+    "passed_on",
     "requeue",
 ]
 
@@ -187,6 +189,16 @@ def asked(runs, accelerator, seconds, longest=math.inf) -> dict:
         mem_mb=[n * memory_mb(runs) for n in ATTEMPTS],
     )
     return {**out, "gpu": [1 for _ in ATTEMPTS]} if accelerator == "cuda" and runs else out
+
+
+# %% ../../nbs/10i_experiments.cluster.ipynb #cluenv02
+def passed_on(commands) -> list:
+    "Names of the environment variables that jobs on other machines need, where they are set. commands: of the jobs."
+    named = re.findall(r"online\.key_env=(\S+)", "\n".join(commands))
+    keys = {word for text in named for word in re.findall(r"\w+", text)}
+    keys |= {r.online.key_env for r in rc.RECIPES.values() if r.online}
+    own = {name for name in os.environ if name.startswith("PROMPTNB_") and name != OWNER}
+    return sorted(own | {name for name in (*keys, "MINARI_DATASETS_PATH") if name in os.environ})
 
 
 # %% ../../nbs/10i_experiments.cluster.ipynb #clureq01
