@@ -115,6 +115,7 @@ __all__ = [
     "pairs",
     "seeds_of",
     "own_parameters",
+    "check_said_once",
     "check_families",
     "cmd_run",
     "job_arguments",
@@ -556,6 +557,17 @@ def own_parameters(given) -> dict:
     return fixed
 
 
+# %% ../nbs/12_cli.ipynb #clirunon
+def check_said_once(a, fixed):
+    "Refuse a parameter -p that says otherwise than an option: one of the two would be dropped."
+    options = dict(scale=(a.scale, "laptop"), accelerator=(a.accelerator, "auto"), seed=(a.seeds, None))
+    for name, value in fixed.items():
+        said, default = options[name]
+        if said not in (default, str(value)):
+            option = "--seeds" if name == "seed" else f"--{name}"
+            raise PromptnbError(f"{option} is {said}, but -p {name}={value} says otherwise: leave one of them out")
+
+
 # %% ../nbs/12_cli.ipynb #clirunfa
 def check_families(request):
     "Refuse a family that nothing asked for is run on: there would be nothing to do, and success."
@@ -568,6 +580,7 @@ def check_families(request):
 def cmd_run(a):
     "Run what exhibits need."
     fixed = own_parameters(a.p)
+    check_said_once(a, fixed)
     for family in a.family:
         check_choice(family, {r.family for r in rc.RECIPES.values()}, "family")
     if a.cores is not None and a.cores < 1:
@@ -583,7 +596,7 @@ def cmd_run(a):
     with in_force(a):
         failed = run(request, a.cores, fixed.get("accelerator", a.accelerator), a.dry_run, a.profile, a.measure)
     if failed:
-        status = f"promptnb status {a.paper} --scale {a.scale}{set_words(a.sets)}"
+        status = f"promptnb status {a.paper} --scale {scale}{set_words(a.sets)}"
         see = "see above" if a.paper == "all" else f"see `{status}`"
         raise PromptnbError(f"not everything ran: {see}; the same command goes on from here")
 
@@ -609,6 +622,8 @@ def cmd_job(a):
     given = dict(seed=a.seed, scale=a.scale, accelerator=a.accelerator, threads=a.threads)
     if a.minutes is not None and not a.plain:
         raise PromptnbError("--minutes is of --plain, which stops at a checkpoint; a notebook has --time-limit")
+    if a.plain and a.time_limit is not None:
+        raise PromptnbError("--time-limit is of a notebook's cells, and --plain runs none: it has --minutes")
     if a.plain and a.p:
         raise PromptnbError(f"-p {a.p[0]} is a notebook's parameter, and --plain runs none")
     for paper in {id.split("/")[0] for id in a.id} & {*rc.PAPERS}:

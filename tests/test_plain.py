@@ -123,6 +123,7 @@ def test_a_job_that_fails_does_not_keep_the_next(home, monkeypatch, refused, cap
         (("--minutes", "5"), "--minutes is of --plain"),
         (("--plain", "--minutes", "0"), "--minutes is 0, but must be above 0"),
         (("--plain", "-p", "seed=1"), "-p seed=1 is a notebook's parameter"),
+        (("--plain", "--time-limit", "600"), "--time-limit is of a notebook's cells"),
         (("--plain", "--accelerator", "gpu"), "unknown accelerator 'gpu'"),
         (("--plain", "--threads", "0"), "'threads' is 0"),
     ],
