@@ -263,6 +263,24 @@ def test_targets_and_scales_of_the_paper():
         )["return"] == np.mean(late), family
 
 
+def evaluated(**fields):
+    "The steps at which a training is evaluated."
+    c = offline.fit_config(Run(at("dt", scale="desk", **fields), "desk"))
+    return [*range(c.checkpoint_every, c.steps, c.checkpoint_every), c.steps]
+
+
+def test_a_training_is_evaluated_as_often_as_said():
+    "Where `points` does not divide `steps` too: no evaluation more, just before the last."
+    assert evaluated(steps=2000, points=3) == [667, 1334, 2000]
+    assert evaluated(steps=1000, points=3) == [334, 668, 1000]
+    assert evaluated(steps=420, points=3) == [140, 280, 420]
+    assert evaluated(steps=2, points=3) == [1, 2]
+    for id in R.PAPER.recipes:
+        for scale in ("paper", "laptop", "smoke"):
+            x = rc.resolve(rc.RECIPES[id], scale).offline
+            assert x.steps % x.points == 0, (id, scale)
+
+
 def test_names_are_unique():
     rs = R.PAPER.recipes.values()
     assert len({Run(r, "laptop").id for r in rs}) == len(rs) == len({r.id for r in rs})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 import platform
 import time
 from dataclasses import dataclass, fields, replace
@@ -420,7 +421,7 @@ def fit_config(run: Run) -> FitConfig:
         x.clip,
         seed_for(run.seed, "fit"),
         precision_of(x, run.device),
-        checkpoint_every=max(1, x.steps // max(x.points, 1)),
+        checkpoint_every=max(1, math.ceil(x.steps / max(x.points, 1))),  # never more than `points` evaluations
         log_every=max(1, x.steps // 20),
         eps=x.eps,
         decay_to=x.decay_to,
