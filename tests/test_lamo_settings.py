@@ -7,7 +7,7 @@ from homes import ROOT
 
 from promptnb import recipes as rc
 from promptnb.core import Steps
-from promptnb.experiments import offline
+from promptnb.experiments import offline, plan
 from promptnb.experiments.run import Run
 from promptnb.models.lm import LamoPolicy
 from promptnb.models.pixels import PixelLamo
@@ -65,6 +65,29 @@ def test_discrete_baselines_have_their_own_batch_and_rate():
         assert (x.batch, x.lr) == want, arm
     x = at_paper("discrete-bc", "qbert").offline
     assert (x.batch, x.lr) == (100, 1e-3)
+
+
+# ---- data
+
+
+def test_shares_of_human_data_are_of_all_that_there_are():
+    "Kitchen's partial set has about 600 episodes; our script plays 100, and the smaller scales have their own number."
+    for arm in ("lamo", "cql"):
+        asked = {quality: at_paper(arm, "kitchen", quality).offline.episodes for quality in ("partial", "complete")}
+        assert asked == dict(partial=10_000, complete=10_000)
+        assert at_paper(arm, "kitchen", "expert").offline.episodes == 100
+        for scale, episodes in (("desk", 20), ("laptop", 20), ("smoke", 2)):
+            r = rc.resolve(R.offline_recipe(arm, "kitchen", "partial"), scale)
+            assert r.offline.episodes == episodes
+
+
+def test_all_human_data_do_not_make_the_script_play_more():
+    "One rule collects a family's data, each quality with its own number of episodes."
+    needs = {("expert", 100), ("partial", 10_000), ("complete", 10_000)}
+    kitchen = plan.Collection("kitchen", "paper", needs, {"lamo"})
+    human, ours = kitchen.rule().command.split(" && ")
+    assert "--quality complete --quality partial --episodes 10000 --stamp" in human
+    assert "--quality expert --episodes 100 --stamp" in ours
 
 
 # ---- trunks

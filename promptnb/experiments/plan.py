@@ -310,15 +310,24 @@ def program() -> str:
     return f"{shlex.quote(sys.executable)} -m promptnb.cli"
 
 
+# %% ../../nbs/10f_experiments.plan.ipynb #plcol010
+@patch
+def commands(self: Collection) -> list:
+    "The commands that collect it: one for all qualities of which as many episodes are wanted."
+    wanted = {}
+    for quality in self.qualities:
+        episodes = max(n for of, n in self.needs if of == quality)
+        wanted.setdefault(episodes, []).append(f"--quality {quality}")
+    begin = f"{program()} collect --family {self.family}"
+    return [f"{begin} {' '.join(these)} --episodes {n} --stamp {self.stamp}" for n, these in wanted.items()]
+
+
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol004
 @patch
 def rule(self: Collection) -> Rule:
-    "The rule that collects it, with as many episodes as the greediest job wants."
-    qualities = " ".join(f"--quality {quality}" for quality in self.qualities)
-    episodes = max(n for _, n in self.needs)
-    command = f"{program()} collect --family {self.family} {qualities} --episodes {episodes} --stamp {self.stamp}"
+    "The rule that collects it: of each quality as many episodes as the greediest job wants."
     name = f"collect_{self.family}".replace("-", "_")
-    return Rule(name, [], [self.stamp], command)
+    return Rule(name, [], [self.stamp], " && ".join(self.commands()))
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plcol005

@@ -30,6 +30,7 @@ __all__ = [
     "TASKS",
     "PICTURES",
     "MEDIUM_CELLS",
+    "HUMAN",
     "PROTOCOL",
     "MAIN",
     "SMALL",
@@ -59,6 +60,7 @@ __all__ = [
     "DISCRETES",
     "known_or_similar",
     "eps_of",
+    "task_on",
     "arm_on",
     "baseline_on",
     "offline_recipe",
@@ -184,6 +186,7 @@ TASKS = {  # Offline's fields, LMConfig's fields, episodes a target
 }
 PICTURES = ("breakout", "qbert", "pong")
 MEDIUM_CELLS = (("kitchen", "partial", 1.0), ("kitchen", "complete", 0.3))  # Table 7: LaMo has GPT-2 medium there
+HUMAN = (("kitchen", "partial"), ("kitchen", "complete"))  # D4RL's data
 PROTOCOL = ("episodes", "limit", "steps", "points", "last")  # what the baselines share with LaMo on a task
 
 
@@ -201,10 +204,17 @@ def eps_of(text, model) -> float:
     return 1e-6 if text and model.get("init") != "random" else 1e-8
 
 
+# %% ../../nbs/09d_recipes.lamo.ipynb #lamtask1
+def task_on(family, quality) -> dict:
+    "Offline's fields of a task on a dataset: a share of data that people made is one of all that there are."
+    task = TASKS[family][0]
+    return dict(task, episodes=10_000) if (family, quality) in HUMAN else task
+
+
 # %% ../../nbs/09d_recipes.lamo.ipynb #lamarms1
 def arm_on(arm, family, cell) -> tuple:
     "(label, Offline) of one arm on a dataset; `cell` has its quality and ratio."
-    task, net, _ = TASKS[family]
+    task, net = task_on(family, cell["quality"]), TASKS[family][1]
     if family in PICTURES:
         label, text, model, own = (ARMS | ATARI_ARMS)[arm]
         net = {} if "layers" in model else net
@@ -221,7 +231,7 @@ def arm_on(arm, family, cell) -> tuple:
 def baseline_on(arm, family, cell) -> tuple:
     "(label, Offline) of one baseline on a dataset; `cell` has its quality and ratio."
     label, learner, model, own = BASELINES[arm]
-    task = {k: v for k, v in TASKS[family][0].items() if k in PROTOCOL}
+    task = {k: v for k, v in task_on(family, cell["quality"]).items() if k in PROTOCOL}
     return label, Offline(learner, tuple(model.items()), **{**task, **VALUE, **own, **cell})
 
 
