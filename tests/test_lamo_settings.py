@@ -106,6 +106,13 @@ def test_two_kitchen_cells_of_table_1_have_gpt2_medium():
 
 
 @pytest.mark.parametrize("dataset", ["kitchen complete 30%", "kitchen complete 50%", "kitchen partial 100%"])
+def test_lamo_without_pretraining_has_the_same_trunk(dataset):
+    "LaMo, Table 15: rows differ in the weights that the trunk begins with, and not in its size."
+    lamo, random = (shown("table15", dataset)[label].offline for label in ("LaMo", "LaMo without pre-training"))
+    assert random.text == lamo.text and dict(random.model)["init"] == "random"
+
+
+@pytest.mark.parametrize("dataset", ["kitchen complete 30%", "kitchen complete 50%", "kitchen partial 100%"])
 def test_figure_10_sets_one_trunk_beside_the_other(dataset):
     by_label = shown("fig10", dataset)
     widths = {label: r.offline.text.width for label, r in by_label.items()}

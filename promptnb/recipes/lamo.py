@@ -185,7 +185,7 @@ TASKS = {  # Offline's fields, LMConfig's fields, episodes a target
     "pong": (dict(ATARI_TASK, targets=(10.0, 20.0), lr=3e-4, weight_decay=1e-1), ATARI_NET, 5),
 }
 PICTURES = ("breakout", "qbert", "pong")
-MEDIUM_CELLS = (("kitchen", "partial", 1.0), ("kitchen", "complete", 0.3))  # Table 7: LaMo has GPT-2 medium there
+MEDIUM_CELLS = (("kitchen", "partial", 1.0), ("kitchen", "complete", 0.3))  # Table 7: GPT-2 medium
 HUMAN = (("kitchen", "partial"), ("kitchen", "complete"))  # D4RL's data
 PROTOCOL = ("episodes", "limit", "steps", "points", "last")  # what the baselines share with LaMo on a task
 
@@ -222,7 +222,7 @@ def arm_on(arm, family, cell) -> tuple:
     else:
         label, text, model, own = ARMS[arm]
         learner, own = "lamo", dict(own, eps=eps_of(text, model))
-    if arm in ("lamo", "text") and (family, cell["quality"], cell["ratio"]) in MEDIUM_CELLS:
+    if arm in ("lamo", "text", "random") and (family, cell["quality"], cell["ratio"]) in MEDIUM_CELLS:
         text = replace(text, **MEDIUM)
     return label, Offline(learner, tuple({**net, **model}.items()), text, **{**task, **own, **cell})
 
