@@ -803,6 +803,15 @@ def test_pretrained_folder(tmp_path, tmp_home):
     assert policy(trunk=str(e)).lm.words.weight.shape == (400, 16) and read_json(e / "lm.json")["entropy"] is None
 
 
+def test_a_pretrained_trunk_is_of_the_code_that_makes_it(tmp_home, monkeypatch):
+    "Another code trains it again, in a folder of its own; a folder that was given is refused."
+    a = pretrain_lm("chain", fit, replace(FIT, steps=1), **TINY)
+    monkeypatch.setattr(L, "code_fingerprint", lambda *modules: "changed")
+    b = pretrain_lm("chain", fit, replace(FIT, steps=1), **TINY)
+    assert a != b and (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    one_line(lambda: pretrain_lm("chain", fit, replace(FIT, steps=1), a, **TINY), "another language model", "code: ")
+
+
 def test_import_is_light():
     heavy = {"transformers", "peft", "tokenizers", "gymnasium", "minari"}
     code = "import sys, promptnb.models.lm; print(*sys.modules)"

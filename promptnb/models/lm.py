@@ -31,6 +31,7 @@ from promptnb.core import (
     action_loss,
     check_choice,
     check_file,
+    code_fingerprint,
     differing,
     fingerprint,
     only_safetensors,
@@ -996,7 +997,8 @@ def pretrain_lm(
     shape = dict(layers=layers, heads=heads, width=width, activation=activation, dropout=dropout)
     check_choice(kind, KINDS, "corpus")
     python = platform.python_version() if kind in ("english", "shuffled") else ""  # its docstrings are the text
-    settings = plain(dict(kind=kind, fit=config, **shape, seqs=seqs, length=length, of=of, python=python))
+    depends = dict(python=python, code=code_fingerprint("models/lm", "train"))
+    settings = plain(dict(kind=kind, fit=config, **shape, seqs=seqs, length=length, of=of, **depends))
     own = runs_dir() / "lm" / f"{kind}-{fingerprint(settings)}"
     folder = Path(folder or own)
     if (folder / "lm.json").exists():
