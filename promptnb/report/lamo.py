@@ -1240,7 +1240,8 @@ DRAW = dict(
 READ = dict(
     scores="Ours: mean ± std over seeds, with Student's 95 % interval of the mean; '-': not at this scale. ",
     params="Total, trainable, and of these LoRA's. ",
-    progress="Hollow markers in the strip at the right: published mean of the last 20 %, where known. ",
+    progress="Each evaluation is shown with its best return target, of which the value baselines and BC have one. "
+    "Hollow markers in the strip at the right: published mean of the last 20 %, where known. ",
     language="Lower is better. ",
     texts="Lines: training; crosses: held out. ",
     ratio="Published values are digitised. ",
