@@ -343,3 +343,50 @@ def test_an_agent_varies_by_what_it_looks_at_alone():
     having = {name: {guide for guide, own in of.items() if f"online.{name}" in own} for name in ("url", "sft", "lr")}
     assert having == dict(url={"decision", "adapter"}, sft={"adapter"}, lr=set(of))
     assert all("online.raw_replies" in own and "online.budget" in own for guide, own in of.items() if guide != "off")
+
+
+def changed_by(arm, *settings, family="hopper"):
+    "Which fields are set in the variant of an arm that settings 'field=value' make; () if they make none."
+    made = variants.variant(
+        recipes.lamo.offline_recipe(arm, family, "medium", 0.01),
+        [tuple(text.split("=")) for text in settings],
+        variants.written(),
+    )
+    return tuple(path.removeprefix("offline.") for path, _ in made.sets) if made else ()
+
+
+@pytest.mark.parametrize(
+    "arm, unread, read",
+    [
+        ("cql", "K seqs tokens targets", "batch last lr"),
+        ("bc", "K seqs tokens targets", "steps warmup"),
+        ("dt", "seqs tokens", "K targets layers"),
+        ("text", "seqs text.n text.block", "tokens text.steps text.vocab"),
+        ("lamo", "text.n text.block", "seqs tokens lam text.lr"),
+        ("chain", "text.vocab text.files text.block", "text.n text.steps"),
+        ("shuffled", "text.n", "text.block text.files"),
+        ("minilm", "text.steps text.layers text.length text.vocab text.n", "text.files K tokens"),
+        ("gpt2", "text.lr text.part text.width", "seqs text.files"),
+        ("random", "text.steps text.part text.lr text.warmup text.seqs seqs", "text.layers text.length text.vocab"),
+    ],
+)
+def test_an_offline_recipe_varies_by_what_it_reads_alone(arm, unread, read):
+    "Another value of the others would be the same numbers, for the price of a training."
+    for name in unread.split():
+        assert changed_by(arm, f"offline.{name}={'[1]' if name == 'targets' else 1}") == (), name
+    for name in read.split():
+        assert changed_by(arm, f"offline.{name}={'[1]' if name == 'targets' else 1}") == (name,), name
+
+
+def test_what_is_read_depends_on_what_else_is_set():
+    "An arm without a language loss reads no text while it trains, and one that is given the loss does."
+    assert changed_by("text", "offline.lam=0.5", "offline.seqs=4") == ("lam", "seqs")
+    assert changed_by("lamo", "offline.lam=0", "offline.seqs=4") == ("lam",)
+    assert changed_by("lamo", "offline.text.kind=gpt2", "offline.text.steps=4") == ("text.kind",)
+
+
+def test_a_kind_of_text_reads_what_its_corpus_is_made_of():
+    from promptnb.experiments.offline import corpus_options
+
+    made = {kind: {*corpus_options(recipes.Text(kind))} for kind in recipes.CORPORA}
+    assert made == {kind: {*names} for kind, names in variants.OF_CORPUS.items()}

@@ -10,9 +10,10 @@ import itertools
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from . import PAPER_OF, RECIPES, Exhibit, Recipe, add, exhibits
+from .core import CORPORA, Offline, Text
 from promptnb.recipes.settings import (
     KEYS,
     PAIRS,
@@ -32,12 +33,19 @@ from promptnb.recipes.settings import (
 # %% auto #0
 __all__ = [
     "OF_A_GUIDE",
+    "OF_WINDOWS",
+    "OF_PRETRAINING",
+    "OF_CORPUS",
     "MOST",
     "WIDENED",
     "INSTEAD",
     "whose",
     "written",
+    "idle_guided",
+    "idle_text",
+    "idle_offline",
     "idle",
+    "having",
     "settable",
     "said",
     "briefly",
@@ -88,18 +96,61 @@ OF_A_GUIDE = {  # fields of a guided agent that only these guides look at
 }
 
 
+# %% ../../nbs/09h_recipes.variants.ipynb #rvaridl3
+def idle_guided(guide) -> list:
+    "Fields of an online recipe that an agent with this guide does not look at."
+    return [name for guides, names in OF_A_GUIDE.items() if guide not in guides for name in names]
+
+
+# %% ../../nbs/09h_recipes.variants.ipynb #rvaridl4
+OF_WINDOWS = ("K", "seqs", "tokens", "targets")  # what learners from single transitions have no use for
+# fields of a text that its pre-training reads: none where the trunk begins with new weights
+OF_PRETRAINING = ("part", "steps", "lr", "weight_decay", "warmup", "seqs", "precision")
+# of those that make a text, what each kind reads: experiments.offline.corpus_options
+OF_CORPUS = dict(chain=("n",), iid=("n",), english=("vocab", "files"), shuffled=("vocab", "files", "block"))
+
+
+# %% ../../nbs/09h_recipes.variants.ipynb #rvaridl5
+def idle_text(t: Text, init) -> list:
+    "Fields of a trunk's text that nothing reads. init: what the trunk begins with, as in LMConfig."
+    if t.kind not in CORPORA:
+        return [f.name for f in fields(t) if f.name not in ("kind", "files")]
+    others = {name for names in OF_CORPUS.values() for name in names}
+    unread = sorted(others - {*OF_CORPUS[t.kind]})
+    return unread + [*OF_PRETRAINING] if init == "random" else unread
+
+
+# %% ../../nbs/09h_recipes.variants.ipynb #rvaridl6
+def idle_offline(x: Offline) -> list:
+    "Fields of an offline recipe that its training and evaluation do not read."
+    model = dict(x.model)
+    if "lamo" not in x.learner:
+        return [*OF_WINDOWS]
+    if not x.text:
+        return ["seqs", "tokens"]
+    talks = model.get("lam") != 0  # the language loss is measured in any case, on windows of so many tokens
+    return [f"text.{name}" for name in idle_text(x.text, model.get("init"))] + ([] if talks else ["seqs"])
+
+
 # %% ../../nbs/09h_recipes.variants.ipynb #rvaridl2
 def idle(r: Recipe) -> set:
-    "Fields that a guided agent has and does not look at: with another value it is the same agent."
-    unused = [names for guides, names in OF_A_GUIDE.items() if r.online and r.online.guide not in guides]
-    return {f"online.{name}" for names in unused for name in names}
+    "Fields that a guided agent, or an offline training, has and does not look at: with another value it is the same."
+    if r.online:
+        return {f"online.{name}" for name in idle_guided(r.online.guide)}
+    return {f"offline.{name}" for name in idle_offline(r.offline)} if r.offline else set()
 
 
 # %% ../../nbs/09h_recipes.variants.ipynb #rvar0008
+def having(r: Recipe, known: dict) -> dict:
+    "{path: types} of the fields of a recipe. known: as `written` gives it."
+    own = {path: kinds for path, (_, kinds) in fields_of(r).items()}
+    return own | {path: tuple(kinds) for path, kinds in known.get(whose(r), {}).items()}
+
+
+# %% ../../nbs/09h_recipes.variants.ipynb #rvaridl8
 def settable(r: Recipe, known: dict) -> dict:
     "{path: types} of what can be set of a recipe, and changes it. known: as `written` gives it."
-    own = {path: kinds for path, (_, kinds) in fields_of(r).items() if path not in idle(r)}
-    return own | {path: tuple(kinds) for path, kinds in known.get(whose(r), {}).items()}
+    return {path: kinds for path, kinds in having(r, known).items() if path not in idle(r)}
 
 
 # %% ../../nbs/09h_recipes.variants.ipynb #rvar0011
@@ -130,8 +181,10 @@ def variant(r: Recipe, combination, known) -> Recipe | None:
     """A recipe with those of the settings, (path, text) pairs, whose fields it has; None if it has none of them.
 
     A value that a field cannot hold is a SettingError. known: as `written` gives it."""
-    kinds = settable(r, known)
+    kinds = having(r, known)
     sets = tuple((path, typed(path, text, kinds[path])) for path, text in combination if path in kinds)
+    unused = idle(applied(r, sets))  # of what it becomes: with a language loss, text is read
+    sets = tuple((path, value) for path, value in sets if path not in unused)
     if not sets:
         return None
     for path, value in sets:
