@@ -180,7 +180,7 @@ class Guided(VecEnv):
         self.t = np.zeros(n, int)  # steps
         self.total = np.zeros(n)  # return of this episode
         self.over = np.zeros(n, bool)  # with `once`: its episode has ended
-        self.past = [collections.deque(maxlen=self.c.interval) for _ in range(n)]  # names of the last K actions
+        self.past = [collections.deque(maxlen=self.c.interval) for _ in range(n)]  # actions since it asked, at most K
         self.events = [[] for _ in range(n)]  # achievements since it last asked
         self.had = [{} for _ in range(n)]  # how often it has achieved what, in this episode
         self.episodes = []  # facts of the episodes that have ended
@@ -336,13 +336,16 @@ def scene(self: Guided, i, fresh):
 # %% ../nbs/08_online.ipynb #o1ask002
 @patch
 def ask(self: Guided, due, fresh):
-    "Ask for advice in the name of the environments `due`; fresh (n,): whose episode has just begun."
+    """Ask for advice in the name of the environments `due`; fresh (n,): whose episode has just begun.
+
+    Actions and achievements are noted anew from here on: the next scene is to tell what was done under this advice."""
     if self.advise is None or not len(due):
         return
     sentences = self.advise([self.scene(i, fresh[i]) for i in due])
     self.add_sentences(sentences)
     for i, sentence in zip(due, sentences):
         self.ids[i], self.events[i] = self.texts[sentence], []
+        self.past[i].clear()
 
 
 # %% ../nbs/08_online.ipynb #o1ask003

@@ -189,6 +189,7 @@ class Plain:
         self.text, self.actions, self.had = [""] * n, [[] for _ in range(n)], [{} for _ in range(n)]
         self.life, self.ret, self.number = [0] * n, [0.0] * n, [1] * n
         self.rose = [[] for _ in range(n)]  # achievements since the last query
+        self.asked = [0] * n  # actions before the last query
         self.calls, self.episodes = [], []
 
     def ask(self, who, fresh):
@@ -200,7 +201,7 @@ class Plain:
                 step=len(self.actions[i]),
                 episode=self.number[i],
                 **self.games[i].scene(),
-                actions=tuple(self.actions[i][-self.c.interval :]),
+                actions=tuple(self.actions[i][self.asked[i] :][-self.c.interval :]),
                 events=tuple(self.rose[i]),
                 fresh=i in fresh,
             )
@@ -208,7 +209,7 @@ class Plain:
         ]
         self.calls.append(scenes)
         for i, s in zip(who, self.advise(scenes)):
-            self.text[i], self.rose[i] = s, []
+            self.text[i], self.rose[i], self.asked[i] = s, [], len(self.actions[i])
 
     def step_one(self, i, action):
         self.images[i], reward, dead, cut, info = self.games[i].step(action)
@@ -381,6 +382,18 @@ def test_a_new_life_asks_at_once():
     assert [s["step"] for s in a.of(1)] == [0, 10, 13, 20, 26, 30, 39, 40]
     assert [s["fresh"] for s in a.of(1)] == [True, False] * 4
     assert [s["episode"] for s in a.of(1)] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_scene_says_what_was_done_since_the_query_before():
+    "Not what was done under earlier advice, or in an earlier life: queries at 0, 10, 13, 20, 26."
+    a = Advisor(MANY)
+    v = Guided(replace(C, envs=1, interval=10, length=13), 0, a, encode)
+    v.reset()
+    for action in [1] * 10 + [2] * 3 + [3] * 7 + [4] * 6:
+        step(v, [action])
+    names = crafter.ACTIONS
+    done = [10 * (names[1],), 3 * (names[2],), 7 * (names[3],), 6 * (names[4],)]
+    assert [s["actions"] for s in a.scenes] == [(), *done]
 
 
 def test_without_an_advisor_nothing_is_asked():

@@ -203,7 +203,7 @@ PARENTS = {a: tuple(SOURCE[x] for part in NEEDS.get(a, ((), ())) for x in part) 
 def scene(
     seen=(),  # kinds of things in the 9 x 7 window
     status=None,  # item -> count > 0
-    actions=(),  # names of the last K steps' actions
+    actions=(),  # names of the actions since the last query, K at most
     events=(),  # names of the achievements of those steps
     unlocked=(),  # achievements of this episode
     env=0,
@@ -671,7 +671,7 @@ class Guidance:
     encode: object = None  # texts -> (n, 384), for the score; None: no score
     # environments whose score is taken (none: all): encoding a hundred action names takes longer than playing them
     score_of: tuple = ()
-    K: int = 100  # actions that the score is about
+    K: int = 100  # actions that the score is about, at most
     use_score: bool = True  # does the adapter see the score?
     history: str = "actions"  # as released; 'events': achievements instead
     raw: bool = False  # the reply itself is the guidance, valid or not, as released
