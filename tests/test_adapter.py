@@ -120,7 +120,8 @@ def test_half_of_a_decision_models_rows_follow_an_analysis():
 
 def exchange(i, response, l_before, l_after, unlocked_after):
     prompt = [dict(role="user", content=str(i))]
-    return dict(prompt=prompt, response=response, l=l_before, l_after=l_after, unlocked_after=unlocked_after)
+    said = dict(prompt=prompt, response=response, did="do", before="sleep")
+    return dict(said, l=l_before, l_after=l_after, unlocked_after=unlocked_after)
 
 
 LOG = [
@@ -159,6 +160,12 @@ def test_no_gain_no_rows():
     assert sft_rows(LOG[:1], "gain-weighted") == []
 
 
+@pytest.mark.parametrize("nothing", ["did", "before"])
+def test_a_score_of_nothing_done_or_no_goals_is_no_level_to_gain_from(nothing):
+    assert A.gain(LOG[3]) == pytest.approx(0.4)
+    assert A.gain({**LOG[3], nothing: ""}) == 0
+
+
 def test_unknown_targets_are_refused(refused):
     refused(sft_rows, LOG, "achievement", says=["did you mean 'achievements'"])
 
@@ -188,7 +195,8 @@ def test_split_takes_a_tenth():
 
 def test_rows_from_a_real_log(tmp_path):
     def row(step, score, unlocked, response):
-        return dict(env=0, step=step, episode=0, prompt=[], response=response, did="noop", l=score, unlocked=unlocked)
+        known = dict(env=0, episode=0, prompt=[], did="noop", before="sleep")
+        return dict(known, step=step, response=response, l=score, unlocked=unlocked)
 
     path = tmp_path / "log.jsonl"
     append_jsonl(path, row(0, 0.5, [], "x"), row(100, 0.7, ["eat_cow"], "y"), row(200, 0.2, ["eat_cow"], "z"))

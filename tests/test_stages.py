@@ -476,9 +476,16 @@ def test_each_language_model_has_its_tape(arm, run):
 def test_comprehension_is_the_mean_of_the_quarter(arm, run):
     for end in sorted(QUARTERS):
         quarter = [e for e in run.said if end - 128 <= 2 * e["step"] < end]
-        levels = [e["l"] for e in quarter if e["l"] is not None]
+        levels = [e["l"] for e in quarter if e["l"] is not None and e["did"] and e["before"]]
         want = pytest.approx(np.mean(levels)) if levels else None
         assert run.curve("comprehension").get(end) == want, end
+
+
+def test_a_score_of_nothing_done_is_in_no_curve():
+    x = replace(at("rules").online, steps=100, points=1, envs=1)
+    first = dict(step=0, l=0.269, did="", before="")
+    second = dict(step=20, l=0.7, did="do", before="sleep")
+    assert guided.along(x, [], [first, second]) == [(100, "comprehension", 0.7, 1)]
 
 
 def test_the_constant_guide_says_one_sentence(arms):

@@ -461,12 +461,15 @@ def along(x: rc.Online, episodes, said) -> list:
     """Along training: [(step, metric, value, episodes)].
 
     The score is of all episodes until then, return and comprehension of those since the last point."""
+    from promptnb.llm import level
+
     out, edges = [], np.linspace(0, x.steps, x.points + 1)
     for begin, end in itertools.pairwise(edges):
         upto = np.inf if end == edges[-1] else end  # the last rollout may end later
         until = [e for e in episodes if e["step"] <= upto]
         part = [e for e in until if e["step"] > begin]
-        levels = [e["l"] for e in said if begin <= e["step"] * x.envs < end and e.get("l") is not None]
+        queries = [level(e) for e in said if begin <= e["step"] * x.envs < end]
+        levels = [value for value in queries if value is not None]
         if until:
             out.append((int(end), "score_along", measured(until)["score"][0], len(until)))
         if part:

@@ -105,6 +105,7 @@ __all__ = [
     "Backend",
     "truncate_log",
     "unlocked_between",
+    "level",
     "exchanges",
     "unheard_share",
     "Guidance",
@@ -616,18 +617,24 @@ def unlocked_between(row, later):
     return sorted({*later["events"]} - {*row["unlocked"]}) if later["fresh"] else []
 
 
+# %% ../../nbs/07_llm.ipynb #e1valu01
+def level(row):
+    "The comprehension score at an exchange; None where nothing was done since the one before, or without goals."
+    return row["l"] if row["did"] and row["before"] else None
+
+
 # %% ../../nbs/07_llm.ipynb #b0187243
 def exchanges(path, until=None):
     """The exchanges of a log; with `until`, as it was when each environment had made so many steps.
 
-    Each row gets `l_after`, the score at its environment's next exchange (None: there is none, or nothing was done),
+    Each row gets `l_after`, the score at its environment's next exchange (None: there is none, or it has no score),
     and `unlocked_after`, the achievements that came until then in the same episode."""
     rows = [row for row in read_jsonl(path) if until is None or row["step"] <= until]
     next_of = {}  # environment -> its next exchange
     for row in reversed(rows):
         later = next_of.get(row["env"])
         next_of[row["env"]] = row
-        row["l_after"] = later["l"] if later and later["did"] else None
+        row["l_after"] = level(later) if later else None
         row["unlocked_after"] = unlocked_between(row, later) if later else []
     return rows
 

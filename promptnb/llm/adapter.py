@@ -40,6 +40,7 @@ from promptnb.llm import (
     adapter_prompt,
     decision_prompt,
     import_optional,
+    level,
     model_folder,
     parse,
     sentence,
@@ -550,8 +551,8 @@ TARGETS = ("own", "gain", "gain-weighted", "achievements")
 
 # %% ../../nbs/07b_llm.adapter.ipynb #d56f962a
 def gain(exchange) -> float:
-    "By how much the comprehension score rose until the next exchange; 0 if it fell or is not known."
-    before, after = exchange["l"], exchange["l_after"]
+    "By how much the comprehension score rose until the next exchange; 0 if it fell, or one of the two is not known."
+    before, after = level(exchange), exchange["l_after"]
     return max(0.0, after - before) if before is not None and after is not None else 0.0
 
 
