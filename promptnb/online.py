@@ -30,6 +30,7 @@ from .tasks.rows import fault
 # %% auto #0
 __all__ = [
     "NETS",
+    "EMPTIED",
     "GAINS",
     "LOSSES",
     "nature",
@@ -149,7 +150,7 @@ class PPOConfig:
     interval: int = 100  # K: steps between two queries
     ask_on_reset: bool = True  # a new life asks at once
     text_after_step: bool = False  # store a step with the sentence after it, as released
-    empty_each_rollout: bool = False  # drop all advice at the start of a rollout, as released
+    empty_each_rollout: bool = False  # drop all advice every `EMPTIED` steps, as released
 
 
 # %% ../nbs/08_online.ipynb #ea1c7e3d
@@ -363,11 +364,17 @@ def add_sentences(self: Guided, sentences):
         self.extractor.table = torch.as_tensor(self.table, device=self.extractor.table.device)
 
 
+# %% ../nbs/08_online.ipynb #o1empt01
+EMPTIED = 4096  # steps of an environment between two emptyings: a rollout of the released code
+
+
 # %% ../nbs/08_online.ipynb #o1ask004
 @patch
 def begin_rollout(self: Guided):
-    "As released, with `empty_each_rollout`: forget all advice and actions."
+    "As released, with `empty_each_rollout`: forget all advice and actions, if a multiple of `EMPTIED` steps is passed."
     if not self.c.empty_each_rollout or self.advise is None:
+        return
+    if self.t[0] % EMPTIED >= self.c.rollout:  # the last rollout passed none; all environments are in step
         return
     self.ids[:] = 0
     # a guidance keeps the goals in force itself

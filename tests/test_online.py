@@ -590,10 +590,11 @@ def test_text_after_step(tmp_path):
     assert np.flatnonzero(off).tolist() == [6, 13, 20]  # there the ratio of PPO is not 1
 
 
-def test_empty_each_rollout(tmp_path):
-    """As released, each rollout begins without a sentence and without a past.
+def test_empty_each_rollout(tmp_path, monkeypatch):
+    """As released, a rollout of 4,096 steps (here 16) begins without a sentence and without a past.
 
     The counter of steps goes on, and the first query follows the first step."""
+    monkeypatch.setattr(O, "EMPTIED", 16)
     c = replace(C, rollout=16, length=10_000, ask_on_reset=False)
     kept, t = stored(c, tmp_path / "kept", 2)
     emptied, u = stored(replace(c, empty_each_rollout=True), tmp_path / "emptied", 2)
@@ -602,6 +603,19 @@ def test_empty_each_rollout(tmp_path):
     assert emptied[:, 0].tolist() == [0] + [1] * 7 + [3] * 7 + [5] + [0] * 6 + [7] * 7 + [9] * 3
     pasts = [[len(s["actions"]) for s in x.envs.advise.of(0)] for x in (t, u)]
     assert pasts == [[0, 7, 7, 7, 7], [1, 7, 7, 6, 7]]
+
+
+def test_shorter_rollouts_empty_no_more_often(monkeypatch):
+    "Of rollouts of 12 steps those begin without advice that follow a multiple of 32: at 36, 72 and 96."
+    monkeypatch.setattr(O, "EMPTIED", 32)
+    v = Guided(replace(C, rollout=12, empty_each_rollout=True), 0, Advisor(), encode)
+    v.add_sentences(["sleep"])
+    emptied = []
+    for t in range(12, 109, 12):
+        v.t[:], v.ids[:] = t, 1
+        v.begin_rollout()
+        emptied += [] if v.ids.any() else [t]
+    assert emptied == [36, 72, 96]
 
 
 # ---- the ends of episodes
