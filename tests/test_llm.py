@@ -402,7 +402,7 @@ def lines(path):
 
 
 def guidance(path):
-    encoder, budget = llm.encoder("hash"), Budget(calls=20)
+    encoder, budget = llm.encoder("hash"), Budget(calls=10)
     return Guidance(Scripted("Sleep."), RandomGoals(), encoder, log=path, seed=5, budget=budget)
 
 
@@ -431,8 +431,19 @@ def test_a_resumed_run_writes_the_same_lines_again(tmp_path, four_queries, torn)
     assert [resumed(scenes) for scenes in four_queries[2:]] == out[2:]
     assert lines(resumed.log) == lines(whole.log)
     assert {**resumed.counts, "seconds": 0} == {**whole.counts, "seconds": 0}
-    assert resumed.budget.used()["calls"] == whole.budget.used()["calls"] == 20
-    assert resumed.counts["unasked"] == 4
+    assert resumed.budget.used()["calls"] == whole.budget.used()["calls"] == 10
+    assert resumed.counts["unasked"] == 2
+
+
+def test_the_budget_is_the_decision_model_s(tmp_path, four_queries):
+    "The adapter's calls and tokens are counted, and neither spend it nor are held to it."
+    g = guidance(tmp_path / "log.jsonl")
+    g(four_queries[0])
+    assert (g.counts["calls"], g.budget.used()["calls"]) == (6, 3)
+    g.budget.calls = 3
+    g(four_queries[1])
+    assert (g.counts["calls"], g.counts["withheld"]) == (9, 3)
+    assert [r["response"] for r in exchanges(g.log)] == 6 * ["Sleep."]
 
 
 def test_a_run_begun_anew_begins_its_log_anew(tmp_path, four_queries):

@@ -683,7 +683,7 @@ class Guidance:
     history: str = "actions"  # as released; 'events': achievements instead
     raw: bool = False  # the reply itself is the guidance, valid or not, as released
     log: Path | str | None = None
-    budget: object = None  # backends.Budget, of both models together
+    budget: object = None  # backends.Budget, of the decision LM: the adapter is a model of our own
     seed: int = 0
     max_tokens: int = 100
     temperature: float = 1.0  # of the decision LM
@@ -757,9 +757,10 @@ def ask(self: Guidance, who, prompts, scenes, temperature):
     seeds = [seed_for(self.seed, who, s["env"], s["step"]) >> 32 for s in scenes]
     requests = [Request(p, self.max_tokens, temperature, seed, s) for p, seed, s in zip(prompts, seeds, scenes)]
     backend = getattr(self, who)
+    budget = self.budget if who == "decision" else None
     start = time.monotonic()
     try:
-        replies = self.budget.complete(backend, requests) if self.budget else backend.complete(requests)
+        replies = budget.complete(backend, requests) if budget else backend.complete(requests)
     except PromptnbError:
         raise
     except Exception as e:
