@@ -308,7 +308,7 @@ def stumbling(tmp_path):
 def test_guidance_goes_on_with_the_goals_it_had(stumbling):
     g, sentences = stumbling
     assert sentences == [GOOD[0]] * 5 + ["mine coal", GOOD[1]]
-    expected = dict(queries=7, calls=14, invalid=2, failed=4, kept=4, rejected=2)
+    expected = dict(queries=7, calls=14, invalid=2, failed=4, kept=4, rejected=2, unheard=2, unanalysed=2)
     assert {k: g.counts[k] for k in expected} == expected
     assert {*COUNTS} == {*g.counts} and all(np.isfinite(v) and v >= 0 for v in g.counts.values())
 

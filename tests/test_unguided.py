@@ -15,13 +15,14 @@ import pytest
 pytest.importorskip("crafter")
 pytest.importorskip("trl")
 pytest.importorskip("openai")
-from advisors import GOOD, Far, chat, drip_body, echo, send
+from advisors import GOOD, Far, Scripted, chat, drip_body, echo, send
 from homes import SMOKE, cli, new_home, one_line, went
 
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError, read_jsonl, read_record
 from promptnb.experiments import guided, job
 from promptnb.experiments.run import Run
+from promptnb.llm import Guidance, failure, scene
 from promptnb.recipes import rladapter as R
 from promptnb.report import rladapter
 from promptnb.report.view import View
@@ -189,6 +190,12 @@ def test_the_bound_is_a_share_of_the_queries(far, home, share, status, monkeypat
     record = train(far.url)
     assert record["status"] == status
     assert metrics(record)["unheard"] / metrics(record)["queries"] == pytest.approx(share, abs=0.08)
+
+
+def test_an_adapter_that_never_answers_leaves_no_good_record():
+    g = Guidance(Scripted(failure("out of memory")), Scripted("sleep"))
+    g([scene(step=1)])
+    assert guided.heard(guided.Outcome([], counts=g.counts))[0] == "unguided"
 
 
 def test_what_a_budget_withheld_is_no_silence(far, home):

@@ -564,7 +564,7 @@ def remarks(run: Run, out: Outcome) -> dict:
 
 # %% ../../nbs/10c_experiments.guided.ipynb #p3ungu01
 def heard(out: Outcome) -> tuple:
-    "('ok', ''), or ('unguided', why) where more than a bounded share of the queries got no reply."
+    "('ok', ''), or ('unguided', why) where more than a bounded share of the queries got no reply of one of the models."
     from promptnb.llm import BOUND, unheard_share
 
     share = max(unheard_share(counts) for counts in (out.counts, out.final_counts))

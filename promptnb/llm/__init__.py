@@ -656,6 +656,7 @@ COUNTS = (
     "kept",  # queries after which the goals stayed as they were
     "withheld",  # queries that the decision LM did not get, since the budget was spent
     "unheard",  # queries that it got no reply to, for another reason
+    "unanalysed",  # queries that the adapter gave no reply to
 )
 
 # %% ../../nbs/07_llm.ipynb #p1boun01
@@ -663,9 +664,14 @@ BOUND = 0.5  # a run that has no reply to a larger share of its queries is 'ungu
 
 
 def unheard_share(counts) -> float:
-    "The share of queries that the decision LM gave no reply to, of those that the budget let through; 0 of none."
-    asked = counts.get("queries", 0) - counts.get("withheld", 0)
-    return counts.get("unheard", 0) / asked if asked > 0 else 0.0
+    """The share of queries without a reply: the decision LM's, of those that the budget let through, or the adapter's.
+
+    The larger of the two; 0 of none."""
+    queries = counts.get("queries", 0)
+    asked = queries - counts.get("withheld", 0)
+    decision = counts.get("unheard", 0) / asked if asked > 0 else 0.0
+    adapter = counts.get("unanalysed", 0) / queries if queries else 0.0
+    return max(decision, adapter)
 
 
 # %% ../../nbs/07_llm.ipynb #64b63acc
@@ -848,6 +854,8 @@ def settle(self: Guidance, x: Exchange) -> dict:
     self.envs[env] = new or old
     self.count(queries=1, rejected=rejected, invalid=reply.ok and not goals, kept=not new)
     self.count(withheld=reply.withheld, unheard=not (reply.ok or reply.withheld))
+    analysis = x.analysis or Reply()  # without an adapter none is missing
+    self.count(unanalysed=not (analysis.ok or analysis.withheld))
     whys = [r.why for r in x.replies if r.why]
     return dict(
         query=self.counts["queries"] - 1,
