@@ -23,6 +23,7 @@ from promptnb import cli as command
 from promptnb import collect, data, tasks, train
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError, Row, read_json
+from promptnb.evaluate import RolloutResult
 from promptnb.experiments import forecast, job, offline, plan, run
 from promptnb.experiments.run import Run
 from promptnb.models import lm as L
@@ -1166,6 +1167,26 @@ def test_an_evaluation_that_gives_nan(home, monkeypatch):
     only(monkeypatch, at("dt"))
     run_job()
     assert [x["status"] for x in (*map(read_json, home.glob("data/results/*/*.json")),)] == ["failed"]
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_an_evaluation_that_was_lost_is_played_again(lost, home, monkeypatch, capfd):
+    "Its reason gone, the same command goes on from there and ends in the record of an unbroken run; 3 is the last."
+    r = at("dt", **LONG)
+    whole = made(r)
+    Run(r, "smoke").path.unlink()
+    shutil.rmtree(home / "data" / "runs" / "offline")
+    only(monkeypatch, r)
+    with monkeypatch.context() as broken:
+        play, n = offline.play, iter(range(9))
+        gone = RolloutResult(np.full((2, 1), np.nan), np.ones((2, 1)), np.ones((2, 1), bool), why="the simulator broke")
+        broken.setattr(offline, "play", lambda *a: ({}, gone) if next(n) == lost else play(*a))
+        assert not run_job()
+    (x,) = failed(home)
+    assert f"evaluation in step {2 * lost + 2} failed: the simulator broke; run the same command" in x["why"]
+    assert "Traceback" not in capfd.readouterr().err
+    same_but_time(*run_job(), whole)
+    assert not failed(home)
 
 
 # ---- the command line

@@ -298,12 +298,15 @@ class Curve:
 def point(self: Curve, step):
     """Evaluate the policy as it is now: {'played': {target: (return, length)}, 'failed': ..., 'lm': loss}.
 
-    failed: [episodes that failed, of so many, why, targets without any other]. At step 0 only the language loss is
-    looked at."""
-    means, failed = {}, [0, 0, "", 0]
+    failed: [episodes that failed, of so many, why]; a PromptnbError where a target has no other. At step 0 only the
+    language loss is looked at."""
+    means, failed = {}, [0, 0, ""]
     if step:
         means, result = play(self.run, self.policy)
-        failed = [int(result.failed.sum()), result.failed.size, result.why, int(result.failed.all(1).sum())]
+        if result.failed.all(1).any():
+            again = "run the same command to play it again"
+            raise PromptnbError(f"all episodes of the evaluation in step {step} failed: {result.why}; {again}")
+        failed = [int(result.failed.sum()), result.failed.size, result.why]
         returns = ", ".join(f"{ret:.1f} (target {target})" for target, (ret, _) in means.items())
         print(f"{self.run.id}: step {step}, return {returns}", flush=True)
     seen = plain(dict(played=means, failed=failed, lm=language_loss(self.run, self.policy)))
@@ -319,14 +322,13 @@ class Failures:
     failed: int
     of: int
     why: str
-    lost: int  # evaluations of a target that have no other episode
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #offlok05
 def failures(seen) -> Failures:
     "Of evaluations {step: what `Curve.point` gives}."
-    failed, of, why, lost = zip(*(m["failed"] for m in seen.values()), strict=True)
-    return Failures(sum(failed), sum(of), next(filter(None, why), ""), sum(lost))
+    failed, of, why = zip(*(m["failed"] for m in seen.values()), strict=True)
+    return Failures(sum(failed), sum(of), next(filter(None, why), ""))
 
 
 # %% ../../nbs/10b_experiments.offline.ipynb #98392260
@@ -446,15 +448,15 @@ def training(run: Run):
     )
     seen = {0: before, **log.points}
     bad = failures(seen)
-    rows = rows_of(run, seen, log, counted(policy)["trainable"]) if log.status == "ok" and not bad.lost else []
+    rows = rows_of(run, seen, log, counted(policy)["trainable"]) if log.status == "ok" else []
     if rows:
         policy.save_pretrained(folder / "policy", model_card_kwargs=run.card(rows))
         score = next(w.value for w in rows if w.metric == "score")
         print(f"{run.id}: {r.method}, {r.dataset}: score {score:.1f} ({time.time() - start:.0f} s)", flush=True)
     return run.record(
-        "failed" if bad.lost else log.status,
+        log.status,
         rows,
-        f"all episodes of an evaluation failed: {bad.why}" if bad.lost else log.why,
+        log.why,
         time.time() - start - read,
         data=d.hashes,
         trajectories=d.drawn,
