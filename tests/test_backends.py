@@ -720,6 +720,63 @@ def test_what_is_on_tape_is_free(tmp_path):
     assert c.complete([dataclasses.replace(ONE, seed=2)])[0].ok and b.used()["calls"] == 1
 
 
+def advised_by(tape):
+    "A guidance with ten calls to make, in front of a tape."
+    return Guidance(None, Cassette(tape, Scripted("sleep")), budget=Budget(calls=10), log=tape.with_name("log.jsonl"))
+
+
+def account(g):
+    "What a guidance has counted and paid."
+    return {**g.counts, "seconds": 0}, g.budget.used()["calls"], g.budget.used()["tokens"]
+
+
+def ask_at(g, steps):
+    for step in steps:
+        g([scene(step=step)])
+    return g
+
+
+def test_a_run_that_was_killed_has_paid_what_one_that_was_not_has(tmp_path):
+    "A checkpoint after 4 calls, a kill after 9, and a second one, after 7, in what follows."
+    whole = ask_at(advised_by(tmp_path / "whole" / "tape.jsonl"), range(15))
+    tape = tmp_path / "killed" / "tape.jsonl"
+    first = ask_at(advised_by(tape), range(4))
+    state = json.loads(json.dumps(first.state()))
+    ask_at(first, range(4, 9))
+    second = ask_at(advised_by(tape).load(state), range(4, 6))
+    state = json.loads(json.dumps(second.state()))
+    ask_at(second, range(6, 7))
+    last = ask_at(advised_by(tape).load(state), range(6, 15))
+    assert account(last) == account(whole)
+    assert (last.budget.used()["calls"], last.counts["cached"], last.counts["withheld"]) == (10, 0, 5)
+    assert len(tape.read_text().splitlines()) == 10
+
+
+def test_a_checkpoint_of_old_says_nothing_of_tapes(tmp_path):
+    "Then what is on them is free, as it was."
+    g = advised_by(tmp_path / "t" / "tape.jsonl")
+    state = {k: v for k, v in g.state().items() if k != "tapes"}
+    ask_at(g, range(3))
+    again = ask_at(advised_by(tmp_path / "t" / "tape.jsonl").load(state), range(3))
+    assert (again.counts["calls"], again.counts["cached"]) == (0, 3)
+
+
+def test_a_tape_in_front_of_another_backend_still_knows_what_is_owed(tmp_path):
+    "As when an adapter is tuned: the first one's replies are played, then the second one's."
+    first, second = Scripted(GOOD[0]), Scripted(GOOD[1])
+    second.name = "scripted-2"
+    c = Cassette(tmp_path / "t", first)
+    begun = c.state()
+    c.complete([ONE])
+    c.change(second)
+    c.complete([ONE])
+    again = Cassette(tmp_path / "t", first)
+    again.load(begun)
+    assert [(r.text, r.cached) for r in again.complete([ONE, ONE])] == [(GOOD[0], False), (GOOD[0], True)]
+    again.change(second)
+    assert [(r.text, r.cached) for r in again.complete([ONE, ONE])] == [(GOOD[1], False), (GOOD[1], True)]
+
+
 def test_a_budget_behind_a_tape_is_part_of_the_state(tmp_path):
     b = Budget(calls=3)
     g = Guidance(None, Cassette(tmp_path / "u", Budgeted(Scripted("sleep"), b)))

@@ -35,6 +35,7 @@ __all__ = [
     "server_facts",
     "guidance",
     "use",
+    "note_tapes",
     "encoder_of",
     "first_adapter",
     "stage_ends",
@@ -159,10 +160,21 @@ def guidance(x: rc.Online, seed, folder, device, encode, decision=None, name="")
 
 # %% ../../nbs/10c_experiments.guided.ipynb #63d847f8
 def use(advise, adapter, folder, device):
-    "From now on this adapter analyses; its replies go on a cassette."
+    "From now on this adapter analyses; its replies go on the cassette of those before it."
     from promptnb.llm.backends import Cassette, Local
 
-    advise.adapter = Cassette(Path(folder) / "adapter.jsonl", Local(adapter, device))
+    model = Local(adapter, device)
+    if advise.adapter:
+        advise.adapter.change(model)
+    else:
+        advise.adapter = Cassette(Path(folder) / "adapter.jsonl", model)
+
+
+# %% ../../nbs/10c_experiments.guided.ipynb #gdtape02
+def note_tapes(advise, folder):
+    "Keep in `folder` how long the tapes are as a run begins; when it begins again, what was added since is booked."
+    if advise and (tapes := advise.tapes()):
+        advise.load_tapes(kept(Path(folder) / "tapes.json", lambda: tapes))
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #4205bb5c
@@ -312,7 +324,7 @@ def book_first(self: GuidedAgent):
 @patch
 def tune_adapter(self: GuidedAgent, k, bounds):
     "Before stage k: tune the adapter on what was said in the stage before."
-    self.advise.adapter = None  # the memory of the old one is needed
+    self.advise.adapter.backend = None  # the memory of the old one is needed
     self.adapter, facts = tuned(
         self.x, k, self.adapter, self.advise.log, bounds, self.folder, self.run.seed, self.run.device
     )
@@ -326,6 +338,7 @@ def learn(self: GuidedAgent):
     bounds, t = stage_ends(self.x), self.trainer
     if self.adapts:
         use(self.advise, self.adapter, self.folder, self.run.device)
+    note_tapes(self.advise, self.folder / "ppo")
     t.begin()
     self.book_first()
     for k, end in enumerate(bounds[1:]):
@@ -380,6 +393,7 @@ def play_final(self: GuidedAgent) -> tuple:
     advise = guidance(x, seed, folder, device, self.judge, loaded, name)
     if self.adapts:
         use(advise, self.adapter, folder, device)
+    note_tapes(advise, folder)
     n, policy = self.run.recipe.eval_episodes, self.trainer.policy
 
     def play_now():

@@ -915,6 +915,22 @@ def budgets(self: Guidance):
     return {name: budget for name, budget in found.items() if budget}
 
 
+# %% ../../nbs/07_llm.ipynb #e1tape01
+@patch
+def tapes(self: Guidance):
+    "The states of the two models' tapes, by model; of those that have one."
+    found = {name: getattr(self, name) for name in ("adapter", "decision")}
+    return {name: backend.state() for name, backend in found.items() if hasattr(backend, "owed")}
+
+
+# %% ../../nbs/07_llm.ipynb #e1tape02
+@patch
+def load_tapes(self: Guidance, states):
+    "Go on from `tapes()`: replies that came onto a tape later are booked as they are played."
+    for name in self.tapes().keys() & states.keys():
+        getattr(self, name).load(states[name])
+
+
 # %% ../../nbs/07_llm.ipynb #ea6e0ead
 @patch
 def state(self: Guidance):
@@ -923,6 +939,7 @@ def state(self: Guidance):
         counts=dict(self.counts),
         envs={str(env): goals for env, goals in self.envs.items()},
         lines=dict(self.lines),
+        tapes=self.tapes(),
         budgets={name: budget.state() for name, budget in self.budgets().items()},
     )
 
@@ -936,6 +953,7 @@ def load(self: Guidance, state):
     self.lines = dict(state["lines"])
     for name, budget in self.budgets().items():
         budget.load(state["budgets"].get(name, {}))
+    self.load_tapes(state.get("tapes", {}))
     if self.log:
         self.trim()
     return self

@@ -884,9 +884,15 @@ class Cassette(Backend):
 
     def __init__(self, path, backend=None, name=None):
         self.path, self.backend = Path(path), backend
-        rows = [r for r in read_jsonl(self.path) if {"key", "name", "reply"} <= {*r} and isinstance(r["reply"], dict)]
+        rows = self.rows()
         self.name = backend.name if backend else self.pick_name(name, sorted({str(r["name"]) for r in rows}))
         self.tape = {r["key"]: r["reply"] for r in rows if r["name"] == self.name}
+        self.keys = [r["key"] for r in rows]  # of all replies on the tape, whoever gave them
+        self.owed = set()  # keys of replies that were paid for, and are to be booked when they are played
+
+    def rows(self):
+        "The lines of the tape that hold a reply."
+        return [r for r in read_jsonl(self.path) if {"key", "name", "reply"} <= {*r} and isinstance(r["reply"], dict)]
 
     def pick_name(self, name, names):
         "The name whose replies are played when there is no backend."
@@ -905,10 +911,13 @@ class Cassette(Backend):
         "Fingerprint of all that decides a reply."
         return fingerprint([self.name, r.messages, r.max_tokens, r.temperature, r.seed], 32)
 
-    def play(self, reply):
+    def play(self, key):
         "A reply from the tape; one that was tampered with is a failure."
+        reply = self.tape[key]
+        free = {} if key in self.owed else dict(cached=True, seconds=0.0)
+        self.owed.discard(key)
         try:
-            return Reply(**{**reply, "text": str(reply["text"]), "ok": True, "cached": True, "seconds": 0.0})
+            return Reply(**{**reply, "text": str(reply["text"]), "ok": True, **free})
         except (TypeError, KeyError):
             return failure("damaged on the cassette", attempts=0)
 
@@ -925,15 +934,38 @@ def complete(self: Cassette, requests):
     if taped:
         append_jsonl(self.path, *(dict(key=key, name=self.name, reply=reply) for key, reply in taped.items()))
         self.tape.update(taped)
+        self.keys += taped
     replies = []
     for key in keys:
         if key in fresh:
             replies.append(fresh.pop(key))
         elif key in self.tape:
-            replies.append(self.play(self.tape[key]))
+            replies.append(self.play(key))
         else:
             replies.append(failure("not on the cassette", attempts=0))
     return replies
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #b1owed01
+@patch
+def state(self: Cassette):
+    "How many replies are on the tape, and which are still to be booked, as JSON types."
+    return dict(length=len(self.keys), owed=sorted(self.owed))
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #b1owed02
+@patch
+def load(self: Cassette, state):
+    "Go on from `state()`; what has come onto the tape since then is to be booked."
+    self.owed = {*state["owed"], *self.keys[state["length"] :]}
+
+
+# %% ../../nbs/07a_llm.backends.ipynb #b1owed03
+@patch
+def change(self: Cassette, backend):
+    "Put the tape in front of another backend."
+    self.backend, self.name = backend, backend.name
+    self.tape = {r["key"]: r["reply"] for r in self.rows() if r["name"] == self.name}
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #666c2134
@@ -1001,7 +1033,7 @@ def fits(self: Budget, requests):
 # %% ../../nbs/07a_llm.backends.ipynb #b1budg02
 @patch
 def spend(self: Budget, replies, seconds):
-    "Book replies and the seconds they took; what came from a tape or was not sent costs nothing."
+    "Book replies and the seconds they took; what was cached or not sent costs nothing."
     paid = [r for r in replies if r.reached]
     self.spent["calls"] += len(paid)
     self.spent["attempts"] += sum(r.reached for r in paid)
