@@ -484,6 +484,7 @@ class Trainer:
     def __init__(self, c: PPOConfig, seed, folder, advise=None, encode=None, device="cpu", config=None, every=10_000):
         self.c, self.seed = c, seed
         self.every = every  # steps between checkpoints
+        self.earlier, self.start = 0.0, time.monotonic()  # seconds of the processes before this one; its start
         self.losses, self.restarts = [], 0
         self.graph, self.alone = None, False  # of minibatches; can they not be recorded?
         self.envs = Guided(c, seed, advise, encode)
@@ -498,6 +499,11 @@ class Trainer:
     def step(self):
         "Environment steps so far, of all environments."
         return self.model.num_timesteps
+
+    @property
+    def seconds(self):
+        "Seconds that training has taken, in all processes that it ran in; what a kill has lost is not in them."
+        return self.earlier + time.monotonic() - self.start
 
     def begin(self):
         "Take up the newest checkpoint, or the first observation."
@@ -532,6 +538,7 @@ def save(self: Trainer):
         restarts=self.restarts,
         losses=self.losses,
         log=self.envs.episodes,
+        seconds=self.seconds,
     )
 
 
@@ -555,6 +562,7 @@ def resume(self: Trainer, tensors, meta):
     m._last_episode_starts = np.array(meta["starts"], bool)
     m.num_timesteps, m._n_updates = meta["step"], meta["updates"]
     self.restarts, self.losses, self.envs.episodes = meta["restarts"], meta["losses"], meta["log"]
+    self.earlier = meta.get("seconds", 0.0)  # older checkpoints do not have it
 
 
 # %% ../nbs/08_online.ipynb #o1upda01

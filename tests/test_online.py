@@ -712,6 +712,19 @@ def test_stop_and_go_on(c, tmp_path):
     assert sorted(p.name for p in (tmp_path / "more").iterdir()) == two  # two are kept
 
 
+def test_the_seconds_of_a_training_are_of_all_its_processes(tmp_path):
+    "An older checkpoint does not have them."
+    a = begun(tmp_path)
+    a.earlier = 100.0
+    a.save()
+    b = begun(tmp_path)
+    assert b.earlier >= 100 and b.seconds > b.earlier
+    tensors, meta = b.checkpoints.latest()
+    del meta["seconds"]
+    b.resume(tensors, meta)
+    assert b.earlier == 0
+
+
 def test_unguided_stop_and_go_on(tmp_path):
     c = replace(C, text=False)
     want = went(tmp_path / "one", 96, c, advise=None)

@@ -183,7 +183,7 @@ def left(run):
     meta, f = run.newest, run.folder
     advice = meta["envs"].pop("advise") or {}
     return dict(
-        meta=but(meta, "hash"),
+        meta=but(meta, "hash", "seconds"),
         goals=advice.get("envs"),
         lines=advice.get("lines"),
         counts=but(advice.get("counts", {}), "seconds"),
@@ -786,6 +786,12 @@ def test_replies_are_not_asked_for_again_after_a_kill(killed, unbroken):
     for tape in ("decision.jsonl", "adapter.jsonl"):
         lengths = [len(read_jsonl(x.folder / tape)) for x in (run, unbroken)]
         assert lengths[0] == lengths[1] > 20
+
+
+def test_the_seconds_of_a_record_are_of_all_processes(home, monkeypatch):
+    out = guided.Outcome([], failed=[dict(why="the game raised")], earlier=1000.0)
+    monkeypatch.setattr(guided, "staged", lambda run, folder: out)
+    assert made(at("ppo"))["seconds"] >= 1000
 
 
 def test_kill_after_a_new_policy(homes):

@@ -240,6 +240,7 @@ class Outcome:
     final_counts: dict = field(default_factory=dict)  # of the final episodes
     server: dict = field(default_factory=dict)  # server_facts
     parameters: int = 0
+    earlier: float = 0.0  # seconds of training in processes before this one, which were killed
 
     @property
     def cost(self):
@@ -425,6 +426,7 @@ def staged(run: Run, folder) -> Outcome:
         sft=agent.sft,
         texts=len(envs.texts) - 1,
         parameters=sum(p.numel() for p in agent.trainer.policy.parameters()),
+        earlier=agent.trainer.earlier,
     )
 
 
@@ -616,7 +618,7 @@ def train(run: Run) -> Path:
         out = agent(run, folder)
     except FloatingPointError as e:
         return run.record("diverged", why=str(e), seconds=time.time() - start)
-    seconds = time.time() - start
+    seconds = out.earlier + time.time() - start
     if out.failed and not out.episodes:
         return run.record("failed", why=f"all episodes failed: {out.failed[0]['why']}", seconds=seconds)
     rows = rows_of(run, out, seconds)
