@@ -1182,7 +1182,8 @@ READ = dict(
     cost=(
         "Means over seeds. Language models' time: of their calls; encoding texts for the comprehension score is not in"
         " it. Replies: invalid has no goal; rejected names one that is not in the list; failed is an error of the call;"
-        " kept: the last goals stay. Per 1M steps: extrapolated from these runs. "
+        " kept: the last goals stay. Per 1M steps: extrapolated from these runs; their counts hold the advice of the"
+        " final episodes too, their steps are of training alone. "
     ),
     framework="An arrow: what goes from one part to another; under a name: the module. ",
     prompts="Yes, no: is it told? ",
