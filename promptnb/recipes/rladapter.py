@@ -97,7 +97,7 @@ _P = (
     "training; 'final' is the trained policy with its live guidance. "
 )
 _T = (
-    "At laptop scale the language models are tiny ones that were trained here on a rule advisor's replies: the "
+    "Below paper scale the language models are tiny ones that were trained here on a rule advisor's replies: the "
     "table says what this method does with them, and nothing about large models. "
 )
 _main = [ARMS[k] for k in MAIN]
@@ -165,7 +165,7 @@ PAPER.exhibit(
     "adapter, comprehension score and tuning matter; controls are ours",
     "grid",
     [*_main, *(ARMS[k] for k in SWITCHES)],
-    _P + _T + "At laptop scale K = 10 takes its comprehension score by events, not by the names of actions. ",
+    _P + _T + "Below paper scale K = 10 takes its comprehension score by events, not by the names of actions. ",
 )
 for _size, _title in (("million", "Nature CNN"), ("medium", "IMPALA, Achievement Distillation's PPO")):
     PAPER.exhibit(
