@@ -616,6 +616,15 @@ def test_a_tape_is_of_one_version_of_a_model(far, taped):
     assert play(other) == [[""] * 3] * 5 and other.counts["cached"] == 0
 
 
+def test_a_tape_is_of_one_way_to_ask(far, taped):
+    "Other fields of the request's body are another name; without any the name is that of older tapes."
+    hot = dict(extra=dict(top_p=0.5), retries=0, patience=1)
+    other = guided_by(Cassette(taped[0], server(far.url, **hot)))
+    assert play(other) == [[""] * 3] * 5 and other.counts["cached"] == 0
+    names = [server(far.url, extra=extra).name for extra in ({}, dict(top_p=0.5), dict(top_p=0.9))]
+    assert names[0] == "server:toy" and len({*names}) == 3
+
+
 def test_a_tape_is_of_one_seed(taped):
     moved = guided_by(Cassette(taped[0]), seed=4)
     play(moved)

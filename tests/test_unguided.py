@@ -306,7 +306,8 @@ def test_fields_of_a_server_leave_older_digests_as_they_were():
 def test_a_recipe_s_server_is_the_one_that_is_asked():
     x = recipe("http://localhost:1/v1", version="2", timeout=120.0, retries=1, extra=(("top_p", 0.5),)).online
     s = guided.language_model(x)
-    assert (s.name, s.key_env, s.timeout, s.retries, s.extra) == ("server:toy@2", "MY_KEY", 120.0, 1, dict(top_p=0.5))
+    assert (s.key_env, s.timeout, s.retries, s.extra) == ("MY_KEY", 120.0, 1, dict(top_p=0.5))
+    assert s.name.startswith("server:toy@2+")
     assert s.deadline >= s.timeout
 
 

@@ -591,7 +591,9 @@ class Server(Backend):
         check_url(self.url, self.key_env)
         # imported now, since that takes a second: better than within a deadline
         import_optional("openai", "servers are asked through openai: pip install 'promptnb[llm]'")
-        self.name = f"server:{self.model}@{self.version}" if self.version else f"server:{self.model}"
+        version = f"@{self.version}" if self.version else ""
+        asked = f"+{fingerprint(self.extra, 8)}" if self.extra else ""  # other fields, other replies
+        self.name = f"server:{self.model}{version}{asked}"
         self.fails = 0  # failed requests in a row
         self.resting = 0  # requests that are still not to be sent
         self.takes = Takes()
