@@ -215,10 +215,11 @@ def test_the_summary_names_what_failed_and_where_its_log_is(one_broken):
 def test_the_next_run_does_what_failed_and_no_more(one_broken, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(one_broken[0], home)
-    before = mtimes(home, lambda p: p.parent.name == PAPER and ".failed." not in p.name)
+    results = home / "data" / "results" / PAPER
+    before = mtimes(home, lambda p: p.parent == results and ".failed." not in p.name)
     p = went(cli(home, *RUN))
     assert "ran: 1 of 1 run in" in p.stdout and "1 jobs" not in p.stdout
-    after = mtimes(home, lambda p: p.parent.name == PAPER)
+    after = mtimes(home, lambda p: p.parent == results)
     assert before.items() <= after.items() and len(after) == len(before) + 1
     same_records(home, paths(finished_home()))
 

@@ -1032,7 +1032,7 @@ WRONG = [
     (("run", PAPER, "-p", "scale=laptob"), ["unknown scale", "'laptop'"]),
     (("run", PAPER, *SMOKE, "-p", "scale=desk"), ["--scale is smoke, but -p scale=desk says otherwise"]),
     (("run", PAPER, "--seeds", "0,1", "-p", "seed=3"), ["--seeds is 0,1, but -p seed=3 says otherwise"]),
-    (("run", PAPER, "--accelerator", "cpu", "-p", "accelerator=cuda"), ["-p accelerator=cuda says otherwise"]),
+    (("run", PAPER, "--accelerator", "cuda", "-p", "accelerator=cpu"), ["-p accelerator=cpu says otherwise"]),
     (("run", PAPER, "-p", "accelerator=cudda"), ["unknown accelerator", "'cuda'"]),
     (("run", PAPER, "-p", "seed=zero"), ["parameter 'seed'", "is int, not 'zero'"]),
     (("run", PAPER, "-p", "seed=1.5"), ["parameter 'seed'", "is int, not 1.5"]),

@@ -617,13 +617,12 @@ def unlocked_between(row, later):
     return sorted({*later["events"]} - {*row["unlocked"]}) if later["fresh"] else []
 
 
-# %% ../../nbs/07_llm.ipynb #e1valu01
+# %% ../../nbs/07_llm.ipynb #b0187243
 def level(row):
     "The comprehension score at an exchange; None where nothing was done since the one before, or without goals."
     return row["l"] if row["did"] and row["before"] else None
 
 
-# %% ../../nbs/07_llm.ipynb #b0187243
 def exchanges(path, until=None):
     """The exchanges of a log; with `until`, as it was when each environment had made so many steps.
 
@@ -915,20 +914,11 @@ def budgets(self: Guidance):
     return {name: budget for name, budget in found.items() if budget}
 
 
-# %% ../../nbs/07_llm.ipynb #e1tape01
 @patch
 def tapes(self: Guidance):
     "The states of the two models' tapes, by model; of those that have one."
     found = {name: getattr(self, name) for name in ("adapter", "decision")}
     return {name: backend.state() for name, backend in found.items() if hasattr(backend, "owed")}
-
-
-# %% ../../nbs/07_llm.ipynb #e1tape02
-@patch
-def load_tapes(self: Guidance, states):
-    "Go on from `tapes()`: replies that came onto a tape later are booked as they are played."
-    for name in self.tapes().keys() & states.keys():
-        getattr(self, name).load(states[name])
 
 
 # %% ../../nbs/07_llm.ipynb #ea6e0ead
@@ -957,6 +947,13 @@ def load(self: Guidance, state):
     if self.log:
         self.trim()
     return self
+
+
+@patch
+def load_tapes(self: Guidance, states):
+    "Go on from `tapes()`: replies that came onto a tape later are booked as they are played."
+    for name in self.tapes().keys() & states.keys():
+        getattr(self, name).load(states[name])
 
 
 # %% ../../nbs/07_llm.ipynb #ab3db3c8

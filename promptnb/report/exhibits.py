@@ -87,11 +87,11 @@ def caption(view, numbers=None) -> str:
 
 # %% ../../nbs/11h_report.exhibits.ipynb #ex000009
 def of_kind(e, what) -> str:
-    """What pages say of an exhibit's kind in READ or BAND: the one that draws it, else the first that knows it.
+    """What the first of the paper's pages that knows an exhibit's kind says of it in READ or BAND; '' if none does.
 
-    '' if none does."""
-    others = PAGES.get(e.paper, (prompts, lamo, cmt, rladapter))
-    tables = (getattr(page, what, {}) for page in (page_of(e), *others, sweep))
+    Of a study of yours, the page that draws it comes first."""
+    pages = PAGES.get(e.paper) or (page_of(e), prompts, lamo, cmt, rladapter)
+    tables = (getattr(page, what, {}) for page in (*pages, sweep))
     return next((table[e.kind] for table in tables if e.kind in table), "")
 
 
