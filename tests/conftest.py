@@ -70,8 +70,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name not in SPREAD:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes minutes; `make test-all` runs it, `make test` does not")
-    config.addinivalue_line("markers", "fault(row): injects that row of the fault list (tests/faults.py)")
