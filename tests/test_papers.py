@@ -34,6 +34,7 @@ from promptnb.core import PromptnbError, Row, read_json, results_dir, write_seal
 from promptnb.experiments import plan, run
 from promptnb.experiments.notebook import notebook_parameters
 from promptnb.report import lamo, prompts, stats, tables
+from promptnb.report.style import LOOKS, main_name
 from promptnb.report.view import View, exhibit, recipe_file, reported
 
 DIFFUSER, LAPTOP = "prompt_diffuser", "laptop"
@@ -496,3 +497,12 @@ def test_a_page_takes_what_render_gives_it(paper):
     page = ROOT / "nbs" / "papers" / f"{paper}.ipynb"
     assert notebook_parameters(page) == dict(scale="laptop", exhibits="all", partial=False, shipped=False)
     assert "Page(paper, scale, exhibits, partial, shipped)" in page.read_text()
+
+
+def test_every_row_of_a_paper_has_a_look_of_its_own():
+    "So a figure does not depend on what was drawn before it in the process."
+    for e in recipes.EXHIBITS.values():
+        if e.paper == "grid":  # its table and ranks name tuners, and have looks by kind
+            continue
+        labels = dict.fromkeys(main_name(e.labels.get(r.id, r.method)) for r in recipes.recipes_of(e))
+        assert set(labels) <= set(LOOKS), (e.id, set(labels) - set(LOOKS))
