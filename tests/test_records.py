@@ -110,15 +110,15 @@ def test_a_file_that_is_too_large_is_refused(packed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change",
+    "change, why",
     [
-        dict(recipe_digest="0123456789"),
-        dict(status="diverged", why="loss nan", rows=[]),
-        dict(shipped=dict(seconds=1.0, where={}, code={})),
+        (dict(recipe_digest="0123456789"), "is of a recipe that has changed"),
+        (dict(status="diverged", why="loss nan", rows=[]), "is diverged, the shipped one is not"),
+        (dict(shipped=dict(seconds=1.0, where={}, code={})), "repeats the shipped one"),
     ],
     ids=["stale", "diverged", "taken"],
 )
-def test_what_is_not_worth_it_replaces_no_shipped_record(packed, change):
+def test_what_is_not_worth_it_replaces_no_shipped_record(packed, change, why, capsys):
     own_again(packed, shifted([1, 1, 1]))
     for path in sorted(results_dir(PAPER).glob("*.json"))[1:]:
         write_json(path, dict(read_json(path), **change))
@@ -126,6 +126,7 @@ def test_what_is_not_worth_it_replaces_no_shipped_record(packed, change):
     records.pack(PAPER, SCALE)
     after = records.shipped(PAPER, SCALE)
     assert [name for name in before if before[name] != after[name]] == [first] and list(after) == list(before)
+    assert capsys.readouterr().out.splitlines() == [f"left out: {n} {why}" for n in sorted(before) if n != first]
 
 
 def test_nothing_to_pack_is_one_line(tmp_home, capsys):

@@ -32,7 +32,7 @@ __all__ = [
     "unpacked",
     "shipped",
     "digests",
-    "ships",
+    "why_not",
     "pack",
     "write",
 ]
@@ -117,21 +117,29 @@ def digests(paper, scale) -> set:
 
 
 # %% ../../nbs/11_report.records.ipynb #rpships3
-def ships(record, known, today) -> bool:
-    "Is a record of yours to ship? known: the shipped one of its name, or None; today: as `digests` gives them."
-    if record.get("recipe", {}).get("sets") or record["recipe_digest"] not in today:
-        return False
-    is_taken = isinstance(record.get("shipped"), dict)
-    return not known or (not is_taken and (record["status"] == "ok" or known["status"] != "ok"))
+def why_not(record, known, today) -> str:
+    "Why a record of yours does not ship, or ''. known: the shipped one of its name, or None; today: its `digests`."
+    if record.get("recipe", {}).get("sets"):
+        return "has settings of its own"
+    if record["recipe_digest"] not in today:
+        return "is of a recipe that has changed"
+    if known and isinstance(record.get("shipped"), dict):
+        return "repeats the shipped one"
+    if known and record["status"] != "ok" == known["status"]:
+        return f"is {record['status']}, the shipped one is not"
+    return ""
 
 
 # %% ../../nbs/11_report.records.ipynb #rp000014
 def pack(paper, scale) -> Path:
-    "Add your records of a paper and scale that are worth it to the shipped ones; returns the file."
+    "Add your records of a paper and scale that are worth it to the shipped ones; says which are not; returns the file."
     names = sorted(results_dir(paper).glob(f"{scale}.*.json"))
     theirs, today = shipped(paper, scale), digests(paper, scale)
     own = {p.name: read_record(p) for p in names if not p.name.endswith(".failed.json")}
-    own = {name: record for name, record in own.items() if ships(record, theirs.get(name), today)}
+    left = {name: why for name, record in own.items() if (why := why_not(record, theirs.get(name), today))}
+    for name, why in left.items():
+        print(f"left out: {name} {why}")
+    own = {name: record for name, record in own.items() if name not in left}
     if not own:
         raise PromptnbError(
             f"{results_dir(paper)} has no record of {scale} scale that could ship: promptnb status {paper} says what"
