@@ -5,6 +5,7 @@ Passed is: the run goes on with the goals it had, in bounded time, and it is cou
 import dataclasses
 import itertools
 import json
+import shutil
 import socket
 import time
 
@@ -876,6 +877,13 @@ def test_a_models_name_is_that_of_its_weights(toy, tmp_path):
     assert Local(toy.folder).name == toy.name
     assert Local(toy_lm(tmp_path / "toy", seed=1)).name != toy.name
     assert str(toy.folder.parent) not in toy.name
+
+
+@pytest.mark.parametrize("name, is_the_same", [("facts.json", True), ("tokenizer_config.json", False)])
+def test_how_a_model_was_made_is_not_in_its_name(toy, tmp_path, name, is_the_same):
+    again = shutil.copytree(toy.folder, tmp_path / toy.folder.name)
+    (again / name).write_text('{"seconds": 3.2}')
+    assert (Local(again).name == toy.name) == is_the_same
 
 
 def test_a_model_without_memory_gives_failed_replies(toy, monkeypatch):

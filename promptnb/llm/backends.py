@@ -197,11 +197,14 @@ class Rules(Backend):
 
 # %% ../../nbs/07a_llm.backends.ipynb #107798bb
 def weights_version(folder):
-    "12 hex digits: the commit of a stored Hub model, else a hash of the files that decide its answers."
+    """12 hex digits: the commit of a stored Hub model, else a hash of the files that decide its answers.
+
+    facts.json does not: it says how a model was made here, in how many seconds."""
     if folder.parent.name == "snapshots":  # of the Hub's cache: the folder is named by its commit
         return folder.name[:12]
-    deciding = (".safetensors", ".json", ".jinja", ".model", ".txt")
-    return fingerprint({p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.suffix in deciding})
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    deciding = [p for p in sorted(folder.iterdir()) if p.suffix in kinds and p.name != "facts.json"]
+    return fingerprint({p.name: sha256_file(p) for p in deciding})
 
 
 # %% ../../nbs/07a_llm.backends.ipynb #d97f47de
