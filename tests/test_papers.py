@@ -500,7 +500,7 @@ def test_a_page_takes_what_render_gives_it(paper):
     assert "Page(paper, scale, exhibits, partial, shipped)" in page.read_text()
 
 
-def test_every_row_of_a_paper_has_a_look_of_its_own():
+def test_the_look_of_every_row_of_a_paper_is_listed():
     "So a figure does not depend on what was drawn before it in the process."
     for e in recipes.EXHIBITS.values():
         if e.paper == "grid":  # its table and ranks name tuners, and have looks by kind

@@ -125,7 +125,7 @@ def why_not(record, known, today) -> str:
         return "is of a recipe that has changed"
     if known and isinstance(record.get("shipped"), dict):
         return "repeats the shipped one"
-    if known and record["status"] != "ok" == known["status"]:
+    if known and known["status"] == "ok" and record["status"] != "ok":
         return f"is {record['status']}, the shipped one is not"
     return ""
 
