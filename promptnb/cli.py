@@ -82,6 +82,7 @@ from .recipes.variants import in_text
 # %% auto #0
 __all__ = [
     "ENVIRONMENT",
+    "PACK",
     "PACKAGES",
     "COMMANDS",
     "FOLDERS",
@@ -130,7 +131,9 @@ __all__ = [
     "verify_arguments",
     "cmd_verify",
     "records_arguments",
+    "unpacked_line",
     "cmd_records",
+    "policies_arguments",
     "cmd_policies",
     "status_arguments",
     "status_line",
@@ -754,20 +757,46 @@ def cmd_verify(a):
 
 
 # %% ../nbs/12_cli.ipynb #clirec01
+PACK = "pack: add what you have finished to what ships"
+
+
 def records_arguments(p):
-    "Declare what `records` and `policies` take."
-    p.add_argument("action", choices=("pack",), help="pack: add what you have finished to what ships")
+    "Declare what `records` takes."
+    unpack = "unpack: lay what ships among yours, so that run makes what is missing"
+    p.add_argument("action", choices=("pack", "unpack"), help=f"{PACK}; {unpack}")
     paper_argument(p)
+
+
+# %% ../nbs/12_cli.ipynb #clirec03
+def unpacked_line(paper, n) -> str:
+    "What `records unpack` did. n: a `report.records.Unpacked`."
+    said = [f"{many(n.laid, 'shipped record')} of {paper} laid among yours"]
+    if n.yours:
+        said.append(f"{n.yours} not, as you have a record of your own there")
+    if n.old:
+        said.append(f"{n.old} not, as recipe, facts or code have changed since: run makes them anew")
+    return "; ".join(said)
 
 
 # %% ../nbs/12_cli.ipynb #clirec02
 def cmd_records(a):
-    "Pack your finished runs into data/records."
+    "Pack your finished runs into data/records, or lay those that ship among yours."
     from promptnb.report import records
 
     check_choice(a.paper, rc.PAPERS, "paper")
-    path = records.pack(a.paper, check_choice(a.scale, rc.SCALES, "scale"))
+    check_choice(a.scale, rc.SCALES, "scale")
+    if a.action == "unpack":
+        print(unpacked_line(a.paper, records.unpack(a.paper, a.scale)))
+        return
+    path = records.pack(a.paper, a.scale)
     print(f"{path}: {many(len(records.shipped(a.paper, a.scale)), 'record')}, {path.stat().st_size / 1e3:.0f} kB")
+
+
+# %% ../nbs/12_cli.ipynb #clipol02
+def policies_arguments(p):
+    "Declare what `policies` takes."
+    p.add_argument("action", choices=("pack",), help=PACK)
+    paper_argument(p)
 
 
 # %% ../nbs/12_cli.ipynb #clipol01
@@ -984,8 +1013,8 @@ COMMANDS = dict(
     render=(cmd_render, render_arguments, "tables and figures from finished runs, yours and shipped"),
     report=(cmd_report, report_arguments, "all exhibits on one HTML page"),
     verify=(cmd_verify, verify_arguments, "do your runs agree with the shipped ones?"),
-    records=(cmd_records, records_arguments, "pack finished runs, to ship them"),
-    policies=(cmd_policies, records_arguments, "pack finished policies, to ship them"),
+    records=(cmd_records, records_arguments, "pack finished runs, to ship them; or lay shipped ones among yours"),
+    policies=(cmd_policies, policies_arguments, "pack finished policies, to ship them"),
     status=(cmd_status, status_arguments, "what is finished, failed, stale, and how long the rest will take"),
     film=(cmd_film, film_arguments, "an agent before and after tuning, as a strip and a GIF"),
     doctor=(cmd_doctor, None, "what this machine has"),

@@ -726,7 +726,8 @@ class Results:
         for path in sorted(results_dir("any").parent.glob("*/*.json")):
             record = sound_record(path)
             if record:
-                kept[path.parent.name, path.name] = (record, "yours")
+                whose = "shipped" if record.get(records.UNPACKED) else "yours"
+                kept[path.parent.name, path.name] = (record, whose)
         self.records = [record for record, _ in kept.values()]
         rows = [result_row(record, whose) for record, whose in kept.values()]
         self.table = pd.DataFrame(rows, columns=[*FILTERS, "kind", "return", "seconds", "state", "whose"])

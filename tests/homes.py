@@ -159,7 +159,8 @@ def fabricate(home, e, scale, seeds, value=ramp, status="ok", rows=True, **chang
                 test = tasks.family(r.family).test
                 own = [dict(known, task_id=i, metric="return", value=value(r, seed, i)) for i in test]
             record = dict(run_id=name, status=status, why="", recipe_digest=recipes.digest(r), **made_of(r))
-            record |= dict(rows=own, seconds=1.0, where=dict(commit="-", threads=1), **changed)
+            where = dict(commit="-", threads=1)
+            record |= dict(recipe=dict(family=r.family), rows=own, seconds=1.0, where=where, **changed)
             path = home / "data" / "results" / e.paper / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record))

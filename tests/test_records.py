@@ -13,7 +13,9 @@ from homes import FAMILY, METHODS, PAPER, ROOT, fabricate, made_of
 from promptnb import cli as command
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError, read_json, results_dir, write_json
+from promptnb.experiments import forecast
 from promptnb.experiments.plan import Request, tasks_of
+from promptnb.experiments.run import Run
 from promptnb.recipes import EXHIBITS
 from promptnb.report import records, verify
 from promptnb.report.view import RunState, View, flaws, headline, lacks, makers, seeds_shown
@@ -132,6 +134,84 @@ def test_what_is_not_worth_it_replaces_no_shipped_record(packed, change, why, ca
 def test_nothing_to_pack_is_one_line(tmp_home, capsys):
     assert command.main(["records", "pack", PAPER]) == 2
     assert f"promptnb run {PAPER}" in capsys.readouterr().err
+
+
+# ---- back again
+
+
+def left():
+    "How many runs of table1 `promptnb run` would make, but for its policies."
+    tasks = tasks_of(Request(PAPER, (TABLE1.id,), SCALE))
+    return sum(not run.policy for task in tasks for run in task.left)
+
+
+def unpack(*more):
+    "The exit status of `promptnb records unpack`."
+    return command.main(["records", "unpack", PAPER, "--scale", SCALE, *more])
+
+
+def test_what_is_unpacked_need_not_be_run(packed, capsys):
+    n = len(records.shipped(PAPER, SCALE))
+    assert left() == n
+    assert not unpack()
+    assert f"{n} shipped records of {PAPER} laid among yours" in capsys.readouterr().out
+    assert left() == 0
+
+
+def test_unpacking_twice_changes_nothing(packed, capsys):
+    unpack()
+    before = {p.name: p.read_bytes() for p in results_dir(PAPER).iterdir()}
+    unpack()
+    assert {p.name: p.read_bytes() for p in results_dir(PAPER).iterdir()} == before
+    assert f"{len(before)} not, as you have a record of your own there" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_unpacking_replaces_no_record_of_yours(packed):
+    own_again(packed, shifted([1, 1, 1]))
+    first = min(results_dir(PAPER).glob("*.json"))
+    first.unlink()
+    before = {p: p.read_bytes() for p in results_dir(PAPER).iterdir()}
+    unpack()
+    assert first.exists() and all(path.read_bytes() == was for path, was in before.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(recipe_digest="0123456789"),
+        dict(code=dict(modules=["core"], fingerprint="old")),
+        dict(facts="of another body"),
+    ],
+    ids=["recipe", "code", "facts"],
+)
+def test_what_a_run_would_not_keep_is_not_unpacked(packed, change, capsys):
+    theirs = records.shipped(PAPER, SCALE)
+    name = min(theirs)
+    records.write(PAPER, SCALE, theirs | {name: theirs[name] | change})
+    unpack()
+    assert {p.name for p in results_dir(PAPER).iterdir()} == set(theirs) - {name}
+    assert "1 not, as recipe, facts or code have changed since" in capsys.readouterr().out
+
+
+def test_what_is_unpacked_is_still_shipped(packed, capsys):
+    unpack()
+    assert {run.whose for run in View(TABLE1, SCALE).good} == {"shipped"}
+    assert command.main(["verify", PAPER, "--exhibit", "table1", "--scale", SCALE]) == 2
+    assert command.main(["records", "pack", PAPER, "--scale", SCALE]) == 2  # nothing of yours is there
+    assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_a_forecast_takes_no_seconds_of_another_machine(packed):
+    unpack()
+    run = Run(rc.resolve(rc.RECIPES[f"{PAPER}/{FAMILY}/pdt"], SCALE), SCALE, 0)
+    assert run.path.exists() and not forecast.good_records(run)
+
+
+def test_nothing_to_unpack_is_one_line(tmp_home, capsys):
+    assert unpack() == 2
+    assert capsys.readouterr().err == (
+        f"promptnb: no records of {PAPER} are shipped at {SCALE} scale: promptnb status {PAPER}\n"
+    )
 
 
 # ---- views

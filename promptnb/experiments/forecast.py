@@ -99,7 +99,8 @@ def good_records(run: Run, device="", taken=False) -> list:
     names = os.listdir(folder) if folder.is_dir() else ()
     own = sorted(name for name in names if name.startswith(any_seed) and name.endswith(".json"))
     found = [sound_record(folder / name) for name in own]
-    good = [x for x in found if x and x["status"] == "ok" and isinstance(x.get("shipped"), dict) == taken]
+    made = [x for x in found if x and x["status"] == "ok" and not x.get("unpacked")]  # that key: report.records
+    good = [x for x in made if isinstance(x.get("shipped"), dict) == taken]
     return [record for record in good if device in ("", record["where"]["device"])]
 
 

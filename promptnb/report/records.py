@@ -8,23 +8,27 @@ from __future__ import annotations
 import functools
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from promptnb.core import (
     PromptnbError,
     Row,
     data_dir,
+    is_current,
     read_json,
     read_record,
     results_dir,
     sha256_file,
     write_atomic,
     write_json,
+    write_sealed,
 )
 
 # %% auto #0
 __all__ = [
     "LIMIT",
+    "UNPACKED",
     "folder",
     "shipped_file",
     "schema",
@@ -35,6 +39,9 @@ __all__ = [
     "why_not",
     "pack",
     "write",
+    "Unpacked",
+    "is_todays",
+    "unpack",
 ]
 
 
@@ -135,7 +142,8 @@ def pack(paper, scale) -> Path:
     "Add your records of a paper and scale that are worth it to the shipped ones; says which are not; returns the file."
     names = sorted(results_dir(paper).glob(f"{scale}.*.json"))
     theirs, today = shipped(paper, scale), digests(paper, scale)
-    own = {p.name: read_record(p) for p in names if not p.name.endswith(".failed.json")}
+    found = {p.name: read_record(p) for p in names if not p.name.endswith(".failed.json")}
+    own = {name: record for name, record in found.items() if not record.get(UNPACKED)}
     left = {name: why for name, record in own.items() if (why := why_not(record, theirs.get(name), today))}
     for name, why in left.items():
         print(f"left out: {name} {why}")
@@ -160,3 +168,42 @@ def write(paper, scale, records) -> Path:
     known[path.name] = dict(sha256=sha256_file(path), records=len(records))
     write_json(manifest, dict(sorted(known.items())))
     return path
+
+
+# %% ../../nbs/11_report.records.ipynb #rpunp001
+UNPACKED = "unpacked"  # key of a record among yours that was shipped, not made here
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    "How many shipped records were laid among yours, and how many were not."
+
+    laid: int
+    yours: int  # have a record of yours in their place
+    old: int  # are of another recipe, facts or code than today's
+
+
+# %% ../../nbs/11_report.records.ipynb #rpunp002
+def is_todays(record, today) -> bool:
+    "Would `promptnb run` keep this record? today: `digests`."
+    from promptnb import tasks
+
+    if record["recipe_digest"] not in today:
+        return False
+    facts = tasks.facts(record["recipe"]["family"]) if record.get("facts") else ""
+    return is_current(record, record["recipe_digest"], facts)
+
+
+# %% ../../nbs/11_report.records.ipynb #rpunp003
+def unpack(paper, scale) -> Unpacked:
+    "Lay the shipped records of a paper and scale among yours. A PromptnbError if none are shipped."
+    theirs = shipped(paper, scale)
+    if not theirs:
+        raise PromptnbError(f"no records of {paper} are shipped at {scale} scale: promptnb status {paper}")
+    today, places = digests(paper, scale), {name: results_dir(paper) / name for name in theirs}
+    free = [name for name in theirs if not places[name].exists()]
+    good = [name for name in free if is_todays(theirs[name], today)]
+    for name in good:
+        body = {k: v for k, v in theirs[name].items() if k != "hash"}
+        write_sealed(places[name], body | {UNPACKED: True})
+    return Unpacked(len(good), len(theirs) - len(free), len(free) - len(good))

@@ -130,7 +130,9 @@ def your_run(path, r, label, seed, shared) -> list:
         own = found_record(path)
     except DamagedError as e:
         return [RunState(label, r, seed, "damaged", str(e), whose="yours")]
-    return [RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours", shared)] if own else []
+    if own is None or own.get(records.UNPACKED):
+        return []
+    return [RunState(label, r, seed, state_of(own, r, shared), own["why"], own, "yours", shared)]
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000014
