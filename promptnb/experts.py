@@ -71,7 +71,7 @@ class Behaviour:
     "Goal-conditioned snapshots of one training run, and a card that says how they were made."
 
     family: str
-    layers: list  # three of (weights (C, in, out), biases (C, out)); C snapshots
+    layers: list  # three of (weights (C, in, out), biases (C, out)), float64; C snapshots
     card: dict
 
     @property
@@ -93,12 +93,12 @@ class Behaviour:
         return int(np.abs(returns - wanted).argmin())
 
     def __call__(self, x, c=-1):
-        "(N, S + G) -> mean action (N, A), for snapshot `c`: an index, or one per row."
+        "(N, S + G) -> mean action (N, A), float32, for snapshot `c`: an index, or one per row."
         for i, (w, b) in enumerate(self.layers):
             x = x @ w[c] + b[c] if np.isscalar(c) else np.einsum("ni,nio->no", x, w[c]) + b[c]
             if i < len(self.layers) - 1:
                 x = np.tanh(x)
-        return np.clip(x, -1, 1)
+        return np.clip(x, -1, 1).astype(np.float32)
 
     def __repr__(self):
         returns = [round(s["mean_return"], 1) for s in self.snapshots]
@@ -150,7 +150,7 @@ def load_expert(name, path=None) -> Behaviour:
     if sha256_file(path) != card["sha256"]:
         raise PromptnbError(f"{path} is damaged (its hash is not the one on its card)")
     try:
-        weights = {k: v.astype(np.float32) for k, v in load(path.read_bytes()).items()}
+        weights = {k: v.astype(np.float64) for k, v in load(path.read_bytes()).items()}
     except SafetensorError as e:
         raise PromptnbError(f"{path} is damaged (not safetensors: {e})") from None
     return Behaviour(name, [(weights[f"w{i}"], weights[f"b{i}"]) for i in range(3)], card)
@@ -474,7 +474,7 @@ def fold(actor, rms):
     w, b = layers[0]
     layers[0] = (w / std[:, None], b - (rms.mean / std) @ w)
     # through float16, as shipped: what is measured is what is loaded
-    return [(w.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32)) for w, b in layers]
+    return [(w.astype(np.float16).astype(np.float64), b.astype(np.float16).astype(np.float64)) for w, b in layers]
 
 
 # %% ../nbs/02a_experts.ipynb #016fde62

@@ -5,6 +5,7 @@ the data, columns on disk.
 """
 
 import math
+import platform
 import sys
 import time
 from dataclasses import fields, replace
@@ -13,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from homes import FAMILY, PRETRAIN, ROOT, cli, new_home, one_line
+from homes import FAMILY, PRETRAIN, ROOT, cli, new_home, one_line, went
 from test_faults import refused
 from test_project import run_python, settings
 from test_resume import kill_group, mtimes, start, wait_for
@@ -704,3 +705,20 @@ def test_bad_arrays_of_a_family(bad):
     good = dict(observations=np.ones((3, 20)), actions=np.ones((3, 6)), rewards=np.ones(3))
     broken = {k: v for k, v in dict(good, **bad).items() if v is not None}
     refused(data.from_arrays, [good, broken], family=FAMILY, says=["trajectory 1"])
+
+
+# ---- the same bits on every processor
+
+KERNELS = ("Haswell", "SkylakeX", "Sandybridge")  # of OpenBLAS: with AVX2, with AVX-512, with AVX
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are of x86-64")
+@pytest.mark.parametrize("family, quality", [("cheetah-dir", "expert"), ("reacher2d", "medium")])
+def test_data_do_not_depend_on_the_processor_s_matrix_kernels(family, quality, tmp_path, monkeypatch):
+    found = []
+    for kernel in KERNELS:
+        home = new_home(tmp_path / kernel)
+        went(cli(home, "collect", "--family", family, "--quality", quality, "--episodes", 2, OPENBLAS_CORETYPE=kernel))
+        monkeypatch.setenv("PROMPTNB_HOME", str(home))
+        found.append([entry["columns"] for entry in collect.manifest(tasks.family(family)).values()])
+    assert found[0] and found.count(found[0]) == len(KERNELS)
