@@ -18,6 +18,7 @@ from promptnb.experiments.plan import Request, tasks_of
 from promptnb.experiments.run import Run
 from promptnb.recipes import EXHIBITS
 from promptnb.report import records, verify
+from promptnb.report import view as view_module
 from promptnb.report.view import RunState, View, flaws, headline, lacks, makers, seeds_shown
 
 SCALE, SEEDS = "laptop", (0, 1, 2)
@@ -230,6 +231,17 @@ def test_yours_come_first(packed):
     assert makers(View(TABLE1, SCALE)) == ""
     difference = View(TABLE1, SCALE).rows.value.mean() - View(TABLE1, SCALE, whose="shipped").rows.value.mean()
     assert difference == pytest.approx(1000)
+
+
+def test_a_table_says_that_its_rows_read_different_data(packed):
+    assert view_module.other_data(View(TABLE1, SCALE)) == ""
+    first = rc.resolve(rc.RECIPES[f"{PAPER}/{FAMILY}/pdt"], SCALE)
+    own_again(packed, lambda record: record.update(data=["there"]))
+    assert view_module.other_data(View(TABLE1, SCALE)) == ""
+    path = Run(first, SCALE, 0).path
+    write_json(path, dict(read_json(path), data=["here"]))
+    said = f"On {FAMILY}, rows were made on different collections of the same data."
+    assert view_module.other_data(View(TABLE1, SCALE)) == said and makers(View(TABLE1, SCALE)) == said
 
 
 def test_a_stale_record_of_yours_gives_way_to_a_shipped_one(packed):

@@ -33,6 +33,8 @@ __all__ = [
     "exhibit",
     "seeds_shown",
     "lacks",
+    "reads",
+    "other_data",
     "makers",
     "remarks",
     "tally",
@@ -268,16 +270,41 @@ def lacks(view) -> str:
     return f"PARTIAL: {len(view.good)} of {len(view.runs)} runs" if view.lacking else ""
 
 
+# %% ../../nbs/11a_report.view.ipynb #vwdata02
+def reads(r) -> tuple:
+    "What a recipe's run reads of its family's data, so that two runs with equal words read the same; () of one online."
+    if r.online:
+        return ()
+    if r.offline:
+        return r.family, r.offline.quality, r.offline.episodes
+    t = r.tune
+    return r.family, r.pretrain.episodes, t.demo_quality, t.prompt_quality, t.prompt_from, t.play
+
+
+# %% ../../nbs/11a_report.view.ipynb #vwdata03
+def other_data(view) -> str:
+    "In which families runs that should read the same data did not, as a caption says it; '' if in none."
+    found = {}
+    for run in view.good:
+        if not run.shared and run.record.get("data"):
+            found.setdefault(reads(run.recipe), set()).add(tuple(run.record["data"]))
+    families = dict.fromkeys(what[0] for what, contents in found.items() if len(contents) > 1)
+    if not families:
+        return ""
+    return f"On {' and '.join(families)}, rows were made on different collections of the same data."
+
+
 # %% ../../nbs/11a_report.view.ipynb #vw000029
 def makers(view) -> str:
     "Whose runs are shown, and whether code has changed since they were made."
     counts = {who: sum(run.whose == who for run in view.good) for who in ("yours", "shipped")}
     older = sum(run.older for run in view.good)
     if not counts["shipped"]:
-        return ""
+        return other_data(view)
     runs = "All runs are" if not counts["yours"] else f"{counts['yours']} runs are yours, {counts['shipped']}"
     said = f"{runs} shipped with the workbook"
-    return said + (f"; {older} of them made before a change of the code." if older else ".")
+    said += f"; {older} of them made before a change of the code." if older else "."
+    return f"{said} {other_data(view)}".strip()
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000031
