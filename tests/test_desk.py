@@ -113,7 +113,7 @@ def test_claims_are_confirmed_refuted_or_left_open(tmp_home):
     assert found["tuning repairs a prompt of random actions"] == {"confirmed"}
     (online,) = [text for text in found if text.startswith("returns guide better than action errors")]
     assert found[online] == {"refuted"}
-    assert found["the prompt helps Prompt-DT on unseen tasks"] == {"not resolved"}
+    assert found["the prompt helps Prompt-DT on the test tasks"] == {"not resolved"}
     assert found["ranking beats hill climbing, with as many queries"] == {"not tested"}
 
 

@@ -909,7 +909,11 @@ _BAD = f"Prompt-DT, {UNIFORM}"
 PAPER.claim("a prompt of random actions ruins the policy", "table1", _BAD, _PDT, expect="worse", ours=True)
 PAPER.claim("tuning repairs a prompt of random actions", "table1", f"PTDT-offline, {UNIFORM}", _BAD, ours=True)
 PAPER.claim(
-    "a tuned random prompt beats an expert prompt", "table1", _RANDOM, _PDT, families=("cheetah-dir", "ant-dir")
+    "a tuned 'random' prompt (of the lowest returns) beats an expert's",
+    "table1",
+    _RANDOM,
+    _PDT,
+    families=("cheetah-dir", "ant-dir"),
 )
 PAPER.claim("tuning improves an expert prompt", "table1", _OFFLINE, _PDT)
 PAPER.claim("tuning the prompt beats full fine-tuning (said: or matches)", "table1", _OFFLINE, "Prompt-DT-FT")
@@ -921,7 +925,7 @@ for _control in ("Hill climbing", "Evolution strategy", "Gradient on the prompt"
     _as_many = "updates" if "Gradient" in _control else "queries"
     _text = f"ranking beats {_control[0].lower()}{_control[1:]}, with as many {_as_many}"
     PAPER.claim(_text, "controls", _OFFLINE, f"{_control} (control)", ours=True)
-PAPER.claim("the prompt helps Prompt-DT on unseen tasks", "table1", _PDT, "MT-ORL")
+PAPER.claim("the prompt helps Prompt-DT on the test tasks", "table1", _PDT, "MT-ORL")
 _cells = ("expert data, random prompt", "expert data, expert prompt")
-PAPER.claim("a random prompt is worse than an expert's", "pdt_fig3", *_cells, expect="worse")
+PAPER.claim("a prompt of a random policy is worse than an expert's", "pdt_fig3", *_cells, expect="worse")
 PAPER.claim("the prompt helps out of the training range too", "pdt_fig4", "Prompt-DT", "MT-ORL")
