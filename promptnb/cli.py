@@ -750,9 +750,12 @@ def cmd_verify(a):
     from promptnb.report import verify
 
     check_choice(a.scale, rc.SCALES, "scale")
-    t = verify.verified(chosen(a.paper, a.exhibit, a.scale), a.scale)
+    exhibits = chosen(a.paper, a.exhibit, a.scale)
+    t = verify.verified(exhibits, a.scale)
     print(verify.printed(t).to_markdown())
     print(f"\n{verify.conclusion(t)}")
+    if said := verify.other_data(exhibits, a.scale):
+        print(said)
     return 0 if verify.all_agree(t) else 1
 
 

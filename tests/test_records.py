@@ -361,6 +361,16 @@ def test_a_run_shown_twice_is_compared_once(packed):
     assert len(verify.verified([TABLE1, EXHIBITS[PAPER, "fig3"], TABLE1], SCALE)) == len(once)
 
 
+def test_verify_says_where_the_data_were_others(packed, capsys):
+    own_again(packed)
+    verified()
+    assert "other data" not in capsys.readouterr().out
+    for path in results_dir(PAPER).glob(f"{SCALE}.{FAMILY}.*.json"):
+        write_json(path, dict(read_json(path), data=["other"]))
+    verified()
+    assert f"On {FAMILY}, your runs read other data than the shipped ones" in capsys.readouterr().out
+
+
 def test_two_seeds_are_too_few(packed):
     own_again(packed, shifted([5, 6, 7]))
     for path in results_dir(PAPER).glob("*.s2.json"):

@@ -30,6 +30,7 @@ __all__ = [
     "printed",
     "all_agree",
     "conclusion",
+    "other_data",
 ]
 
 # %% ../../nbs/11i_report.verify.ipynb #ve000009
@@ -144,3 +145,20 @@ def conclusion(t) -> str:
     counts = [f"{word}: {n}" for word, n in found.items() if n]
     tested = counted(int(t.p_holm.notna().sum()), "comparison")
     return f"{'; '.join(counts)} (paired by seed, Student's test, Holm's correction over {tested})"
+
+
+# %% ../../nbs/11i_report.verify.ipynb #vedata02
+def other_data(exhibits, scale) -> str:
+    "On which families your runs read other data than the shipped ones, in a sentence; '' if on none."
+    families = {}
+    for e in exhibits:
+        yours, shipped = (View(e, scale, partial=True, whose=whose).good for whose in ("yours", "shipped"))
+        theirs = {(run.recipe.id, run.seed): run.record.get("data") for run in shipped}
+        for run in yours:
+            data = theirs.get((run.recipe.id, run.seed), run.record.get("data"))
+            if data != run.record.get("data"):
+                families.setdefault(run.recipe.family)
+    if not families:
+        return ""
+    where = " and ".join(families)
+    return f"On {where}, your runs read other data than the shipped ones: prompts and demonstrations differ."
