@@ -10,12 +10,13 @@ import pytest
 from homes import ROOT, fabricate
 
 from promptnb import recipes as rc
-from promptnb.core import read_json, results_dir, write_json
-from promptnb.experiments import job, plan
+from promptnb.core import PromptnbError, process_name, read_json, results_dir, runs_dir, write_json
+from promptnb.experiments import job, notebook, plan
 from promptnb.report import claims, exhibits, grid
 from promptnb.report.view import View
 
 PTDT = "prompt_tuning_dt"
+EVERY = [e for e in rc.EXHIBITS.values() if e.recipes and not e.unknown and not e.sets and rc.run_at(e, "desk")]
 SLUGS = [slug for slug in rc.PAPERS if rc.PAPER_OF[slug].published or slug == "grid"]
 
 
@@ -62,9 +63,47 @@ def test_the_story_tunes_six_rows_alone_and_all_of_them_beside_the_table():
     assert {own.exhibit for own in together.jobs()} == {"table1"}
 
 
-def test_a_job_of_the_story_is_found_by_its_name():
-    found = job.find_job(f"{PTDT}/story/cheetah-dir/tune", "desk")
-    assert {r.key for r in job.job_recipes(found, "desk")} == set(rc.prompt_tuning_dt.STORY)
+WHOLE = f"{PTDT}/table1/cheetah-dir/tune"
+STORY = f"{WHOLE}:{','.join(rc.prompt_tuning_dt.STORY)}"
+
+
+def test_a_job_can_be_asked_for_some_of_its_recipes():
+    some, whole = job.find_job(STORY, "desk"), job.find_job(WHOLE, "desk")
+    assert {r.key for r in job.job_recipes(some, "desk")} == set(rc.prompt_tuning_dt.STORY)
+    assert (some.whole, set(some.id.split(":")[1].split(","))) == (WHOLE, set(rc.prompt_tuning_dt.STORY))
+    assert job.stamp(some, 0, "desk") != job.stamp(whole, 0, "desk")
+    every = ",".join(r.key for r in job.job_recipes(whole, "desk"))
+    assert job.find_job(f"{WHOLE}:{every}", "desk") == whole
+
+
+def test_a_misspelt_recipe_of_a_job_is_one_line():
+    with pytest.raises(PromptnbError, match=f"unknown recipe of {WHOLE} 'rankng': did you mean 'ranking'"):
+        job.find_job(f"{WHOLE}:pdt,rankng", "desk")
+
+
+@pytest.mark.parametrize("e", EVERY, ids=lambda e: f"{e.paper}-{e.id}")
+def test_an_exhibit_alone_runs_its_own_rows_and_no_others(e):
+    "Also where they belong to another exhibit's job."
+    request = plan.Request(e.paper, (e.id,), "desk")
+    runs = [run for task in plan.tasks_of(request, done=lambda run: False) for run in task.runs]
+    assert {run.recipe.id for run in runs if not run.policy} == {r.id for r in request.recipes()}
+    used = {rc.resolve(r, "desk").pretrain for r in request.recipes()} - {None}
+    assert {run.recipe.pretrain for run in runs if run.policy} == used
+
+
+def test_what_a_killed_process_was_not_asked_for_has_not_failed(tmp_home):
+    some = job.find_job(STORY, "desk")
+    with notebook.holding(some, 0, "desk"):
+        (folder,) = (runs_dir() / "locks").iterdir()
+        asked = (folder / notebook.ASKED).read_text()
+    assert not (folder / notebook.ASKED).exists()
+    (folder / notebook.ASKED).write_text(asked)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (folder / ".holder").write_text(process_name(ended.pid))
+    notebook.note_killed(PTDT, "desk")
+    failed = {path.name.split(".")[2] for path in results_dir(PTDT).glob("*.failed.json")}
+    assert failed == set(rc.prompt_tuning_dt.STORY)
 
 
 def make(folder, *words):

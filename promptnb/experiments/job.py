@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from .. import recipes as rc
-from ..core import PromptnbError, check_choice, disk_error, runs_dir, server_answers
+from ..core import PromptnbError, check_choice, disk_error, fingerprint, runs_dir, server_answers
 from .cards import own_card
 from .live import followed
 from .run import Run, run_id
@@ -63,16 +63,19 @@ def vary(paper, given) -> dict:
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbset001
 def find_job(id, scale=None, sets="") -> rc.Job:
-    """The job of that id at a scale; a misspelt one is answered with the nearest.
+    """The job of that id at a scale, narrowed to the keys behind a colon; a misspelt one is answered with the nearest.
 
     sets: what is set of the recipes (`recipes.variants`), where it is a job of variants, as a shell reads it."""
     paper = id.split("/")[0]
     if sets and paper in rc.PAPERS:
         vary(paper, sets)
     every = {k: v for paper in rc.PAPERS for k, v in rc.jobs(paper, scale).items()}
-    for e in rc.EXHIBITS.values():
-        every |= rc.jobs_apart(e) if e.apart else {}
-    return every[check_choice(id, every, "job")]
+    whole, _, keys = id.partition(":")
+    job = every[check_choice(whole, every, "job")]
+    if not keys:
+        return job
+    known = {rc.RECIPES[i].key: i for i in job.recipes}
+    return rc.narrowed(job, {known[check_choice(key, known, f"recipe of {whole}")] for key in keys.split(",")}, scale)
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #26afab6f
@@ -327,4 +330,5 @@ def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1, sets="") 
 # %% ../../nbs/10d_experiments.job.ipynb #77ed7a22
 def stamp(job: rc.Job, seed, scale) -> Path:
     "The file that says that a job is done."
-    return runs_dir() / "jobs" / f"{run_id(job.id, scale, seed)}.json"
+    part = f".{fingerprint(job.only, 8)}" if job.only else ""
+    return runs_dir() / "jobs" / f"{run_id(job.whole, scale, seed)}{part}.json"

@@ -49,6 +49,7 @@ __all__ = [
     "GRACE",
     "TOLD",
     "LIMIT",
+    "ASKED",
     "OWNER",
     "notebook_parameters",
     "as_read",
@@ -67,6 +68,8 @@ __all__ = [
     "execute",
     "unfinished",
     "possible",
+    "holding",
+    "asked_of",
     "note_killed",
     "judged_job",
     "owner_name",
@@ -395,6 +398,32 @@ def possible(runs) -> list:
     return out
 
 
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkhold01
+ASKED = ".asked"  # name of a file beside a job's lock
+
+
+@contextlib.contextmanager
+def holding(job: rc.Job, seed, scale, wait=0):
+    """Hold a job with a seed against a second process, whichever of its recipes that is asked for.
+
+    Where these are some, the file ASKED says which, for who finds the process killed."""
+    with run_lock(runs_dir() / "locks" / run_id(job.whole, scale, seed), wait=wait) as folder:
+        (folder / ASKED).unlink(missing_ok=True)  # of one that was killed
+        if job.only:
+            (folder / ASKED).write_text(job.id)
+        yield
+        (folder / ASKED).unlink(missing_ok=True)
+
+
+# %% ../../nbs/10e_experiments.notebook.ipynb #nkhold02
+def asked_of(folder, job: rc.Job, scale) -> rc.Job:
+    "What the last holder of a job's lock was asked for: the job, or some of its recipes."
+    with contextlib.suppress(OSError, PromptnbError):  # nobody has said; said of recipes that are no more
+        said = find_job((folder / ASKED).read_text(), scale)
+        return said if said.whole == job.whole else job
+    return job
+
+
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkver004
 def note_killed(paper, scale):
     "The failed records of a paper's jobs whose process was killed: nobody else is left to write them."
@@ -403,6 +432,7 @@ def note_killed(paper, scale):
         name, _, seed = folder.name.rpartition(".s")
         job, who = every.get(f"{name}.s"), dead_holder(folder)
         if job and who and seed.isdigit():
+            job = asked_of(folder, job, scale)
             why = f"its process, {who}, was killed: the same command goes on from the last checkpoint"
             unfinished(runs_of(job, scale, int(seed)), why)
             (folder / ".holder").unlink(missing_ok=True)
@@ -500,17 +530,17 @@ def together(todo, accelerator) -> list:
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkjob002
 def locked_job(job: rc.Job, seeds, given, kernel, wait):
     "One job with some seeds, held against a second process on it; a finished one needs no kernel."
-    names = [run_id(job.id, given["scale"], seed) for seed in seeds]
+    first = run_id(job.whole, given["scale"], seeds[0])
     given = dict(given, job=job.id, seed=seeds[0])
     if len(seeds) > 1:
         given["beside"] = ",".join(map(str, seeds[1:]))
 
     def work():
-        execute(root() / TEMPLATE, given, runs_dir() / "notebooks" / f"{names[0]}.ipynb", kernel=kernel)
+        execute(root() / TEMPLATE, given, runs_dir() / "notebooks" / f"{first}.ipynb", kernel=kernel)
 
     with contextlib.ExitStack() as held:
-        for name in names:
-            held.enter_context(run_lock(runs_dir() / "locks" / name, wait=wait))
+        for seed in seeds:
+            held.enter_context(holding(job, seed, given["scale"], wait))
         judged_job(job, seeds, given["scale"], work)
 
 

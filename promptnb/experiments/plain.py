@@ -11,10 +11,9 @@ import signal
 import threading
 
 from .. import recipes as rc
-from ..core import PromptnbError, check_choice, run_lock, runs_dir
+from ..core import PromptnbError, check_choice
 from .job import run_seeds, runs_of
-from .notebook import Stopped, asked_job, check_values, judged_job, together
-from .run import run_id
+from .notebook import Stopped, asked_job, check_values, holding, judged_job, together
 
 # %% auto #0
 __all__ = ["TimeUp", "lead", "ending", "plain_job", "left_over", "plain_jobs"]
@@ -67,7 +66,7 @@ def plain_job(job: rc.Job, seeds, scale, accelerator, threads):
 
     with contextlib.ExitStack() as held:
         for seed in seeds:
-            held.enter_context(run_lock(runs_dir() / "locks" / run_id(job.id, scale, seed)))
+            held.enter_context(holding(job, seed, scale))
         judged_job(job, seeds, scale, work)
 
 

@@ -111,25 +111,17 @@ def recipes(self: Request) -> list:
 # %% ../../nbs/10f_experiments.plan.ipynb #plwant01
 @patch
 def jobs(self: Request) -> list:
-    "The jobs that it needs: owners of its recipes, and of those recipes' policies."
+    "The jobs that it needs: of its recipes, and of those recipes' policies; each with no more than these."
     wanted = {r.id for r in self.recipes()}
-    apart = [e for e in (rc.EXHIBITS[self.paper, i] for i in self.exhibits) if e.apart]
-    if apart and len(apart) == len(self.exhibits):
-        every, known = [], set()
-        for job in (job for e in apart for job in rc.jobs_apart(e).values()):
-            every += [job] if (job.kind, job.recipes) not in known else []
-            known.add((job.kind, job.recipes))
-    else:
-        every = [job for paper in self.papers for job in rc.jobs(paper, self.scale).values()]
-    owners = {job.id for job in every if job.kind != "pretrain" and wanted & set(job.recipes)}
-    tuned = (
-        wanted.union(*(job.recipes for job in every if job.id in owners)) - self.without
-    )  # a job tunes all of its recipes
-    policies = {(r.paper, r.pretrain) for r in map(rc.RECIPES.get, tuned) if rc.run_at(r, self.scale)}
-    for job in every:
-        if job.kind == "pretrain" and policies & {(job.paper, rc.RECIPES[i].pretrain) for i in job.recipes}:
-            owners.add(job.id)
-    return [job for job in every if job.id in owners]
+    policies = {(rc.RECIPES[i].paper, rc.RECIPES[i].pretrain) for i in wanted}
+    out = []
+    for job in (job for paper in self.papers for job in rc.jobs(paper, self.scale).values()):
+        asked = wanted & set(job.recipes)
+        if job.kind == "pretrain":
+            asked = {i for i in job.recipes if (job.paper, rc.RECIPES[i].pretrain) in policies}
+        part = rc.narrowed(job, asked, self.scale)
+        out += [part] if asked and job_recipes(part, self.scale) else []
+    return out
 
 
 # %% ../../nbs/10f_experiments.plan.ipynb #plwant02

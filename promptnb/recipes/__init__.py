@@ -5,7 +5,7 @@
 # %% ../../nbs/09g_recipes.ipynb #d8107839
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from promptnb.recipes.core import (
     CORPORA,
@@ -77,7 +77,7 @@ __all__ = [
     "owning",
     "owners",
     "jobs",
-    "jobs_apart",
+    "narrowed",
     "CORPORA",
     "POOLS",
     "Pool",
@@ -174,12 +174,18 @@ class Job:
     kind: str
     recipes: tuple  # ids; of a pre-training job: one recipe for each distinct policy
     part: str = ""  # of online training: the recipe, which has a job to itself
+    only: tuple = ()  # keys of those of its recipes that are asked for (none: all)
 
     @property
-    def id(self):
-        "paper/exhibit/family/kind, and the part where there is one."
+    def whole(self) -> str:
+        "paper/exhibit/family/kind, and the part where there is one: the id of the job with all of its recipes."
         parts = [self.paper, self.exhibit, self.family, self.kind, self.part]
         return "/".join(part for part in parts if part)
+
+    @property
+    def id(self) -> str:
+        "The whole's id, with the keys that are asked for where these are not all: 'lamo/arms/hopper/offline:dt,lamo'."
+        return f"{self.whole}:{','.join(self.only)}" if self.only else self.whole
 
 
 # %% ../../nbs/09g_recipes.ipynb #35f199ba
@@ -228,13 +234,10 @@ def jobs(paper, scale=None) -> dict:
 
 
 # %% ../../nbs/09g_recipes.ipynb #desk0g02
-def jobs_apart(e: Exhibit) -> dict:
-    "The jobs of an exhibit's own rows, although other exhibits show them too: {id: Job}."
-    out = {}
-    for family in e.families:
-        own = [RECIPES[i] for i in e.recipes if RECIPES[i].family == family]
-        policies = {}
-        for r in own:
-            policies.setdefault(r.pretrain, r.id)
-        out.update({j.id: j for j in _jobs_on(e, family, own, tuple(policies.values()))})
-    return out
+def narrowed(job: Job, ids, scale=None) -> Job:
+    "The job with those of its recipes that are among `ids`; itself where these are all that it has at the scale."
+    runnable = [i for i in job.recipes if run_at(RECIPES[i], scale)]
+    kept = [i for i in runnable if i in ids]
+    if kept == runnable:
+        return job
+    return replace(job, recipes=tuple(kept), only=tuple(RECIPES[i].key for i in kept))
