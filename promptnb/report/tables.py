@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .. import recipes as rc
-from ..core import write_atomic
+from ..core import fingerprint, write_atomic
 from .stats import UNRESOLVED, UNTESTED, VERDICTS, compare, judged, summary
 from .view import matrix, paired, remarks, tally
 
@@ -191,9 +191,11 @@ def printed(t: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000034
 def shown(p):
-    "A printed table as a notebook displays it: the lines of an entry below each other. Rows may have the same name."
+    """A printed table as a notebook displays it: the lines of an entry below each other. Rows may have the same name.
+
+    The same table is the same HTML, however often its page is run."""
     look = [("white-space", "pre-line"), ("text-align", "right"), ("vertical-align", "top")]
-    return p.style.set_table_styles([dict(selector="td", props=look)])
+    return p.style.set_uuid(fingerprint(p.to_csv(), 6)).set_table_styles([dict(selector="td", props=look)])
 
 
 # %% ../../nbs/11c_report.tables.ipynb #tb000020
