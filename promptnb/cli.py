@@ -608,7 +608,7 @@ def cmd_run(a):
 def job_arguments(p):
     "Declare what `job` takes: what Snakemake calls."
     scale_argument(p)
-    p.add_argument("id", nargs="+", help="of a job, or id@seed")
+    p.add_argument("id", nargs="+", help="of a job, or id@seed; id:key,key@seed: some of its recipes")
     p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--accelerator", default="auto")
     p.add_argument("--threads", type=whole, default=1)
