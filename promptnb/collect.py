@@ -340,7 +340,7 @@ def policy_of(fam, quality):
         return "uniform"
     bar = experts.KEPT_ABOVE.get((fam.name, quality))
     kept = "" if bar is None else f" above {bar:g}"
-    return f"{experts.load_card(fam)['sha256']} medium {fam.medium:.3g} noise {experts.NOISE[quality]}{kept} in float64"
+    return f"{experts.load_card(fam)['sha256']} medium {fam.medium:.3g} noise {experts.NOISE[quality]} float64{kept}"
 
 
 # %% ../nbs/02b_collect.ipynb #colorde1

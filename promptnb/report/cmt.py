@@ -31,7 +31,6 @@ __all__ = [
     "TUNED",
     "SHUFFLED",
     "ADAPTATION",
-    "CORRELATIONS",
     "ORDER_COLUMNS",
     "PARTS",
     "LENGTHS",
@@ -266,9 +265,12 @@ def apart(goals, on_circle) -> np.ndarray:
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #d518ddac
-def by_distance(points, goals, on_circle) -> float:
-    "Rank correlation of the distances between points (n, 3) and between their goals (n,)."
+def by_distance(points, goals, on_circle, tasks=slice(None)) -> float:
+    "Rank correlation of the distances between points (n, 3) and between goals (n,), of pairs with one of `tasks`."
+    asked = np.zeros(len(points), bool)
+    asked[tasks] = True
     i, j = np.triu_indices(len(points), 1)
+    i, j = i[asked[i] | asked[j]], j[asked[i] | asked[j]]
     return correlation(np.linalg.norm(points[i] - points[j], axis=-1), apart(goals, on_circle)[i, j], 2)
 
 
@@ -283,18 +285,9 @@ class Contexts:
     unseen: slice  # of the tasks; empty where the test tasks are the train tasks
     on_circle: bool  # goals are angles
 
-    @property
-    def by(self) -> str:
-        "How their order is judged: 'spearman' along a line; 'distance' where goals are angles, or only two."
-        return "distance" if self.on_circle or len(np.unique(self.goals)) < 3 else "spearman"
-
-    def spearman(self, tasks=slice(None)) -> float:
-        "Rank correlation of the first component and the goal over some tasks; NaN where goals have no order."
-        return np.nan if self.by == "distance" else correlation(self.points[tasks, 0], self.goals[tasks])
-
-    def distance(self, tasks=slice(None)) -> float:
-        "Rank correlation of distances between contexts and between goals over some tasks."
-        return by_distance(self.points[tasks], self.goals[tasks], self.on_circle)
+    def order(self, tasks=slice(None)) -> float:
+        "Rank correlation of distances between contexts and between goals, of the pairs with one of some tasks."
+        return by_distance(self.points, self.goals, self.on_circle, tasks)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000015
@@ -311,27 +304,19 @@ def contexts_of(look, family) -> Contexts:
 def by_chance(c, draws=200) -> np.ndarray:
     "The rank correlations of random orders of the goals."
     rng = np.random.default_rng(0)
-    found = []
-    for _ in range(draws):
-        mixed = replace(c, goals=rng.permutation(c.goals))
-        found.append(mixed.distance() if c.by == "distance" else abs(mixed.spearman()))
-    return np.array(found)
+    return np.array([replace(c, goals=rng.permutation(c.goals)).order() for _ in range(draws)])
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #b5743299
 def order(look, family) -> dict:
     """Rank correlations of embedded contexts with their goals, over all tasks and over the unseen alone.
 
-    `by` names the pair that counts for this family; `usual` is the mean of random orders, `chance` what 95 of 100 stay
-    below."""
+    `usual` is the mean of random orders, `chance` what 95 of 100 stay below."""
     c = contexts_of(look, family)
     random = by_chance(c)
     return dict(
-        spearman_all=abs(c.spearman()),
-        spearman_unseen=np.sign(c.spearman(c.train)) * c.spearman(c.unseen),
-        distance_all=c.distance(),
-        distance_unseen=c.distance(c.unseen),
-        by=c.by,
+        order_all=c.order(),
+        order_unseen=c.order(c.unseen),
         usual=float(random.mean()),
         chance=float(np.quantile(random, 0.95)),
         tasks=len(c.points),
@@ -344,13 +329,11 @@ def before(look, family) -> float:
     "The rank correlation of the encoder before training; NaN in a record without."
     if "untrained" not in look:
         return np.nan
-    o = order(dict(look, embedding=look["untrained"]), family)
-    return o[f"{o['by']}_all"]
+    return order(dict(look, embedding=look["untrained"]), family)["order_all"]
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #328f8643
-CORRELATIONS = ["spearman_all", "spearman_unseen", "distance_all", "distance_unseen"]
-ORDER_COLUMNS = ["family", "seed", *CORRELATIONS, "by", "usual", "chance", "tasks", "unseen", "before"]
+ORDER_COLUMNS = ["family", "seed", "order_all", "order_unseen", "usual", "chance", "tasks", "unseen", "before"]
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #fe552496
@@ -377,13 +360,11 @@ def ranged(x) -> str:
 # %% ../../nbs/11f_report.cmt.ipynb #d081be8e
 def order_row(family, o) -> dict:
     "The rank correlations of one family, from `orders`, in words."
-    by = o.by.iloc[0]
-    alone = ranged(o[f"{by}_unseen"]) if o.unseen.iloc[0] else "none is unseen"
+    alone = ranged(o.order_unseen) if o.unseen.iloc[0] else "none is unseen"
     return {
         "family": family,
-        "rank correlation of": "distances" if by == "distance" else "first component and goal",
-        "all tasks": ranged(o[f"{by}_all"]),
-        "unseen alone": alone,
+        "all tasks": ranged(o.order_all),
+        "pairs with an unseen one": alone,
         "untrained encoder": ranged(o.before),
         "95 of 100 random orders below": f"{o.chance.max():.2f}",
         "n": len(o),
@@ -830,9 +811,8 @@ def ordered(view):
         if o.tasks.iloc[0] < LEAST_TASKS:
             continue
         o = o.set_index("seed")
-        by = o.by.iloc[0]
         levels = {"random orders": o.usual, "untrained encoder": o.before.dropna()}
-        yield from (on_common_seeds(q, family, o[f"{by}_all"], levels[q.against]) for q in ORDERED)
+        yield from (on_common_seeds(q, family, o.order_all, levels[q.against]) for q in ORDERED)
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000076
