@@ -330,5 +330,5 @@ def run_job(id, seed=0, scale="laptop", accelerator="auto", threads=1, sets="") 
 # %% ../../nbs/10d_experiments.job.ipynb #77ed7a22
 def stamp(job: rc.Job, seed, scale) -> Path:
     "The file that says that a job is done."
-    part = f".{fingerprint(job.only, 8)}" if job.only else ""
+    part = f".{fingerprint(job.keys, 8)}" if job.keys else ""
     return runs_dir() / "jobs" / f"{run_id(job.whole, scale, seed)}{part}.json"

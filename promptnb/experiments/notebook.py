@@ -34,6 +34,7 @@ from promptnb.core import (
     runs_dir,
     sound_record,
     swept,
+    write_atomic,
     write_json,
 )
 from .cards import cards
@@ -409,10 +410,12 @@ def holding(job: rc.Job, seed, scale, wait=0):
     Where these are some, the file ASKED says which, for who finds the process killed."""
     with run_lock(runs_dir() / "locks" / run_id(job.whole, scale, seed), wait=wait) as folder:
         (folder / ASKED).unlink(missing_ok=True)  # of one that was killed
-        if job.only:
-            (folder / ASKED).write_text(job.id)
-        yield
-        (folder / ASKED).unlink(missing_ok=True)
+        if job.keys:
+            write_atomic(folder / ASKED, job.id.encode())
+        try:
+            yield
+        finally:
+            (folder / ASKED).unlink(missing_ok=True)
 
 
 # %% ../../nbs/10e_experiments.notebook.ipynb #nkhold02

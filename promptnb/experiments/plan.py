@@ -120,7 +120,8 @@ def jobs(self: Request) -> list:
         if job.kind == "pretrain":
             asked = {i for i in job.recipes if (job.paper, rc.RECIPES[i].pretrain) in policies}
         part = rc.narrowed(job, asked, self.scale)
-        out += [part] if asked and job_recipes(part, self.scale) else []
+        if job_recipes(part, self.scale):
+            out.append(part)
     return out
 
 

@@ -174,7 +174,7 @@ class Job:
     kind: str
     recipes: tuple  # ids; of a pre-training job: one recipe for each distinct policy
     part: str = ""  # of online training: the recipe, which has a job to itself
-    only: tuple = ()  # keys of those of its recipes that are asked for (none: all)
+    keys: tuple = ()  # of those of its recipes that are asked for (none: all)
 
     @property
     def whole(self) -> str:
@@ -185,7 +185,7 @@ class Job:
     @property
     def id(self) -> str:
         "The whole's id, with the keys that are asked for where these are not all: 'lamo/arms/hopper/offline:dt,lamo'."
-        return f"{self.whole}:{','.join(self.only)}" if self.only else self.whole
+        return f"{self.whole}:{','.join(self.keys)}" if self.keys else self.whole
 
 
 # %% ../../nbs/09g_recipes.ipynb #35f199ba
@@ -240,4 +240,4 @@ def narrowed(job: Job, ids, scale=None) -> Job:
     kept = [i for i in runnable if i in ids]
     if kept == runnable:
         return job
-    return replace(job, recipes=tuple(kept), only=tuple(RECIPES[i].key for i in kept))
+    return replace(job, recipes=tuple(kept), keys=tuple(RECIPES[i].key for i in kept))

@@ -242,11 +242,11 @@ def adaptation(view):
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #7a9da0bf
-def correlation(a, b, least=3) -> float:
-    "Spearman's rank correlation; NaN where either has fewer than `least` different values."
+def correlation(a, b) -> float:
+    "Spearman's rank correlation; NaN where either has fewer than two different values."
     from scipy.stats import rankdata
 
-    if min(len(np.unique(a)), len(np.unique(b))) < least:
+    if min(len(np.unique(a)), len(np.unique(b))) < 2:
         return np.nan
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
@@ -271,7 +271,7 @@ def by_distance(points, goals, on_circle, tasks=slice(None)) -> float:
     asked[tasks] = True
     i, j = np.triu_indices(len(points), 1)
     i, j = i[asked[i] | asked[j]], j[asked[i] | asked[j]]
-    return correlation(np.linalg.norm(points[i] - points[j], axis=-1), apart(goals, on_circle)[i, j], 2)
+    return correlation(np.linalg.norm(points[i] - points[j], axis=-1), apart(goals, on_circle)[i, j])
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000014
@@ -281,7 +281,6 @@ class Contexts:
 
     points: np.ndarray  # (tasks, 3), principal components
     goals: np.ndarray  # (tasks,)
-    train: slice  # of the tasks
     unseen: slice  # of the tasks; empty where the test tasks are the train tasks
     on_circle: bool  # goals are angles
 
@@ -297,7 +296,7 @@ def contexts_of(look, family) -> Contexts:
     n, first = len(points), len(points) - int(look["unseen"])  # of the test tasks
     same = set(ids[first:]) & set(ids[:first])
     unseen = slice(0, 0) if same else slice(first, n)
-    return Contexts(points, np.array(look["goals"], float), slice(0, first), unseen, circular(family))
+    return Contexts(points, np.array(look["goals"], float), unseen, circular(family))
 
 
 # %% ../../nbs/11f_report.cmt.ipynb #cm000018
@@ -309,7 +308,7 @@ def by_chance(c, draws=200) -> np.ndarray:
 
 # %% ../../nbs/11f_report.cmt.ipynb #b5743299
 def order(look, family) -> dict:
-    """Rank correlations of embedded contexts with their goals, over all tasks and over the unseen alone.
+    """Rank correlations of embedded contexts with their goals, over all pairs of tasks and over those with an unseen.
 
     `usual` is the mean of random orders, `chance` what 95 of 100 stay below."""
     c = contexts_of(look, family)

@@ -190,7 +190,8 @@ def is_todays(record, today) -> bool:
 
     if record["recipe_digest"] not in today:
         return False
-    facts = tasks.facts(record["recipe"]["family"]) if record.get("facts") else ""
+    recipe = record["recipe"]
+    facts = "" if recipe.get("online") else tasks.facts(recipe["family"])
     return is_current(record, record["recipe_digest"], facts)
 
 

@@ -155,8 +155,8 @@ def other_data(exhibits, scale) -> str:
         yours, shipped = (View(e, scale, partial=True, whose=whose).good for whose in ("yours", "shipped"))
         theirs = {(run.recipe.id, run.seed): run.record.get("data") for run in shipped}
         for run in yours:
-            data = theirs.get((run.recipe.id, run.seed), run.record.get("data"))
-            if data != run.record.get("data"):
+            which = run.recipe.id, run.seed
+            if which in theirs and theirs[which] != run.record.get("data"):
                 families.setdefault(run.recipe.family)
     if not families:
         return ""
