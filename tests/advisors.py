@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 
-from promptnb.llm import GOAL_OF, Backend, Reply, scene
+from promptnb.llm import Backend, Reply
+from promptnb.llm.text import GOAL_OF, scene
 
 GOOD = ("drink water, sleep, chop tree", "mine coal, survival, place furnace")
 

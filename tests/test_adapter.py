@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("trl")
 from promptnb.core import append_jsonl, read_json, sha256_file
-from promptnb.llm import PARENTS, Request, exchanges, parse
+from promptnb.llm import Request, exchanges
 from promptnb.llm import adapter as A
 from promptnb.llm.adapter import (
     SFT,
@@ -33,6 +33,7 @@ from promptnb.llm.adapter import (
     tune,
 )
 from promptnb.llm.backends import Local, as_text
+from promptnb.llm.text import PARENTS, parse
 
 SMALL = dict(rows=300, steps=40, warm=10, held=8)
 TOY = SFT(r=8, alpha=16, lr=5e-3, whole_text=False)

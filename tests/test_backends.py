@@ -12,9 +12,10 @@ import time
 import pytest
 from advisors import FAULTS, GOOD, Far, Scripted, chat, echo, send, situations
 
-from promptnb import llm
 from promptnb.core import PromptnbError
-from promptnb.llm import GOALS, Guidance, Request, decision_prompt, exchanges, scene
+from promptnb.llm import Guidance, Request, exchanges
+from promptnb.llm.encoders import encoder
+from promptnb.llm.text import GOALS, decision_prompt, scene
 
 pytest.importorskip("openai")
 from promptnb.llm.backends import Budget, Budgeted, Cassette, Constant, Local, Server, Unreachable, as_text
@@ -586,7 +587,7 @@ def play(g):
 
 
 def guided_by(cassette, seed=3):
-    return Guidance(Constant("Sleep soon."), cassette, llm.encoder("hash"), seed=seed)
+    return Guidance(Constant("Sleep soon."), cassette, encoder("hash"), seed=seed)
 
 
 @pytest.fixture

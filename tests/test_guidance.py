@@ -813,7 +813,7 @@ SCENE = dict(seen=("tree", "cow"), status=dict(wood=3), actions=("move_left", "d
 
 @pytest.mark.parametrize("who", ["adapter", "decision LM"])
 def test_the_table_of_prompts_says_what_ours_hold(tmp_home, who):
-    from promptnb.llm import GOALS, adapter_prompt, decision_prompt
+    from promptnb.llm.text import GOALS, adapter_prompt, decision_prompt
 
     table, _ = rladapter.prompts(View(exhibit("prompts"), "laptop"))
     if who == "adapter":
@@ -968,8 +968,9 @@ def test_what_no_field_holds_stands_in_the_differences(what):
 
 
 def test_standing_differences_are_true_of_the_code():
-    from promptnb.llm import Guidance, encoder
+    from promptnb.llm import Guidance
     from promptnb.llm.backends import Rules
+    from promptnb.llm.encoders import encoder
 
     guidance = Guidance(decision=Rules())
     assert (guidance.adapter_temperature, guidance.max_tokens) == (0.6, 100)

@@ -16,26 +16,22 @@ import pytest
 from advisors import GOOD, Scripted, situations
 from bombs import Bomb
 
-from promptnb import llm
-from promptnb.llm import (
-    COUNTS,
+from promptnb.llm import COUNTS, Guidance, comprehension, cosine, exchanges, failure, score
+from promptnb.llm.backends import ORDER, Budget, RandomGoals, Rules, next_step, plan
+from promptnb.llm.encoders import Cached, encoder
+from promptnb.llm.text import (
     GOAL_OF,
     GOALS,
     NEEDS,
     PARENTS,
-    Guidance,
+    ROLES,
     adapter_prompt,
     clean,
-    comprehension,
     decision_prompt,
-    exchanges,
-    failure,
     parse,
     scene,
-    score,
     sentence,
 )
-from promptnb.llm.backends import ORDER, Budget, RandomGoals, Rules, next_step, plan
 
 # ---- vocabulary and tech tree
 
@@ -92,7 +88,7 @@ def test_the_score_has_the_values_of_the_formula(cos, l_of_it):
 
 
 def test_the_score_of_texts():
-    e = llm.encoder("hash")
+    e = encoder("hash")
     assert score(e, "", "chop tree") == score(e, "do", "") == comprehension(0)
     assert score(e, "chop tree", "chop tree") > 0.999
 
@@ -174,7 +170,7 @@ def test_text_of_the_world_stays_quoted_data(attack):
             assert line.count('"') == 2 and line.endswith('"'), line
             assert len(line) < 220 and line.isprintable(), line
             assert not any(c in line for c in "<>[]{}|`#\\"), line
-            assert not llm.ROLES.search(line.split(":", 1)[1]), line
+            assert not ROLES.search(line.split(":", 1)[1]), line
         user.encode()  # no lone surrogates
 
 
@@ -182,7 +178,7 @@ def test_text_of_the_world_stays_quoted_data(attack):
 def test_an_attack_in_a_reply_gives_goals_of_the_list_or_none(attack, tmp_path):
     s = hostile_scene(attack)
     log = tmp_path / "log.jsonl"
-    g = Guidance(Scripted(attack), Scripted(attack), llm.encoder("hash"), history="events", log=log)
+    g = Guidance(Scripted(attack), Scripted(attack), encoder("hash"), history="events", log=log)
     out = g([s, dict(s, env=1)])
     assert all(x == "" or {*x.split(", ")} <= {*GOALS} for x in out)
     assert len(exchanges(log)) == 2
@@ -301,7 +297,7 @@ def stumbling(tmp_path):
     boom = RuntimeError("boom " + "x" * 999)
     decision = Scripted(GOOD[0], "gibberish", failure("refused"), boom, "", "mine coal, fly", GOOD[1])
     adapter = Scripted("Drink.", failure("no"), ValueError("?"), "Sleep.")
-    g = Guidance(adapter, decision, llm.encoder("hash"), log=tmp_path / "log.jsonl")
+    g = Guidance(adapter, decision, encoder("hash"), log=tmp_path / "log.jsonl")
     return g, [g([scene(("tree",), step=100 * k, actions=["do"] * k)])[0] for k in range(7)]
 
 
@@ -345,13 +341,13 @@ BUSY = scene(("tree",), actions=["move_left"] * 150 + ["do"], events=["collect_w
 @pytest.mark.parametrize("use_score", [True, False])
 def test_the_adapter_sees_the_score_or_not(use_score):
     adapter = Scripted("x")
-    Guidance(adapter, Scripted("sleep"), llm.encoder("hash"), use_score=use_score)([BUSY])
+    Guidance(adapter, Scripted("sleep"), encoder("hash"), use_score=use_score)([BUSY])
     assert ("score" in adapter.asked[0].messages[1]["content"]) == use_score
 
 
 def test_the_score_is_about_the_last_actions_or_about_events():
     def assess(**kw):
-        return Guidance(None, Rules(), llm.encoder("hash"), **kw).assess(BUSY, "chop tree")
+        return Guidance(None, Rules(), encoder("hash"), **kw).assess(BUSY, "chop tree")
 
     (actions, l_actions), (events, l_events) = assess(), assess(history="events")
     assert actions.count("move_left") == 99
@@ -371,7 +367,7 @@ def test_guidance_refuses_what_it_cannot_do(refused):
 
 def test_what_came_after_an_exchange(tmp_path):
     log = tmp_path / "x" / "log.jsonl"
-    g = Guidance(None, Rules(), llm.encoder("hash"), log=log)
+    g = Guidance(None, Rules(), encoder("hash"), log=log)
     acts = dict(actions=["do"])
     end = dict(episode=1, step=20)
     g([scene(env=0), scene(env=1, unlocked=["eat_cow"])])
@@ -402,8 +398,8 @@ def lines(path):
 
 
 def guidance(path):
-    encoder, budget = llm.encoder("hash"), Budget(calls=10)
-    return Guidance(Scripted("Sleep."), RandomGoals(), encoder, log=path, seed=5, budget=budget)
+    encode, budget = encoder("hash"), Budget(calls=10)
+    return Guidance(Scripted("Sleep."), RandomGoals(), encode, log=path, seed=5, budget=budget)
 
 
 @pytest.fixture
@@ -485,19 +481,19 @@ def test_embeddings_have_the_same_bits_whatever_they_come_with(name):
     "Order, company and the number of threads change nothing."
     import torch
 
-    together, alone = llm.encoder(name), llm.encoder(name)
+    together, alone = encoder(name), encoder(name)
     a = together(TEXTS)
     torch.set_num_threads(2)
     b = np.stack([alone([t])[0] for t in reversed(TEXTS)])[::-1]
     torch.set_num_threads(1)
     assert a.dtype == np.float32 and a.shape == (len(TEXTS), 384)
     assert (a == b).all() and (together.encode(TEXTS[::-1])[::-1] == a).all()
-    few = llm.Cached(together.encoder, keep=2)
+    few = Cached(together.encoder, keep=2)
     assert (few(TEXTS[:6]) == b[:6]).all() and len(few.known) == 2
 
 
 def test_embeddings_have_unit_length_and_the_empty_sentence_is_zero(name):
-    e = llm.encoder(name)
+    e = encoder(name)
     a = e(TEXTS)
     assert not a[TEXTS.index("")].any()
     np.testing.assert_allclose(np.linalg.norm(a[:5], axis=1), 1, atol=1e-5)
@@ -511,7 +507,7 @@ def test_encoding_leaves_no_trace(name):
 
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    e, other = llm.encoder(name), llm.encoder(name)
+    e, other = encoder(name), encoder(name)
     weights = e.weights_hash()
     e(TEXTS)
     assert e.weights_hash() == weights == other.weights_hash() and e.name == other.name
@@ -519,27 +515,27 @@ def test_encoding_leaves_no_trace(name):
 
 
 def test_the_overwritten_encoder(name):
-    own, other, again = llm.encoder(name), llm.encoder(name, reinit=5), llm.encoder(name, reinit=5)
+    own, other, again = encoder(name), encoder(name, reinit=5), encoder(name, reinit=5)
     x = ["chop tree, sleep"]
     assert (other(x) == again(x)).all() and other.name != own.name
-    assert abs(llm.cosine(own(x)[0], other(x)[0])) < 0.5
+    assert abs(cosine(own(x)[0], other(x)[0])) < 0.5
 
 
 def test_encoders_that_are_not_there(tmp_path, refused):
-    refused(llm.encoder, "minilmm", says=("minilm",))
-    refused(llm.encoder, str(tmp_path / "no"), says=("no folder",))
-    refused(llm.encoder, "nobody/nothing", says=("cannot be downloaded",))
+    refused(encoder, "minilmm", says=("minilm",))
+    refused(encoder, str(tmp_path / "no"), says=("no folder",))
+    refused(encoder, "nobody/nothing", says=("cannot be downloaded",))
 
 
 def test_weights_that_could_run_code_are_refused(tmp_path, refused):
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    refused(llm.encoder, str(folder), says=("no .safetensors",))
+    refused(encoder, str(folder), says=("no .safetensors",))
     (folder / "model.safetensors").write_bytes(b"x")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"x")
-    refused(llm.encoder, str(folder), says=("2_Dense",))
+    refused(encoder, str(folder), says=("2_Dense",))
 
 
 @pytest.mark.fault(7)
@@ -562,5 +558,5 @@ def test_a_pickle_beside_a_stray_safetensors_is_not_opened(tmp_path, monkeypatch
     torch.save(Bomb(canary), dense / "pytorch_model.bin")
     unsafe = functools.partial(torch.load, weights_only=False)
     monkeypatch.setattr(torch, "load", lambda f, weights_only=True, **kw: unsafe(f, **kw))
-    refused(llm.encoder, str(folder), says=("not safetensors",))
+    refused(encoder, str(folder), says=("not safetensors",))
     assert not canary.exists()

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptnb.llm import GOALS, Guidance, Reply, decision_prompt, parse, scene, sentence, without_thinking
+from promptnb.llm import Guidance, Reply
+from promptnb.llm.text import GOALS, decision_prompt, parse, scene, sentence, without_thinking
 
 pytest.importorskip("openai")
 from advisors import Scripted

@@ -18,7 +18,8 @@ from test_llm import ATTACKS
 from test_stages import VARY, holding
 
 from promptnb.core import Row, read_json
-from promptnb.llm import GOALS, exchanges
+from promptnb.llm import exchanges
+from promptnb.llm.text import GOALS
 
 JOB, SECRET = "rladapter/main/crafter/online/decision", "sk-no-file-may-hold-9876543210"
 # smoke recipes that ask a server, impatiently: a query every five steps

@@ -29,13 +29,14 @@ pytest.importorskip("openai")
 from homes import SMOKE, cli, new_home, went
 from test_online import die, encode, forked
 
-from promptnb import llm, online
+from promptnb import online
 from promptnb import recipes as rc
 from promptnb.core import PromptnbError, Row, read_json, read_jsonl, sha256_file
 from promptnb.experiments import guided, job
 from promptnb.experiments.run import Run
-from promptnb.llm import Guidance, adapter, exchanges
+from promptnb.llm import Guidance, Request, adapter, encoders, exchanges
 from promptnb.llm.backends import Cassette, Local, Server
+from promptnb.llm.text import decision_prompt, scene
 from promptnb.online import PPOConfig, Trainer
 from promptnb.recipes import rladapter as R
 from promptnb.tasks.crafter import ACHIEVEMENTS, BEHAVIOURS, DEPTH
@@ -940,17 +941,17 @@ class Encoded:
 @pytest.fixture(scope="module", params=[False, True], ids=["shared", "reinit"])
 def encoded(request, tmp_path_factory):
     "A training with a real encoder; with `reinit_encoder` the policy has another one."
-    encoders, real = [], llm.encoder
+    made, real = [], encoders.encoder
 
     def encoder(*a, **k):
         e = real(*a, **k)
-        encoders.append((e, e.weights_hash(), k))
+        made.append((e, e.weights_hash(), k))
         return e
 
     r = at("constant", encoder="minilm", steps=256, rollout=128, stages=1, reinit_encoder=request.param)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(llm, "encoder", encoder)
-        return Encoded(finished(tmp_path_factory.mktemp("encoded"), r), encoders, request.param)
+        m.setattr(encoders, "encoder", encoder)
+        return Encoded(finished(tmp_path_factory.mktemp("encoded"), r), made, request.param)
 
 
 def test_the_encoder_is_not_trained(encoded):
@@ -1325,8 +1326,8 @@ def test_the_server_answers_as_the_model_does(served):
     "The same weights behind the URL and in this process: greedy answers are the same."
     if not served.alive:
         served.start()
-    scenes = [llm.scene(("tree", "water"), dict(health=9, food=k)) for k in (2, 7)]
-    requests = [llm.Request(llm.decision_prompt(s, ("sleep",)), 12, 0.0) for s in scenes]
+    scenes = [scene(("tree", "water"), dict(health=9, food=k)) for k in (2, 7)]
+    requests = [Request(decision_prompt(s, ("sleep",)), 12, 0.0) for s in scenes]
     far = Server(served.url, str(served.model), timeout=20.0).complete(requests)
     near = Local(served.model).complete(requests)
     assert all(r.ok for r in far)

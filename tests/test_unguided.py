@@ -22,7 +22,8 @@ from promptnb import recipes as rc
 from promptnb.core import PromptnbError, read_jsonl, read_record
 from promptnb.experiments import guided, job
 from promptnb.experiments.run import Run
-from promptnb.llm import Guidance, failure, scene
+from promptnb.llm import Guidance, failure
+from promptnb.llm.text import scene
 from promptnb.recipes import rladapter as R
 from promptnb.report import rladapter
 from promptnb.report.view import View
@@ -263,8 +264,9 @@ def test_a_line_says_what_was_asked_and_answered(heard):
 
 
 def test_lines_come_once_a_minute(far):
-    from promptnb.llm import Guidance, scene
+    from promptnb.llm import Guidance
     from promptnb.llm.backends import Server
+    from promptnb.llm.text import scene
 
     assert guided.EVERY == 60
     told = []

@@ -180,10 +180,10 @@ def note_tapes(advise, folder):
 # %% ../../nbs/10c_experiments.guided.ipynb #4205bb5c
 def encoder_of(x: rc.Online, seed):
     "(encoder of the policy's sentences, encoder of the comprehension score)."
-    from promptnb import llm
+    from promptnb.llm.encoders import encoder
 
-    own = llm.encoder(x.encoder)
-    return llm.encoder(x.encoder, reinit=seed_for(seed, "encoder")) if x.reinit_encoder else own, own
+    own = encoder(x.encoder)
+    return encoder(x.encoder, reinit=seed_for(seed, "encoder")) if x.reinit_encoder else own, own
 
 
 # %% ../../nbs/10c_experiments.guided.ipynb #d1e63f8b

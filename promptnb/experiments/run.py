@@ -175,7 +175,7 @@ def guide_modules(r: rc.Recipe) -> list:
     "The modules of an online recipe: those of language models only where one is asked."
     modules = ["core", f"tasks/{r.family}", "online", "experiments/guided"]
     if r.online.guide != "off":
-        modules += ["llm/__init__", "llm/backends"]
+        modules += ["llm/__init__", "llm/backends", "llm/encoders", "llm/text"]
     if r.online.guide in ("decision", "adapter"):
         modules += ["llm/adapter"]
     return modules

@@ -32,20 +32,10 @@ from promptnb.core import (
     seed_for,
     write_json,
 )
-from promptnb.llm import (
-    GOALS,
-    PARENTS,
-    SOURCE,
-    Request,
-    adapter_prompt,
-    decision_prompt,
-    import_optional,
-    level,
-    model_folder,
-    parse,
-    sentence,
-)
+from . import Request, level
 from .backends import LOW, Local, Rules, weights_version
+from .encoders import import_optional, model_folder
+from .text import GOALS, PARENTS, SOURCE, adapter_prompt, decision_prompt, parse, sentence
 
 # %% auto #0
 __all__ = [

@@ -33,23 +33,9 @@ from promptnb.core import (
     rng_for,
     sha256_file,
 )
-from promptnb.llm import (
-    GOAL_OF,
-    GOALS,
-    NEEDS,
-    SOURCE,
-    Backend,
-    Reply,
-    Request,
-    clean,
-    decision_prompt,
-    failure,
-    import_optional,
-    model_folder,
-    scene,
-    sentence,
-    without_thinking,
-)
+from . import Backend, Reply, Request, failure
+from .encoders import import_optional, model_folder
+from .text import GOAL_OF, GOALS, NEEDS, SOURCE, clean, decision_prompt, scene, sentence, without_thinking
 
 # %% auto #0
 __all__ = [

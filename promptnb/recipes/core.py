@@ -244,7 +244,7 @@ class Online:
     ask_on_reset: bool = True  # ours: a new life gets new advice
     history: str = "actions"  # what is compared with the sub-goals; 'events': achievements instead of names of actions
     use_score: bool = True  # the adapter is told the score
-    encoder: str = "minilm"  # llm.encoder
+    encoder: str = "minilm"  # llm.encoders.encoder
     adapter: str = "meta-llama/Llama-2-7b-chat-hf"  # a folder, a name on the hub, or 'tiny': one that is trained here
     decision: str = "gpt-4"  # a model of `url`; or as `adapter`
     url: str = "https://api.openai.com/v1"  # of the decision LM; '': in this process
