@@ -810,11 +810,15 @@ def cmd_policies(a):
     check_choice(a.scale, rc.SCALES, "scale")
     runs = [run for task in tasks_of(Request(a.paper, scale=a.scale)) for run in task.runs]
     done = [run for run in runs if run.policy and run.finished]
-    if not done:
-        raise PromptnbError(f"no policy of {a.paper} is finished at {a.scale} scale: promptnb run {a.paper}")
-    for run in done:
+    here = [run for run in done if policies.weights_of(run).exists()]
+    for run in here:
         path = policies.pack(run)
         print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
+    if away := len(done) - len(here):
+        print(f"not packed: {many(away, 'run')} whose weights are not here, only a record")
+    if not here:
+        said = f"no policy of {a.paper} at {a.scale} scale was trained here"
+        raise PromptnbError(f"{said}: promptnb run {a.paper} --scale {a.scale} --retrain")
 
 
 # %% ../nbs/12_cli.ipynb #clista01

@@ -141,6 +141,20 @@ def test_pack_says_what_is_missing(tmp_path):
     one_line(cli(home, "policies", "pack", "promt_tuning_dt"), "did you mean", PAPER)
 
 
+def test_a_record_without_weights_does_not_stop_the_others(packed, tmp_path):
+    "Records may come without the policies, as those do that `records unpack` lays down."
+    home = new_home(tmp_path / "home", "data/results", "data/runs", "data/minari")
+    trained, _ = records(home)
+    first, *others = trained.values()
+    shutil.rmtree(home / first["folder"])
+    said = went(cli(home, *PACK))
+    assert "not packed: 1 run whose weights are not here" in said.stdout
+    assert len([*(home / KEPT).glob("*.safetensors")]) == len(others) > 0
+    for record in others:
+        shutil.rmtree(home / record["folder"])
+    one_line(cli(home, *PACK), "no policy of", "was trained here", "--retrain")
+
+
 def test_a_file_that_is_too_large_does_not_ship(packed, monkeypatch, refused):
     monkeypatch.setenv("PROMPTNB_HOME", str(packed))
     monkeypatch.setattr(policies, "LIMIT", 1000)

@@ -24,7 +24,7 @@ from promptnb.core import (
 from .run import RETRAIN, Run
 
 # %% auto #0
-__all__ = ["LIMIT", "NEEDS", "packed_path", "shipped_card", "halved", "pack", "unpack"]
+__all__ = ["LIMIT", "NEEDS", "packed_path", "shipped_card", "halved", "weights_of", "pack", "unpack"]
 
 # %% ../../nbs/10l_experiments.policies.ipynb #pol00005
 LIMIT = 2_000_000  # bytes of a file that ships
@@ -56,6 +56,12 @@ def halved(tensors) -> dict:
     return {k: v.half().contiguous() if k in wide else v.contiguous() for k, v in tensors.items()}
 
 
+# %% ../../nbs/10l_experiments.policies.ipynb #pol00014
+def weights_of(run: Run) -> Path:
+    "Where the weights of a finished pre-training lie; not there where the record came without them."
+    return root() / sound_record(run.path)["folder"] / "policy" / "model.safetensors"
+
+
 # %% ../../nbs/10l_experiments.policies.ipynb #pol00008
 def pack(run: Run) -> Path:
     "Pack the finished policy of a pre-training; returns the path of its weights. Over 2 MB is a PromptnbError."
@@ -64,9 +70,9 @@ def pack(run: Run) -> Path:
     record = sound_record(run.path)
     if not run.finished or record["status"] != "ok":
         raise PromptnbError(f"{run.id} is not finished, so there is no policy to pack")
-    folder, path = root() / record["folder"] / "policy", packed_path(run)
-    check_file(folder / "model.safetensors", record["weights"])
-    weights = save(halved(load_file(folder / "model.safetensors")))
+    own, path = weights_of(run), packed_path(run)
+    check_file(own, record["weights"])
+    weights = save(halved(load_file(own)))
     if len(weights) > LIMIT:
         raise PromptnbError(f"{run.id}: {len(weights) / 1e6:.1f} MB are too many to ship ({LIMIT / 1e6:.0f})")
     if shipped_card(run) and path.read_bytes() == weights:
@@ -75,7 +81,7 @@ def pack(run: Run) -> Path:
     write_atomic(path, weights)
     card = {k: record[k] for k in ("run_id", "recipe_digest", "facts", "code", "rows", "seconds", "where", "data")}
     pretrain = record["recipe"]["pretrain"]
-    config = read_json(folder / "config.json")
+    config = read_json(own.with_name("config.json"))
     write_sealed(path.with_suffix(".json"), dict(card, pretrain=pretrain, config=config, weights=sha256_file(path)))
     return path
 
