@@ -1072,6 +1072,7 @@ def settle_environment():
     os.environ.pop("SNAKEMAKE_PROFILE", None)  # jobs run where --profile says
 
 
+# %% ../nbs/12_cli.ipynb #split020
 def check_workbook(command):
     "Refuse a folder without notebooks where PROMPTNB_HOME names it, or where a command runs them."
     needed = command in ("run", "job", "render", "gpu") or os.environ.get("PROMPTNB_HOME")

@@ -506,6 +506,7 @@ def say_unrecorded(why):
     print(f"steps of episodes are launched one by one, which is slower: {why}", flush=True)
 
 
+# %% ../nbs/05_evaluate.ipynb #split003
 def worth_recording(share, device) -> bool:
     "Are steps recorded as a graph: is there a GPU, are there enough of them, can they be? If not, it says why."
     if device.type not in GRAPHS or share.T < LEAST_STEPS:

@@ -77,6 +77,7 @@ def settings_of(name) -> dict:
     return settings
 
 
+# %% ../../nbs/10i_experiments.cluster.ipynb #split009
 def longest_job(name) -> float:
     "Minutes that no job of a profile asks for more than: its `default-resources: runtime`; inf where it names none."
     defaults = settings_of(name).get("default-resources")
@@ -170,6 +171,7 @@ def billions(name) -> float:
     return float(found[1]) if found else 0.0
 
 
+# %% ../../nbs/10i_experiments.cluster.ipynb #split010
 def memory_mb(runs) -> int:
     "MB that a job with these runs asks for, one run at a time, in steps of 500."
     most = max((HEADROOM * (3 * data_mb(run) + model_mb(run)) for run in runs), default=0)

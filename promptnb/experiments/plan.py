@@ -211,6 +211,7 @@ def is_finished(run: Run) -> bool:
     return run.finished
 
 
+# %% ../../nbs/10f_experiments.plan.ipynb #split008
 def tasks_of(request: Request, done=is_finished) -> list:
     "The tasks of a request, finished ones too. done: is a run finished?"
     out = []

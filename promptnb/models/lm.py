@@ -293,6 +293,7 @@ def on_gpu(x) -> bool:
     return x.device.type == "cuda"
 
 
+# %% ../../nbs/03a_models.lm.ipynb #split001
 def product_type(x) -> torch.dtype:
     "The type in which products with a tensor are computed: autocast's where that is on."
     kind = x.device.type
@@ -343,6 +344,7 @@ def held_class(kind):
     return type(f"Held{kind.__name__}", (Held if issubclass(kind, nn.Embedding) else HeldLayer, kind), {})
 
 
+# %% ../../nbs/03a_models.lm.ipynb #split002
 def hold(trunk):
     "Let the layers and the table of words of a trunk hold those of their weights that are frozen; in place."
     for m in trunk.modules():

@@ -196,6 +196,7 @@ def owning(paper, scale=None) -> list:
     )
 
 
+# %% ../../nbs/09g_recipes.ipynb #split005
 def owners(paper, scale=None):
     "(recipe id -> its first exhibit, pre-training -> its first exhibit and recipe)."
     of, policy = {}, {}

@@ -250,6 +250,7 @@ def shared(recipes):
     return [replace(r, method=_main_labels.get(r.id, r.method)) for r in recipes]
 
 
+# %% ../../nbs/09c_recipes.prompt_diffuser.ipynb #split004
 def named(recipes):
     "{recipe id: its own label}."
     return {r.id: r.method for r in recipes}

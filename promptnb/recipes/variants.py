@@ -322,11 +322,13 @@ def in_text(given) -> str:
     return shlex.join(given)
 
 
+# %% ../../nbs/09h_recipes.variants.ipynb #split006
 def in_words(e: Exhibit) -> str:
     "'--exhibit table1 --set tune.lr=1e-3': what a command is told of an exhibit."
     return f"--exhibit {e.id.partition('+')[0]}" + "".join(f" --set {shlex.quote(text)}" for text in e.sets)
 
 
+# %% ../../nbs/09h_recipes.variants.ipynb #split007
 def from_text(text) -> list:
     "The settings in such a text."
     try:

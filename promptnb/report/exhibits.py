@@ -315,6 +315,7 @@ def _values(found) -> str:
     return ", ".join(texts)
 
 
+# %% ../../nbs/11h_report.exhibits.ipynb #split015
 def deviations(paper, scale) -> pd.DataFrame:
     "Fields whose value at this scale is not the paper scale's, with the source of the latter."
     found = {}
@@ -369,6 +370,7 @@ def differences(paper) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).fillna("")
 
 
+# %% ../../nbs/11h_report.exhibits.ipynb #split016
 def _said(value) -> str:
     return "not said" if value is None else _values([value])
 

@@ -108,6 +108,7 @@ def kinds_of(view) -> list:
     return [kind for kind, (policy, _, _) in grid.KINDS.items() if policy in policies]
 
 
+# %% ../../nbs/11k_report.grid.ipynb #split019
 def lines_of(view) -> list:
     "(kind, tuner, its label in the table) of the rows, in order: each kind of policy with all tuners."
     rows = []

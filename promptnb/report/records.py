@@ -51,6 +51,7 @@ def folder() -> Path:
     return data_dir() / "records"
 
 
+# %% ../../nbs/11_report.records.ipynb #split011
 def shipped_file(paper, scale) -> Path:
     "The file of a paper's shipped records at a scale."
     return folder() / f"{paper}.{scale}.parquet"
@@ -105,6 +106,7 @@ def shipped(paper, scale) -> dict:
     return _read(path, path.stat().st_mtime_ns)
 
 
+# %% ../../nbs/11_report.records.ipynb #split012
 @functools.lru_cache(maxsize=8)
 def _read(path, changed):
     # `changed`: when the file was written; it is read again after

@@ -612,6 +612,7 @@ def _plain_character(c):
     return " " if c.isspace() or c == "_" else "·"
 
 
+# %% ../../nbs/11g_report.rladapter.ipynb #split014
 def plain(text, most=120) -> str:
     "Text of a language model or the world, made safe for a table: one line of plain characters, cut."
     safe = "".join(_plain_character(c) for c in str(text)[: 4 * most])

@@ -109,6 +109,7 @@ def verified(exhibits, scale) -> pd.DataFrame:
     return with_words(judged(unrepeated(rows), SIDES))
 
 
+# %% ../../nbs/11i_report.verify.ipynb #split017
 def with_words(t) -> pd.DataFrame:
     "Judged comparisons with the column `agrees`."
     return t.assign(agrees=[word(v) for v in t.to_dict("records")])
@@ -139,6 +140,7 @@ def all_agree(t) -> bool:
     return bool(t.agrees.isin([EQUAL, AGREES]).all())
 
 
+# %% ../../nbs/11i_report.verify.ipynb #split018
 def conclusion(t) -> str:
     "The words of all rows, counted."
     found = {word: (t.agrees == word).sum() for word in (EQUAL, AGREES, DIFFERS, FEW, NO_NUMBER)}

@@ -100,6 +100,7 @@ def state_of(record, recipe, shared=False) -> str:
     return record["status"] if _current(record, recipe, shared) else "stale"
 
 
+# %% ../../nbs/11a_report.view.ipynb #split013
 def _current(record, recipe, shared=False) -> bool:
     # made by today's recipe, facts and code?
     digest = rc.digest(recipe.pretrain if shared else recipe)
