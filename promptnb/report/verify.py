@@ -10,7 +10,7 @@ import pandas as pd
 from ..core import PromptnbError
 from .stats import LEAST, UNRESOLVED, compare, judged, summary
 from .tables import between, counted, plus_minus
-from .view import View, headlines, place, tally
+from .view import View, enumerated, headlines, place, tally
 
 # %% auto #0
 __all__ = [
@@ -162,5 +162,5 @@ def other_data(exhibits, scale) -> str:
                 families.setdefault(run.recipe.family)
     if not families:
         return ""
-    where = " and ".join(families)
+    where = enumerated(families)
     return f"On {where}, your runs read other data than the shipped ones: prompts and demonstrations differ."

@@ -34,6 +34,7 @@ __all__ = [
     "seeds_shown",
     "lacks",
     "reads",
+    "enumerated",
     "other_data",
     "makers",
     "remarks",
@@ -282,6 +283,13 @@ def reads(r) -> tuple:
     return r.family, r.pretrain.episodes, t.demo_quality, t.prompt_quality, t.prompt_from, t.play
 
 
+# %% ../../nbs/11a_report.view.ipynb #vw000061
+def enumerated(names) -> str:
+    "Names as a sentence lists them: 'a', 'a and b', 'a, b and c'."
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 # %% ../../nbs/11a_report.view.ipynb #vwdata03
 def other_data(view) -> str:
     "In which families runs that should read the same data did not, as a caption says it; '' if in none."
@@ -292,7 +300,7 @@ def other_data(view) -> str:
     families = dict.fromkeys(what[0] for what, contents in found.items() if len(contents) > 1)
     if not families:
         return ""
-    return f"On {' and '.join(families)}, rows were made on different collections of the same data."
+    return f"On {enumerated(families)}, rows were made on different collections of the same data."
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000029
