@@ -219,27 +219,22 @@ def facts(scene, goals):
 
 
 # %% ../../nbs/07_llm.text.ipynb #1fb046b1
-def messages(system, lines):
-    "A system message and one user message of these lines."
+def messages(system, scene, goals, more=None):
+    "A system message, and one user message of the facts; `more` is a line below them, where there is one."
+    lines = facts(scene, goals) + [more] * (more is not None)
     return [dict(role="system", content=system), dict(role="user", content="\n".join(lines))]
 
 
 # %% ../../nbs/07_llm.text.ipynb #e4263e4c
 def adapter_prompt(scene, goals, score=None):
     "Messages for the adapter LM; a `score` of None is left out."
-    lines = facts(scene, goals)
-    if score is not None:
-        lines.append(f"score: {score:.3f}")
-    return messages(ADAPTER, lines)
+    return messages(ADAPTER, scene, goals, None if score is None else f"score: {score:.3f}")
 
 
 # %% ../../nbs/07_llm.text.ipynb #1b7c21b2
 def decision_prompt(scene, goals, analysis=None):
     "Messages for the decision LM, with at most 600 characters of the analysis."
-    lines = facts(scene, goals)
-    if analysis is not None:
-        lines.append(f"analysis: {quoted(analysis, 600)}")
-    return messages(DECISION, lines)
+    return messages(DECISION, scene, goals, None if analysis is None else f"analysis: {quoted(analysis, 600)}")
 
 
 # %% ../../nbs/07_llm.text.ipynb #033842f6
