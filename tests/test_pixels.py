@@ -179,39 +179,6 @@ def test_plays_alike_without_memory_and_beside_another():
     assert np.array_equal(alone.returns[0], second.returns[1])
 
 
-def test_plays_breakout():
-    "Two policies, two targets, 30 steps; with and without memory, alone and beside another."
-
-    class Forgets(PixelLamo):
-        def begin(self, rows):
-            self.eval()
-
-    pi = policy()
-    poor = Forgets(asdict(TINY), K=K)
-    poor.load_state_dict(pi.state_dict())
-
-    def play(*ps):
-        return rollout(
-            [s for p in ps for s in eval_tasks(p, [0])],
-            "breakout",
-            episodes=2,
-            target=[90.0, 120.0] * len(ps),
-            limit=30,
-            threads=1,
-            keep=True,
-        )
-
-    a, b, c = play(pi), play(poor), play(policy(embed="linear"), pi)
-    assert a.returns.shape == (1, 2)
-    assert (a.lengths == 30).all()
-    assert not a.failed.any()
-    assert a.trace["a"].shape == (2, 30, A)
-    assert "s" not in a.trace
-    assert np.array_equal(a.trace["a"], b.trace["a"])
-    assert np.array_equal(a.trace["a"], c.trace["a"][2:])
-    assert np.array_equal(a.returns[0], c.returns[1])
-
-
 def test_who_may_play():
     class Flat:
         def begin(self, rows):

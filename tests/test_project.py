@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -269,6 +270,23 @@ def one_definition(root):
     return [f"nbs/{f}: a cell defines {n} things: {first}" for f, first, n in counts if n and n > 1]
 
 
+def what_it_extends(n):
+    "The class that a function is patched into, as its first parameter is annotated; None without @patch."
+    patched = any(ast.unparse(d).partition("(")[0] == "patch" for d in n.decorator_list)
+    return ast.unparse((n.args.posonlyargs + n.args.args)[0].annotation) if patched else None
+
+
+def one_meaning(root):
+    "No function or class of a module is defined twice: the first would be dead, and a first test would never run."
+    wrong, sources = [], dict(modules(root))
+    sources |= {f"tests/{p.name}": p.read_text() for p in sorted((root / "tests").glob("*.py"))}
+    for f, source in sources.items():
+        named = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        counts = Counter((what_it_extends(n), n.name) for n in named)
+        wrong += [f"{f} defines {name} {k} times" for (_, name), k in counts.items() if k > 1]
+    return wrong
+
+
 def public(source):
     "Public classes, functions and methods of a module."
     for n in ast.parse(source).body:
@@ -517,6 +535,8 @@ DAMAGE = [
     (lengths, lambda r: put(r, "promptnb/core.py", LONG), "f has 61 lines"),
     (lengths, only_tiny_functions, "a median of 9 lines"),
     (one_definition, lambda r: put_notebook(r, "98_x", MANY), "nbs/98_x.ipynb: a cell defines"),
+    (one_meaning, lambda r: put(r, "promptnb/core.py", "\ndef f(): 1\n" * 2), "promptnb/core.py defines f 2 times"),
+    (one_meaning, lambda r: put(r, "tests/test_x.py", "\ndef test(): 1\n" * 2), "tests/test_x.py defines test 2 times"),
     (
         docstrings,
         lambda r: put(r, "promptnb/core.py", "".join(f"\ndef f{i}(): 1\n" for i in range(900))),

@@ -306,13 +306,6 @@ def shared(has, datasets):
     return methods, [c for c in datasets if methods and all(c in has[m] for m in methods)]
 
 
-# %% ../../nbs/11e_report.lamo.ipynb #69e8865f
-def shared(has, datasets):
-    "has {method: its data sets} -> (methods with at least half of them, the data sets that all of these have)."
-    methods = [m for m, own in has.items() if own and 2 * len(own) >= len(datasets)]
-    return methods, [c for c in datasets if methods and all(c in has[m] for m in methods)]
-
-
 # %% ../../nbs/11e_report.lamo.ipynb #lm000025
 MEAN = "mean"  # how the name of a row over several data sets begins
 
