@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+import numpy as np
 import pandas as pd
 
 from .. import recipes as rc
 from ..core import DamagedError
 from . import records
+from .lamo import MEAN, groups_of
 from promptnb.report.stats import (
     BETTER,
     LEAST,
@@ -40,6 +42,9 @@ __all__ = [
     "policy_seconds",
     "scale_of",
     "spent",
+    "places",
+    "differences",
+    "compared",
     "comparisons",
     "answered",
     "decided",
@@ -123,25 +128,45 @@ def spent(runs) -> float:
     return sum(core_seconds(run.record) for run in runs) + sum(map(policy_seconds, policies.values()))
 
 
-# %% ../../nbs/11j_report.claims.ipynb #desk1114
-def comparisons(view, claim) -> list:
-    """A dict per family or dataset on which a claim is put to a view's runs: difference, spread, published, seconds.
+# %% ../../nbs/11j_report.claims.ipynb #desk11d1
+def places(view, claim) -> list:
+    "The families or datasets on which a view runs both rows of a claim, of those that it speaks of."
+    labels = {}
+    for run in view.runs:
+        labels.setdefault(run.recipe.dataset, set()).add(run.label)
+    spoken_of = [w for w in labels if any(fnmatchcase(w.split()[0], pattern) for pattern in claim.families or ("*",))]
+    return [where for where in spoken_of if {claim.a, claim.b} <= labels[where]]
+
+
+# %% ../../nbs/11j_report.claims.ipynb #desk11d2
+def differences(view, claim, where) -> pd.Series:
+    "{seed: a minus b} on a family or dataset, of the seeds that both rows have."
+    x, y = (by_seed(runs_of(view, label, where), claim.metric) for label in (claim.a, claim.b))
+    return (x - y).dropna()
+
+
+# %% ../../nbs/11j_report.claims.ipynb #desk11d3
+def compared(view, claim, name, each) -> dict:
+    """A claim's difference, averaged over `each` ({family or dataset: its differences}): spread, published, seconds.
 
     ended: '1 diverged', of the runs of both rows that ended without a number."""
-    rows = []
-    for where in dict.fromkeys(run.recipe.dataset for run in view.runs):
-        if claim.families and not any(fnmatchcase(where.split()[0], pattern) for pattern in claim.families):
-            continue
-        if not {claim.a, claim.b} <= {run.label for run in view.runs if run.recipe.dataset == where}:
-            continue
-        a, b = (runs_of(view, label, where) for label in (claim.a, claim.b))
-        x, y = (by_seed(runs, claim.metric) for runs in (a, b))
-        both = x.index.intersection(y.index)
-        here = [run for run in view.runs if run.recipe.dataset == where and run.label in (claim.a, claim.b)]
-        more = dict(published=published_difference(view, claim, where), seconds=spent(a + b), spread=(x - y).std())
-        more["ended"] = tally(run.state for run in here if run.state in SHOWN)
-        rows.append(dict(claim=claim, where=where, **compare(x[both], y[both]), **more))
-    return rows
+    d = pd.DataFrame(each).dropna()
+    here = [run for run in view.runs if run.recipe.dataset in each and run.label in (claim.a, claim.b)]
+    good = [run for run in view.good if run.recipe.dataset in each and run.label in (claim.a, claim.b)]
+    published = sum(published_difference(view, claim, where) for where in each) / len(each)
+    more = dict(published=published, seconds=spent(good), spread=d.mean(axis=1).std())
+    more["ended"] = tally(run.state for run in here if run.state in SHOWN)
+    return dict(claim=claim, where=name, **compare(d, np.zeros_like(d)), **more)
+
+
+# %% ../../nbs/11j_report.claims.ipynb #desk1114
+def comparisons(view, claim) -> list:
+    "What `compared` says of a claim on each family or dataset that a view shows, and on their means if it is averaged."
+    each = {where: differences(view, claim, where) for where in places(view, claim)}
+    groups = {where: [where] for where in each}
+    if claim.averaged and each:
+        groups |= {f"{MEAN} of {name}": own for name, own in groups_of(pd.DataFrame(each)).items()}
+    return [compared(view, claim, name, {where: each[where] for where in own}) for name, own in groups.items()]
 
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1115
