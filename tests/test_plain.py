@@ -104,6 +104,17 @@ def test_time_that_is_up_outside_of_a_fit_is_no_failure(home, monkeypatch, capsy
     assert "1 of 1 runs" in capsys.readouterr().out and not any(run.failed_path.exists() for run in runs())
 
 
+def test_what_breaks_every_run_of_a_job_is_said_once(tmp_home, capsys):
+    "Of data that were never collected, the remedy."
+    id = f"{PAPER}/table1/{FAMILY}/tune"
+    job.run_job(id, 0, "smoke", "cpu")
+    said = capsys.readouterr().err
+    first, *others = runs(id)
+    assert said.count("is not here: promptnb collect") == 1 and f"{first.id}: failed: dataset" in said
+    assert len(others) > 3 and all(f"{run.id}: failed as {first.id} did\n" in said for run in others)
+    assert all("is not here: promptnb collect" in core.read_json(run.failed_path)["why"] for run in (first, *others))
+
+
 def test_a_job_that_fails_does_not_keep_the_next(home, monkeypatch, refused, capsys):
     seen = []
 

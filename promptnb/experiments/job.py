@@ -215,8 +215,10 @@ def check_variants(recipes):
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbfail01
-def record_failure(run: Run, error: Exception):
-    "A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it."
+def record_failure(run: Run, error: Exception, told=None):
+    """A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it.
+
+    told: {what was said of a failure: the run that it was said of}. It is said once, and then referred to."""
     import torch
 
     from promptnb.train import memory_error
@@ -226,7 +228,9 @@ def record_failure(run: Run, error: Exception):
         error = memory_error(error)
     first = str(error).splitlines()[0] if str(error) else ""
     run.record("failed", why=f"{type(error).__name__}: {first}")
-    print(f"{run.id}: failed: {error}", file=sys.stderr, flush=True)
+    earlier = (told if told is not None else {}).setdefault(str(error), run.id)
+    said = f"failed: {error}" if earlier == run.id else f"failed as {earlier} did"
+    print(f"{run.id}: {said}", file=sys.stderr, flush=True)
     if not isinstance(error, PromptnbError):
         traceback.print_exception(error)
 
@@ -274,8 +278,10 @@ def logged(run: Run):
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbtry001
-def attempting(run: Run):
-    "Work on a run, with a log; what breaks it is its failed record, and no more. A generator that pauses as it does."
+def attempting(run: Run, told=None):
+    """Work on a run, with a log; what breaks it is its failed record, and no more. A generator that pauses as it does.
+
+    told: see `record_failure`."""
     from promptnb.train import Interrupted
 
     with logged(run), followed(run):
@@ -286,15 +292,16 @@ def attempting(run: Run):
         except Interrupted:
             raise
         except Exception as e:
-            record_failure(run, e)
+            record_failure(run, e, told)
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbside01
 def working(runs):
     "Work on the runs that are left, in order: a generator that pauses as they do."
+    told = {}  # what breaks one run of a job, as data that are not here, often breaks all
     for run in runs:
         if not run.finished and not lacks(run.recipe):
-            yield from attempting(run)
+            yield from attempting(run, told)
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbside03
