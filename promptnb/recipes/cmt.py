@@ -553,10 +553,11 @@ for _id, _families in {"single": SINGLE[::2], "skirmish": ("smax-3m", "smax-2s3z
 
 # %% ../../nbs/09e_recipes.cmt.ipynb #desk0e12
 _GIVEN, _NULL, _OURS_TOO = "CMT, context given", "CMT, null prompt", dict(ours=True)
+_WORSE = dict(expect="worse")
 for _text, _a, _b, _more in (
     ("context of a test task helps on it", _GIVEN, _NULL, {}),
-    ("context can be collected by playing", "CMT, context collected", _NULL, _OURS_TOO),
-    ("another task's context misleads", "CMT, context of a wrong task", _GIVEN, dict(_OURS_TOO, expect="worse")),
+    ("context collected by playing helps", "CMT, context collected", _NULL, _OURS_TOO),
+    ("another task's context is worse than the own", "CMT, context of a wrong task", _GIVEN, _OURS_TOO | _WORSE),
     ("context beats a trajectory prompt", _GIVEN, "Prompt-DT", _OURS_TOO),
     ("tuned vectors beat random ones", "CMT, tuned context vectors", "CMT, random frozen prompt", _OURS_TOO),
 ):

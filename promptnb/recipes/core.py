@@ -452,6 +452,7 @@ class Claim:
     expect: str = "better"  # or 'worse': what `a` is said to be
     metric: str = "return"
     families: tuple = ()  # patterns of families on which it is said (none: all that the exhibit shows)
+    tasks: tuple = ()  # test tasks of the family that it is said of (none: the mean over all)
     averaged: bool = False  # it is said of the mean over datasets, too: their scores have one scale
     ours: bool = False  # a control or a question of ours, which no paper answers
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/11j_report.claims.ipynb #desk1103
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -37,6 +38,7 @@ __all__ = [
     "decision",
     "runs_of",
     "by_seed",
+    "printed_in",
     "published_difference",
     "core_seconds",
     "policy_seconds",
@@ -76,11 +78,12 @@ def runs_of(view, label, where) -> list:
 
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1110
-def by_seed(runs, metric) -> pd.Series:
-    "{seed: mean over tasks of a metric at its last step}, of runs that have it."
+def by_seed(runs, metric, tasks=()) -> pd.Series:
+    "{seed: mean over tasks (some, or all) of a metric at its last step}, of runs that have it."
     found = {}
     for run in runs:
         rows = [row for row in run.record["rows"] if row["metric"] == metric]
+        rows = [row for row in rows if not tasks or row["task_id"] in tasks]
         last = max((row["step"] for row in rows), default=0)
         values = [float(row["value"]) for row in rows if row["step"] == last]
         if values:
@@ -88,12 +91,22 @@ def by_seed(runs, metric) -> pd.Series:
     return pd.Series(found, dtype=float)
 
 
+# %% ../../nbs/11j_report.claims.ipynb #desk11e2
+def printed_in(source) -> str:
+    "The paper of a published number: its source up to the table or figure."
+    return re.split(r",? (?:Table|Fig)", source)[0]
+
+
 # %% ../../nbs/11j_report.claims.ipynb #desk1111
 def published_difference(view, claim, where):
-    "The published difference of a claim's rows where both numbers are known and of our protocol; else NaN."
-    pub = view.published[view.published.family == where]
-    known = [beside(pub[pub.method == label]).get("reported") for label in (claim.a, claim.b)]
-    return float("nan") if None in known else known[0] - known[1]
+    """The published difference of a claim's rows; NaN unless both numbers are known, of one paper and of our protocol.
+
+    Of some of a family's tasks none is published."""
+    here = view.published[view.published.family == where]
+    pub = [here[here.method == label] for label in (claim.a, claim.b)]
+    known = [beside(rows).get("reported") for rows in pub]
+    papers = {printed_in(source) for rows in pub for source in rows.source}
+    return float("nan") if None in known or len(papers) > 1 or claim.tasks else known[0] - known[1]
 
 
 # %% ../../nbs/11j_report.claims.ipynb #desk11c1
@@ -141,7 +154,7 @@ def places(view, claim) -> list:
 # %% ../../nbs/11j_report.claims.ipynb #desk11d2
 def differences(view, claim, where) -> pd.Series:
     "{seed: a minus b} on a family or dataset, of the seeds that both rows have."
-    x, y = (by_seed(runs_of(view, label, where), claim.metric) for label in (claim.a, claim.b))
+    x, y = (by_seed(runs_of(view, label, where), claim.metric, claim.tasks) for label in (claim.a, claim.b))
     return (x - y).dropna()
 
 
