@@ -55,7 +55,7 @@ from promptnb.experiments.forecast import (
     spell,
     write_seconds,
 )
-from .experiments.job import check_variants, log_path, vary
+from .experiments.job import check_variants, find_job, log_path
 from promptnb.experiments.notebook import (
     GRACE,
     LIMIT,
@@ -629,8 +629,8 @@ def cmd_job(a):
         raise PromptnbError("--time-limit is of a notebook's cells, and --plain runs none: it has --minutes")
     if a.plain and a.p:
         raise PromptnbError(f"-p {a.p[0]} is a notebook's parameter, and --plain runs none")
-    for paper in {id.split("/")[0] for id in a.id} & {*rc.PAPERS}:
-        vary(paper, a.sets)
+    for word in a.id if a.sets else ():
+        find_job(word.partition("@")[0], a.scale, in_text(a.sets))  # makes the variants, and refuses a job without one
     with in_force(a):
         if a.plain:
             return plain_jobs(a.id, **given, minutes=a.minutes)

@@ -178,6 +178,15 @@ def test_variants_are_of_one_paper_and_not_of_shipped_records(home, monkeypatch,
     assert "none are shipped" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", ([], ["--plain"]))
+def test_a_job_that_no_setting_changes_is_refused_and_not_run_as_it_always_is(tmp_home, capsys, more):
+    words = [f"{PAPER}/table1/{FAMILY}/tune:adapter@0", *SMOKE, "--set", "tune.size=4", *more]
+    assert command.main(["job", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"changes nothing of {PAPER}/table1/{FAMILY}/tune:adapter: did you mean '{PAPER}/table1+tune.size=4" in said
+    assert said.count("\n") == 1 and not list(tmp_home.rglob("data/results/*/*.json"))
+
+
 def test_a_page_that_is_told_something_wrong_fails_in_one_line(home):
     p = cli(home, "job", PRETRAIN, *SMOKE, "-p", "sets=tune.sise")
     one_line(p, "FIELD=VALUE")

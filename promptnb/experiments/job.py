@@ -20,12 +20,14 @@ from .cards import own_card
 from .live import followed
 from .run import Run, run_id
 from ..recipes import variants
+from ..recipes.settings import nearest
 
 # %% auto #0
 __all__ = [
     "WORK",
     "hub_answers",
     "vary",
+    "check_set",
     "find_job",
     "job_recipes",
     "runs_of",
@@ -61,21 +63,36 @@ def vary(paper, given) -> dict:
         raise PromptnbError(str(e)) from None
 
 
+# %% ../../nbs/10d_experiments.job.ipynb #jbset011
+def check_set(job: rc.Job, sets, made: dict, every):
+    """Refuse a job without a variant of the exhibits that were `made` by what is set: it would run as it always does.
+
+    every: {id: job}. A policy's own job may be one that variants share."""
+    paper = job.id.split("/")[0]
+    shown = {i for ids in made.values() for id in ids for i in rc.EXHIBITS[paper, id].recipes}
+    varied = {i for i in shown if rc.RECIPES[i].sets}
+    if job.kind != "pretrain" and not varied & set(job.recipes):
+        near = nearest(job.whole, [id for id, other in every.items() if varied & set(other.recipes)])
+        raise PromptnbError(f"--set {sets} changes nothing of {job.id}: {near}")
+
+
 # %% ../../nbs/10d_experiments.job.ipynb #jbset001
 def find_job(id, scale=None, sets="") -> rc.Job:
     """The job of that id at a scale, narrowed to the keys behind a colon; a misspelt one is answered with the nearest.
 
     sets: what is set of the recipes (`recipes.variants`), where it is a job of variants, as a shell reads it."""
     paper = id.split("/")[0]
-    if sets and paper in rc.PAPERS:
-        vary(paper, sets)
+    made = vary(paper, sets) if sets and paper in rc.PAPERS else {}
     every = {k: v for paper in rc.PAPERS for k, v in rc.jobs(paper, scale).items()}
     whole, _, keys = id.partition(":")
     job = every[check_choice(whole, every, "job")]
-    if not keys:
-        return job
-    known = {rc.RECIPES[i].key: i for i in job.recipes}
-    return rc.narrowed(job, {known[check_choice(key, known, f"recipe of {whole}")] for key in keys.split(",")}, scale)
+    if keys:
+        known = {rc.RECIPES[i].key: i for i in job.recipes}
+        own = {known[check_choice(key, known, f"recipe of {whole}")] for key in keys.split(",")}
+        job = rc.narrowed(job, own, scale)
+    if made:
+        check_set(job, sets, made, every)
+    return job
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #26afab6f
