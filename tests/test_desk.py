@@ -197,13 +197,14 @@ def apart(r, seed, i):
 
 
 def test_seeds_by_need(tmp_home):
-    "What lies far apart needs the fewest seeds; what is as close as the published values more than there are."
+    "What lies far apart needs the fewest seeds; worth seeing is the published difference, where there is one."
     fabricate(tmp_home, exhibits.exhibit(PTDT, "table1"), "laptop", (0, 1, 2), apart)
-    t = claims.seeds(PTDT, "laptop", "yours").set_index("claim")
-    far, close = t.loc["tuning repairs a prompt of random actions"], t.loc["tuning improves an expert prompt"]
+    fabricate(tmp_home, exhibits.exhibit("prompt_diffuser", "table1"), "laptop", (0, 1, 2), apart)
+    t, other = (claims.seeds(paper, "laptop", "yours").set_index("claim") for paper in (PTDT, "prompt_diffuser"))
+    far, close = t.loc["tuning repairs a prompt of random actions"], other.loc["a generated prompt beats Prompt-Tuning DT"]
     assert set(t.n) == {3} and set(far["seeds for it"]) <= {"3", "4"}
     assert all(float(r["n seeds see"]) > float(r.spread) for _, r in t.iterrows())
-    assert int(close.set_index("on")["seeds for it"]["cheetah-vel"]) > 4  # published: -1.6
+    assert close.set_index("on")["worth seeing"]["cheetah-vel"] == "+4.2"  # as published; ours is 100 lower
 
 
 def test_one_seed_has_no_spread(tmp_home):

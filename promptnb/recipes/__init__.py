@@ -153,8 +153,8 @@ def recipes_of(e: Exhibit, scale=None) -> list:
     "The recipes of an exhibit: all, or those that are run at a scale."
     if not run_at(e, scale):
         return []
-    families = e.keep.get(scale, e.families)
-    return [r for r in (RECIPES[i] for i in e.recipes) if run_at(r, scale) and r.family in families]
+    kept = e.keep.get(scale, e.families)
+    return [r for r in (RECIPES[i] for i in e.recipes) if run_at(r, scale) and {r.family, r.dataset} & set(kept)]
 
 
 # %% ../../nbs/09g_recipes.ipynb #29b8a14e

@@ -414,7 +414,7 @@ class Exhibit:
     asked: bool = False  # made only when asked for by name: it takes long
     asked_at: dict = field(default_factory=dict)  # scale -> `asked` there, where it is otherwise
     apart: bool = False  # rows of other exhibits that are jobs of their own where nothing else is asked for
-    keep: dict = field(default_factory=dict)  # scale -> the families that it shows there (none: all)
+    keep: dict = field(default_factory=dict)  # scale -> the families, or datasets, that it shows there (none: all)
     beside: tuple = ()  # of its recipes, those that are shown if they have been run, and are not run for it
     sets: tuple = ()  # what was set of the others (recipes.variants), as 'field=value'
 

@@ -156,9 +156,14 @@ DESK = dict(
     Text=dict(LAPTOP["Text"], steps=5000),
     learners={
         **LAPTOP["learners"],
-        "lamo": dict(LAPTOP["learners"]["lamo"], steps=2000, batch=16, warmup=100, decay_to=0.02),
+        "lamo": dict(LAPTOP["learners"]["lamo"], steps=8000, batch=16, warmup=100, decay_to=0.02),
         "value": dict(steps=10_000, batch=64, points=3, last=0.5),
         "cql": dict(steps=3000, batch=64, points=3, last=0.5),
+    },
+    Offline={
+        **LAPTOP["Offline"],
+        ("lamo", "reacher2d"): dict(batch=32, steps=2000),  # its score has levelled off
+        ("lamo", "kitchen"): dict(steps=2000),
     },
     offline=dict(eval_episodes=5),
     Online=dict(paper=DESK_RUN, switch=DESK_RUN, often=dict(DESK_RUN, history="events")),
