@@ -201,7 +201,10 @@ def test_seeds_by_need(tmp_home):
     fabricate(tmp_home, exhibits.exhibit(PTDT, "table1"), "laptop", (0, 1, 2), apart)
     fabricate(tmp_home, exhibits.exhibit("prompt_diffuser", "table1"), "laptop", (0, 1, 2), apart)
     t, other = (claims.seeds(paper, "laptop", "yours").set_index("claim") for paper in (PTDT, "prompt_diffuser"))
-    far, close = t.loc["tuning repairs a prompt of random actions"], other.loc["a generated prompt beats Prompt-Tuning DT"]
+    far, close = (
+        t.loc["tuning repairs a prompt of random actions"],
+        other.loc["a generated prompt beats Prompt-Tuning DT"],
+    )
     assert set(t.n) == {3} and set(far["seeds for it"]) <= {"3", "4"}
     assert all(float(r["n seeds see"]) > float(r.spread) for _, r in t.iterrows())
     assert close.set_index("on")["worth seeing"]["cheetah-vel"] == "+4.2"  # as published; ours is 100 lower

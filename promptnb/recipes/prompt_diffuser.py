@@ -359,7 +359,7 @@ PAPER.exhibit(
     "noise becomes a demonstration-like prompt",
     "chain",
     [r for r in _main if r.key == "diffuser" and r.family == "cheetah-vel"],
-    protocol="First test task, first seed.",
+    protocol="Drawn: the first test task of the first seed.",
 )
 PAPER.exhibit(
     "fig5",
@@ -442,7 +442,7 @@ PAPER.exhibit(
     "ours: the cosine between the gradients of L_DM and L_DT on the train tasks",
     "conflict",
     [r for r in shared(_guidance) if r.key in ("diffuser", "diffuser-sum", "diffuser-conflict")],
-    protocol="One value is the last batch's.",
+    protocol="A value is the cosine on one batch.",
     labels=named(_guidance),
 )
 PAPER.exhibit(

@@ -300,7 +300,8 @@ def other_data(view) -> str:
     families = dict.fromkeys(what[0] for what, contents in found.items() if len(contents) > 1)
     if not families:
         return ""
-    return f"On {enumerated(families)}, rows were made on different collections of the same data."
+    read = "rows read different collections of the data, each another draw from the same behaviour policies"
+    return f"On {enumerated(families)}, {read}."
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000029
