@@ -198,8 +198,8 @@ def answered(paper, scale, whose="any") -> pd.DataFrame:
 
 # %% ../../nbs/11j_report.claims.ipynb #r0e168e2
 def decided(rows) -> pd.DataFrame:
-    "Comparisons with Holm's p, a verdict and the claim's decision."
-    t = judged(rows, COLUMNS)
+    "Comparisons with Holm's p over all of them, those without runs too; a verdict and the claim's decision."
+    t = judged(rows, COLUMNS, of=len(rows))
     t["decision"] = [decision(r.verdict, r.claim.expect) for r in t.itertuples()]
     return t
 
@@ -273,9 +273,9 @@ def needed(effect, r, comparisons) -> str:
 def seeds(paper, scale="desk", whose="any") -> pd.DataFrame:
     "The claims of a paper that have runs: seeds, spread of the difference, what these seeds see, seeds to see it."
     rows, t = [], answered(paper, scale, whose)
-    tested = t.groupby(t.claim.map(lambda claim: claim.exhibit)).p_holm.count()
+    asked = t.groupby(t.claim.map(lambda claim: claim.exhibit)).size()
     for r in t[t.n > 0].to_dict("records"):
-        claim, size = r["claim"], max(1, tested[r["claim"].exhibit])
+        claim, size = r["claim"], asked[r["claim"].exhibit]
         row = {"claim": claim.text, "on": r["where"], "n": r["n"], "spread": f"{r['spread']:.1f}" if r["n"] > 1 else ""}
         row["n seeds see"] = f"{smallest_seen(r['spread'], r['n'], size):.1f}" if r["n"] >= LEAST else ""
         effect = r["difference"] if pd.isna(r["published"]) else r["published"]

@@ -112,12 +112,14 @@ def p_value(d) -> float:
 
 
 # %% ../../nbs/11_report.stats.ipynb #st000022
-def holm(p) -> np.ndarray:
-    "p values adjusted for their number by Holm's method; NaN stays NaN and does not count."
+def holm(p, of=0) -> np.ndarray:
+    """p values adjusted for their number by Holm's method; NaN stays NaN and does not count.
+
+    of: how many comparisons there will be, where some are still to come."""
     p = np.asarray(p, float)
     out, known = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known], kind="stable")]
-    steps = p[order] * np.arange(len(order), 0, -1)
+    steps = p[order] * (max(of, len(order)) - np.arange(len(order)))
     out[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return out
 
@@ -137,15 +139,15 @@ def verdict(n, difference, p) -> str:
 
 
 # %% ../../nbs/11_report.stats.ipynb #st000025
-def judged(rows, columns=()) -> pd.DataFrame:
+def judged(rows, columns=(), of=0) -> pd.DataFrame:
     """All comparisons of one table (dicts with what `compare` returns): with Holm's p and a verdict each.
 
-    `columns` are those that the frame has whatever the rows hold."""
+    columns: those that the frame has whatever the rows hold. of: as `holm` takes it."""
     if not len(rows):
         return pd.DataFrame(columns=[*columns, "n", "difference", "lo", "hi", "p", "p_holm", "verdict"])
     t = pd.DataFrame(list(rows))
     t = t.reindex(columns=[*t.columns, *(name for name in columns if name not in t.columns)])
-    t["p_holm"] = holm(np.where(t.n >= LEAST, t.p, np.nan))
+    t["p_holm"] = holm(np.where(t.n >= LEAST, t.p, np.nan), of)
     t["verdict"] = [verdict(r.n, r.difference, r.p_holm) for r in t.itertuples()]
     return t
 
