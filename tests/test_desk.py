@@ -312,3 +312,19 @@ def test_an_empty_grid_says_so(tmp_home):
     assert printed[list(view.families)].map(lambda x: x.startswith("(")).all(axis=None)
     figure, numbers = grid.repair(view)
     assert isinstance(tidy, pd.DataFrame) and numbers.empty and figure.axes
+
+
+def test_a_claim_on_some_tasks_and_no_difference_of_two_papers():
+    view = View(exhibits.exhibit(PTDT, "pdt_fig4"), "desk", partial=True, whose="shipped")
+    every, one = [c for c in rc.PAPER_OF[PTDT].claims if c.exhibit == "pdt_fig4"]
+    (all_tasks,), (outside,) = claims.comparisons(view, every), claims.comparisons(view, one)
+    assert one.tasks == (1,) and outside["difference"] != all_tasks["difference"]
+    assert all_tasks["published"] == 217 and np.isnan(outside["published"])  # of the mean alone
+    improves = claims.answered(PTDT, "desk", "shipped")
+    improves = improves[[c.text == "tuning improves an expert prompt" for c in improves.claim]]
+    assert len(improves) == 3 and improves.published.isna().all()  # one of the two rows is in another's paper
+
+
+def test_what_has_run_changes_no_number_of_comparisons(tmp_home):
+    sizes = {where: len(claims.answered("lamo", "desk", where)) for where in ("shipped", "yours")}
+    assert len(set(sizes.values())) == 1

@@ -104,15 +104,18 @@ def test_time_that_is_up_outside_of_a_fit_is_no_failure(home, monkeypatch, capsy
     assert "1 of 1 runs" in capsys.readouterr().out and not any(run.failed_path.exists() for run in runs())
 
 
-def test_what_breaks_every_run_of_a_job_is_said_once(tmp_home, capsys):
-    "Of data that were never collected, the remedy."
+def test_what_breaks_every_run_of_a_job_is_said_once(tmp_home):
+    "Of data that were never collected, the remedy; each run's log has it."
     id = f"{PAPER}/table1/{FAMILY}/tune"
-    job.run_job(id, 0, "smoke", "cpu")
-    said = capsys.readouterr().err
+    jobs = [sys.executable, "-m", "promptnb", "job", f"{id}@0", f"{id}@1", *SMOKE, "--accelerator", "cpu", "--plain"]
+    done = subprocess.run(jobs, env=env_for(tmp_home), cwd=tmp_home, capture_output=True, text=True, timeout=300)
+    said, remedy = done.stderr.partition("promptnb: ")[0], "is not here: promptnb collect"
     first, *others = runs(id)
-    assert said.count("is not here: promptnb collect") == 1 and f"{first.id}: failed: dataset" in said
-    assert len(others) > 3 and all(f"{run.id}: failed as {first.id} did\n" in said for run in others)
-    assert all("is not here: promptnb collect" in core.read_json(run.failed_path)["why"] for run in (first, *others))
+    assert done.returncode == 2 and said.count(remedy) == 2  # once a seed, as each is a job
+    assert f"{first.id}: failed: dataset" in said and len(others) > 3
+    assert all(f"{run.id}: failed as {first.id} did\n" in said for run in others)
+    for run in (first, *others):
+        assert remedy in core.read_json(run.failed_path)["why"] and remedy in job.log_path(run).read_text()
 
 
 def test_a_job_that_fails_does_not_keep_the_next(home, monkeypatch, refused, capsys):

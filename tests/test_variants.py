@@ -1,6 +1,7 @@
 "A field of the recipes set from the shell: its variants run, survive a kill, stand beside the unchanged ones."
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -185,6 +186,23 @@ def test_a_job_that_no_setting_changes_is_refused_and_not_run_as_it_always_is(tm
     said = capsys.readouterr().err
     assert f"changes nothing of {PAPER}/table1/{FAMILY}/tune:adapter: did you mean '{PAPER}/table1+tune.size=4" in said
     assert said.count("\n") == 1 and not list(tmp_home.rglob("data/results/*/*.json"))
+
+
+@pytest.mark.parametrize(
+    "kind, what, says",
+    [
+        ("pretrain", "pretrain.K=5", "changes nothing of"),
+        ("pretrain", "tune.sise=4", "did you mean 'tune.size'?"),
+        ("tune", "tune.sise=4", "did you mean 'tune.size'?"),
+    ],
+)
+def test_a_policy_that_no_variant_starts_from_and_a_misspelt_field_are_refused(kind, what, says):
+    with pytest.raises(PromptnbError, match=re.escape(says)):
+        job.find_job(f"{PAPER}/table1/{FAMILY}/{kind}", "smoke", what)
+
+
+def test_a_policy_that_variants_share_is_trained_for_them():
+    assert job.find_job(PRETRAIN, "smoke", "tune.mu=0.3").id == PRETRAIN
 
 
 def test_a_page_that_is_told_something_wrong_fails_in_one_line(home):

@@ -26,6 +26,7 @@ from ..recipes.settings import nearest
 __all__ = [
     "WORK",
     "hub_answers",
+    "said_plainly",
     "vary",
     "check_set",
     "find_job",
@@ -42,6 +43,7 @@ __all__ = [
     "check_variants",
     "record_failure",
     "log_path",
+    "append_log",
     "Both",
     "logged",
     "attempting",
@@ -52,15 +54,23 @@ __all__ = [
 ]
 
 
+# %% ../../nbs/10d_experiments.job.ipynb #jbset010
+@contextlib.contextmanager
+def said_plainly():
+    "While inside, what cannot be set is a PromptnbError."
+    try:
+        yield
+    except variants.SettingError as e:
+        raise PromptnbError(str(e)) from None
+
+
 # %% ../../nbs/10d_experiments.job.ipynb #fc7ab9a2
 def vary(paper, given) -> dict:
     """Make the variants of a paper known (`recipes.variants.vary`); what cannot be set is a PromptnbError.
 
     given: 'field=value' texts, or all in one, as a shell reads it."""
-    try:
+    with said_plainly():
         return variants.vary(paper, variants.from_text(given) if isinstance(given, str) else given)
-    except variants.SettingError as e:
-        raise PromptnbError(str(e)) from None
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbset011
@@ -71,9 +81,13 @@ def check_set(job: rc.Job, sets, made: dict, every):
     paper = job.id.split("/")[0]
     shown = {i for ids in made.values() for id in ids for i in rc.EXHIBITS[paper, id].recipes}
     varied = {i for i in shown if rc.RECIPES[i].sets}
-    if job.kind != "pretrain" and not varied & set(job.recipes):
+    variants.check_fields(rc.PAPER_OF[paper].recipes.values(), variants.from_text(sets), paper)
+    policies = {rc.RECIPES[i].pretrain for i in varied}
+    shared = job.kind == "pretrain" and any(rc.RECIPES[i].pretrain in policies for i in job.recipes)
+    if not shared and not varied & set(job.recipes):
         near = nearest(job.whole, [id for id, other in every.items() if varied & set(other.recipes)])
-        raise PromptnbError(f"--set {sets} changes nothing of {job.id}: {near}")
+        said = " ".join(f"--set {text}" for text in variants.from_text(sets))
+        raise PromptnbError(f"{said} changes nothing of {job.id}: {near}")
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbset001
@@ -91,7 +105,8 @@ def find_job(id, scale=None, sets="") -> rc.Job:
         own = {known[check_choice(key, known, f"recipe of {whole}")] for key in keys.split(",")}
         job = rc.narrowed(job, own, scale)
     if made:
-        check_set(job, sets, made, every)
+        with said_plainly():
+            check_set(job, sets, made, every)
     return job
 
 
@@ -235,7 +250,7 @@ def check_variants(recipes):
 def record_failure(run: Run, error: Exception, told=None):
     """A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it.
 
-    told: {what was said of a failure: the run that it was said of}. It is said once, and then referred to."""
+    told: {an error: the run that it was said of}. It is said once, and then referred to; each run's log has it whole."""
     import torch
 
     from promptnb.train import memory_error
@@ -245,17 +260,27 @@ def record_failure(run: Run, error: Exception, told=None):
         error = memory_error(error)
     first = str(error).splitlines()[0] if str(error) else ""
     run.record("failed", why=f"{type(error).__name__}: {first}")
-    earlier = (told if told is not None else {}).setdefault(str(error), run.id)
-    said = f"failed: {error}" if earlier == run.id else f"failed as {earlier} did"
-    print(f"{run.id}: {said}", file=sys.stderr, flush=True)
+    said = f"{run.id}: failed: {error}\n"
     if not isinstance(error, PromptnbError):
-        traceback.print_exception(error)
+        said += "".join(traceback.format_exception(error))
+    earlier = (told if told is not None else {}).setdefault((type(error), str(error)), run.id)
+    if earlier != run.id:
+        append_log(run, said)
+        said = f"{run.id}: failed as {earlier} did\n"
+    print(said, end="", file=sys.stderr, flush=True)
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jblog001
 def log_path(run: Run) -> Path:
     "The file that keeps what a run has printed, over all attempts."
     return runs_dir() / "logs" / run.recipe.paper / f"{run.id}.log"
+
+
+# %% ../../nbs/10d_experiments.job.ipynb #jblog011
+def append_log(run: Run, text):
+    "Add text to a run's log alone; a log that cannot be written stops nothing."
+    with contextlib.suppress(OSError), open(log_path(run), "a") as log:
+        log.write(text)
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jblog002
@@ -313,9 +338,11 @@ def attempting(run: Run, told=None):
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbside01
-def working(runs):
-    "Work on the runs that are left, in order: a generator that pauses as they do."
-    told = {}  # what breaks one run of a job, as data that are not here, often breaks all
+def working(runs, told=None):
+    """Work on the runs that are left, in order: a generator that pauses as they do.
+
+    told: see `record_failure`. What breaks one run of a job, as data that are not here, often breaks all."""
+    told = {} if told is None else told
     for run in runs:
         if not run.finished and not lacks(run.recipe):
             yield from attempting(run, told)
@@ -336,7 +363,8 @@ def run_seeds(id, seeds=(0,), scale="laptop", accelerator="auto", threads=1, set
     with own_card(accelerator):
         device = pick_device(accelerator)
         each = [runs_of(job, scale, seed, device, threads) for seed in seeds]
-        works = [working(runs) for runs in each]
+        told = {}
+        works = [working(runs, told) for runs in each]
         if len(works) > 1 and device.type in GRAPHS:
             in_turn(works, device)
         else:

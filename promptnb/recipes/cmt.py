@@ -557,7 +557,7 @@ _WORSE = dict(expect="worse")
 for _text, _a, _b, _more in (
     ("context of a test task helps on it", _GIVEN, _NULL, {}),
     ("context collected by playing helps", "CMT, context collected", _NULL, _OURS_TOO),
-    ("another task's context is worse than the own", "CMT, context of a wrong task", _GIVEN, _OURS_TOO | _WORSE),
+    ("another task's context is worse than the task's own", "CMT, context of a wrong task", _GIVEN, _OURS_TOO | _WORSE),
     ("context beats a trajectory prompt", _GIVEN, "Prompt-DT", _OURS_TOO),
     ("tuned vectors beat random ones", "CMT, tuned context vectors", "CMT, random frozen prompt", _OURS_TOO),
 ):

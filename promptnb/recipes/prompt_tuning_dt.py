@@ -929,5 +929,5 @@ PAPER.claim("the prompt helps Prompt-DT on the test tasks", "table1", _PDT, "MT-
 _cells = ("expert data, random prompt", "expert data, expert prompt")
 PAPER.claim("a prompt of a random policy is worse than an expert's", "pdt_fig3", *_cells, expect="worse")
 PAPER.claim("the prompt helps on Ant-dir-OOD (mean of its three test tasks)", "pdt_fig4", "Prompt-DT", "MT-ORL")
-_text = "the prompt helps on the one of them that is out of the training range"
+_text = "the prompt helps on Ant-dir-OOD's one task out of the training range"
 PAPER.claim(_text, "pdt_fig4", "Prompt-DT", "MT-ORL", tasks=(1,))

@@ -162,7 +162,7 @@ DESK = dict(
     },
     Offline={
         **LAPTOP["Offline"],
-        ("lamo", "reacher2d"): dict(batch=32, steps=2000),  # its score has levelled off
+        ("lamo", "reacher2d"): dict(batch=32, steps=2000),  # it has levelled off
         ("lamo", "kitchen"): dict(steps=2000),
     },
     offline=dict(eval_episodes=5),

@@ -14,7 +14,7 @@ import pandas as pd
 from .. import recipes as rc
 from ..core import DamagedError
 from . import records
-from .lamo import MEAN, groups_of
+from .lamo import MEAN, kinds, several
 from promptnb.report.stats import (
     BETTER,
     LEAST,
@@ -169,7 +169,7 @@ def compared(view, claim, name, each) -> dict:
     published = sum(published_difference(view, claim, where) for where in each) / len(each)
     more = dict(published=published, seconds=spent(good), spread=d.mean(axis=1).std())
     more["ended"] = tally(run.state for run in here if run.state in SHOWN)
-    return dict(claim=claim, where=name, **compare(d, np.zeros_like(d)), **more)
+    return dict(claim=claim, where=name, over=tuple(each), **compare(d, np.zeros_like(d)), **more)
 
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1114
@@ -177,13 +177,14 @@ def comparisons(view, claim) -> list:
     "What `compared` says of a claim on each family or dataset that a view shows, and on their means if it is averaged."
     each = {where: differences(view, claim, where) for where in places(view, claim)}
     groups = {where: [where] for where in each}
-    if claim.averaged and each:
-        groups |= {f"{MEAN} of {name}": own for name, own in groups_of(pd.DataFrame(each)).items()}
+    if claim.averaged:
+        several_of = {kind: own for kind, own in kinds(each).items() if len(own) > 1}
+        groups |= {f"{MEAN} of {several(kind, own)}": own for kind, own in several_of.items()}
     return [compared(view, claim, name, {where: each[where] for where in own}) for name, own in groups.items()]
 
 
 # %% ../../nbs/11j_report.claims.ipynb #desk1115
-COLUMNS = ("claim", "where", "published", "seconds", "spread", "ended")
+COLUMNS = ("claim", "where", "over", "published", "seconds", "spread", "ended")
 
 
 def answered(paper, scale, whose="any") -> pd.DataFrame:
@@ -235,14 +236,14 @@ def hours(seconds) -> str:
 def summary(paper, scale="desk", whose="any") -> pd.DataFrame:
     "A paper's claims as a table: on what, asked by whom, published difference, ours at two scales, cost."
     here, there = answered(paper, scale, whose), answered(paper, "paper", whose)
-    at_paper = {(r["claim"].text, r["where"]): entry(r) for r in there.to_dict("records") if r["n"]}
+    at_paper = {(r["claim"].text, r["over"]): entry(r) for r in there.to_dict("records") if r["n"]}
     rows = []
     for r in here.to_dict("records"):
         claim = r["claim"]
         row = {"claim": claim.text, "on": r["where"], "asked by": "us" if claim.ours else "the paper"}
         row["published"] = "" if pd.isna(r["published"]) else f"{r['published']:+.1f}"
         row[f"ours, {scale} scale"] = entry(r)
-        row["ours, paper scale"] = at_paper.get((claim.text, r["where"]), "")
+        row["ours, paper scale"] = at_paper.get((claim.text, r["over"]), "")
         row["took"] = hours(r["seconds"]) if r["n"] else ""
         rows.append(row)
     return pd.DataFrame(rows)

@@ -300,8 +300,7 @@ def other_data(view) -> str:
     families = dict.fromkeys(what[0] for what, contents in found.items() if len(contents) > 1)
     if not families:
         return ""
-    read = "rows read different collections of the data, each another draw from the same behaviour policies"
-    return f"On {enumerated(families)}, {read}."
+    return f"On {enumerated(families)}, rows read different collections of the data."
 
 
 # %% ../../nbs/11a_report.view.ipynb #vw000029
