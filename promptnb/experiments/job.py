@@ -250,7 +250,7 @@ def check_variants(recipes):
 def record_failure(run: Run, error: Exception, told=None):
     """A run that broke: its failed record, one line on the screen, and the traceback where the user cannot mend it.
 
-    told: {an error: the run that it was said of}. It is said once, and then referred to; each run's log has it whole."""
+    told: {an error: the run that it was said of}. It is said once, then referred to; each run's log has it whole."""
     import torch
 
     from promptnb.train import memory_error
