@@ -75,6 +75,7 @@ def fabricate(
                 counts=dict(total=1000, trainable=100, lora=10),
                 references=dict(d4rl=(0, 100), own=(1, 50)),
                 seconds=1.0,
+                where=dict(threads=1),
                 lm=r.offline.text and made_text(r.offline.text),
             )
             path.parent.mkdir(parents=True, exist_ok=True)
