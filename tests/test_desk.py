@@ -208,7 +208,9 @@ def test_seeds_by_need(tmp_home):
     )
     assert set(t.n) == {3} and set(far["seeds for it"]) <= {"3", "4"}
     assert all(float(r["n seeds see"]) > float(r.spread) for _, r in t.iterrows())
-    assert close.set_index("on")["worth seeing"]["cheetah-vel"] == "+4.2"  # as published; ours is 100 lower
+    assert close.set_index("on")["worth seeing"]["cheetah-vel"] == "+4.2"  # as published, and not as fabricated
+    spread = float(t.loc["tuning improves an expert prompt"].set_index("on").spread["cheetah-vel"])
+    assert int(claims.needed(-1.6, dict(n=3, spread=spread), 40)) > 4
 
 
 def test_one_seed_has_no_spread(tmp_home):
@@ -335,11 +337,16 @@ def test_a_claim_on_the_mean_over_datasets():
         assert np.isclose(mean["difference"], np.mean([r["difference"] for r in each]))
 
 
+def here(bodies):
+    "Of these bodies alone."
+    return lambda r, seed: r.family in bodies
+
+
 def test_what_has_run_changes_no_number_of_comparisons(tmp_home):
     "Of three bodies one has run, then all: a word for the first does not depend on that."
     asked = [claims.answered("lamo", "desk", "yours")]
     for bodies in (["hopper"], ["hopper", "walker2d", "reacher2d"]):
-        test_scores.fabricate("arms", lambda r, seed: seed, keep=lambda r, s: r.family in bodies, scale="desk")  # noqa: B023
+        test_scores.fabricate("arms", lambda r, seed: seed, keep=here(bodies), scale="desk")
         asked.append(claims.answered("lamo", "desk", "yours"))
     nothing, one, every = [[*t["where"]] for t in asked]
     assert nothing == one == every

@@ -338,11 +338,10 @@ def attempting(run: Run, told=None):
 
 
 # %% ../../nbs/10d_experiments.job.ipynb #jbside01
-def working(runs, told=None):
+def working(runs, told):
     """Work on the runs that are left, in order: a generator that pauses as they do.
 
     told: see `record_failure`. What breaks one run of a job, as data that are not here, often breaks all."""
-    told = {} if told is None else told
     for run in runs:
         if not run.finished and not lacks(run.recipe):
             yield from attempting(run, told)

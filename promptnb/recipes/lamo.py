@@ -1143,6 +1143,7 @@ for _id, _families in {
 
 # %% ../../nbs/09d_recipes.lamo.ipynb #desk0d12
 _RANDOM, _UNTALKED = "LaMo without pre-training", "LaMo without language loss"
+_AVERAGED = ("arms", "fig4", "fig5", "real_weights")  # their datasets are of several bodies
 for _text, _exhibit, _a, _b, _ours in (
     ("LaMo beats the Decision Transformer", "arms", "LaMo", "DT", False),
     ("LaMo beats a DT with its own shapes", "arms", "LaMo", "DT, shared projection, long positions", True),
@@ -1161,12 +1162,4 @@ for _text, _exhibit, _a, _b, _ours in (
         True,
     ),
 ):
-    PAPER.claim(
-        _text,
-        _exhibit,
-        _a,
-        _b,
-        metric="score",
-        averaged=_exhibit in ("arms", "fig4", "fig5", "real_weights"),
-        ours=_ours,
-    )
+    PAPER.claim(_text, _exhibit, _a, _b, metric="score", averaged=_exhibit in _AVERAGED, ours=_ours)

@@ -163,7 +163,7 @@ DESK = dict(
     Offline={
         **LAPTOP["Offline"],
         ("lamo", "reacher2d"): dict(batch=32, steps=2000),  # it has levelled off
-        ("lamo", "kitchen"): dict(steps=2000),
+        ("lamo", "kitchen"): dict(steps=2000),  # not measured
     },
     offline=dict(eval_episodes=5),
     Online=dict(paper=DESK_RUN, switch=DESK_RUN, often=dict(DESK_RUN, history="events")),

@@ -165,10 +165,12 @@ def compared(view, claim, name, each) -> dict:
     ended: '1 diverged', of the runs of both rows that ended without a number."""
     d = pd.DataFrame(each).dropna()
     here = [run for run in view.runs if run.recipe.dataset in each and run.label in (claim.a, claim.b)]
-    good = [run for run in view.good if run.recipe.dataset in each and run.label in (claim.a, claim.b)]
-    published = sum(published_difference(view, claim, where) for where in each) / len(each)
-    more = dict(published=published, seconds=spent(good), spread=d.mean(axis=1).std())
-    more["ended"] = tally(run.state for run in here if run.state in SHOWN)
+    more = dict(
+        published=sum(published_difference(view, claim, where) for where in each) / len(each),
+        seconds=spent([run for run in here if run.state == "ok"]),
+        spread=d.mean(axis=1).std(),
+        ended=tally(run.state for run in here if run.state in SHOWN),
+    )
     return dict(claim=claim, where=name, over=tuple(each), **compare(d, np.zeros_like(d)), **more)
 
 
